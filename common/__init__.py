@@ -1,0 +1,1 @@
+"""What the three applications share: frozen backbones, runtime, language scoring, training, report."""

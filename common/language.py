@@ -1,0 +1,124 @@
+"""Language modelling quantities: the next-token loss in chunks, and exact strided scoring."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from common.checks import UserError, require_at_least
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+IGNORE = -100
+"""Label of a position that is not counted in the loss."""
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "n d"],
+    table: Float[Tensor, "v d"],
+    labels: Int[Tensor, " n"],
+    *,
+    chunk: int = 2048,
+    reduction: str = "mean",
+) -> Float[Tensor, ""]:
+    """-log softmax(hidden · tableᵀ)[label], over the positions whose label is not IGNORE.
+
+    Logits exist for `chunk` positions at a time only, also in the backward pass, where they are computed again.
+
+    Args:
+        hidden: final hidden states.
+        table: token table tied to the output.
+        labels: token ids, IGNORE where nothing is to be predicted.
+        chunk: positions per chunk.
+        reduction: "mean" over counted positions or "sum".
+
+    Returns:
+        Loss in nats; 0 when no position counts.
+    """
+    counted = labels != IGNORE
+    hidden, labels = hidden[counted], labels[counted]
+
+    def part(h: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy((h @ table.to(h.dtype).T).float(), y, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        total = total + (checkpoint(part, h, y, use_reentrant=False) if torch.is_grad_enabled() else part(h, y))
+    return total / max(len(labels), 1) if reduction == "mean" else total
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text: total nats over the counted tokens."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token)."""
+        return math.exp(self.nats / self.tokens)
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        """Bits per byte of the UTF-8 text that the tokens spell: comparable between tokenizers."""
+        return self.nats / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def score(
+    model: GPT2LMHeadModel,
+    token_ids: Int[Tensor, " n"] | list[int],
+    *,
+    block: int = 1024,
+    stride: int = 512,
+    chunk: int = 2048,
+) -> Score:
+    """Score every token after the first exactly once, each with at least `block - stride` tokens of context if there are.
+
+    The windows start `stride` apart and hold `block` tokens; of a window only the tokens that no earlier window
+    has scored are counted, so short texts, and the last partial window, are exact.
+
+    Args:
+        model: GPT-2; scored in eval mode whatever its mode.
+        token_ids: one text. Its first token is context only (put an end token before it to score all).
+        block: window length, at most the model's number of positions.
+        stride: distance between windows, below `block`.
+
+    Raises:
+        UserError: fewer than two tokens, or a block or stride that does not fit.
+    """
+    ids = torch.as_tensor(token_ids, dtype=torch.long, device=model.device).flatten()
+    block = min(block, model.config.n_positions)
+    require_at_least("block", block, 2)
+    require_at_least("stride", stride, 1)
+    stride = min(stride, block - 1)  # so that every window after the first begins with context
+    if len(ids) < 2:
+        raise UserError(f"text has {len(ids)} tokens: scoring needs at least 2 (the first is context only).")
+    was_training = model.training
+    model.eval()
+    try:
+        nats, table = 0.0, model.get_output_embeddings().weight
+        scored = 1  # tokens before this index are done
+        for begin in range(0, len(ids), stride):
+            window = ids[begin : begin + block]
+            fresh = begin + len(window) - scored
+            if fresh > 0:
+                hidden = model.transformer(input_ids=window[None], use_cache=False).last_hidden_state[0]  # (t, d)
+                first = len(window) - fresh
+                nats += chunked_cross_entropy(
+                    hidden[first - 1 : -1], table, window[first:], chunk=chunk, reduction="sum"
+                ).item()
+                scored = begin + len(window)
+            if scored == len(ids):
+                break
+    finally:
+        model.train(was_training)
+    return Score(nats, len(ids) - 1)

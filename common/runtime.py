@@ -1,0 +1,110 @@
+"""Device, precision, seed and threads: the one place where they are decided."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from common.checks import UserError, require_at_least, require_one_of
+
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where and how a command computes."""
+
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda, cuda:1, mps."""
+    precision: Precision = "fp32"
+    """fp32, or bf16 for matrix products (weights of trained parts stay in fp32)."""
+    seed: int = 0
+    """Seed of every random choice."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's own choice."""
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """The torch device for a name; "auto" is a GPU when one is there. Unknown or absent devices are named."""
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device is {device!r}: use auto, cpu, cuda, cuda:N or mps.") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {device!r} but {torch.cuda.device_count()} CUDA devices are here: use auto or cpu.")
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device is 'mps' but this machine has none: use auto or cpu.")
+    return resolved
+
+
+def resolve_dtype(precision: str) -> torch.dtype:
+    """torch.float32 for "fp32", torch.bfloat16 for "bf16"."""
+    require_one_of("precision", precision, PRECISIONS)
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in bf16 when `precision` is "bf16", else nothing."""
+    dtype = resolve_dtype(precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    require_at_least("seed", seed, 0)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def start(config: RuntimeConfig) -> torch.device:
+    """Apply a command's runtime choices to this process and return its device."""
+    resolve_dtype(config.precision)
+    require_at_least("threads", config.threads, 0)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    seed_everything(config.seed)
+    return resolve_device(config.device)
+
+
+@contextlib.contextmanager
+def fork_generators(seed: int) -> Iterator[None]:
+    """Run a block with its own torch seed and leave the caller's random state untouched."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def hardware() -> str:
+    """One line that names the processor, its cores and the GPU, for cards and results."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores {model}{gpu}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a result."""
+    names = ("torch", "transformers", "open_clip_torch", "lightning", "numpy", "clip-gpt-toolkit")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
