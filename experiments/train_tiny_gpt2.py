@@ -58,7 +58,7 @@ class Config:
     """Steps, when not 0, instead of epochs."""
     lr_muon: float = 0.02
     """Muon's rate, for hidden matrices."""
-    lr_adam: float = 0.004
+    lr_adam: float = 0.01
     """AdamW's rate, for embeddings, norms and biases."""
     dropout: float = 0.0
     """Dropout in the residual stream."""
