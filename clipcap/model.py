@@ -1,0 +1,392 @@
+"""ClipCap as a Hugging Face model: a mapper that makes a prefix from CLIP's embedding, and the GPT-2 that continues it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from clipcap.mapper import build_mapper
+from common import gpt2 as gpt2_backbones
+from common.checks import UserError, require_one_of
+from common.gpt2 import freeze, load_gpt2
+from common.language import IGNORE, chunked_cross_entropy
+from common.pretrained import ASSETS, loading, locate
+
+PACKAGED = {"tiny": ASSETS / "captioner-tiny"}
+WHAT = "captioner"
+INPUTS = ("embedding", "patches")
+MAPPERS = ("mlp", "transformer")
+
+
+class ClipCapConfig(PreTrainedConfig):
+    """Sizes of a captioner and the names of its backbones.
+
+    Fields:
+        mapper: "mlp" or "transformer".
+        inputs: what the mapper reads: CLIP's pooled "embedding", or (transformer only) its "patches".
+        clip_width: e, width of what the mapper reads.
+        prefix_length: K, positions of the prefix.
+        clip_length: tokens the Transformer mapper makes of the embedding.
+        mapper_layers, mapper_heads: of the Transformer mapper.
+        normalize_embeddings: scale embeddings to length 1 first (the original's `normalize_prefix`).
+        tune_gpt2: GPT-2 is trained with the mapper, and saved with it; otherwise it is frozen.
+        gpt2: packaged name, hub id or directory of GPT-2; None when its weights are saved with the mapper only.
+        gpt2_config: sizes of GPT-2, as in its `config.json`; read from `gpt2` when left out.
+        clip: name of the CLIP whose embeddings it reads.
+        eos_token_id: token or tokens that end a caption.
+    """
+
+    model_type = "clipcap"
+
+    mapper: str = "mlp"
+    inputs: str = "embedding"
+    clip_width: int = 512
+    prefix_length: int = 10
+    clip_length: int = 10
+    mapper_layers: int = 8
+    mapper_heads: int = 8
+    normalize_embeddings: bool = False
+    tune_gpt2: bool = False
+    gpt2: str | None = None
+    gpt2_config: dict[str, Any] | None = None
+    clip: str | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        require_one_of("mapper", self.mapper, MAPPERS)
+        require_one_of("inputs", self.inputs, INPUTS)
+        if isinstance(self.gpt2_config, GPT2Config):
+            self.gpt2_config = self.gpt2_config.to_dict()
+        super().__post_init__(**kwargs)
+
+    @property
+    def saves_gpt2(self) -> bool:
+        """Whether GPT-2's weights belong in the captioner's own checkpoint."""
+        return self.tune_gpt2 or self.gpt2 is None
+
+    def build_gpt2_config(self) -> GPT2Config:
+        """GPT-2's sizes as transformers' config.
+
+        Raises:
+            UserError: they are in no field.
+        """
+        if self.gpt2_config is None:
+            raise UserError("gpt2_config is None: give GPT-2's sizes, or use ClipCapModel.from_backbones.")
+        fields = {name: value for name, value in self.gpt2_config.items() if name != "model_type"}
+        if fields.get("vocab_size", 50257) <= 50256:  # GPT-2's own end token, transformers' default, is not there
+            fields = {"bos_token_id": None, "eos_token_id": None} | fields
+        return GPT2Config(**fields)
+
+
+class ClipCapModel(PreTrainedModel):
+    """A mapper and a GPT-2: image embedding in, caption logits or loss out.
+
+    Built from a config it has random weights throughout. `from_backbones` gives a new captioner on a trained GPT-2,
+    `from_pretrained` a saved one, `clipcap.load_original_checkpoint` one of the original project's.
+
+    A frozen GPT-2 is in eval mode also in training, takes and stores no gradient, and is not saved.
+
+    Attributes:
+        mapper: the mapping network.
+        gpt2: GPT-2 with its language modelling head.
+        tokenizer: GPT-2's, or None where none is known.
+    """
+
+    config_class = ClipCapConfig
+    base_model_prefix = ""
+    main_input_name = "clip_embeddings"
+    _no_split_modules = ["GPT2Block"]
+    _supports_sdpa = True
+
+    config: ClipCapConfig
+    gpt2: GPT2LMHeadModel
+
+    def __init__(self, config: ClipCapConfig, *, with_gpt2: bool = True) -> None:
+        super().__init__(config)
+        gpt2_config = config.build_gpt2_config()
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.mapper = build_mapper(
+            config.mapper,
+            clip_width=config.clip_width,
+            width=gpt2_config.n_embd,
+            prefix_length=config.prefix_length,
+            clip_length=config.clip_length,
+            num_layers=config.mapper_layers,
+            num_heads=config.mapper_heads,
+            patches=config.inputs == "patches",
+        )
+        if with_gpt2:
+            self._attach(GPT2LMHeadModel(gpt2_config), None)
+        self.post_init()
+
+    def _attach(self, gpt2: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Take `gpt2` as the language model, frozen or not as the config says."""
+        if self.config.prefix_length >= gpt2.config.n_positions:
+            raise UserError(
+                f"prefix_length is {self.config.prefix_length}: GPT-2 has {gpt2.config.n_positions} positions, "
+                f"use fewer than that."
+            )
+        self.gpt2, self.tokenizer = gpt2, tokenizer
+        if not self.config.tune_gpt2:
+            freeze(gpt2)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: torch's own initialisation of the mapper's layers is the published one, and GPT-2 has its own."""
+
+    @classmethod
+    def from_backbones(
+        cls, config: ClipCapConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> ClipCapModel:
+        """A new captioner: the GPT-2 named in `config.gpt2` with its weights, and a mapper with random ones.
+
+        The config is copied; GPT-2's sizes and end token are filled in from the backbone.
+        """
+        if config.gpt2 is None:
+            raise UserError(f"gpt2 is None: name a GPT-2 ({', '.join(gpt2_backbones.PACKAGED)}, hub id or directory).")
+        gpt2, tokenizer = load_gpt2(config.gpt2, device=device, dtype=dtype)
+        fields = config.to_dict() | {"gpt2_config": gpt2.config.to_dict(), "gpt2": _absolute(config.gpt2)}
+        if fields["eos_token_id"] is None:
+            fields["eos_token_id"] = gpt2.config.eos_token_id
+        model = cls(ClipCapConfig(**fields), with_gpt2=False).to(gpt2.device, gpt2.dtype)
+        model._attach(gpt2, tokenizer)
+        return model
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        config: ClipCapConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+        **kwargs: Any,
+    ) -> ClipCapModel:
+        """Load a captioner that `save_pretrained` wrote; a frozen GPT-2 is loaded by the name in its config.
+
+        Args:
+            pretrained_model_name_or_path: packaged name ("tiny"), directory or hub id.
+            config: to use instead of the saved one.
+            dtype: of all weights; None is float32 whatever the file holds.
+            device: where to put it.
+            kwargs: `PreTrainedModel.from_pretrained`'s, such as `revision`.
+
+        Raises:
+            UserError: no such captioner, its weights do not fit its config, or its GPT-2 cannot be found.
+        """
+        source = locate(pretrained_model_name_or_path, PACKAGED, WHAT)
+        hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "subfolder")}
+        want_info = kwargs.pop("output_loading_info", False)
+        kwargs.pop("ignore_mismatched_sizes", None)
+        with loading(source, PACKAGED, WHAT):
+            if config is None:
+                kind = PreTrainedConfig.get_config_dict(source, **hub)[0].get("model_type")
+                if kind != "clipcap":
+                    raise UserError(f"{source!r} is a {kind!r} model, not a captioner: give a clipcap checkpoint.")
+                config = ClipCapConfig.from_pretrained(source, **hub)
+            wanted = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+            if wanted == "auto":
+                wanted = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+            if wanted is None and dtype is not None:
+                raise UserError(f"dtype is {dtype!r}: use float32, bfloat16 or float16.")
+            model, info = super().from_pretrained(
+                source, *model_args, config=config, dtype=wanted or torch.float32, with_gpt2=config.saves_gpt2,
+                ignore_mismatched_sizes=True, output_loading_info=True, **kwargs,
+            )
+            _require_fit(source, info)
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub) if _has_tokenizer(source) else None
+        if not config.saves_gpt2:
+            gpt2 = _load_named_gpt2(source, config, wanted or torch.float32)
+            model._attach(gpt2[0], tokenizer or gpt2[1])
+        else:
+            model._attach(model.gpt2, tokenizer)
+        model.to(device).eval()
+        return (model, info) if want_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+        """Write `config.json` and `model.safetensors`: the mapper, and GPT-2 with its tokenizer when it was tuned."""
+        if Path(save_directory).is_file():
+            raise UserError(f"output {str(save_directory)!r} is a file: give a directory.")
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        if not self.config.saves_gpt2:
+            state = {name: value for name, value in state.items() if name.startswith("mapper.")}
+        bar = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        finally:
+            if bar:
+                transformers_logging.enable_progress_bar()
+        if self.config.saves_gpt2 and self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.gpt2.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> ClipCapModel:
+        """Training mode for what is trained; a frozen GPT-2 stays in eval mode (no dropout)."""
+        super().train(mode)
+        if not self.config.tune_gpt2 and "gpt2" in self._modules:
+            self.gpt2.eval()
+        return self
+
+    def prefix(
+        self, clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"]
+    ) -> Float[Tensor, "b K d"]:
+        """The prefix that stands for an image in GPT-2's input.
+
+        Args:
+            clip_embeddings: (b, e) embeddings, or (b, n, e) patch features when the config's `inputs` is "patches".
+
+        Raises:
+            UserError: another shape or width than the mapper's, NaN or infinity.
+        """
+        wanted = 3 if self.config.inputs == "patches" else 2
+        shape, width = tuple(clip_embeddings.shape), self.config.clip_width
+        if len(shape) != wanted or shape[-1] != width:
+            form = f"(batch, patches, {width})" if wanted == 3 else f"(batch, {width})"
+            raise UserError(
+                f"clip_embeddings have shape {shape}: this captioner reads {self.config.inputs} of shape {form}"
+                + (f", made by CLIP {self.config.clip!r}." if self.config.clip else ".")
+            )
+        if not torch.isfinite(clip_embeddings).all():
+            bad = (~torch.isfinite(clip_embeddings)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise UserError(f"clip_embeddings hold NaN or infinity in rows {bad[:5]}: check how they were made.")
+        if self.config.normalize_embeddings:
+            clip_embeddings = F.normalize(clip_embeddings.float(), dim=-1)
+        return self.mapper(clip_embeddings.to(next(self.mapper.parameters()).dtype))
+
+    def forward(
+        self,
+        clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"],
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b t"] | None = None,
+        labels: Int[Tensor, "b t"] | None = None,
+        *,
+        return_logits: bool = True,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Loss and logits of captions given their images (sec. 3, eq. 2).
+
+        Args:
+            clip_embeddings: as in `prefix`.
+            input_ids: captions, padded on the right, with their end tokens.
+            attention_mask: 1 for tokens, 0 for padding. With padding on the right it changes only what is predicted
+                at padded places, so training may leave it out.
+            labels: input_ids with IGNORE (-100) where nothing is to be predicted.
+            return_logits: False makes no logits, and the loss in chunks, to save memory.
+
+        Returns:
+            `.logits` (b, t, v), where `logits[:, i]` predicts `input_ids[:, i]`; `.loss`, the mean over labels in
+            nats (float32), or None without labels.
+        """
+        hidden = self.hidden(clip_embeddings, input_ids, attention_mask)  # (b, t, d)
+        head = self.gpt2.get_output_embeddings()
+        logits = head(hidden) if return_logits else None
+        loss = None
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise UserError(f"labels have shape {tuple(labels.shape)}: use input_ids' {tuple(input_ids.shape)}.")
+            if logits is None:
+                loss = chunked_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten())
+            else:
+                total = F.cross_entropy(
+                    logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+                )
+                loss = total / (labels != IGNORE).sum().clamp(min=1)
+        return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+    def hidden(
+        self,
+        clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"],
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """GPT-2's last hidden states where they predict the caption: K-1 .. K+t-2 of prefix and caption together."""
+        prefix = self.prefix(clip_embeddings)
+        length, positions = prefix.shape[1], self.gpt2.config.n_positions
+        if length + input_ids.shape[1] > positions:
+            raise UserError(
+                f"captions have {input_ids.shape[1]} tokens: with a prefix of {length}, GPT-2's {positions} positions "
+                f"hold at most {positions - length}; cut them."
+            )
+        tokens = self.gpt2.get_input_embeddings()(input_ids[:, :-1])  # the last token predicts nothing
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask[:, :-1]], dim=1)
+        inputs = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
+        states = self.gpt2.transformer(inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False)
+        return states.last_hidden_state[:, length - 1 :]
+
+    def generate(
+        self, clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"], **options: Any
+    ) -> Int[Tensor, "c t"]:
+        """Captions as one tensor of token ids, padded on the right with the end token: `clipcap.decoding.decode`'s.
+
+        Rows are image by image, best first. Options are `decode`'s.
+        """
+        from clipcap.decoding import decode
+
+        rows = [torch.tensor(caption.token_ids) for image in decode(self, clip_embeddings, **options) for caption in image]
+        eos = self.config.eos_token_id
+        pad = (eos[0] if isinstance(eos, list) else eos) or 0
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self.device)
+
+
+def _absolute(name: str) -> str:
+    """A backbone's name as it will still be right in another working directory."""
+    is_path = name not in gpt2_backbones.PACKAGED and Path(name).expanduser().is_dir()
+    return str(Path(name).expanduser().resolve()) if is_path else name
+
+
+def _has_tokenizer(source: str) -> bool:
+    return not Path(source).is_dir() or any((Path(source) / n).is_file() for n in ("tokenizer.json", "vocab.json"))
+
+
+def _require_fit(source: str, info: dict[str, Any]) -> None:
+    """Raise UserError when the weights in a file are not those that its config asks for."""
+    for name, *shapes in sorted(info["mismatched_keys"]):
+        found, wanted = (tuple(shape) for shape in shapes)
+        raise UserError(
+            f"{source!r}: {name} has shape {found} but its config.json asks for {wanted}: "
+            f"use the config.json that was saved with these weights."
+        )
+    for problem, keys in (("lacks", info["missing_keys"]), ("has weights unknown to its config.json:", info["unexpected_keys"])):
+        if keys:
+            raise UserError(f"{source!r} {problem} {sorted(keys)[0]}: save the captioner again with save_pretrained.")
+
+
+def _load_named_gpt2(
+    source: str, config: ClipCapConfig, dtype: torch.dtype
+) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
+    """The frozen GPT-2 whose name a captioner keeps, checked against the sizes it was trained with."""
+    assert config.gpt2 is not None
+    try:
+        gpt2, tokenizer = load_gpt2(config.gpt2, dtype=dtype, frozen=True)
+    except UserError as error:
+        raise UserError(
+            f"captioner {source!r} needs the GPT-2 {config.gpt2!r} it was trained on, which cannot be loaded ({error}) "
+            f"Put it back there, or write its place in {source}/config.json under \"gpt2\"."
+        ) from error
+    for name in ("n_embd", "n_layer", "n_head", "vocab_size"):
+        found, wanted = getattr(gpt2.config, name), (config.gpt2_config or {}).get(name)
+        if wanted is not None and found != wanted:
+            raise UserError(
+                f"captioner {source!r} was trained on a GPT-2 with {name} {wanted} but {config.gpt2!r} has {found}: "
+                f"use the GPT-2 it was trained on."
+            )
+    return gpt2, tokenizer
+
+
+AutoConfig.register("clipcap", ClipCapConfig, exist_ok=True)
+AutoModel.register(ClipCapConfig, ClipCapModel, exist_ok=True)
