@@ -65,6 +65,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        message = f"{error.strerror or error}: {error.filename or ''} (check the path, the permissions and free disk space)."
+        place = error.filename or ""
+        message = f"{error.strerror or error}: {place} (check the path, the permissions and free disk space)."
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -57,8 +57,8 @@ def load_gpt2(
         tokenizer = AutoTokenizer.from_pretrained(source)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"{source!r}: the tokenizer has {len(tokenizer)} tokens but the token table {model.config.vocab_size} rows: "
-            f"use the tokenizer that the model was trained with."
+            f"{source!r}: the tokenizer has {len(tokenizer)} tokens but the token table "
+            f"{model.config.vocab_size} rows: use the tokenizer that the model was trained with."
         )
     model.eval().to(target)
     return (freeze(model) if frozen else model), tokenizer

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -75,13 +76,13 @@ class Score:
 @torch.no_grad()
 def score(
     model: GPT2LMHeadModel,
-    token_ids: Int[Tensor, " n"] | list[int],
+    token_ids: Int[Tensor, " n"] | np.ndarray | list[int],
     *,
     block: int = 1024,
     stride: int = 512,
     chunk: int = 2048,
 ) -> Score:
-    """Score every token after the first exactly once, each with at least `block - stride` tokens of context if there are.
+    """Score every token after the first exactly once, each with `block - stride` or more tokens of context if there are.
 
     The windows start `stride` apart and hold `block` tokens; of a window only the tokens that no earlier window
     has scored are counted, so short texts, and the last partial window, are exact.

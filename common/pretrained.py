@@ -1,4 +1,4 @@
-"""Find pre-trained weights by name: packaged, a local directory or a hub id; and say clearly when they cannot be had."""
+"""Find pre-trained weights by name: packaged, a local directory or a hub id; say clearly when they cannot be had."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def loading(name: str, packaged: dict[str, Path], what: str) -> Iterator[None]:
     except UserError:
         raise
     except (SafetensorError, EOFError) as error:
-        raise UserError(f"{what} {name!r}: the weights file is corrupt or cut short ({error}): copy it again.") from error
+        raise UserError(
+            f"{what} {name!r}: the weights file is corrupt or cut short ({error}): copy it again."
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if Path(name).expanduser().exists():

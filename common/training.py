@@ -96,7 +96,7 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
         self.order = order
         self._done = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         skip, self._done = self._done, 0
         todo = self.order.batches()[skip:]
         inner = DataLoader(
@@ -173,7 +173,7 @@ def build_trainer(
     mode: str = "min",
     callbacks: list[Callback] | None = None,
 ) -> Trainer:
-    """A Trainer that writes checkpoints `last.ckpt` and `best.ckpt`, `metrics.csv` and TensorBoard logs in `directory`."""
+    """A Trainer that writes `last.ckpt`, `best.ckpt`, `metrics.csv` and TensorBoard logs in `directory`."""
     if config.max_steps < 0 and config.max_epochs < 0:
         raise UserError("max_steps and max_epochs are both -1: set one of them.")
     require_at_least("devices", config.devices, 1)

@@ -1,0 +1,86 @@
+# Every target sets up .venv by itself: Python 3.10 to 3.12 and make are all that has to be there.
+# Another Python: make PYTHON=/path/to/python3.12 demo. Only one kind of test: make test ARGS="-k report".
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/installed.stamp
+PYTHON ?=
+ARGS ?=
+QUICK ?= --quick
+
+PACKAGES := common clipcap dietnerf recycle_gpt2 experiments benchmarks
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+COMPILE := uv pip compile pyproject.toml --extra all --universal --python-version 3.10 \
+	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+
+.PHONY: help demo test lint bench setup lock clean
+
+help: ## List the targets
+	@echo "make TARGET"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+
+demo: $(STAMP) ## Run the main job on the packaged backbones and write out/demo/index.html
+	@$(PY) -m experiments.demo $(ARGS)
+
+test: lint ## Run the whole gate: ruff, import layers, types, pytest
+	$(PY) -m pytest $(ARGS)
+
+# A package that is not written yet is an empty one to the import layers, so that their contracts stand whole.
+lint: $(STAMP) ## Run ruff, import-linter and mypy
+	$(BIN)/ruff check .
+	@rm -rf build/unwritten
+	@for p in $(PACKAGES); do \
+		test -f $$p/__init__.py || { mkdir -p build/unwritten/$$p && : > build/unwritten/$$p/__init__.py; }; \
+	done
+	PYTHONPATH=build/unwritten $(BIN)/lint-imports
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Run every benchmark, quickly (QUICK= in full)
+	@set -e; for b in benchmarks/[!_]*.py; do \
+		test -f "$$b" || { echo "there is no benchmark yet"; break; }; \
+		echo "== $$b"; $(PY) -m "benchmarks.$$(basename $$b .py)" $(QUICK) $(ARGS); \
+	done
+
+setup: $(STAMP) ## Only install
+
+lock: $(STAMP) ## Resolve pyproject.toml again into requirements.lock
+	@$(PY) -c 'import uv' 2>/dev/null || $(PY) -m pip install --quiet uv
+	$(BIN)/$(COMPILE) --upgrade --output-file requirements.lock >/dev/null
+
+clean: ## Remove what the other targets made: .venv, out, build, caches
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp goes first and comes back last: an install that was cut short is taken up again.
+$(STAMP): requirements.lock pyproject.toml
+	@rm -f $@; \
+	if ! $(PY) -c '$(SUITABLE)' 2>/dev/null; then \
+		found=; seen=; \
+		for p in $(or $(PYTHON),python3.11 python3.12 python3.10 python3 python); do \
+			if "$$p" -c '$(SUITABLE)' 2>/dev/null; then found=$$p; break; fi; \
+			seen="$$seen $$("$$p" --version 2>/dev/null || true)"; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "error: no Python 3.10, 3.11 or 3.12 with venv and ensurepip found (found:$${seen:- none})." >&2; \
+			echo "Install one (Debian, Ubuntu: apt install python3 python3-venv) or give it: make PYTHON=/path/to/python3.11 ..." >&2; \
+			exit 1; \
+		fi; \
+		echo "creating $(VENV) with $$("$$found" --version)"; \
+		"$$found" -m venv --clear $(VENV) || exit 1; \
+	fi; \
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null || exit 1; \
+	if $(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install --quiet --disable-pip-version-check uv; then \
+		pip="$(PY) -m uv pip"; python="--python $(PY)"; \
+	else \
+		echo "uv cannot be had: installing with pip, which takes longer"; \
+		pip="$(PY) -m pip"; python=; \
+	fi; \
+	echo "installing requirements.lock (several GB the first time)"; \
+	$$pip install --quiet $$python -r requirements.lock && \
+	$$pip install --quiet $$python --no-deps --editable . && \
+	touch $@
