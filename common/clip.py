@@ -1,0 +1,451 @@
+"""Frozen CLIP behind one interface, whichever library holds the weights: packaged, Hugging Face or open_clip."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from common.checks import UserError, require_file
+from common.pretrained import ASSETS, loading, locate
+from common.runtime import resolve_device
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedTokenizerBase
+
+PACKAGED = {"tiny": ASSETS / "clip-tiny"}
+OPEN_CLIP_PREFIX = "open_clip:"
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+WIDEST_ASPECT = 32
+
+
+class ImageFeatures(NamedTuple):
+    """What the vision tower knows of a batch of images."""
+
+    class_token: Float[Tensor, "b w"]
+    """ViT: the class token of the last hidden state, before the final layer norm and the projection (DietNeRF's
+    choice). ResNet, which has none: the spatial mean of `patches`, the query of its attention pooling."""
+    patches: Float[Tensor, "b n w"]
+    """ViT: the patch tokens beside it, row by row. ResNet: the feature map before attention pooling, flattened."""
+    embedding: Float[Tensor, "b e"]
+    """After the projection, not normalised: what `FrozenCLIP.encode_images` gives."""
+
+
+def load_clip(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+) -> FrozenCLIP:
+    """Load a CLIP and freeze it.
+
+    Args:
+        name: "tiny" (packaged, offline); a Hugging Face id such as "openai/clip-vit-base-patch32" or a directory;
+            or "open_clip:ARCH/TAG" and "open_clip:ARCH/PATH" with PATH a .pt, .bin or .safetensors file, such as
+            "open_clip:RN50/openai" or "open_clip:ViT-B-32-quickgelu//data/ViT-B-32.safetensors". A tag knows
+            its activation; with a path, ARCH must name it: OpenAI's weights need the "-quickgelu" kind.
+        device: "auto", "cpu", "cuda", ...
+        dtype: of the weights; None is float32 whatever the file holds.
+
+    Raises:
+        UserError: the name is unknown, files are missing, corrupt or of other sizes, or it is not a CLIP.
+    """
+    target = resolve_device(device)
+    text = os.fspath(name)
+    try:
+        if text.startswith(OPEN_CLIP_PREFIX):
+            backbone, preprocess = _load_open_clip(text)
+        else:
+            backbone, preprocess = _load_hugging_face(text)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"CLIP {text!r}: the weights file is corrupt or holds more than weights: copy it again.") from error
+    return FrozenCLIP(text, backbone.to(device=target, dtype=dtype or torch.float32), preprocess)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Images -> CLIP's pixels. Holds no weights, so a DataLoader's workers can carry it."""
+
+    size: int
+    """Side of the square that the vision tower sees, in pixels."""
+    mean: tuple[float, ...] = OPENAI_MEAN
+    std: tuple[float, ...] = OPENAI_STD
+    interpolation: str = "bicubic"
+    squash: bool = False
+    """Resize both sides to `size`; otherwise the shorter side, and crop the centre."""
+
+    def __call__(
+        self, images: Image.Image | Sequence[Image.Image] | Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b 3 s s"]:
+        """Resize with antialiasing, crop the centre, rescale and normalise (Radford et al. 2021).
+
+        Args:
+            images: PIL images of any size and mode (the first frame, upright, over white), one or many; or a
+                float tensor in [0, 1], through which gradients flow. The tensor's resize is not clipped to [0, 1]
+                as PIL's is, so that no pixel loses its gradient.
+
+        Returns:
+            float32; on the CPU for PIL images, on their own device for tensors.
+
+        Raises:
+            UserError: no images, wrong shape or type, NaN, values outside [0, 1], a file that cannot be read.
+        """
+        from torchvision.transforms import functional
+
+        if isinstance(images, Tensor):
+            _check_image_tensor(images)
+            pixels = self._fit(images.float())
+        else:
+            several = [images] if isinstance(images, Image.Image) else list(images)
+            if not several:
+                raise UserError("images is empty: give at least one image.")
+            pixels = torch.stack([functional.to_tensor(self._fit(to_rgb(image))) for image in several])
+        return functional.normalize(pixels, list(self.mean), list(self.std))
+
+    def _fit(self, image: Any) -> Any:
+        """Resize and crop a PIL image or a tensor to the square."""
+        from torchvision.transforms import functional
+
+        kind = functional.InterpolationMode(self.interpolation)
+        if self.squash:
+            return functional.resize(image, [self.size, self.size], kind, antialias=True)
+        _, height, width = functional.get_dimensions(image)
+        longest = WIDEST_ASPECT * min(height, width)
+        if max(height, width) > longest:  # a strip: the crop would drop all but its middle after a huge resize
+            image = functional.center_crop(image, [min(height, longest), min(width, longest)])
+        return functional.center_crop(functional.resize(image, [self.size], kind, antialias=True), [self.size, self.size])
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode as 8-bit RGB: first frame, upright by its EXIF tag, over white where transparent.
+
+    16-bit grey is scaled from [0, 65535], floating point grey from [0, 1] or else [0, 255].
+
+    Raises:
+        UserError: not a PIL image, a file that cannot be read, a mode without a meaning as colour, or no pixels.
+    """
+    if not isinstance(image, Image.Image):
+        raise UserError(f"image is a {type(image).__name__}: give PIL images, or a float tensor (b, 3, h, w).")
+    name = getattr(image, "filename", "") or "image"
+    try:
+        if image.tell():
+            image.seek(0)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            image = _grey_to_8_bit(image)
+        if image.has_transparency_data:
+            image = image.convert("LA") if image.mode == "La" else image
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name!r} cannot be read as an image ({error}): replace or remove it.") from error
+    if 0 in image.size:
+        raise UserError(f"{name!r} is {image.width}x{image.height} pixels: give an image with pixels.")
+    return image
+
+
+class FrozenCLIP(nn.Module):
+    """A CLIP whose weights never change; use `load_clip` to make one.
+
+    It may sit inside a module that is trained: it stays in eval mode and follows `.to()`, but has no parameters
+    and nothing in `state_dict()`, so no optimizer and no checkpoint ever holds it.
+    """
+
+    def __init__(self, name: str, backbone: _Backbone, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.name = name
+        self.preprocess = preprocess
+        backbone.requires_grad_(False).eval()
+        self._unregistered = (backbone,)  # a tuple hides it from parameters(), state_dict() and train()
+        self.training = False
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the vision tower sees, in pixels (s)."""
+        return self.preprocess.size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of the red, green and blue that `preprocess` subtracts."""
+        return self.preprocess.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of the red, green and blue that `preprocess` divides by."""
+        return self.preprocess.std
+
+    @property
+    def width(self) -> int:
+        """Width of embeddings (e)."""
+        return self._backbone.width
+
+    @property
+    def patch_width(self) -> int:
+        """Width of the vision tower's features (w)."""
+        return self._backbone.patch_width
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self._backbone.parameters()).dtype
+
+    def encode_images(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"]:
+        """Embeddings, not normalised, of what `preprocess` gave. Gradients reach `pixels` when it asks for them."""
+        return self.encode_image_features(pixels).embedding
+
+    def encode_image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
+        """The embeddings together with the class token and patches that they are made from.
+
+        Raises:
+            UserError: `pixels` has another shape than (b, 3, s, s).
+        """
+        size = self.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise UserError(f"pixels has shape {tuple(pixels.shape)}: {self.name!r} needs (b, 3, {size}, {size}); use preprocess.")
+        return self._backbone.image_features(pixels.to(self.device, self.dtype))
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "b e"]:
+        """Embeddings, not normalised, of texts, each cut to the tower's context length.
+
+        Raises:
+            UserError: no texts, or one string instead of a list.
+        """
+        if isinstance(texts, str):
+            raise UserError(f"texts is the string {texts!r}: give a list of strings.")
+        if not len(texts):
+            raise UserError("texts is empty: give at least one text.")
+        return self._backbone.text_embeddings(list(texts))
+
+    def train(self, mode: bool = True) -> FrozenCLIP:
+        """Stays in eval mode."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenCLIP:
+        """Stays frozen."""
+        return self
+
+    @property
+    def _backbone(self) -> _Backbone:
+        return self._unregistered[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCLIP:
+        """What `.to()`, `.cuda()`, `.bfloat16()`, ... call, also from a module around this one."""
+        self._backbone._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, image_size={self.image_size}, width={self.width}, patch_width={self.patch_width}"
+
+
+class _Backbone(nn.Module, ABC):
+    """The two towers as one library holds them."""
+
+    width: int
+    patch_width: int
+
+    @abstractmethod
+    def image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures: ...
+
+    @abstractmethod
+    def text_embeddings(self, texts: list[str]) -> Float[Tensor, "b e"]: ...
+
+
+class _HuggingFace(_Backbone):
+    def __init__(self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.width: int = model.config.projection_dim
+        self.patch_width: int = model.config.vision_config.hidden_size
+
+    def image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
+        vision = self.model.vision_model(pixel_values=pixels)
+        tokens = vision.last_hidden_state  # (b, 1 + n, w)
+        return ImageFeatures(tokens[:, 0], tokens[:, 1:], self.model.visual_projection(vision.pooler_output))
+
+    def text_embeddings(self, texts: list[str]) -> Float[Tensor, "b e"]:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        text = self.model.text_model(**tokens.to(self.model.device))
+        return self.model.text_projection(text.pooler_output)
+
+
+class _OpenClip(_Backbone):
+    def __init__(self, model: Any, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.has_class_token = hasattr(model.visual, "class_embedding")
+        self.width: int = model.visual.output_dim
+        self.patch_width: int = (
+            model.visual.class_embedding.shape[0] if self.has_class_token else model.visual.attnpool.q_proj.in_features
+        )
+
+    def image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
+        visual = self.model.visual
+        if self.has_class_token:
+            found = visual.forward_intermediates(pixels, indices=1, output_fmt="NLC", output_extra_tokens=True)
+            class_token = found["image_intermediates_prefix"][0][:, 0]
+            return ImageFeatures(class_token, found["image_intermediates"][0], found["image_features"])
+        found = visual.forward_intermediates(pixels, indices=1)
+        patches = found["image_intermediates"][0].flatten(2).transpose(1, 2)  # (b, n, w)
+        return ImageFeatures(patches.mean(dim=1), patches, found["image_features"])
+
+    def text_embeddings(self, texts: list[str]) -> Float[Tensor, "b e"]:
+        return self.model.encode_text(self.tokenizer(texts).to(self.model.logit_scale.device))
+
+
+def _load_hugging_face(name: str) -> tuple[_Backbone, Preprocess]:
+    from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+    source = locate(name, PACKAGED, "CLIP")
+    with loading(source, PACKAGED, "CLIP"):
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != "clip":
+            raise UserError(f"{source!r} is a {config.model_type!r} model: give one of the CLIP family.")
+        model, report = CLIPModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        for key, found, needed in sorted(report["mismatched_keys"]):
+            raise UserError(
+                f"CLIP {source!r}: {key} has shape {tuple(found)} but its config.json asks for {tuple(needed)}: "
+                f"use the config.json that the weights were saved with."
+            )
+        for key in sorted(report["missing_keys"]):
+            raise UserError(f"CLIP {source!r} lacks weights that its config.json asks for, such as {key!r}.")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        end = config.text_config.eos_token_id
+        if len(tokenizer) > config.text_config.vocab_size or end not in (2, tokenizer.eos_token_id):  # 2: old configs
+            raise UserError(
+                f"CLIP {source!r}: the tokenizer ({len(tokenizer)} tokens, end {tokenizer.eos_token_id}) does not fit the "
+                f"text tower ({config.text_config.vocab_size} tokens, end {end}): use the one it was trained with."
+            )
+        try:
+            processor = CLIPImageProcessor.from_pretrained(source)
+        except OSError:  # weights saved without their processor
+            processor = CLIPImageProcessor()
+    preprocess = Preprocess(
+        size=config.vision_config.image_size, mean=tuple(processor.image_mean), std=tuple(processor.image_std)
+    )
+    return _HuggingFace(model, tokenizer), preprocess
+
+
+def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
+    import open_clip
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
+
+    arch, slash, weights = name.removeprefix(OPEN_CLIP_PREFIX).partition("/")
+    if arch not in open_clip.list_models():
+        near = difflib.get_close_matches(arch, open_clip.list_models(), n=5, cutoff=0)
+        raise UserError(f"open_clip has no architecture {arch!r}: choose one such as {', '.join(near)}.")
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if not weights:
+        raise UserError(f"CLIP {name!r} names no weights: add /PATH of a checkpoint, or /TAG, one of {', '.join(tags)}.")
+    tagged = open_clip.get_pretrained_cfg(arch, weights)
+    if not tagged and weights.lower().endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.exists(weights):
+        weights = str(require_file(Path(weights).expanduser(), "open_clip checkpoint"))
+    elif not tagged:
+        raise UserError(f"open_clip has no weights {weights!r} for {arch!r}: give a file's path, or one of {', '.join(tags)}.")
+    with loading(name, PACKAGED, "CLIP"):
+        model = open_clip.create_model(
+            arch,
+            pretrained=weights if tagged else None,
+            force_quick_gelu=tagged.get("quick_gelu", False),
+            pretrained_hf=False,
+            load_weights_only=True,
+        )
+        tokenizer = open_clip.get_tokenizer(arch)
+    if not isinstance(model.visual, VisionTransformer | ModifiedResNet) or isinstance(model, open_clip.CoCa):
+        raise UserError(
+            f"open_clip architecture {arch!r} has a {type(model.visual).__name__} vision tower without a class token: "
+            f"use a ViT or RN architecture, such as ViT-B-32 or RN50."
+        )
+    if not tagged:
+        _load_checkpoint(model, arch, weights)
+    config = model.visual.preprocess_cfg
+    if config["resize_mode"] == "longest":
+        raise UserError(f"CLIP {name!r} pads its images, which is not supported: use other weights.")
+    size = config["size"]
+    preprocess = Preprocess(
+        size=size if isinstance(size, int) else size[0],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        squash=config["resize_mode"] == "squash",
+    )
+    return _OpenClip(model, tokenizer), preprocess
+
+
+def _load_checkpoint(model: Any, arch: str, path: str) -> None:
+    """Put a checkpoint file's weights into an open_clip model, exactly: none missing, left over or of another size.
+
+    open_clip's own loader would stretch position embeddings of another image size without a word.
+    """
+    from open_clip.factory import load_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    try:
+        state = dict(load_state_dict(path, weights_only=True))
+    except Exception as error:  # pickle, zip, safetensors and torch each have their own for a broken file
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"open_clip checkpoint {path!r} is a TorchScript program, which is not loaded for safety: "
+                f"keep its weights only, torch.save(torch.jit.load(PATH).float().state_dict(), NEW_PATH)."
+            ) from error
+        raise UserError(f"open_clip checkpoint {path!r} is corrupt, cut short or not a checkpoint: copy it again.") from error
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for key in ("input_resolution", "context_length", "vocab_size"):  # notes in OpenAI's files
+        state.pop(key, None)
+    needed = model.state_dict()
+    fix = f"choose the architecture that it was trained with instead of {arch!r}."
+    for key in sorted(needed.keys() & state.keys()):
+        if needed[key].squeeze().shape != state[key].squeeze().shape:  # logit_scale may be (1,)
+            raise UserError(
+                f"open_clip checkpoint {path!r}: {key} has shape {tuple(state[key].shape)} but {arch!r} needs "
+                f"{tuple(needed[key].shape)}: {fix}"
+            )
+    missing = sorted(key for key in needed.keys() - state.keys() if not key.endswith("num_batches_tracked"))
+    if missing:
+        raise UserError(f"open_clip checkpoint {path!r} lacks {missing[0]!r} and {len(missing) - 1} more weights: {fix}")
+    extra = sorted(state.keys() - needed.keys())
+    if extra:
+        raise UserError(f"open_clip checkpoint {path!r} holds {extra[0]!r} and {len(extra) - 1} more weights too many: {fix}")
+    model.load_state_dict({key: value.reshape(needed[key].shape) for key, value in state.items()}, strict=False)
+
+
+def _check_image_tensor(images: Tensor) -> None:
+    """Raise UserError unless `images` is a float batch (b, 3, h, w) of values in [0, 1]."""
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise UserError(f"images has shape {tuple(images.shape)}: give (b, 3, h, w).")
+    if not images.is_floating_point():
+        raise UserError(f"images has dtype {images.dtype}: give floats in [0, 1].")
+    low, high = (value.item() for value in images.detach().aminmax())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also NaN
+        raise UserError(f"images has values from {low:.4g} to {high:.4g}: give finite values in [0, 1].")
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and floating point grey as mode L, which PIL's own conversion would only clip at 255."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255):
+        values = values * (255 / 65535)
+    elif image.mode == "F" and values.max(initial=0) <= 1:
+        values = values * 255
+    return Image.fromarray(np.nan_to_num(values).round().clip(0, 255).astype(np.uint8))
