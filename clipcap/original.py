@@ -1,0 +1,186 @@
+"""The original ClipCap project's files and rules: load its `.pt` checkpoints, convert them, and its loss as it was."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from clipcap.model import ClipCapConfig, ClipCapModel
+from common.checks import UserError, require_at_least, require_file
+from common.gpt2 import load_gpt2
+
+BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
+"""Masks that old versions of transformers kept among the weights."""
+
+
+def load_original_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    n_head: int = 12,
+    gpt2: str | None = None,
+    mapper_heads: int = 8,
+    clip: str | None = None,
+    normalize_embeddings: bool = False,
+    eos_token_id: int | list[int] | None = None,
+) -> ClipCapModel:
+    """Load a checkpoint that the original project's `train.py` saved; sizes and mapper type come from the file.
+
+    Args:
+        path: `.pt` file with `clip_project.*` and, unless it is prefix-only, `gpt.*`.
+        n_head: attention heads of its GPT-2, which the file does not tell (12 for gpt2, 16 medium, 20 large, 25 xl).
+        gpt2: name or directory of the GPT-2 it was trained on. Needed when the file holds the mapper alone, which is
+            then a frozen backbone; otherwise only its tokenizer is taken from there.
+        mapper_heads: heads of a Transformer mapper; the original always has 8.
+        clip: name of the CLIP it was trained on, such as "openai/clip-vit-base-patch32".
+        normalize_embeddings: it was trained with `--normalize_prefix`.
+        eos_token_id: token that ends its captions (the original stops at ".", 13 in GPT-2's vocabulary).
+
+    Raises:
+        UserError: not such a file, damaged, holding code, or without GPT-2 where none is named.
+    """
+    path = require_file(path, "checkpoint")
+    require_at_least("n_head", n_head, 1)
+    weights = _read(path)
+    mapper = {k.removeprefix("clip_project."): v for k, v in weights.items() if k.startswith("clip_project.")}
+    language = {
+        k.removeprefix("gpt."): v for k, v in weights.items() if k.startswith("gpt.") and not BUFFERS.search(k)
+    }
+    backbone, tokenizer = load_gpt2(gpt2) if gpt2 is not None else (None, None)
+    if language:
+        gpt2_config = _gpt2_sizes(path, language, n_head)
+    elif backbone is not None:
+        gpt2_config = backbone.config.to_dict()
+    else:
+        raise UserError(f"checkpoint {str(path)!r} holds the mapper alone: name the GPT-2 it was trained on (gpt2).")
+    config = ClipCapConfig(
+        **_mapper_sizes(path, mapper, gpt2_config["n_embd"]),
+        mapper_heads=mapper_heads,
+        normalize_embeddings=normalize_embeddings,
+        tune_gpt2=bool(language),
+        gpt2=gpt2,
+        gpt2_config=gpt2_config,
+        clip=clip,
+        eos_token_id=eos_token_id if eos_token_id is not None else gpt2_config.get("eos_token_id"),
+    )
+    if not language:
+        model = ClipCapModel.from_backbones(config)
+    else:
+        model = ClipCapModel(config)
+        _load(path, model.gpt2, language, "gpt.", ignore={"lm_head.weight"})
+        model.tokenizer = tokenizer
+    _load(path, model.mapper, mapper, "clip_project.")
+    return model.eval()
+
+
+def convert(path: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> ClipCapModel:
+    """Write an original checkpoint as a captioner's directory; options are `load_original_checkpoint`'s."""
+    model = load_original_checkpoint(path, **options)
+    model.save_pretrained(out)
+    return model
+
+
+def original_loss(
+    logits: Float[Tensor, "b t v"], input_ids: Int[Tensor, "b t"]
+) -> Float[Tensor, ""]:
+    """The original's loss: mean over all tokens but those with id 0, which it takes for padding.
+
+    Token 0 is "!" in GPT-2's vocabulary, so a caption's "!" is never learned, and the original has no end token.
+    Kept to compare with; training uses `ClipCapModel.forward` with labels.
+    """
+    return F.cross_entropy(logits.flatten(0, 1).float(), input_ids.flatten(), ignore_index=0)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors in a checkpoint, read without running any code that it may hold."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and "nsupported" in str(error):
+            raise UserError(
+                f"checkpoint {str(path)!r} holds objects other than tensors, which could run code when loaded: refused; "
+                f"save its state_dict() alone."
+            ) from error
+        raise UserError(f"checkpoint {str(path)!r} is not a PyTorch checkpoint or is damaged: copy it again.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {str(path)!r} is not a PyTorch checkpoint or is damaged: copy it again.") from error
+    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
+        weights = weights["state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"checkpoint {str(path)!r} is not a state_dict: save the model's state_dict() alone.")
+    weights = {str(k).removeprefix("module."): v for k, v in weights.items()}
+    if not any(k.startswith("clip_project.") for k in weights):
+        raise UserError(f"checkpoint {str(path)!r} has no clip_project.* weights: it is not the original ClipCap's.")
+    return weights
+
+
+def _gpt2_sizes(path: Path, weights: dict[str, Tensor], n_head: int) -> dict[str, Any]:
+    """GPT-2's config from its weights; the number of heads must be told."""
+    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        if name not in weights or weights[name].ndim != 2:
+            raise UserError(f"checkpoint {str(path)!r} lacks gpt.{name}: it is cut short or not a GPT-2's.")
+    vocabulary, width = weights["transformer.wte.weight"].shape
+    if width % n_head:
+        raise UserError(f"n_head is {n_head}: use a divisor of this GPT-2's width {width}.")
+    layers = {int(m[1]) for k in weights if (m := re.match(r"transformer\.h\.(\d+)\.", k))}
+    inner = weights.get("transformer.h.0.mlp.c_fc.weight")
+    end = 50256 if vocabulary > 50256 else None
+    return {
+        "vocab_size": vocabulary,
+        "n_embd": width,
+        "n_layer": len(layers),
+        "n_head": n_head,
+        "n_positions": weights["transformer.wpe.weight"].shape[0],
+        "n_inner": inner.shape[1] if inner is not None and inner.shape[1] != 4 * width else None,
+        "bos_token_id": end,
+        "eos_token_id": end,
+    }
+
+
+def _mapper_sizes(path: Path, weights: dict[str, Tensor], width: int) -> dict[str, Any]:
+    """The mapper's fields of ClipCapConfig from its weights."""
+    sizes: dict[str, Any]
+    if "model.0.weight" in weights and "model.2.weight" in weights:
+        out = weights["model.2.weight"].shape[0]
+        sizes = {"mapper": "mlp", "clip_width": weights["model.0.weight"].shape[1], "prefix_length": out // width}
+    elif "prefix_const" in weights and "linear.weight" in weights:
+        out, clip_width = weights["linear.weight"].shape
+        layers = {m[1] for k in weights if (m := re.match(r"transformer\.layers\.(\d+)\.", k))}
+        sizes = {
+            "mapper": "transformer",
+            "clip_width": clip_width,
+            "prefix_length": weights["prefix_const"].shape[0],
+            "clip_length": out // width,
+            "mapper_layers": len(layers),
+        }
+    else:
+        raise UserError(f"checkpoint {str(path)!r}: clip_project.* is neither the MLP nor the Transformer mapper.")
+    if out % width:
+        raise UserError(f"checkpoint {str(path)!r}: its mapper makes vectors that GPT-2's width {width} does not divide.")
+    return sizes
+
+
+def _load(
+    path: Path, module: torch.nn.Module, weights: dict[str, Tensor], prefix: str, ignore: frozenset[str] | set[str] = frozenset()
+) -> None:
+    """Load `weights`, which must be exactly the module's."""
+    own = module.state_dict()
+    for name in sorted(own.keys() - ignore):
+        if name not in weights:
+            raise UserError(f"checkpoint {str(path)!r} lacks {prefix}{name}: it is cut short, or of another version.")
+        if weights[name].shape != own[name].shape:
+            raise UserError(
+                f"checkpoint {str(path)!r}: {prefix}{name} has shape {tuple(weights[name].shape)} where its other "
+                f"weights ask for {tuple(own[name].shape)}: copy it again."
+            )
+    unknown = sorted(weights.keys() - own.keys() - ignore)
+    if unknown:
+        raise UserError(f"checkpoint {str(path)!r} has {prefix}{unknown[0]}, which the original ClipCap has not.")
+    module.load_state_dict({k: v for k, v in weights.items() if k in own and k not in ignore}, strict=False)
