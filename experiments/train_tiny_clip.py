@@ -34,7 +34,6 @@ from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
 from experiments.scenes.captions import caption, counterfactual
 from experiments.scenes.dataset import load_split
-from experiments.scenes.graph import camera_from_json, scene_from_json
 
 MEAN = STD = (0.5, 0.5, 0.5)
 IMAGE_SIZE = 96
@@ -53,7 +52,7 @@ class Config:
     """Optimizer steps."""
     families: int = 16
     """Families of 4 scenes, each seen by 2 cameras, in a batch."""
-    negatives: int = 2
+    negatives: int = 1
     """Captions with one wrong attribute for each image."""
     lr_muon: float = 0.02
     """Muon's rate, for hidden matrices."""
@@ -74,16 +73,16 @@ class Config:
 
 def train_tokenizer(captions: Sequence[str], directory: Path) -> CLIPTokenizer:
     """CLIP's byte-level BPE with end-of-word marks, trained on `captions`."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(r"\s+", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(Regex(r"\s+"), "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=766, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=1200, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     bpe.train_from_iterator(captions, trainer)
     trained = json.loads(bpe.to_str())["model"]
@@ -126,11 +125,9 @@ class Families(Dataset[dict[str, Any]]):
         self.images, self.records = load_split(directory, split)
         self.negatives, self.full, self.seed, self.draws = negatives, full, seed, 0
         rows: dict[int, list[int]] = {}
-        for row, record in enumerate(self.records):
-            rows.setdefault(record["family"], []).append(row)
-        size = max(map(len, rows.values()))
-        self.rows = [sorted(r, key=lambda i: (self.records[i]["index"], self.records[i]["view"]))
-                     for r in rows.values() if len(r) == size]
+        for row, record in enumerate(self.records):  # a scene's two views follow one another
+            rows.setdefault(record.family, []).append(row)
+        self.rows = list(rows.values())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -141,17 +138,16 @@ class Families(Dataset[dict[str, Any]]):
         captions, wrong, full = [], [], []
         for row in self.rows[item]:
             record = self.records[row]
-            scene, camera = scene_from_json(record["scene"]), camera_from_json(record["camera"])
             full.append(rng.random() < self.full)
-            captions.append(caption(scene, camera, rng, detail="full") if full[-1]
-                            else rng.choice(record["captions"]))
-            wrong += [caption(counterfactual(scene, rng), camera, rng, detail="full") for _ in range(self.negatives)]
+            captions.append(caption(record.scene, record.camera, rng, detail="full" if full[-1] else "some"))
+            wrong += [caption(counterfactual(record.scene, rng), record.camera, rng, detail="full")
+                      for _ in range(self.negatives)]
         return {
             "images": self.images[self.rows[item]],
             "captions": captions,
             "wrong": wrong,
             "full": full,
-            "scenes": [self.records[row]["index"] for row in self.rows[item]],
+            "scenes": [4 * record.family + record.scene_index for record in map(self.records.__getitem__, self.rows[item])],
             "family": item,
         }
 
@@ -311,7 +307,7 @@ def main(config: Config) -> None:
     valid = Families(config.scenes, "val", negatives=config.negatives, full=1.0, seed=config.runtime.seed)
     directory = config.out / "clip-tiny"
     tokenizer = train_tokenizer(
-        [text for record in train.records for text in (*record["captions"], record["full_caption"])], directory
+        [text for record in train.records for text in (*record.captions, record.full_caption)], directory
     )
     model = build_model(tokenizer)
     join = collate(tokenizer)
