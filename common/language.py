@@ -82,7 +82,7 @@ def score(
     stride: int = 512,
     chunk: int = 2048,
 ) -> Score:
-    """Score every token after the first exactly once, each with `block - stride` or more tokens of context if there are.
+    """Score every token after the first exactly once, after at least `block - stride` tokens if so many precede it.
 
     The windows start `stride` apart and hold `block` tokens; of a window only the tokens that no earlier window
     has scored are counted, so short texts, and the last partial window, are exact.
