@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from common.checks import UserError
 
-# What pycocoevalcap's PTBTokenizer drops.
-_PUNCTUATION = {"''", "'", "``", "`", "-lrb-", "-rrb-", "-lcb-", "-rcb-", '"', ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+# What pycocoevalcap's PTBTokenizer drops and how it writes brackets (its list of brackets to drop is in upper case,
+# its tokens in lower case, so it keeps them).
+_PUNCTUATION = {"''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
 _WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)\b|\w+(?=n't)|\w+(?:[-.]\w+)*|[^\w\s]", re.IGNORECASE)
 
 
@@ -50,7 +52,7 @@ def tokenize(captions: Mapping[str, Sequence[str]], tokenizer: str = "auto") -> 
 
 def _words(text: str) -> str:
     words = _WORD.findall(text.lower().replace("cannot", "can not"))
-    return " ".join(word for word in words if word not in _PUNCTUATION)
+    return " ".join(_BRACKETS.get(word, word) for word in words if word not in _PUNCTUATION)
 
 
 @contextlib.contextmanager
