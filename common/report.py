@@ -147,8 +147,11 @@ def data_uri(picture: Picture) -> str:
             raise UserError(f"picture {str(path)!r} is no {', '.join(MEDIA_TYPES)} file: convert it first.")
         media, content = MEDIA_TYPES[path.suffix.lower()], path.read_bytes()
     elif hasattr(picture, "savefig"):
+        from matplotlib import rc_context
+
         buffer = io.StringIO()
-        picture.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        with rc_context({"svg.hashsalt": "page"}):  # the same figure gives the same bytes
+            picture.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         media, content = "image/svg+xml", buffer.getvalue().encode()
     else:
         image, packed = _to_pil(picture), io.BytesIO()
