@@ -1,0 +1,90 @@
+"""Device, precision, seed."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from common.checks import UserError
+from common.runtime import (
+    RuntimeConfig,
+    autocast,
+    fork_generators,
+    hardware,
+    resolve_device,
+    resolve_dtype,
+    seed_everything,
+    start,
+    versions,
+)
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match="device is 'gpu0'"):
+        resolve_device("gpu0")
+    with pytest.raises(UserError, match="CUDA devices are here"):
+        resolve_device("cuda:99")
+
+
+def test_precision():
+    assert resolve_dtype("fp32") == torch.float32 and resolve_dtype("bf16") == torch.bfloat16
+    with pytest.raises(UserError, match="choose one of fp32, bf16"):
+        resolve_dtype("fp16")
+    a = torch.randn(2, 2)
+    with autocast(torch.device("cpu"), "bf16"):
+        assert (a @ a).dtype == torch.bfloat16
+    with autocast(torch.device("cpu"), "fp32"):
+        assert (a @ a).dtype == torch.float32
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_one_seed_decides_every_generator():
+    seed_everything(3)
+    first = draw()
+    assert draw() != first
+    seed_everything(3)
+    assert draw() == first
+    seed_everything(2**40)  # more than NumPy takes
+    with pytest.raises(UserError, match="seed is -1"):
+        seed_everything(-1)
+
+
+def test_start_applies_and_checks_the_configuration():
+    threads = torch.get_num_threads()
+    try:
+        assert start(RuntimeConfig(device="cpu", seed=3, threads=1)) == torch.device("cpu")
+        assert torch.get_num_threads() == 1
+        first = draw()
+        start(RuntimeConfig(device="cpu", seed=3))
+        assert draw() == first
+    finally:
+        torch.set_num_threads(threads)
+    with pytest.raises(UserError, match="threads is -1"):
+        start(RuntimeConfig(threads=-1))
+    with pytest.raises(UserError, match="precision"):
+        start(RuntimeConfig(precision="fp8"))  # type: ignore[arg-type]
+
+
+def test_fork_generators_leaves_the_outer_state():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with fork_generators(7):
+        inner = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with fork_generators(7):
+        assert torch.equal(torch.rand(3), inner)
+
+
+def test_hardware_and_versions_for_cards():
+    assert "cores" in hardware() and "\n" not in hardware()
+    assert versions()["torch"] == torch.__version__.split("+")[0] or "torch" in versions()
