@@ -207,10 +207,12 @@ class _Decoder:
         self, inputs: Float[Tensor, "b n d"], position: int, visible: Bool[Tensor, "b 1 n m"]
     ) -> Float[Tensor, "b n d"]:
         count = inputs.shape[1]
-        places = torch.arange(count, device=inputs.device) if position == 0 else inputs.new_full((count,), position).long()
+        # Prefixes begin at 0; later the tokens side by side are of different beams, all at one position.
+        places = torch.arange(count) if position == 0 else torch.full((count,), position)
         mask = torch.zeros(visible.shape, dtype=inputs.dtype, device=inputs.device).masked_fill_(~visible, NEVER)
         states = self.transformer(
-            inputs_embeds=inputs, position_ids=places[None], attention_mask=mask, past_key_values=self, use_cache=True
+            inputs_embeds=inputs, position_ids=places[None].to(inputs.device), attention_mask=mask,
+            past_key_values=self, use_cache=True,
         )
         self.filled += count
         return states.last_hidden_state
@@ -266,7 +268,7 @@ def _top_logits(
 
 
 def _topk(x: Float[Tensor, "n m"], count: int, *, block: int = 64) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """`x.topk(count)`, by way of the maxima of blocks of columns: the largest `count` lie in the `count` best blocks."""
+    """`x.topk(count)` by the maxima of blocks of columns: the `count` largest lie in the `count` best blocks."""
     rows, columns = x.shape
     blocks = columns // block
     if blocks <= count:

@@ -1,4 +1,4 @@
-"""ClipCap as a Hugging Face model: a mapper that makes a prefix from CLIP's embedding, and the GPT-2 that continues it."""
+"""ClipCap as a Hugging Face model: a mapper makes a prefix from CLIP's embedding, and GPT-2 continues it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ PACKAGED = {"tiny": ASSETS / "captioner-tiny"}
 WHAT = "captioner"
 INPUTS = ("embedding", "patches")
 MAPPERS = ("mlp", "transformer")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 class ClipCapConfig(PreTrainedConfig):
@@ -186,7 +187,7 @@ class ClipCapModel(PreTrainedModel):
             UserError: no such captioner, its weights do not fit its config, or its GPT-2 cannot be found.
         """
         source = locate(pretrained_model_name_or_path, PACKAGED, WHAT)
-        hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "subfolder")}
+        hub = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
         want_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("ignore_mismatched_sizes", None)
         with loading(source, PACKAGED, WHAT):
@@ -195,24 +196,20 @@ class ClipCapModel(PreTrainedModel):
                 if kind != "clipcap":
                     raise UserError(f"{source!r} is a {kind!r} model, not a captioner: give a clipcap checkpoint.")
                 config = ClipCapConfig.from_pretrained(source, **hub)
-            wanted = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-            if wanted == "auto":
-                wanted = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
-            if wanted is None and dtype is not None:
-                raise UserError(f"dtype is {dtype!r}: use float32, bfloat16 or float16.")
+            wanted = _resolve_dtype(dtype, config)
             model, info = super().from_pretrained(
-                source, *model_args, config=config, dtype=wanted or torch.float32, with_gpt2=config.saves_gpt2,
+                source, *model_args, config=config, dtype=wanted, with_gpt2=config.saves_gpt2,
                 ignore_mismatched_sizes=True, output_loading_info=True, **kwargs,
             )
             _require_fit(source, info)
             tokenizer = AutoTokenizer.from_pretrained(source, **hub) if _has_tokenizer(source) else None
         if not config.saves_gpt2:
-            gpt2 = _load_named_gpt2(source, config, wanted or torch.float32)
+            gpt2 = _load_named_gpt2(source, config, wanted)
             model._attach(gpt2[0], tokenizer or gpt2[1])
         else:
             model._attach(model.gpt2, tokenizer)
         model.to(device).eval()
-        return (model, info) if want_info else model
+        return (model, info) if want_info else model  # type: ignore[return-value]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
         """Write `config.json` and `model.safetensors`: the mapper, and GPT-2 with its tokenizer when it was tuned."""
@@ -337,7 +334,8 @@ class ClipCapModel(PreTrainedModel):
         """
         from clipcap.decoding import decode
 
-        rows = [torch.tensor(caption.token_ids) for image in decode(self, clip_embeddings, **options) for caption in image]
+        found = decode(self, clip_embeddings, **options)
+        rows = [torch.tensor(caption.token_ids) for captions in found for caption in captions]
         eos = self.config.eos_token_id
         pad = (eos[0] if isinstance(eos, list) else eos) or 0
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self.device)
@@ -347,6 +345,15 @@ def _absolute(name: str) -> str:
     """A backbone's name as it will still be right in another working directory."""
     is_path = name not in gpt2_backbones.PACKAGED and Path(name).expanduser().is_dir()
     return str(Path(name).expanduser().resolve()) if is_path else name
+
+
+def _resolve_dtype(dtype: torch.dtype | str | None, config: ClipCapConfig) -> torch.dtype:
+    """A dtype as from_pretrained takes it: "auto" is that of the file, None float32."""
+    name = config.dtype if dtype == "auto" else dtype
+    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name or torch.float32
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype is {dtype!r}: use float32, bfloat16 or float16.")
+    return found
 
 
 def _has_tokenizer(source: str) -> bool:
@@ -361,9 +368,9 @@ def _require_fit(source: str, info: dict[str, Any]) -> None:
             f"{source!r}: {name} has shape {found} but its config.json asks for {wanted}: "
             f"use the config.json that was saved with these weights."
         )
-    for problem, keys in (("lacks", info["missing_keys"]), ("has weights unknown to its config.json:", info["unexpected_keys"])):
+    for problem, keys in (("lacks", info["missing_keys"]), ("has unknown weights", info["unexpected_keys"])):
         if keys:
-            raise UserError(f"{source!r} {problem} {sorted(keys)[0]}: save the captioner again with save_pretrained.")
+            raise UserError(f"{source!r} {problem} {sorted(keys)[0]}: use the config.json that was saved with it.")
 
 
 def _load_named_gpt2(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcap.model import ClipCapConfig, ClipCapModel
@@ -100,17 +101,18 @@ def original_loss(
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors in a checkpoint, read without running any code that it may hold."""
+    damaged = f"checkpoint {str(path)!r} is not a PyTorch checkpoint or is damaged: copy it again."
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "nsupported" in str(error):
+        if "nsupported" in str(error):
             raise UserError(
-                f"checkpoint {str(path)!r} holds objects other than tensors, which could run code when loaded: refused; "
-                f"save its state_dict() alone."
+                f"checkpoint {str(path)!r} holds objects other than tensors, which could run code when loaded, "
+                f"and is refused: save its state_dict() alone."
             ) from error
-        raise UserError(f"checkpoint {str(path)!r} is not a PyTorch checkpoint or is damaged: copy it again.") from error
+        raise UserError(damaged) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {str(path)!r} is not a PyTorch checkpoint or is damaged: copy it again.") from error
+        raise UserError(damaged) from error
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -163,12 +165,12 @@ def _mapper_sizes(path: Path, weights: dict[str, Tensor], width: int) -> dict[st
     else:
         raise UserError(f"checkpoint {str(path)!r}: clip_project.* is neither the MLP nor the Transformer mapper.")
     if out % width:
-        raise UserError(f"checkpoint {str(path)!r}: its mapper makes vectors that GPT-2's width {width} does not divide.")
+        raise UserError(f"checkpoint {str(path)!r}: its mapper does not fit GPT-2's width {width}: name another GPT-2.")
     return sizes
 
 
 def _load(
-    path: Path, module: torch.nn.Module, weights: dict[str, Tensor], prefix: str, ignore: frozenset[str] | set[str] = frozenset()
+    path: Path, module: nn.Module, weights: dict[str, Tensor], prefix: str, ignore: Set[str] = frozenset()
 ) -> None:
     """Load `weights`, which must be exactly the module's."""
     own = module.state_dict()
