@@ -77,11 +77,13 @@ def caption(config: CaptionConfig) -> int:
     from clipcap.captioner import Captioner
     from clipcap.images import ImageError, find_images
     from common.report import write_text
-    from common.runtime import start
+    from common.runtime import resolve_dtype, start
 
     device = start(config.runtime)
     paths = find_images(config.images)
-    captioner = Captioner.from_pretrained(config.model, device=device)
+    captioner = Captioner.from_pretrained(
+        config.model, device=device, dtype=resolve_dtype(config.runtime.precision)
+    )
     skipped: list[str] = []
 
     def skip(error: ImageError) -> None:
@@ -90,8 +92,7 @@ def caption(config: CaptionConfig) -> int:
     options: dict[str, Any] = {
         "strategy": config.strategy, "num_captions": config.num_captions, "max_new_tokens": config.max_new_tokens,
         "batch_size": config.batch_size, "num_beams": config.num_beams, "top_k": config.top_k,
-        "top_p": config.top_p, "temperature": config.temperature, "precision": config.runtime.precision,
-        "seed": config.runtime.seed,
+        "top_p": config.top_p, "temperature": config.temperature, "seed": config.runtime.seed,
     }
     results = captioner.stream(paths, on_error=skip, **options)
     bar = tqdm(results, total=len(paths), unit=" images", disable=len(paths) < 2)

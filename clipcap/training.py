@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,8 @@ class TrainConfig:
     """Directory of the images, when they are not beside the captions."""
     out: Path = Path("out/captioner")
     """Where the run goes; the trained captioner is in its folder `model`."""
+    embeddings: Path | None = None
+    """Directory of the embedding store, OUT/embeddings when not given; runs with the same images and CLIP share it."""
     skip_missing: bool = False
     """Leave out captions whose image is missing, instead of stopping."""
     clip: str = "tiny"
@@ -161,7 +164,7 @@ def train(config: TrainConfig) -> Path:
     if not by_split["train"]:
         raise UserError(f"{str(config.data)!r} has no image in its train split: check its 'split' fields.")
     config.out.mkdir(parents=True, exist_ok=True)
-    store = embed_with_progress(by_split["train"] + by_split["val"], config, config.out / "embeddings")
+    store = embed_with_progress(by_split["train"] + by_split["val"], config, config.embeddings or config.out / "embeddings")
 
     model = ClipCapModel.from_backbones(
         ClipCapConfig(
@@ -194,7 +197,9 @@ def train(config: TrainConfig) -> Path:
     loaders: dict[str, Any] = {"train_dataloaders": ResumableLoader(data["train"], order, collate_fn=join)}
     if "val" in data:
         loaders["val_dataloaders"] = DataLoader(data["val"], batch_size=config.batch_size, collate_fn=join)
+    begun = time.process_time()
     fit(trainer, module, config.out, resume=config.resume, **loaders)
+    cpu_seconds = time.process_time() - begun
 
     best = config.out / "best.ckpt"
     if best.is_file():
@@ -210,6 +215,7 @@ def train(config: TrainConfig) -> Path:
         "steps": trainer.global_step,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "cpu_seconds": round(cpu_seconds),
         "hardware": hardware(),
         "versions": versions(),
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_at_least, require_file
 from common.runtime import resolve_device
 
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -55,7 +58,8 @@ class TrainerConfig:
 class BatchOrder(Sampler[list[int]]):
     """Batches of indices whose order is a function of (seed, epoch) alone, so that a run can go on where it stopped.
 
-    Every index occurs exactly once per epoch over all `world` processes (the last batches of an epoch may be short).
+    Every index occurs exactly once per epoch over all `world` processes, which all get as many batches; the last
+    batches of an epoch may be short, or longer by one where the rest is not enough for every process.
     """
 
     def __init__(
@@ -75,17 +79,22 @@ class BatchOrder(Sampler[list[int]]):
 
     def batches(self) -> list[list[int]]:
         """This process's batches of this epoch."""
-        order = self.order().tolist()
+        order, ends = self.order().tolist(), self._ends()
+        return [order[i:j][self.rank :: self.world] for i, j in zip([0, *ends], ends, strict=False)]
+
+    def _ends(self) -> list[int]:
+        """Where the batches of all processes together end in the order."""
         step = self.batch_size * self.world
-        cut = [order[i : i + step][self.rank :: self.world] for i in range(0, len(order), step)]
-        return [batch for batch in cut if batch] if self.world == 1 else cut[: len(order) // step]
+        ends = list(range(step, self.num_items, step))
+        if ends and self.num_items - ends[-1] < self.world:
+            ends.pop()
+        return [*ends, self.num_items]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches())
 
     def __len__(self) -> int:
-        step = self.batch_size * self.world
-        return len(range(0, self.num_items, step)) if self.world == 1 else self.num_items // step
+        return len(self._ends())
 
 
 class ResumableLoader(DataLoader):  # type: ignore[type-arg]
@@ -97,8 +106,7 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
         self._done = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        skip, self._done = self._done, 0
-        todo = self.order.batches()[skip:]
+        todo = self.order.batches()[self._done :]
         inner = DataLoader(
             self.dataset,
             batch_sampler=todo,
@@ -106,17 +114,22 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
             collate_fn=self.collate_fn,
             pin_memory=self.pin_memory,
             worker_init_fn=self.worker_init_fn,
+            # Of its own, or a resumed run would draw once more from torch's and its dropout would differ.
+            generator=torch.Generator().manual_seed(hash((self.order.seed, self.order.epoch, skip)) % 2**63),
         )
-        self._done = skip
-        for batch in inner:
-            self._done += 1
+        for left, batch in zip(range(len(todo) - 1, -1, -1), inner, strict=True):
+            # Counted before it is handed out: the trainer does not come back after an epoch's last batch.
+            self._done = self._done + 1 if left else 0
+            self.order.epoch += not left
             yield batch
-        self._done = 0
-        self.order.epoch += 1
 
     def state_dict(self) -> dict[str, int]:
         """Where the run stands: the epoch and the batches of it that were handed out."""
         return {"epoch": self.order.epoch, "done": self._done}
+
+    def take_back(self) -> None:
+        """Count the last batch that was handed out as not done."""
+        self._done = max(0, self._done - 1)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to where `state_dict` was taken."""
@@ -149,6 +162,25 @@ class RandomState(Callback):
         if state["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
         self._state = None
+
+
+class KeepLast(Callback):
+    """Writes `last.ckpt` at the end of a run, and when Ctrl-C ends it earlier."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "last.ckpt"
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, KeyboardInterrupt) or not trainer.training:
+            return
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        loader = trainer.train_dataloader
+        if progress.ready > progress.processed and isinstance(loader, ResumableLoader):
+            loader.take_back()  # the batch that was being trained on
+        trainer.save_checkpoint(self.path)
 
 
 class StopOnNaN(Callback):
@@ -205,7 +237,7 @@ def build_trainer(
         enable_progress_bar=config.progress,
         enable_model_summary=False,
         logger=loggers,
-        callbacks=[RandomState(), StopOnNaN(), *(callbacks or []), *bars, *saved],
+        callbacks=[RandomState(), StopOnNaN(), *(callbacks or []), *bars, *saved, KeepLast(directory)],
     )
 
 
@@ -220,18 +252,48 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
     """
     last = directory / "last.ckpt"
     source = str(last) if resume and last.exists() else None
+    if source:
+        _require_readable(last)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*dataloader.*")
         try:
-            trainer.fit(module, **loaders, ckpt_path=source, weights_only=source is None)
-        except (RuntimeError, KeyError, EOFError) as error:
-            if source and ("state_dict" in str(error) or "PytorchStreamReader" in str(error) or "size" in str(error)):
+            with _interruptible(trainer):
+                trainer.fit(module, **loaders, ckpt_path=source, weights_only=source is None)
+        except (RuntimeError, KeyError, ValueError) as error:
+            if source and ("state_dict" in str(error) or "size" in str(error)):
                 raise UserError(
-                    f"checkpoint {source!r} does not fit this run or is damaged ({str(error).splitlines()[0]}): "
+                    f"checkpoint {source!r} does not fit this run ({' '.join(str(error).split())[:200]}): "
                     f"use the settings it was written with, or another output directory."
                 ) from error
             raise
+
+
+def _require_readable(path: Path) -> None:
+    """Raise UserError when a checkpoint is damaged."""
+    require_file(path, "checkpoint")
+    try:
+        torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except Exception as error:  # whatever unpickling a broken file comes upon
+        raise UserError(
+            f"checkpoint {str(path)!r} is damaged ({type(error).__name__}): delete it to begin anew, "
+            f"or put an intact one in its place."
+        ) from error
+
+
+@contextlib.contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C comes out as KeyboardInterrupt and works again afterwards; Lightning exits and leaves it ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:

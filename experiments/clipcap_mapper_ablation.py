@@ -1,0 +1,165 @@
+"""The paper's ablation in small (Mokady et al. 2021, sec. 4.2): MLP or Transformer mapper, GPT-2 frozen or fine-tuned.
+
+    python -m experiments.clipcap_mapper_ablation --scenes out/scenes --variants transformer-tuned ...
+
+Trains captioners on rendered scenes with the tiny backbones and reports, on held-out scenes, how many captions name
+the colour and shape of every object right (by number of objects, and for combinations never seen in training), with
+BLEU-4 and CIDEr. Two further variants read CLIP's patch features instead of its pooled embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from clipcap.data import CaptionedImage, read_dataset
+from clipcap.decoding import decode
+from clipcap.embeddings import build_store
+from clipcap.metrics import score_captions
+from clipcap.model import ClipCapModel
+from clipcap.training import TrainConfig, train
+from common.checks import require_one_of, run_command
+from common.clip import load_clip
+from common.report import write_json
+from common.runtime import RuntimeConfig, hardware, seed_everything, versions
+from experiments.scenes.captions import looks, names_all, parse
+from experiments.scenes.dataset import load_split
+from experiments.scenes.graph import HELD_OUT
+from experiments.scenes.karpathy import export, filename
+from experiments.scenes.records import ViewRecord
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mlp-frozen": {"mapper": "mlp", "tune_gpt2": False},
+    "mlp-tuned": {"mapper": "mlp", "tune_gpt2": True},
+    "transformer-frozen": {"mapper": "transformer", "tune_gpt2": False},
+    "transformer-tuned": {"mapper": "transformer", "tune_gpt2": True},
+    "patches-frozen": {"mapper": "transformer", "tune_gpt2": False, "inputs": "patches"},
+    "patches-tuned": {"mapper": "transformer", "tune_gpt2": True, "inputs": "patches"},
+}
+SPLITS = ("test", "test_unseen")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train and compare captioners on scenes."""
+
+    scenes: Path = Path("out/scenes")
+    """Directory written by experiments/render_scenes.py."""
+    out: Path = Path("out/ablation")
+    """Where data, runs and results go."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which captioners: mlp-frozen, mlp-tuned, transformer-frozen, transformer-tuned, patches-frozen, patches-tuned."""
+    clip: str = "tiny"
+    """CLIP."""
+    gpt2: str = "tiny"
+    """GPT-2."""
+    steps: int = 2000
+    """Training steps of each."""
+    batch_size: int = 64
+    """Captions in a step."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    mapper_layers: int = 4
+    """Layers of the Transformer mapper."""
+    split: Literal["val", "test"] = "test"
+    """Score on val (for choices) or on test and test_unseen (for the table)."""
+    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(precision="bf16", threads=1))
+
+
+def caption_images(model: ClipCapModel, embeddings: torch.Tensor, *, batch: int = 50) -> list[str]:
+    """The best caption of beam search for each row."""
+    assert model.tokenizer is not None
+    texts = []
+    for rows in embeddings.split(batch):
+        for captions in decode(model, rows, strategy="beam", max_new_tokens=60):
+            texts.append(model.tokenizer.decode(captions[0].token_ids, skip_special_tokens=True).strip())
+    return texts
+
+
+def share(flags: Sequence[bool]) -> dict[str, float]:
+    """The share of True, with its standard error and the count."""
+    mean = float(np.mean(flags)) if flags else float("nan")
+    return {"share": mean, "standard_error": float(np.sqrt(mean * (1 - mean) / max(len(flags), 1))), "images": len(flags)}
+
+
+def score_scenes(captions: Mapping[str, str], records: Mapping[str, ViewRecord]) -> dict[str, Any]:
+    """Shares of captions that name everything right, and BLEU-4 and CIDEr, of one split."""
+    right = {key: names_all(text, records[key].scene) for key, text in captions.items()}
+    counts = {key: len(records[key].scene.objects) for key in captions}
+    result: dict[str, Any] = {
+        "all_right": {str(n): share([right[k] for k in captions if counts[k] == n]) for n in (1, 2, 3)},
+        "colours_right": _partial(captions, records, counts, 0),
+        "shapes_right": _partial(captions, records, counts, 1),
+    }
+    unseen = [k for k in captions if counts[k] == 1 and records[k].scene.objects[0].look in HELD_OUT]
+    if unseen:
+        result["one_unseen_object_right"] = share([right[k] for k in unseen])
+    scores = score_captions(captions, {key: list(records[key].captions) for key in captions})
+    return result | {"bleu_4": scores.bleu[3], "cider": scores.cider, "tokenizer": scores.tokenizer,
+                     "distinct_captions": len(set(captions.values()))}
+
+
+def _partial(
+    captions: Mapping[str, str], records: Mapping[str, ViewRecord], counts: Mapping[str, int], part: int
+) -> dict[str, dict[str, float]]:
+    """The same shares for colours alone (part 0) or shapes alone (part 1)."""
+    def project(pairs: Any) -> list[str]:
+        return sorted(str(pair[part]) for pair in pairs.elements())
+
+    right = {k: project(looks(parse(text))) == project(looks(records[k].scene.objects)) for k, text in captions.items()}
+    return {str(n): share([right[k] for k in captions if counts[k] == n]) for n in (1, 2, 3)}
+
+
+def run_variant(name: str, config: Config, data: Path) -> dict[str, Any]:
+    """Train one captioner and score it."""
+    settings = VARIANTS[name]
+    inputs = settings.get("inputs", "embedding")
+    run = config.out / f"{name}-seed{config.runtime.seed}"
+    directory = train(TrainConfig(
+        data=data, out=run, embeddings=config.out / f"embeddings-{inputs}", clip=config.clip, gpt2=config.gpt2,
+        mapper_layers=config.mapper_layers, mapper_heads=4, steps=config.steps, batch_size=config.batch_size,
+        lr=config.lr, warmup=100, val_every=250, runtime=config.runtime, **settings,
+    ))
+    model = ClipCapModel.from_pretrained(directory)
+    clip = load_clip(config.clip, device="cpu")
+    result: dict[str, Any] = {"training": json.loads((run / "training.json").read_text())["metrics"]}
+    for split in (("val",) if config.split == "val" else SPLITS):
+        _, records = load_split(config.scenes, split)
+        path = export(config.scenes, config.out / f"data-{split}", (split,))
+        items: list[CaptionedImage] = read_dataset(path)
+        store = build_store(items, clip, config.out / f"embeddings-{inputs}-{split}", inputs=inputs)
+        rows = torch.stack([store[store.row(item.image_id)] for item in items])
+        captions = dict(zip((item.image_id for item in items), caption_images(model, rows), strict=True))
+        result[split] = score_scenes(captions, {filename(record): record for record in records})
+        write_json(run / f"captions-{split}.json", captions)
+    return result
+
+
+def main(config: Config) -> None:
+    """Train what is not trained yet, score, write results.json and print a table."""
+    for name in config.variants:
+        require_one_of("variant", name, tuple(VARIANTS))
+    seed_everything(config.runtime.seed)
+    data = export(config.scenes, config.out / "data")
+    for name in config.variants:
+        result = run_variant(name, config, data)
+        write_json(config.out / f"{name}-seed{config.runtime.seed}" / "scores.json",
+                   {"variant": name, "seed": config.runtime.seed, "steps": config.steps, "hardware": hardware(),
+                    "versions": versions()} | result)
+        for split, scores in result.items():
+            if split != "training":
+                right = {n: round(s["share"], 3) for n, s in scores["all_right"].items()}
+                unseen = scores.get("one_unseen_object_right", {}).get("share")
+                print(f"{name:20} {split:12} all right {right} unseen {unseen} "
+                      f"BLEU-4 {scores['bleu_4']:.3f} CIDEr {scores['cider']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
