@@ -70,7 +70,9 @@ def load_clip(
         else:
             backbone, preprocess = _load_hugging_face(text)
     except pickle.UnpicklingError as error:
-        raise UserError(f"CLIP {text!r}: the weights file is corrupt or holds more than weights: copy it again.") from error
+        raise UserError(
+            f"CLIP {text!r}: the weights file is corrupt or holds more than weights: copy it again."
+        ) from error
     return FrozenCLIP(text, backbone.to(device=target, dtype=dtype or torch.float32), preprocess)
 
 
@@ -125,7 +127,9 @@ class Preprocess:
         longest = WIDEST_ASPECT * min(height, width)
         if max(height, width) > longest:  # a strip: the crop would drop all but its middle after a huge resize
             image = functional.center_crop(image, [min(height, longest), min(width, longest)])
-        return functional.center_crop(functional.resize(image, [self.size], kind, antialias=True), [self.size, self.size])
+        return functional.center_crop(
+            functional.resize(image, [self.size], kind, antialias=True), [self.size, self.size]
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -217,7 +221,9 @@ class FrozenCLIP(nn.Module):
         """
         size = self.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-            raise UserError(f"pixels has shape {tuple(pixels.shape)}: {self.name!r} needs (b, 3, {size}, {size}); use preprocess.")
+            raise UserError(
+                f"pixels has shape {tuple(pixels.shape)}: {self.name!r} needs (b, 3, {size}, {size}); use preprocess."
+            )
         return self._backbone.image_features(pixels.to(self.device, self.dtype))
 
     @torch.no_grad()
@@ -315,6 +321,8 @@ def _load_hugging_face(name: str) -> tuple[_Backbone, Preprocess]:
 
     source = locate(name, PACKAGED, "CLIP")
     with loading(source, PACKAGED, "CLIP"):
+        if not Path(source).is_dir():
+            _require_reachable(source, ("config.json",))
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "clip":
             raise UserError(f"{source!r} is a {config.model_type!r} model: give one of the CLIP family.")
@@ -332,8 +340,8 @@ def _load_hugging_face(name: str) -> tuple[_Backbone, Preprocess]:
         end = config.text_config.eos_token_id
         if len(tokenizer) > config.text_config.vocab_size or end not in (2, tokenizer.eos_token_id):  # 2: old configs
             raise UserError(
-                f"CLIP {source!r}: the tokenizer ({len(tokenizer)} tokens, end {tokenizer.eos_token_id}) does not fit the "
-                f"text tower ({config.text_config.vocab_size} tokens, end {end}): use the one it was trained with."
+                f"CLIP {source!r}: the tokenizer ({len(tokenizer)} tokens, end {tokenizer.eos_token_id}) does not fit "
+                f"the text tower ({config.text_config.vocab_size} tokens, end {end}): use the one it was trained with."
             )
         try:
             processor = CLIPImageProcessor.from_pretrained(source)
@@ -347,22 +355,33 @@ def _load_hugging_face(name: str) -> tuple[_Backbone, Preprocess]:
 
 def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
     import open_clip
-    from open_clip.modified_resnet import ModifiedResNet
-    from open_clip.transformer import VisionTransformer
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
-    arch, slash, weights = name.removeprefix(OPEN_CLIP_PREFIX).partition("/")
+    arch, _, weights = name.removeprefix(OPEN_CLIP_PREFIX).partition("/")
     if arch not in open_clip.list_models():
         near = difflib.get_close_matches(arch, open_clip.list_models(), n=5, cutoff=0)
         raise UserError(f"open_clip has no architecture {arch!r}: choose one such as {', '.join(near)}.")
+    architecture = open_clip.get_model_config(arch)
+    if "timm_model_name" in architecture["vision_cfg"] or "multimodal_cfg" in architecture:
+        raise UserError(
+            f"open_clip architecture {arch!r} is neither CLIP's ViT nor its ResNet: use one such as ViT-B-32 or RN50."
+        )
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if not weights:
-        raise UserError(f"CLIP {name!r} names no weights: add /PATH of a checkpoint, or /TAG, one of {', '.join(tags)}.")
+        raise UserError(
+            f"CLIP {name!r} names no weights: add /PATH of a checkpoint, or /TAG, one of {', '.join(tags)}."
+        )
     tagged = open_clip.get_pretrained_cfg(arch, weights)
-    if not tagged and weights.lower().endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.exists(weights):
+    if not tagged and (Path(weights).suffix in (".pt", ".pth", ".bin", ".safetensors") or os.path.exists(weights)):
         weights = str(require_file(Path(weights).expanduser(), "open_clip checkpoint"))
     elif not tagged:
-        raise UserError(f"open_clip has no weights {weights!r} for {arch!r}: give a file's path, or one of {', '.join(tags)}.")
+        raise UserError(
+            f"open_clip has no weights {weights!r} for {arch!r}: give a file's path, or one of {', '.join(tags)}."
+        )
     with loading(name, PACKAGED, "CLIP"):
+        if tagged.get("hf_hub"):
+            repository, file = os.path.split(tagged["hf_hub"])
+            _require_reachable(repository, (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
         model = open_clip.create_model(
             arch,
             pretrained=weights if tagged else None,
@@ -371,11 +390,6 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
             load_weights_only=True,
         )
         tokenizer = open_clip.get_tokenizer(arch)
-    if not isinstance(model.visual, VisionTransformer | ModifiedResNet) or isinstance(model, open_clip.CoCa):
-        raise UserError(
-            f"open_clip architecture {arch!r} has a {type(model.visual).__name__} vision tower without a class token: "
-            f"use a ViT or RN architecture, such as ViT-B-32 or RN50."
-        )
     if not tagged:
         _load_checkpoint(model, arch, weights)
     config = model.visual.preprocess_cfg
@@ -390,6 +404,21 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
         squash=config["resize_mode"] == "squash",
     )
     return _OpenClip(model, tokenizer), preprocess
+
+
+def _require_reachable(repository: str, files: tuple[str, ...]) -> None:
+    """Raise OSError at once when the hub cannot give `repository` and none of `files` is in the local cache.
+
+    The hub's own client would retry for half a minute.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+        return
+    try:
+        HfApi().model_info(repository, timeout=10)
+    except Exception as error:  # the client's library decides which: no connection, timeout, no such repository
+        raise OSError(str(error)) from error
 
 
 def _load_checkpoint(model: Any, arch: str, path: str) -> None:
@@ -408,7 +437,9 @@ def _load_checkpoint(model: Any, arch: str, path: str) -> None:
                 f"open_clip checkpoint {path!r} is a TorchScript program, which is not loaded for safety: "
                 f"keep its weights only, torch.save(torch.jit.load(PATH).float().state_dict(), NEW_PATH)."
             ) from error
-        raise UserError(f"open_clip checkpoint {path!r} is corrupt, cut short or not a checkpoint: copy it again.") from error
+        raise UserError(
+            f"open_clip checkpoint {path!r} is corrupt, cut short or not a checkpoint: copy it again."
+        ) from error
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for key in ("input_resolution", "context_length", "vocab_size"):  # notes in OpenAI's files
@@ -423,10 +454,14 @@ def _load_checkpoint(model: Any, arch: str, path: str) -> None:
             )
     missing = sorted(key for key in needed.keys() - state.keys() if not key.endswith("num_batches_tracked"))
     if missing:
-        raise UserError(f"open_clip checkpoint {path!r} lacks {missing[0]!r} and {len(missing) - 1} more weights: {fix}")
+        raise UserError(
+            f"open_clip checkpoint {path!r} lacks {missing[0]!r} and {len(missing) - 1} more weights: {fix}"
+        )
     extra = sorted(state.keys() - needed.keys())
     if extra:
-        raise UserError(f"open_clip checkpoint {path!r} holds {extra[0]!r} and {len(extra) - 1} more weights too many: {fix}")
+        raise UserError(
+            f"open_clip checkpoint {path!r} holds {extra[0]!r} and {len(extra) - 1} more weights too many: {fix}"
+        )
     model.load_state_dict({key: value.reshape(needed[key].shape) for key, value in state.items()}, strict=False)
 
 
