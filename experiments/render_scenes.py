@@ -2,8 +2,8 @@
 
 Needs `bpy`, `numpy` and `pillow` only. Each split becomes shards `train-00012.npy` (images, uint8, n x 96 x 96 x 3)
 beside `train-00012.jsonl` (one record an image). A shard's images are renamed into place after its records, so
-whatever `.npy` exists is complete, and a second run renders what is missing. The same seed gives the same data for
-any number of workers.
+whatever `.npy` exists is complete, and a second run renders what is missing. The same seed gives the same scenes,
+cameras and captions for any number of workers, and the same images up to render noise around some glowing objects.
 """
 
 from __future__ import annotations
