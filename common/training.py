@@ -115,7 +115,7 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
             pin_memory=self.pin_memory,
             worker_init_fn=self.worker_init_fn,
             # Of its own, or a resumed run would draw once more from torch's and its dropout would differ.
-            generator=torch.Generator().manual_seed(hash((self.order.seed, self.order.epoch, skip)) % 2**63),
+            generator=torch.Generator().manual_seed(hash((self.order.seed, self.order.epoch, self._done)) % 2**63),
         )
         for left, batch in zip(range(len(todo) - 1, -1, -1), inner, strict=True):
             # Counted before it is handed out: the trainer does not come back after an epoch's last batch.
@@ -129,7 +129,10 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
 
     def take_back(self) -> None:
         """Count the last batch that was handed out as not done."""
-        self._done = max(0, self._done - 1)
+        if not self._done:  # it was an epoch's last
+            self.order.epoch -= 1
+            self._done = len(self.order)
+        self._done -= 1
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to where `state_dict` was taken."""
