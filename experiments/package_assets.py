@@ -89,7 +89,7 @@ def write_card(target: Path, record: dict[str, Any], **fields: Any) -> None:
 
 def package_gpt2(directory: Path) -> None:
     """Both tiny GPT-2s."""
-    orders = read(directory / "ngram.json")["scores"]
+    orders = read(directory / "ngram.json")["orders"]
     for size, name in (("small", "gpt2-tiny"), ("medium", "gpt2-tiny-medium")):
         record = read(directory / name / "training.json")
         record["scores"] = {"bits per byte, held-out English": record["valid"]["bits_per_byte"],

@@ -1,0 +1,109 @@
+"""The command `clipcap`: output formats, exit codes and one-line errors."""
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from clipcap.cli import main
+from clipcap.model import ClipCapConfig, ClipCapModel
+
+
+@pytest.fixture
+def model(tmp_path, clip_directory, gpt2_directory):
+    torch.manual_seed(0)
+    captioner = ClipCapModel.from_backbones(
+        ClipCapConfig(clip_width=12, prefix_length=3, gpt2=str(gpt2_directory), clip=str(clip_directory))
+    )
+    captioner.save_pretrained(tmp_path / "captioner")
+    return tmp_path / "captioner"
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    streams = capsys.readouterr()
+    assert "Traceback" not in streams.err
+    return code, streams.out, streams.err
+
+
+def test_captions_as_text_json_and_csv(capsys, photos, model, tmp_path):
+    options = ("--model", model, "--max-new-tokens", 4, "--num-captions", 2)
+    code, text, _ = run(capsys, "caption", photos, *options)
+    assert code == 0 and len(text.splitlines()) == 24
+    code, found, _ = run(capsys, "caption", photos, *options, "--format", "json")
+    rows = json.loads(found)
+    assert len(rows) == 12 and all(len(row["captions"]) == len(row["scores"]) == 2 for row in rows)
+    out = tmp_path / "deep" / "captions.csv"
+    code, printed, _ = run(capsys, "caption", photos, *options, "--format", "csv", "--out", out)
+    table = list(csv.DictReader(io.StringIO(out.read_text())))
+    assert printed == "" and [row["caption"] for row in table[:2]] == rows[0]["captions"]
+
+
+def test_a_batch_goes_on_and_names_what_it_skipped(capsys, photos, model):
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "text.png").write_text("hello")
+    (photos / "cut.jpg").write_bytes((photos / "00.jpg").read_bytes()[:150])
+    code, out, err = run(capsys, "caption", photos, photos / "gone.jpg", "--model", model, "--max-new-tokens", 3)
+    assert code == 0 and len(out.splitlines()) == 12
+    assert "skipped 4 of 16" in err
+    for name in ("empty.jpg", "text.png", "cut.jpg", "gone.jpg"):
+        assert any(name in line for line in err.splitlines())
+
+
+def test_animated_and_16_bit_images(capsys, tmp_path, model):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    frames = [Image.new("P", (20, 10), i) for i in range(3)]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:])
+    Image.new("I;16", (9, 30), 40000).save(folder / "b.png")
+    code, out, err = run(capsys, "caption", folder, "--model", model, "--max-new-tokens", 3)
+    assert code == 0 and len(out.splitlines()) == 2 and "skipped" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("caption", "{folder}/gone.jpg", "--model", "{model}"), "gone.jpg"),
+        (("caption", "{empty}", "--model", "{model}"), "no image"),
+        (("caption", "{folder}", "--model", "no/such-model"), "no/such-model"),
+        (("caption", "{folder}", "--model", "{folder}"), "config.json"),
+        (("caption", "{folder}", "--model", "{model}", "--num-captions", "9"), "num_captions"),
+        (("caption", "{folder}", "--model", "{model}", "--strategy", "sample", "--top-p", "0"), "top_p"),
+        (("caption", "{folder}", "--model", "{model}", "--device", "cuda:77"), "cuda:77"),
+        (("train", "--data", "{folder}/gone.json"), "gone.json"),
+        (("train", "--data", "{empty}"), "no image"),
+        (("convert", "{folder}/00.jpg", "{folder}/out", "--gpt2", "tiny"), "00.jpg"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, photos, model, arguments, message):
+    (tmp_path / "empty").mkdir()
+    filled = [a.format(folder=photos, empty=tmp_path / "empty", model=model) for a in arguments]
+    code, _, err = run(capsys, *filled)
+    assert code == 2 and message in err
+    assert sum(line.startswith("error:") for line in err.splitlines()) <= 1
+
+
+def test_unknown_flags_and_values_exit_with_2(capsys):
+    assert run(capsys, "caption")[0] == 2
+    for arguments in (["caption", "x.jpg", "--format", "xml"], ["caption", "x.jpg", "--nothing"], ["nothing"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("train", "caption", "convert"))
+
+
+def test_packaged_weights_of_a_changed_size_are_an_error(capsys, photos, model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"prefix_length": 5}))
+    code, _, err = run(capsys, "caption", photos, "--model", model)
+    assert code == 2 and "shape" in err
