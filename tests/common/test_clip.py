@@ -144,6 +144,7 @@ def assert_same_answers(ours, theirs) -> None:
     torch.testing.assert_close(ours.encode_texts(TEXTS), theirs.encode_texts(TEXTS), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_both_libraries_agree_on_a_full_size_vit_b_32(tmp_path, tokenizer):
     model = random_model(CLIPConfig()).half()  # half the disk; both load it as float32
     model.save_pretrained(tmp_path / "hf")
