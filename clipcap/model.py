@@ -22,7 +22,7 @@ from common import gpt2 as gpt2_backbones
 from common.checks import UserError, require_one_of
 from common.gpt2 import freeze, load_gpt2
 from common.language import IGNORE, chunked_cross_entropy
-from common.pretrained import ASSETS, loading, locate
+from common.pretrained import ASSETS, loading, locate, require_reachable
 
 PACKAGED = {"tiny": ASSETS / "captioner-tiny"}
 WHAT = "captioner"
@@ -191,6 +191,8 @@ class ClipCapModel(PreTrainedModel):
         want_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("ignore_mismatched_sizes", None)
         with loading(source, PACKAGED, WHAT):
+            if not os.path.isdir(source):
+                require_reachable(source, ("config.json",))
             if config is None:
                 kind = PreTrainedConfig.get_config_dict(source, **hub)[0].get("model_type")
                 if kind != "clipcap":

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from common.checks import UserError, require_file
-from common.pretrained import ASSETS, loading, locate
+from common.pretrained import ASSETS, loading, locate, require_reachable
 from common.runtime import resolve_device
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def _load_hugging_face(name: str) -> tuple[_Backbone, Preprocess]:
     source = locate(name, PACKAGED, "CLIP")
     with loading(source, PACKAGED, "CLIP"):
         if not Path(source).is_dir():
-            _require_reachable(source, ("config.json",))
+            require_reachable(source, ("config.json",))
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "clip":
             raise UserError(f"{source!r} is a {config.model_type!r} model: give one of the CLIP family.")
@@ -381,7 +381,7 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
     with loading(name, PACKAGED, "CLIP"):
         if tagged.get("hf_hub"):
             repository, file = os.path.split(tagged["hf_hub"])
-            _require_reachable(repository, (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
+            require_reachable(repository, (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
         model = open_clip.create_model(
             arch,
             pretrained=weights if tagged else None,
@@ -404,21 +404,6 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
         squash=config["resize_mode"] == "squash",
     )
     return _OpenClip(model, tokenizer), preprocess
-
-
-def _require_reachable(repository: str, files: tuple[str, ...]) -> None:
-    """Raise OSError at once when the hub cannot give `repository` and none of `files` is in the local cache.
-
-    The hub's own client would retry for half a minute.
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
-        return
-    try:
-        HfApi().model_info(repository, timeout=10)
-    except Exception as error:  # the client's library decides which: no connection, timeout, no such repository
-        raise OSError(str(error)) from error
 
 
 def _load_checkpoint(model: Any, arch: str, path: str) -> None:

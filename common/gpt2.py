@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from common.checks import UserError
-from common.pretrained import ASSETS, loading, locate
+from common.pretrained import ASSETS, loading, locate, require_reachable
 from common.runtime import resolve_device
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def load_gpt2(
     target = resolve_device(device)
     source = locate(name, PACKAGED, "GPT-2")
     with loading(source, PACKAGED, "GPT-2"):
+        if not os.path.isdir(source):
+            require_reachable(source, ("config.json",))
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "gpt2":
             raise UserError(f"{source!r} is a {config.model_type!r} model: give one of the GPT-2 family.")

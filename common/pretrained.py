@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def loading(name: str, packaged: dict[str, Path], what: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except (SafetensorError, EOFError) as error:
+    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{what} {name!r}: the weights file is corrupt or cut short ({error}): copy it again."
         ) from error
@@ -60,6 +61,21 @@ def loading(name: str, packaged: dict[str, Path], what: str) -> Iterator[None]:
             f"and could not be fetched from the hub: check the name and the connection, "
             f"or download it elsewhere and give its directory."
         ) from error
+
+
+def require_reachable(repository: str, files: tuple[str, ...]) -> None:
+    """Raise OSError at once when the hub cannot give `repository` and none of `files` is in the local cache.
+
+    The hub's own client would retry for half a minute.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+        return
+    try:
+        HfApi().model_info(repository, timeout=10)
+    except Exception as error:  # the client's library decides which: no connection, timeout, no such repository
+        raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager

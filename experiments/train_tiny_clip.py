@@ -48,7 +48,7 @@ class Config:
     """Directory written by experiments/render_scenes.py."""
     out: Path = Path("out/clip")
     """Where the run and the model go."""
-    steps: int = 2000
+    steps: int = 1300
     """Optimizer steps."""
     families: int = 16
     """Families of 4 scenes, each seen by 2 cameras, in a batch."""
