@@ -1,0 +1,221 @@
+"""Batch order, exact resume, Ctrl-C and NaN, with dropout on."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from common.checks import UserError
+from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
+@pytest.mark.parametrize("num_items", [8, 9, 28, 29, 100])
+def test_every_index_once_per_epoch_over_all_processes(num_items, batch_size, world):
+    orders = [BatchOrder(num_items, batch_size, seed=1, rank=rank, world=world) for rank in range(world)]
+    for order in orders:
+        order.epoch = 3
+    batches = [list(order) for order in orders]
+    assert sorted(i for of_rank in batches for batch in of_rank for i in batch) == list(range(num_items))
+    assert {len(of_rank) for of_rank in batches} == {len(orders[0])}  # or a process would wait for ever
+    assert all(1 <= len(batch) <= batch_size + 1 for of_rank in batches for batch in of_rank)
+    if world == 1:
+        assert all(len(batch) == batch_size for batch in batches[0][:-1])
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def epoch(seed: int, number: int) -> list[list[int]]:
+        order = BatchOrder(50, 8, seed=seed)
+        order.epoch = number
+        return list(order)
+
+    assert epoch(0, 0) == epoch(0, 0)
+    assert epoch(0, 0) != epoch(0, 1) and epoch(0, 0) != epoch(1, 0)
+    assert list(BatchOrder(5, 2, shuffle=False)) == [[0, 1], [2, 3], [4]]
+
+
+def test_impossible_orders():
+    with pytest.raises(UserError, match="batch size is 0"):
+        BatchOrder(5, 0)
+    with pytest.raises(UserError, match="2 items for 3 processes"):
+        BatchOrder(2, 1, world=3)
+    with pytest.raises(UserError, match="0 items"):
+        BatchOrder(0, 1)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 6, 7, 9])
+def test_loader_goes_on_where_it_stopped(stop):
+    data = TensorDataset(torch.arange(50))
+
+    def batches(loader: ResumableLoader, number: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        while True:
+            for (batch,) in loader:
+                found.append(batch.tolist())
+                if len(found) == number:
+                    return found
+
+    whole = batches(ResumableLoader(data, BatchOrder(50, 8)), 20)
+    first = ResumableLoader(data, BatchOrder(50, 8))
+    begun = batches(first, stop) if stop else []
+    state = first.state_dict()
+    second = ResumableLoader(data, BatchOrder(50, 8))
+    second.load_state_dict(state)
+    assert begun + batches(second, 20 - stop) == whole
+
+
+class Regression(LightningModule):
+    """A small network with dropout; `at` acts before a step is computed."""
+
+    def __init__(self, at=lambda step: None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+        self.at = at
+        self.seen: list[list[float]] = []
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(3, 20))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen.append(y.flatten().tolist())
+        factor = self.at(self.global_step)
+        return nn.functional.mse_loss(self.net(x), y) * (1.0 if factor is None else factor)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+
+def train(directory: Path, steps: int, at=lambda step: None, *, val_every: int = 2, seed: int = 0) -> Regression:
+    """Up to `steps` steps over 21 items in batches of 3: seven batches in an epoch."""
+    torch.manual_seed(seed)
+    module = Regression(at)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(21, 4))).float()
+    data = TensorDataset(x, torch.arange(21.0)[:, None])
+    config = TrainerConfig(max_steps=steps, val_every=val_every, device="cpu", progress=False, tensorboard=False)
+    fit(
+        build_trainer(config, directory),
+        module,
+        directory,
+        train_dataloaders=ResumableLoader(data, BatchOrder(21, 3)),
+        val_dataloaders=DataLoader(data, batch_size=21),
+    )
+    return module
+
+
+def same(a: Regression, b: Regression) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Regression:
+    return train(tmp_path_factory.mktemp("whole"), 18)
+
+
+@pytest.mark.parametrize("stops", [(5,), (4,), (7,), (3, 8, 14), (14,)])
+def test_resume_is_exact(tmp_path, whole, stops):
+    """Stopped within an epoch, at its end and in later ones, at and between validations: the same weights exactly."""
+    seen = []
+    for number, stop in enumerate(stops):
+        # Another seed after the first: the state must come from the checkpoint.
+        seen += train(tmp_path, stop, seed=100 * number).seen
+    resumed = train(tmp_path, 18, seed=200)
+    assert seen + resumed.seen == whole.seen
+    assert same(resumed, whole)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resume_after_a_kill_is_exact_from_the_last_validation(tmp_path, whole):
+    def die(step: int) -> None:
+        if step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tmp_path, 18, die)
+    resumed = train(tmp_path, 18, seed=200)
+    assert resumed.seen == whole.seen[4:]  # the last checkpoint is of step 4
+    assert same(resumed, whole)
+
+
+@pytest.mark.parametrize("val_every", [2, 1000])
+def test_ctrl_c_leaves_a_checkpoint(tmp_path, whole, val_every):
+    def interrupt(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 18, interrupt, val_every=val_every)
+    assert signal.getsignal(signal.SIGINT) is handler  # a second run can be stopped too
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 5
+    resumed = train(tmp_path, 18, seed=200, val_every=val_every)
+    assert resumed.seen == whole.seen[5:]  # the batch that was interrupted comes again
+    if val_every == 2:
+        assert same(resumed, whole)
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint_before(tmp_path):
+    with pytest.raises(UserError, match="the loss is nan at step 6: lower the learning rate"):
+        train(tmp_path, 18, lambda step: float("nan") if step == 5 else None)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 4
+    assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+
+
+def test_best_and_last_are_kept(tmp_path):
+    train(tmp_path, 9, val_every=4)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 9
+    assert torch.load(tmp_path / "best.ckpt", weights_only=False)["global_step"] in (4, 8)
+    assert (tmp_path / "metrics.csv").stat().st_size > 0
+    assert not list(tmp_path.glob("*-v*"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    train(tmp_path, 2)
+    path = tmp_path / "last.ckpt"
+    content = path.read_bytes()
+    half = content[: len(content) // 2]
+    path.write_bytes({"truncated": half, "garbage": b"no checkpoint" * 99, "empty": b""}[damage])
+    with pytest.raises(UserError, match=r"last\.ckpt"):
+        train(tmp_path, 4)
+
+
+def test_a_checkpoint_of_other_sizes_is_named(tmp_path):
+    train(tmp_path, 2)
+    module = Regression()
+    module.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    data = TensorDataset(torch.zeros(6, 4), torch.zeros(6, 1))
+    config = TrainerConfig(max_steps=4, val_every=1, device="cpu", progress=False, tensorboard=False)
+    with pytest.raises(UserError, match=r"last\.ckpt.*does not fit"):
+        fit(build_trainer(config, tmp_path), module, tmp_path,
+            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)), val_dataloaders=DataLoader(data, batch_size=6))
+
+
+def test_configuration_is_checked(tmp_path):
+    with pytest.raises(UserError, match="max_steps and max_epochs"):
+        build_trainer(TrainerConfig(), tmp_path)
+    with pytest.raises(UserError, match="devices is 0"):
+        build_trainer(TrainerConfig(max_steps=1, devices=0), tmp_path)
+
+
+def test_warmup_cosine():
+    factor = warmup_cosine(10, 110, floor=0.1)
+    assert [factor(0), factor(4), factor(9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert factor(10) == pytest.approx(1) and factor(60) == pytest.approx(0.55)
+    assert factor(110) == pytest.approx(0.1) and factor(10**6) == pytest.approx(0.1)
+    assert warmup_cosine(0, 0)(0) == pytest.approx(1)
