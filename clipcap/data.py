@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from clipcap.images import IMAGE_SUFFIXES
 from common.checks import UserError, require_directory, require_file
 from common.language import IGNORE
+from common.training import BatchOrder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -215,6 +217,28 @@ class CaptionDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, ids = self.pairs[index]
         return {"embedding": self.store[row], "ids": ids}
+
+
+class BucketedOrder(BatchOrder):
+    """Batches of captions of similar length, in random order, so that little of a batch is padding."""
+
+    POOL = 50
+    """Batches whose captions are sorted by length together."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int = 0) -> None:
+        super().__init__(len(lengths), batch_size, seed=seed)
+        self.lengths = np.asarray(lengths)
+
+    def order(self) -> np.ndarray:
+        """A random permutation, sorted by length within pools; then the batches change places."""
+        shuffled = super().order()
+        pool = self.POOL * self.batch_size
+        pools = [shuffled[i : i + pool] for i in range(0, len(shuffled), pool)]
+        ordered = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in pools])
+        whole = len(ordered) // self.batch_size * self.batch_size
+        batches = ordered[:whole].reshape(-1, self.batch_size)
+        mixed = np.random.default_rng((self.seed, self.epoch, 1)).permutation(batches)
+        return np.concatenate([mixed.ravel(), ordered[whole:]])
 
 
 def collate(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:

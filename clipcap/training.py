@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clipcap.data import CaptionDataset, CaptionedImage, collate, read_dataset
+from clipcap.data import BucketedOrder, CaptionDataset, CaptionedImage, collate, read_dataset
 from clipcap.embeddings import EmbeddingStore, build_store
 from clipcap.model import ClipCapConfig, ClipCapModel
 from common.checks import UserError, require_at_least
 from common.clip import load_clip
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+from common.training import ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,6 @@ class TrainConfig:
     """Go on from last.ckpt in OUT when there is one."""
     accumulate: int = 1
     """Batches whose gradients make one step."""
-    devices: int = 1
-    """Processes or GPUs on this machine."""
-    num_nodes: int = 1
-    """Machines."""
-    strategy: str = "auto"
-    """auto, ddp or fsdp."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -180,14 +174,13 @@ def train(config: TrainConfig) -> Path:
     data = {split: CaptionDataset(part, store, model.tokenizer, max_tokens=longest)
             for split, part in by_split.items() if split == "train" or part}
     join = collate(model.tokenizer.eos_token_id)
-    order = BatchOrder(len(data["train"]), config.batch_size, seed=config.runtime.seed)
+    order = BucketedOrder([len(ids) for _, ids in data["train"].pairs], config.batch_size, seed=config.runtime.seed)
     steps = config.steps or config.epochs * len(order) // config.accumulate
     require_at_least("number of steps", steps, 1)
     trainer = build_trainer(
         TrainerConfig(
             max_steps=steps, val_every=min(config.val_every * config.accumulate, steps * config.accumulate),
             accumulate=config.accumulate, precision=config.runtime.precision, device=device.type,
-            devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy,
         ),
         config.out,
         monitor="val/loss" if "val" in data else "train/loss",

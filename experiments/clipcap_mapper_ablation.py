@@ -70,7 +70,7 @@ class Config:
     """Layers of the Transformer mapper."""
     split: Literal["val", "test"] = "test"
     """Score on val (for choices) or on test and test_unseen (for the table)."""
-    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(precision="bf16", threads=1))
+    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(threads=1))
 
 
 def caption_images(model: ClipCapModel, embeddings: torch.Tensor, *, batch: int = 50) -> list[str]:
