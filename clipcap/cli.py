@@ -81,18 +81,22 @@ def caption(config: CaptionConfig) -> int:
 
     device = start(config.runtime)
     paths = find_images(config.images)
-    captioner = Captioner.from_pretrained(
-        config.model, device=device, dtype=resolve_dtype(config.runtime.precision)
-    )
+    captioner = Captioner.from_pretrained(config.model, device=device, dtype=resolve_dtype(config.runtime.precision))
     skipped: list[str] = []
 
     def skip(error: ImageError) -> None:
         skipped.append(str(error))
 
     options: dict[str, Any] = {
-        "strategy": config.strategy, "num_captions": config.num_captions, "max_new_tokens": config.max_new_tokens,
-        "batch_size": config.batch_size, "num_beams": config.num_beams, "top_k": config.top_k,
-        "top_p": config.top_p, "temperature": config.temperature, "seed": config.runtime.seed,
+        "strategy": config.strategy,
+        "num_captions": config.num_captions,
+        "max_new_tokens": config.max_new_tokens,
+        "batch_size": config.batch_size,
+        "num_beams": config.num_beams,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "temperature": config.temperature,
+        "seed": config.runtime.seed,
     }
     results = captioner.stream(paths, on_error=skip, **options)
     bar = tqdm(results, total=len(paths), unit=" images", disable=len(paths) < 2)
@@ -156,7 +160,9 @@ def main(arguments: list[str] | None = None) -> int:
     from clipcap.training import TrainConfig
 
     commands: dict[str, tuple[type, Callable[[Any], int]]] = {
-        "train": (TrainConfig, train), "caption": (CaptionConfig, caption), "convert": (ConvertConfig, convert),
+        "train": (TrainConfig, train),
+        "caption": (CaptionConfig, caption),
+        "convert": (ConvertConfig, convert),
     }
 
     def run() -> int:

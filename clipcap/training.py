@@ -112,7 +112,9 @@ class Captioning(LightningModule):
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         # Padding is on the right and unlabelled, so causal attention needs no mask.
-        loss = self.model(batch["clip_embeddings"], batch["input_ids"], labels=batch["labels"], return_logits=False).loss
+        loss = self.model(
+            batch["clip_embeddings"], batch["input_ids"], labels=batch["labels"], return_logits=False
+        ).loss
         assert loss is not None
         return loss
 
@@ -122,14 +124,16 @@ class Captioning(LightningModule):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
 
 
-def embed_with_progress(
-    items: list[CaptionedImage], config: TrainConfig, directory: Path
-) -> EmbeddingStore:
+def embed_with_progress(items: list[CaptionedImage], config: TrainConfig, directory: Path) -> EmbeddingStore:
     """Encode all images once, with a progress bar, and name what was skipped."""
     clip = load_clip(config.clip, device=config.runtime.device)
     with tqdm(total=len(items), desc=f"embedding images with CLIP {config.clip}", unit=" images") as bar:
         store = build_store(
-            items, clip, directory, inputs=config.inputs, precision=config.runtime.precision,
+            items,
+            clip,
+            directory,
+            inputs=config.inputs,
+            precision=config.runtime.precision,
             progress=lambda done: bar.update(done - bar.n),
         )
     if store.skipped:
@@ -158,35 +162,50 @@ def train(config: TrainConfig) -> Path:
     if not by_split["train"]:
         raise UserError(f"{str(config.data)!r} has no image in its train split: check its 'split' fields.")
     config.out.mkdir(parents=True, exist_ok=True)
-    store = embed_with_progress(by_split["train"] + by_split["val"], config, config.embeddings or config.out / "embeddings")
+    store = embed_with_progress(
+        by_split["train"] + by_split["val"], config, config.embeddings or config.out / "embeddings"
+    )
 
     model = ClipCapModel.from_backbones(
         ClipCapConfig(
-            mapper=config.mapper, inputs=config.inputs, clip_width=int(store.array.shape[-1]),
-            prefix_length=config.prefix_length, clip_length=config.clip_length,
-            mapper_layers=config.mapper_layers, mapper_heads=config.mapper_heads,
-            normalize_embeddings=config.normalize_embeddings, tune_gpt2=config.tune_gpt2,
-            gpt2=config.gpt2, clip=config.clip,
+            mapper=config.mapper,
+            inputs=config.inputs,
+            clip_width=int(store.array.shape[-1]),
+            prefix_length=config.prefix_length,
+            clip_length=config.clip_length,
+            mapper_layers=config.mapper_layers,
+            mapper_heads=config.mapper_heads,
+            normalize_embeddings=config.normalize_embeddings,
+            tune_gpt2=config.tune_gpt2,
+            gpt2=config.gpt2,
+            clip=config.clip,
         )
     )
     assert model.tokenizer is not None
     longest = min(config.max_tokens, model.gpt2.config.n_positions - config.prefix_length)
-    data = {split: CaptionDataset(part, store, model.tokenizer, max_tokens=longest)
-            for split, part in by_split.items() if split == "train" or part}
+    data = {
+        split: CaptionDataset(part, store, model.tokenizer, max_tokens=longest)
+        for split, part in by_split.items()
+        if split == "train" or part
+    }
     join = collate(model.tokenizer.eos_token_id)
     order = BucketedOrder([len(ids) for _, ids in data["train"].pairs], config.batch_size, seed=config.runtime.seed)
     steps = config.steps or config.epochs * len(order) // config.accumulate
     require_at_least("number of steps", steps, 1)
     trainer = build_trainer(
         TrainerConfig(
-            max_steps=steps, val_every=min(config.val_every * config.accumulate, steps * config.accumulate),
-            accumulate=config.accumulate, precision=config.runtime.precision, device=device.type,
+            max_steps=steps,
+            val_every=min(config.val_every * config.accumulate, steps * config.accumulate),
+            accumulate=config.accumulate,
+            precision=config.runtime.precision,
+            device=device.type,
         ),
         config.out,
         monitor="val/loss" if "val" in data else "train/loss",
     )
-    module = Captioning(model, lr=config.lr, warmup=min(config.warmup, steps // 10), total=steps,
-                        weight_decay=config.weight_decay)
+    module = Captioning(
+        model, lr=config.lr, warmup=min(config.warmup, steps // 10), total=steps, weight_decay=config.weight_decay
+    )
     loaders: dict[str, Any] = {"train_dataloaders": ResumableLoader(data["train"], order, collate_fn=join)}
     if "val" in data:
         loaders["val_dataloaders"] = DataLoader(data["val"], batch_size=config.batch_size, collate_fn=join)

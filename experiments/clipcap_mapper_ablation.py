@@ -27,7 +27,7 @@ from clipcap.model import ClipCapModel
 from clipcap.training import TrainConfig, train
 from common.checks import require_one_of, run_command
 from common.clip import load_clip
-from common.report import write_json
+from common.report import plot_bars, write_json, write_text
 from common.runtime import RuntimeConfig, hardware, seed_everything, versions
 from experiments.scenes.captions import looks, names_all, parse
 from experiments.scenes.dataset import load_split
@@ -54,6 +54,8 @@ class Config:
     """Directory written by experiments/render_scenes.py."""
     out: Path = Path("out/ablation")
     """Where data, runs and results go."""
+    docs: Path = Path("docs")
+    """Where the table and the figure go."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which captioners: mlp-frozen, mlp-tuned, transformer-frozen, transformer-tuned, patches-frozen, patches-tuned."""
     clip: str = "tiny"
@@ -86,7 +88,11 @@ def caption_images(model: ClipCapModel, embeddings: torch.Tensor, *, batch: int 
 def share(flags: Sequence[bool]) -> dict[str, float]:
     """The share of True, with its standard error and the count."""
     mean = float(np.mean(flags)) if flags else float("nan")
-    return {"share": mean, "standard_error": float(np.sqrt(mean * (1 - mean) / max(len(flags), 1))), "images": len(flags)}
+    return {
+        "share": mean,
+        "standard_error": float(np.sqrt(mean * (1 - mean) / max(len(flags), 1))),
+        "images": len(flags),
+    }
 
 
 def score_scenes(captions: Mapping[str, str], records: Mapping[str, ViewRecord]) -> dict[str, Any]:
@@ -102,14 +108,19 @@ def score_scenes(captions: Mapping[str, str], records: Mapping[str, ViewRecord])
     if unseen:
         result["one_unseen_object_right"] = share([right[k] for k in unseen])
     scores = score_captions(captions, {key: list(records[key].captions) for key in captions})
-    return result | {"bleu_4": scores.bleu[3], "cider": scores.cider, "tokenizer": scores.tokenizer,
-                     "distinct_captions": len(set(captions.values()))}
+    return result | {
+        "bleu_4": scores.bleu[3],
+        "cider": scores.cider,
+        "tokenizer": scores.tokenizer,
+        "distinct_captions": len(set(captions.values())),
+    }
 
 
 def _partial(
     captions: Mapping[str, str], records: Mapping[str, ViewRecord], counts: Mapping[str, int], part: int
 ) -> dict[str, dict[str, float]]:
     """The same shares for colours alone (part 0) or shapes alone (part 1)."""
+
     def project(pairs: Any) -> list[str]:
         return sorted(str(pair[part]) for pair in pairs.elements())
 
@@ -122,15 +133,29 @@ def run_variant(name: str, config: Config, data: Path) -> dict[str, Any]:
     settings = VARIANTS[name]
     inputs = settings.get("inputs", "embedding")
     run = config.out / f"{name}-seed{config.runtime.seed}"
-    directory = train(TrainConfig(
-        data=data, out=run, embeddings=config.out / f"embeddings-{inputs}", clip=config.clip, gpt2=config.gpt2,
-        mapper_layers=config.mapper_layers, mapper_heads=4, steps=config.steps, batch_size=config.batch_size,
-        lr=config.lr, warmup=100, val_every=250, runtime=config.runtime, **settings,
-    ))
+    directory = train(
+        TrainConfig(
+            data=data,
+            out=run,
+            embeddings=config.out / f"embeddings-{inputs}",
+            clip=config.clip,
+            gpt2=config.gpt2,
+            mapper_layers=config.mapper_layers,
+            mapper_heads=4,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            warmup=100,
+            val_every=250,
+            runtime=config.runtime,
+            **settings,
+        )
+    )
     model = ClipCapModel.from_pretrained(directory)
     clip = load_clip(config.clip, device="cpu")
-    result: dict[str, Any] = {"training": json.loads((run / "training.json").read_text())["metrics"]}
-    for split in (("val",) if config.split == "val" else SPLITS):
+    record = json.loads((run / "training.json").read_text())
+    result: dict[str, Any] = {"training": record["metrics"], "cpu_seconds": record["cpu_seconds"]}
+    for split in ("val",) if config.split == "val" else SPLITS:
         _, records = load_split(config.scenes, split)
         path = export(config.scenes, config.out / f"data-{split}", (split,))
         items: list[CaptionedImage] = read_dataset(path)
@@ -142,23 +167,92 @@ def run_variant(name: str, config: Config, data: Path) -> dict[str, Any]:
     return result
 
 
+def write_tables(config: Config) -> Path:
+    """All finished runs in `out` as one Markdown page with a figure; returns the page's path."""
+    runs = [json.loads(path.read_text()) for path in sorted(config.out.glob("*/scores.json"))]
+    runs = [run for run in runs if "test" in run]
+    runs.sort(key=lambda run: (list(VARIANTS).index(run["variant"]), run["seed"]))
+    lines = [
+        "# Mapper and fine-tuning, in small",
+        "",
+        "Captions of held-out rendered scenes by the tiny backbones: the share of captions that name the colour and",
+        "shape of every object right, by number of objects, and for one object whose colour and shape never occur",
+        "together in training; share ± standard error. Beam search, 5 beams. BLEU-4 and CIDEr on the test split.",
+        "",
+        "| variant | seed | steps | 1 object | 2 objects | 3 objects | unseen pair | BLEU-4 | CIDEr | val loss "
+        "| CPU min |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for run in runs:
+        shares = [run["test"]["all_right"][n] for n in ("1", "2", "3")] + [
+            run["test_unseen"]["one_unseen_object_right"]
+        ]
+        cells = [f"{part['share']:.3f} ± {part['standard_error']:.3f}" for part in shares]
+        lines.append(
+            f"| {run['variant']} | {run['seed']} | {run['steps']} | {' | '.join(cells)} | {run['test']['bleu_4']:.3f} "
+            f"| {run['test']['cider']:.3f} | {run['training']['val/loss']:.3f} | {run['cpu_seconds'] / 60:.0f} |"
+        )
+    lines += [
+        "",
+        "Colours alone and shapes alone, test split:",
+        "",
+        "| variant | seed | " + " | ".join(f"{part}, {n}" for part in ("colours", "shapes") for n in "123") + " |",
+        "|---|--:|" + "--:|" * 6,
+    ]
+    for run in runs:
+        cells = [f"{run['test'][f'{part}_right'][n]['share']:.3f}" for part in ("colours", "shapes") for n in "123"]
+        lines.append(f"| {run['variant']} | {run['seed']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "![shares](clipcap_mapper_ablation.png)",
+        "",
+        f"`python -m experiments.clipcap_mapper_ablation --steps {config.steps}` "
+        f"(hardware: {runs[-1]['hardware']}; tokenizer of the scores: {runs[-1]['test']['tokenizer']})",
+        "",
+    ]
+    figure = plot_bars(
+        {
+            f"{run['variant']}, {n} object{'s' * (n > 1)}": run["test"]["all_right"][str(n)]["share"]
+            for run in runs
+            for n in (1, 2, 3)
+        },
+        x="captions that name every colour and shape right",
+    )
+    config.docs.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.docs / "clipcap_mapper_ablation.png", dpi=110)
+    return write_text(config.docs / "clipcap_mapper_ablation.md", "\n".join(lines))
+
+
 def main(config: Config) -> None:
-    """Train what is not trained yet, score, write results.json and print a table."""
+    """Train what is not trained yet, score, and write each run's scores.json and the table of all."""
     for name in config.variants:
         require_one_of("variant", name, tuple(VARIANTS))
     seed_everything(config.runtime.seed)
     data = export(config.scenes, config.out / "data")
     for name in config.variants:
         result = run_variant(name, config, data)
-        write_json(config.out / f"{name}-seed{config.runtime.seed}" / "scores.json",
-                   {"variant": name, "seed": config.runtime.seed, "steps": config.steps, "hardware": hardware(),
-                    "versions": versions()} | result)
+        write_json(
+            config.out / f"{name}-seed{config.runtime.seed}" / "scores.json",
+            {
+                "variant": name,
+                "seed": config.runtime.seed,
+                "steps": config.steps,
+                "hardware": hardware(),
+                "versions": versions(),
+            }
+            | result,
+        )
         for split, scores in result.items():
-            if split != "training":
+            if split in (*SPLITS, "val"):
                 right = {n: round(s["share"], 3) for n, s in scores["all_right"].items()}
                 unseen = scores.get("one_unseen_object_right", {}).get("share")
-                print(f"{name:20} {split:12} all right {right} unseen {unseen} "
-                      f"BLEU-4 {scores['bleu_4']:.3f} CIDEr {scores['cider']:.3f}", flush=True)
+                print(
+                    f"{name:20} {split:12} all right {right} unseen {unseen} "
+                    f"BLEU-4 {scores['bleu_4']:.3f} CIDEr {scores['cider']:.3f}",
+                    flush=True,
+                )
+    if config.split == "test":
+        print(f"table: {write_tables(config)}")
 
 
 if __name__ == "__main__":

@@ -48,32 +48,58 @@ class Config:
 
 def main(config: Config) -> None:
     """Train on the train split, caption the test split, score it and write the page."""
-    directory = train(TrainConfig(
-        data=config.data, images=config.images, out=config.out, clip=config.clip, gpt2=config.gpt2, tune_gpt2=True,
-        mapper_layers=4, mapper_heads=4, steps=config.steps, lr=config.lr, warmup=60, val_every=100,
-        runtime=config.runtime,
-    ))
+    directory = train(
+        TrainConfig(
+            data=config.data,
+            images=config.images,
+            out=config.out,
+            clip=config.clip,
+            gpt2=config.gpt2,
+            tune_gpt2=True,
+            mapper_layers=4,
+            mapper_heads=4,
+            steps=config.steps,
+            lr=config.lr,
+            warmup=60,
+            val_every=100,
+            runtime=config.runtime,
+        )
+    )
     test = [item for item in read_dataset(config.data, images=config.images) if item.split == "test"]
     if not test:
         raise UserError(f"{str(config.data)!r} has no image in its test split: nothing to score.")
     captioner = Captioner.from_pretrained(directory, device=config.runtime.device)
-    captions = dict(zip((item.image_id for item in test), captioner.caption([item.path for item in test], progress=True),
-                        strict=True))
+    captions = dict(
+        zip(
+            (item.image_id for item in test),
+            captioner.caption([item.path for item in test], progress=True),
+            strict=True,
+        )
+    )
     scores = score_captions(captions, {item.image_id: item.captions for item in test})
     result = {
-        "images": len(test), "bleu_4": scores.bleu[3], "cider": scores.cider, "tokenizer": scores.tokenizer,
-        "distinct_captions": len(set(captions.values())), "steps": config.steps, "seed": config.runtime.seed,
-        "hardware": hardware(), "versions": versions(),
+        "images": len(test),
+        "bleu_4": scores.bleu[3],
+        "cider": scores.cider,
+        "tokenizer": scores.tokenizer,
+        "distinct_captions": len(set(captions.values())),
+        "steps": config.steps,
+        "seed": config.runtime.seed,
+        "hardware": hardware(),
+        "versions": versions(),
     }
     write_json(config.out / "scores.json", result | {"captions": captions})
     page = Page("Captions of photographs", f"CLIP {config.clip}, GPT-2 {config.gpt2}, {len(test)} test images")
     if config.clip == "tiny":
-        page.text("The tiny backbones have never seen a photograph, so these captions are poor; what is shown is "
-                  "that the whole path works on real files. Real weights go through the same command.")
+        page.text(
+            "The tiny backbones have never seen a photograph, so these captions are poor; what is shown is "
+            "that the whole path works on real files. Real weights go through the same command."
+        )
     page.table([{name: result[name] for name in ("images", "bleu_4", "cider", "distinct_captions")}])
     page.command(f"python -m experiments.clipcap_photographs --data {config.data.name} --steps {config.steps}")
-    page.gallery([(item.path, captions[item.image_id], [f"reference: {item.captions[0]}"])
-                  for item in test[: config.shown]])
+    page.gallery(
+        [(item.path, captions[item.image_id], [f"reference: {item.captions[0]}"]) for item in test[: config.shown]]
+    )
     print(f"BLEU-4 {scores.bleu[3]:.3f}  CIDEr {scores.cider:.3f}  page: {page.write(config.out / 'index.html')}")
 
 

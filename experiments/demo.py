@@ -53,8 +53,11 @@ class Steps:
         """Announce the next step."""
         later = f", then {self.names[self.done + 1]}" if self.done + 1 < len(self.names) else ""
         elapsed = time.monotonic() - self.begun
-        self.console.print(f"[{self.done + 1}/{len(self.names)}] {elapsed:4.0f} s  {self.names[self.done]}{later}",
-                           markup=False, highlight=False)
+        self.console.print(
+            f"[{self.done + 1}/{len(self.names)}] {elapsed:4.0f} s  {self.names[self.done]}{later}",
+            markup=False,
+            highlight=False,
+        )
         self.done += 1
 
 
@@ -71,9 +74,16 @@ def same_objects(caption: str, reference: str) -> bool:
 def main(config: Config) -> None:
     """Caption, score, interpret, and write the page."""
     device = start(config.runtime)
-    steps = Steps(["load the backbones and the captioner", "caption the sample scenes with beam search",
-                   "caption them again by greedy decoding and sampling", "read prefixes as words",
-                   "score tiny GPT-2 on a sentence", "write the page"])
+    steps = Steps(
+        [
+            "load the backbones and the captioner",
+            "caption the sample scenes with beam search",
+            "caption them again by greedy decoding and sampling",
+            "read prefixes as words",
+            "score tiny GPT-2 on a sentence",
+            "write the page",
+        ]
+    )
     begun = time.monotonic()
     steps.next()
     captioner = Captioner.from_pretrained("tiny", device=device)
@@ -114,46 +124,85 @@ def main(config: Config) -> None:
         ids = [tokenizer.eos_token_id, *tokenizer(TEXT)["input_ids"]]
         found_score = score(model, ids)
         record = card_of(f"gpt2-{name}")
-        language.append({
-            "model": f"gpt2-{name}", "parameters": record["parameters"],
-            "bits per byte, held-out text": record["valid"]["bits_per_byte"],
-            "perplexity of the sentence, now": found_score.perplexity,
-        })
+        language.append(
+            {
+                "model": f"gpt2-{name}",
+                "parameters": record["parameters"],
+                "bits per byte, held-out text": record["valid"]["bits_per_byte"],
+                "perplexity of the sentence, now": found_score.perplexity,
+            }
+        )
 
     steps.next()
     seconds = time.monotonic() - begun
     clip = card_of("clip-tiny")
     page = Page("CLIP and GPT-2 at work", "What the toolkit makes of its packaged tiny backbones, on this machine")
-    page.section("Captions", "ClipCap turns CLIP's embedding of an image into a short prefix that GPT-2 continues as "
-                 "a caption. The scenes below were rendered for this project and held out from all training.")
-    page.note("The packaged backbones are tiny and know rendered scenes and software manuals only. Real weights "
-              "(`openai/clip-vit-base-patch32`, `gpt2`) go through the same code: see the README.")
+    page.section(
+        "Captions",
+        "ClipCap turns CLIP's embedding of an image into a short prefix that GPT-2 continues as "
+        "a caption. The scenes below were rendered for this project and held out from all training.",
+    )
+    page.note(
+        "The packaged backbones are tiny and know rendered scenes and software manuals only. Real weights "
+        "(`openai/clip-vit-base-patch32`, `gpt2`) go through the same code: see the README."
+    )
     page.table(table, caption=f"{len(items)} held-out scenes")
     page.command("python -m experiments.demo")
     order = sorted(range(len(items)), key=lambda i: counts[items[i].image_id])
-    page.gallery([
-        (items[i].path, captions[items[i].image_id],
-         [("right: " if right[items[i].image_id] else "not all right: ") + f"reference: {references[items[i].image_id][0]}",
-          f"mean log-probability {beams[i].scores[0]:.2f}"])
-        for i in order
-    ])
-    page.figure(plot_bars({
-        f"{n} object{'s' * (n > 1)}": sum(right[k] for k in right if counts[k] == n) / max(1, sum(c == n for c in counts.values()))
-        for n in sorted(set(counts.values()))
-    }, x="captions that name every colour and shape right"), "Beam search on the scenes above")
-    page.section("What a prefix says", "The vocabulary tokens nearest to each prefix embedding, by cosine similarity. "
-                 "A frozen GPT-2 makes the mapper speak in readable tokens less often than one would hope.")
+    page.gallery(
+        [
+            (
+                items[i].path,
+                captions[items[i].image_id],
+                [
+                    ("right: " if right[items[i].image_id] else "not all right: ")
+                    + f"reference: {references[items[i].image_id][0]}",
+                    f"mean log-probability {beams[i].scores[0]:.2f}",
+                ],
+            )
+            for i in order
+        ]
+    )
+    page.figure(
+        plot_bars(
+            {
+                f"{n} object{'s' * (n > 1)}": sum(right[k] for k in right if counts[k] == n)
+                / max(1, sum(c == n for c in counts.values()))
+                for n in sorted(set(counts.values()))
+            },
+            x="captions that name every colour and shape right",
+        ),
+        "Beam search on the scenes above",
+    )
+    page.section(
+        "What a prefix says",
+        "The vocabulary tokens nearest to each prefix embedding, by cosine similarity. "
+        "A frozen GPT-2 makes the mapper speak in readable tokens less often than one would hope.",
+    )
     page.gallery([(paths[i], captions[items[i].image_id], [" ".join(words[i])]) for i in range(len(words))])
-    page.section("The backbones", "Trained by this project from a seed; each has a card with its data, licence and scores.")
+    page.section(
+        "The backbones", "Trained by this project from a seed; each has a card with its data, licence and scores."
+    )
     page.table(language)
     retrieval = clip["scores"]
     page.table([{"tiny CLIP on held-out scenes": name, "score": value} for name, value in retrieval.items()])
     page.command("python -m experiments.evaluate_tiny_clip --clip tiny --split test")
-    page.details("hardware, versions and time", {"hardware": hardware(), "versions": versions(),
-                                                 "seconds": round(seconds, 1), "seed": config.runtime.seed})
+    page.details(
+        "hardware, versions and time",
+        {"hardware": hardware(), "versions": versions(), "seconds": round(seconds, 1), "seed": config.runtime.seed},
+    )
     path = page.write(config.out / "index.html")
-    write_json(config.out / "results.json", {"captions": captions, "decoding": table, "language": language,
-                                             "seconds": seconds, "hardware": hardware(), "versions": versions()})
+    write_json(
+        config.out / "results.json",
+        {
+            "captions": captions,
+            "decoding": table,
+            "language": language,
+            "seconds": seconds,
+            "hardware": hardware(),
+            "versions": versions(),
+        },
+    )
     print(f"page: {path}")
 
 

@@ -106,9 +106,7 @@ def class_embeddings(clip: FrozenCLIP, attribute: str, *, ensemble: bool) -> Flo
     return torch.stack(classes)
 
 
-def zero_shot(
-    images: Float[Tensor, "n e"], classes: Float[Tensor, "c e"], labels: Int[Tensor, " n"]
-) -> float:
+def zero_shot(images: Float[Tensor, "n e"], classes: Float[Tensor, "c e"], labels: Int[Tensor, " n"]) -> float:
     """Share of images whose most similar class is theirs."""
     return ((images @ classes.T).argmax(1) == labels).float().mean().item()
 
@@ -118,9 +116,12 @@ def view_similarity(images: Float[Tensor, "n e"], records: Sequence[ViewRecord])
     family = torch.tensor([record.family for record in records])
     within = (images[0::2] * images[1::2]).sum(-1)  # (s,)
     across = (images @ images.T)[family[:, None] != family[None]]
-    return {"within_scene": within.mean().item(), "across_scenes": across.mean().item(),
-            "within_scene_5th_percentile": within.quantile(0.05).item(),
-            "separation_auc": _auc(within, across)}
+    return {
+        "within_scene": within.mean().item(),
+        "across_scenes": across.mean().item(),
+        "within_scene_5th_percentile": within.quantile(0.05).item(),
+        "separation_auc": _auc(within, across),
+    }
 
 
 def _auc(positive: Tensor, negative: Tensor) -> float:
@@ -133,10 +134,14 @@ def evaluate(clip: FrozenCLIP, images: np.ndarray, records: Sequence[ViewRecord]
     """All scores of one split."""
     embeddings = embed_images(clip, images)
     with torch.no_grad():
-        tokens = torch.cat([
-            clip.encode_image_features(clip.preprocess([Image.fromarray(x) for x in images[i : i + 100]])).class_token
-            for i in range(0, len(images), 100)
-        ])
+        tokens = torch.cat(
+            [
+                clip.encode_image_features(
+                    clip.preprocess([Image.fromarray(x) for x in images[i : i + 100]])
+                ).class_token
+                for i in range(0, len(images), 100)
+            ]
+        )
     rows = distinct_rows(records, MOST_CANDIDATES)
     texts = embed_texts(clip, [records[row].full_caption for row in rows])
     similarity = embeddings[rows] @ texts.T
@@ -170,8 +175,13 @@ def main(config: Config) -> None:
     result = {"clip": config.clip, "split": config.split, "images": len(images)} | evaluate(clip, images, records)
     write_json(config.out, result)
     for name in ("image_to_text", "text_to_image", "zero_shot", "view_similarity"):
-        print(name, {k: {a: round(b, 3) for a, b in v.items()} if isinstance(v, dict) else round(v, 3)
-                     for k, v in result[name].items()})
+        print(
+            name,
+            {
+                k: {a: round(b, 3) for a, b in v.items()} if isinstance(v, dict) else round(v, 3)
+                for k, v in result[name].items()
+            },
+        )
 
 
 if __name__ == "__main__":

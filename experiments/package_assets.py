@@ -1,6 +1,6 @@
 """Copy trained backbones and the captioner into `common/assets`, each with its record and a card.
 
-    python -m experiments.package_assets --gpt2 out/gpt2 --clip out/clip --captioner out/ablation/RUN
+python -m experiments.package_assets --gpt2 out/gpt2 --clip out/clip --captioner out/ablation/RUN
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from common.checks import UserError, run_command
 from common.pretrained import ASSETS
 from common.report import write_json, write_text
 
-WEIGHTS = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-           "preprocessor_config.json")
+WEIGHTS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+)
 CARD = """# {title}
 
 {what}
@@ -41,10 +47,14 @@ CARD = """# {title}
 
 {limits}
 """
-TEXT_DATA = ("12.4 MB of English: documentation of LibreOffice, GIMP and Debian, and WordNet's glosses, from Debian's "
-             "packages (`python -m experiments.build_corpus` makes such a corpus)")
-TEXT_LICENCE = ("weights: Apache-2.0, as this project. Text: LibreOffice's help (MPL-2.0), GIMP's manual (GFDL), "
-                "Debian's manuals (GPL), WordNet (WordNet licence)")
+TEXT_DATA = (
+    "12.4 MB of English: documentation of LibreOffice, GIMP and Debian, and WordNet's glosses, from Debian's "
+    "packages (`python -m experiments.build_corpus` makes such a corpus)"
+)
+TEXT_LICENCE = (
+    "weights: Apache-2.0, as this project. Text: LibreOffice's help (MPL-2.0), GIMP's manual (GFDL), "
+    "Debian's manuals (GPL), WordNet (WordNet licence)"
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,17 @@ def write_card(target: Path, record: dict[str, Any], **fields: Any) -> None:
     write_json(target / "training.json", record)
     size = (target / "model.safetensors").stat().st_size / 1e6
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in record["scores"].items())
-    write_text(target / "README.md", CARD.format(
-        megabytes=size, hardware=record["hardware"], minutes=record["cpu_seconds"] / 60,
-        seed=record["config"]["runtime"]["seed"], scores=f"| score | value |\n|---|---|\n{rows}", **fields,
-    ))
+    write_text(
+        target / "README.md",
+        CARD.format(
+            megabytes=size,
+            hardware=record["hardware"],
+            minutes=record["cpu_seconds"] / 60,
+            seed=record["config"]["runtime"]["seed"],
+            scores=f"| score | value |\n|---|---|\n{rows}",
+            **fields,
+        ),
+    )
 
 
 def package_gpt2(directory: Path) -> None:
@@ -92,47 +109,60 @@ def package_gpt2(directory: Path) -> None:
     orders = read(directory / "ngram.json")["orders"]
     for size, name in (("small", "gpt2-tiny"), ("medium", "gpt2-tiny-medium")):
         record = read(directory / name / "training.json")
-        record["scores"] = {"bits per byte, held-out English": record["valid"]["bits_per_byte"],
-                            "perplexity, held-out English": record["valid"]["perplexity"]}
-        record["scores"] |= {f"bits per byte of a Witten-Bell {order}-gram model": found["bits_per_byte"]
-                             for order, found in orders.items()}
+        record["scores"] = {
+            "bits per byte, held-out English": record["valid"]["bits_per_byte"],
+            "perplexity, held-out English": record["valid"]["perplexity"],
+        }
+        record["scores"] |= {
+            f"bits per byte of a Witten-Bell {order}-gram model": found["bits_per_byte"]
+            for order, found in orders.items()
+        }
         config = record["config"]
         write_card(
-            copy(directory / name, name), record,
+            copy(directory / name, name),
+            record,
             title=f"{name}: a tiny GPT-2 ({size})",
             what=f"GPT-2 with a byte-level BPE of {config['vocab_size']:,} tokens and {config['block']} positions, for "
-                 "tests, demonstrations and experiments that must run anywhere. Both sizes share the tokenizer.",
-            parameters=record["parameters"], data=TEXT_DATA, licence=TEXT_LICENCE,
+            "tests, demonstrations and experiments that must run anywhere. Both sizes share the tokenizer.",
+            parameters=record["parameters"],
+            data=TEXT_DATA,
+            licence=TEXT_LICENCE,
             command=f"python -m experiments.train_tiny_gpt2 --corpus CORPUS --size {size} --epochs {config['epochs']:g}",
-            limits="It knows manuals and dictionary glosses; it writes fluent phrases without sense, repeats the biases "
-                   "of those texts, and is no source of facts. English only.",
+            limits="It knows manuals and dictionary glosses; it writes fluent phrases without sense, repeats the "
+            "biases of those texts, and is no source of facts. English only.",
         )
 
 
 def package_clip(directory: Path) -> None:
     """The tiny CLIP."""
     record, found = read(directory / "clip-tiny" / "training.json"), read(directory / "scores.json")
-    scores = {f"{way.replace('_', ' ')}, recall@{k} of {found['candidates']}": found[way][f"recall@{k}"]
-              for way in ("image_to_text", "text_to_image") for k in (1, 5)}
+    scores = {
+        f"{way.replace('_', ' ')}, recall@{k} of {found['candidates']}": found[way][f"recall@{k}"]
+        for way in ("image_to_text", "text_to_image")
+        for k in (1, 5)
+    }
     for attribute, values in found["zero_shot"].items():
         scores[f"zero-shot {attribute}, one template (chance {values['chance']:.2f})"] = values["one_template"]
         scores[f"zero-shot {attribute}, ensemble (chance {values['chance']:.2f})"] = values["ensemble"]
     for part, values in found["view_similarity"].items():
-        scores |= {f"cosine similarity, {part.replace('_', ' ')}, {name.replace('_', ' ')}": value
-                   for name, value in values.items()}
+        scores |= {
+            f"cosine similarity, {part.replace('_', ' ')}, {name.replace('_', ' ')}": value
+            for name, value in values.items()
+        }
     record["scores"] = scores
     write_card(
-        copy(directory / "clip-tiny", "clip-tiny"), record,
+        copy(directory / "clip-tiny", "clip-tiny"),
+        record,
         title="clip-tiny: a tiny CLIP of rendered scenes",
-        what="Image and text Transformers trained with the symmetric contrastive loss on rendered scenes of one to three "
-             "objects, 96x96 pixels, patches of 12, embeddings of width 128.",
+        what="Image and text Transformers trained with the symmetric contrastive loss on rendered scenes of one to "
+        "three objects, 96x96 pixels, patches of 12, embeddings of width 128.",
         parameters=record["parameters"],
         data=f"{record['images']:,} renders by Blender's Cycles (`experiments/render_scenes.py`, seed 0) with captions "
-             "generated from their scene graphs; scores on the held-out test split",
+        "generated from their scene graphs; scores on the held-out test split",
         licence="weights: Apache-2.0, as this project; scenes: CC0",
         command=f"python -m experiments.train_tiny_clip --scenes out/scenes --steps {record['config']['steps']}",
         limits="It has seen eight shapes, eight colours, three materials and two sizes, and no photograph. On anything "
-               "else its embeddings mean little. Eight pairs of colour and shape were never shown to it.",
+        "else its embeddings mean little. Eight pairs of colour and shape were never shown to it.",
     )
 
 
@@ -144,18 +174,22 @@ def package_captioner(directory: Path) -> None:
     target = ASSETS / "captioner-tiny"
     model = ClipCapModel.from_pretrained(directory / "model")
     model.half().save_pretrained(target)
-    scores = {f"{n} objects, all colours and shapes right": part["share"]
-              for n, part in found["test"]["all_right"].items()}
+    scores = {
+        f"{n} objects, all colours and shapes right": part["share"] for n, part in found["test"]["all_right"].items()
+    }
     scores["one object of an unseen colour and shape, right"] = found["test_unseen"]["one_unseen_object_right"]["share"]
     scores |= {"BLEU-4": found["test"]["bleu_4"], "CIDEr": found["test"]["cider"]}
     record = training | {"scores": scores}
     write_card(
-        target, record,
+        target,
+        record,
         title="captioner-tiny: ClipCap on the tiny backbones",
         what=f"Variant {found['variant']} of the paper's ablation: mapper {model.config.mapper}, reading CLIP's "
-             f"{model.config.inputs}, prefix of {model.config.prefix_length}, "
-             f"GPT-2 {'fine-tuned' if model.config.tune_gpt2 else 'frozen'}.",
-        parameters=sum(p.numel() for n, p in model.named_parameters() if model.config.saves_gpt2 or n.startswith("mapper.")),
+        f"{model.config.inputs}, prefix of {model.config.prefix_length}, "
+        f"GPT-2 {'fine-tuned' if model.config.tune_gpt2 else 'frozen'}.",
+        parameters=sum(
+            p.numel() for n, p in model.named_parameters() if model.config.saves_gpt2 or n.startswith("mapper.")
+        ),
         data="the tiny CLIP's training scenes, five captions each; scores on held-out scenes",
         licence="weights: Apache-2.0, as this project; scenes: CC0",
         command=f"python -m experiments.clipcap_mapper_ablation --variants {found['variant']} --steps {found['steps']}",

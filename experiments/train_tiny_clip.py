@@ -102,14 +102,25 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     config = CLIPConfig(
         projection_dim=128,
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=3,
-            num_attention_heads=3, max_position_embeddings=CONTEXT, projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            max_position_embeddings=CONTEXT,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         ),
         vision_config=dict(
-            hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-            image_size=IMAGE_SIZE, patch_size=12, projection_dim=128,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=12,
+            projection_dim=128,
         ),
     )
     return CLIPModel(config)
@@ -140,14 +151,18 @@ class Families(Dataset[dict[str, Any]]):
             record = self.records[row]
             full.append(rng.random() < self.full)
             captions.append(caption(record.scene, record.camera, rng, detail="full" if full[-1] else "some"))
-            wrong += [caption(counterfactual(record.scene, rng), record.camera, rng, detail="full")
-                      for _ in range(self.negatives)]
+            wrong += [
+                caption(counterfactual(record.scene, rng), record.camera, rng, detail="full")
+                for _ in range(self.negatives)
+            ]
         return {
             "images": self.images[self.rows[item]],
             "captions": captions,
             "wrong": wrong,
             "full": full,
-            "scenes": [4 * record.family + record.scene_index for record in map(self.records.__getitem__, self.rows[item])],
+            "scenes": [
+                4 * record.family + record.scene_index for record in map(self.records.__getitem__, self.rows[item])
+            ],
             "family": item,
         }
 
@@ -225,9 +240,7 @@ def contrastive_loss(
     return (to_text + F.cross_entropy(similarity.T, target)) / 2
 
 
-def view_loss(
-    first: Float[Tensor, "s e"], second: Float[Tensor, "s e"], temperature: float = 0.1
-) -> Float[Tensor, ""]:
+def view_loss(first: Float[Tensor, "s e"], second: Float[Tensor, "s e"], temperature: float = 0.1) -> Float[Tensor, ""]:
     """Symmetric cross entropy that tells a scene's second view among the other scenes' (Chen et al. 2020, eq. 1)."""
     similarity = first @ second.T / temperature
     target = torch.arange(len(first), device=first.device)
@@ -290,8 +303,9 @@ class Contrastive(LightningModule):
             optimizer.step()
         for schedule in schedules:
             schedule.step()
-        self.log_dict({"train/text": text, "train/view": view, "train/scale": self.model.logit_scale.exp()},
-                      prog_bar=True)
+        self.log_dict(
+            {"train/text": text, "train/view": view, "train/scale": self.model.logit_scale.exp()}, prog_bar=True
+        )
         return loss.detach()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -302,8 +316,9 @@ class Contrastive(LightningModule):
 def main(config: Config) -> None:
     """Train the tokenizer and the model; write them with the run's record."""
     start(config.runtime)
-    train = Families(config.scenes, "train", negatives=config.negatives, full=config.full_captions,
-                     seed=config.runtime.seed)
+    train = Families(
+        config.scenes, "train", negatives=config.negatives, full=config.full_captions, seed=config.runtime.seed
+    )
     valid = Families(config.scenes, "val", negatives=config.negatives, full=1.0, seed=config.runtime.seed)
     directory = config.out / "clip-tiny"
     tokenizer = train_tokenizer(
@@ -313,16 +328,27 @@ def main(config: Config) -> None:
     join = collate(tokenizer)
     order = BatchOrder(len(train), config.families, seed=config.runtime.seed)
     trainer = build_trainer(
-        TrainerConfig(max_steps=2 * config.steps, val_every=config.val_every, clip_gradients=0.0,
-                      precision=config.precision, device=config.runtime.device),
+        TrainerConfig(
+            max_steps=2 * config.steps,
+            val_every=config.val_every,
+            clip_gradients=0.0,
+            precision=config.precision,
+            device=config.runtime.device,
+        ),
         config.out / "run",
     )
-    print(f"{len(train.images):,} images, {model.num_parameters():,} parameters, {config.steps:,} steps "
-          f"= {config.steps / len(order):.1f} epochs")
+    print(
+        f"{len(train.images):,} images, {model.num_parameters():,} parameters, {config.steps:,} steps "
+        f"= {config.steps / len(order):.1f} epochs"
+    )
     begun = time.process_time()
-    fit(trainer, Contrastive(model, config), config.out / "run",
+    fit(
+        trainer,
+        Contrastive(model, config),
+        config.out / "run",
         train_dataloaders=ResumableLoader(train, order, collate_fn=join),
-        val_dataloaders=torch.utils.data.DataLoader(valid, batch_size=config.families, collate_fn=join))
+        val_dataloaders=torch.utils.data.DataLoader(valid, batch_size=config.families, collate_fn=join),
+    )
     record = {
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "parameters": model.num_parameters(),
@@ -335,8 +361,10 @@ def main(config: Config) -> None:
     }
     model.half().save_pretrained(directory)
     CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        image_mean=list(MEAN), image_std=list(STD),
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=list(MEAN),
+        image_std=list(STD),
     ).save_pretrained(directory)
     (directory / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -216,8 +216,13 @@ def main(config: Config) -> None:
     )
     validation = torch.utils.data.DataLoader(Blocks(valid_ids, config.block), batch_size=16)
     begun = time.process_time()
-    fit(trainer, Pretraining(model, config, steps), run,
-        train_dataloaders=ResumableLoader(blocks, order), val_dataloaders=validation)
+    fit(
+        trainer,
+        Pretraining(model, config, steps),
+        run,
+        train_dataloaders=ResumableLoader(blocks, order),
+        val_dataloaders=validation,
+    )
     cpu_seconds = time.process_time() - begun
 
     model.float().eval()
@@ -228,8 +233,13 @@ def main(config: Config) -> None:
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "parameters": model.num_parameters(),
         "tokens_seen": steps * config.batch_size * config.block,
-        "valid": {"nats": exact.nats, "tokens": exact.tokens, "bytes": num_bytes, "perplexity": exact.perplexity,
-                  "bits_per_byte": exact.bits_per_byte(num_bytes)},
+        "valid": {
+            "nats": exact.nats,
+            "tokens": exact.tokens,
+            "bytes": num_bytes,
+            "perplexity": exact.perplexity,
+            "bits_per_byte": exact.bits_per_byte(num_bytes),
+        },
         "cpu_seconds": round(cpu_seconds),
         "hardware": hardware(),
         "versions": versions(),

@@ -42,7 +42,9 @@ def test_python_examples(root, monkeypatch, capsys):
 
 def test_every_make_target_of_the_readme_exists(root):
     targets = set(re.findall(r"^([a-z]+):.*##", (root / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {target for block in blocks(root, "bash") for target in re.findall(r"^make (\w+)", block, flags=re.MULTILINE)}
+    named = {
+        target for block in blocks(root, "bash") for target in re.findall(r"^make (\w+)", block, flags=re.MULTILINE)
+    }
     assert named and named <= targets
 
 

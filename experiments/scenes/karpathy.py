@@ -29,15 +29,17 @@ def export(scenes: Path, out: Path, splits: Iterable[str] = ("train", "val")) ->
             if not path.exists():
                 Image.fromarray(image).save(path, compress_level=1)
             first = 5 * len(rows)
-            rows.append({
-                "filename": path.name,
-                "imgid": len(rows),
-                "split": "test" if split == "test_unseen" else split,
-                "unseen": has_held_out(record.scene),
-                "sentids": list(range(first, first + len(record.captions))),
-                "sentences": [
-                    {"raw": text, "tokens": text.split(), "imgid": len(rows), "sentid": first + i}
-                    for i, text in enumerate(record.captions)
-                ],
-            })
+            rows.append(
+                {
+                    "filename": path.name,
+                    "imgid": len(rows),
+                    "split": "test" if split == "test_unseen" else split,
+                    "unseen": has_held_out(record.scene),
+                    "sentids": list(range(first, first + len(record.captions))),
+                    "sentences": [
+                        {"raw": text, "tokens": text.split(), "imgid": len(rows), "sentid": first + i}
+                        for i, text in enumerate(record.captions)
+                    ],
+                }
+            )
     return write_json(out / "dataset.json", {"dataset": "scenes", "images": rows})

@@ -22,10 +22,15 @@ def clip_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer(["a red cube", "a blue ball next to a cube"], directory)
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(projection_dim=12, text_config=sizes | text,
-                        vision_config=sizes | {"image_size": 32, "patch_size": 16})
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = CLIPConfig(
+        projection_dim=12, text_config=sizes | text, vision_config=sizes | {"image_size": 32, "patch_size": 16}
+    )
     CLIPModel(config).save_pretrained(directory)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(directory)
     return directory
@@ -45,7 +50,12 @@ def photos(tmp_path: Path) -> Path:
         name = f"{number:02}.{'jpg' if image.mode in ('RGB', 'L', 'CMYK') else 'png'}"
         image.save(folder / name)
         split = "train" if number < 8 else "val" if number < 10 else "test"
-        rows.append({"filename": name, "split": split,
-                     "sentences": [{"raw": "the cat and the hat"}, {"raw": f"the bat sat on mat {number}"}]})
+        rows.append(
+            {
+                "filename": name,
+                "split": split,
+                "sentences": [{"raw": "the cat and the hat"}, {"raw": f"the bat sat on mat {number}"}],
+            }
+        )
     (folder / "dataset.json").write_text(json.dumps({"images": rows}))
     return folder

@@ -48,12 +48,15 @@ def test_folder_with_csv(folder):
     (folder / "captions.csv").write_text("file_name,caption,split\na.jpg,one,train\na.jpg,two,train\nb.png,three,val\n")
     items = read_dataset(folder)
     assert [(i.image_id, i.captions, i.split) for i in items] == [
-        ("a.jpg", ("one", "two"), "train"), ("b.png", ("three",), "val"),
+        ("a.jpg", ("one", "two"), "train"),
+        ("b.png", ("three",), "val"),
     ]
 
 
 def test_folder_with_jsonl_and_lists(folder):
-    (folder / "captions.jsonl").write_text('{"image": "a.jpg", "captions": ["one", "two"]}\n\n{"image":"b.png","text":"x"}\n')
+    (folder / "captions.jsonl").write_text(
+        '{"image": "a.jpg", "captions": ["one", "two"]}\n\n{"image":"b.png","text":"x"}\n'
+    )
     assert [item.captions for item in read_dataset(folder)] == [("one", "two"), ("x",)]
 
 
@@ -64,7 +67,9 @@ def test_folder_with_sidecars(folder):
 
 
 def test_validation_split_is_a_function_of_the_id(folder):
-    (folder / "captions.csv").write_text("file_name,caption\n" + "".join(f"{i}.jpg,x\n" for i in range(200)) + "a.jpg,y\n")
+    (folder / "captions.csv").write_text(
+        "file_name,caption\n" + "".join(f"{i}.jpg,x\n" for i in range(200)) + "a.jpg,y\n"
+    )
     for i in range(200):
         (folder / f"{i}.jpg").write_bytes(b"x")
     first, second = read_dataset(folder), read_dataset(folder)
@@ -147,9 +152,12 @@ def test_every_caption_meets_its_own_image_and_ends_with_the_end_token(folder):
 
 def test_collate_pads_to_the_longest_and_does_not_label_padding():
     """Regression: the original counts padding in the loss, and leaves real tokens of id 0 out."""
-    batch = collate(9)([
-        {"embedding": torch.zeros(4), "ids": [5, 0, 9]}, {"embedding": torch.ones(4), "ids": [9]},
-    ])
+    batch = collate(9)(
+        [
+            {"embedding": torch.zeros(4), "ids": [5, 0, 9]},
+            {"embedding": torch.ones(4), "ids": [9]},
+        ]
+    )
     assert batch["input_ids"].tolist() == [[5, 0, 9], [9, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[5, 0, 9], [9, IGNORE, IGNORE]]

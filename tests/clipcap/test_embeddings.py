@@ -62,7 +62,9 @@ def test_a_store_is_used_again_only_for_the_same_images_and_backbone(photos, cli
 
     def encoded(**changes):
         calls = []
-        build_store(changes.pop("items", items), clip, tmp_path / "store", progress=calls.append, batch_size=6, **changes)
+        build_store(
+            changes.pop("items", items), clip, tmp_path / "store", progress=calls.append, batch_size=6, **changes
+        )
         return calls
 
     assert encoded() == [6, 12]

@@ -17,8 +17,18 @@ from common.runtime import RuntimeConfig
 @pytest.fixture
 def config(photos, clip_directory, gpt2_directory, tmp_path):
     return TrainConfig(
-        data=photos / "dataset.json", out=tmp_path / "run", clip=str(clip_directory), gpt2=str(gpt2_directory),
-        prefix_length=3, clip_length=2, mapper_layers=1, mapper_heads=2, steps=6, batch_size=5, lr=1e-2, val_every=3,
+        data=photos / "dataset.json",
+        out=tmp_path / "run",
+        clip=str(clip_directory),
+        gpt2=str(gpt2_directory),
+        prefix_length=3,
+        clip_length=2,
+        mapper_layers=1,
+        mapper_heads=2,
+        steps=6,
+        batch_size=5,
+        lr=1e-2,
+        val_every=3,
         runtime=RuntimeConfig(device="cpu"),
     )
 
@@ -39,8 +49,9 @@ def test_trains_saves_and_captions(config, mapper, tune, photos):
     assert any("gpt2" in name for name in checkpoint["state_dict"]) == tune
     record = json.loads((config.out / "training.json").read_text())
     assert record["steps"] == 6 and record["captions"] == {"train": 16, "val": 4}
-    captions = Captioner.from_pretrained(directory, device="cpu").caption([photos / "00.jpg", photos / "01.jpg"],
-                                                                        max_new_tokens=5)
+    captions = Captioner.from_pretrained(directory, device="cpu").caption(
+        [photos / "00.jpg", photos / "01.jpg"], max_new_tokens=5
+    )
     assert len(captions) == 2 and all(isinstance(text, str) for text in captions)
 
 
