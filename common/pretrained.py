@@ -26,6 +26,8 @@ def locate(name: str | os.PathLike[str], packaged: dict[str, Path], what: str) -
         UserError: a path that does not exist, or a directory without a `config.json`.
     """
     text = os.fspath(name)
+    if not text:
+        raise UserError(f"{what} name is empty: give one of {', '.join(packaged)}, a directory or a hub id.")
     if text in packaged:
         return str(packaged[text])
     path = Path(text).expanduser()
@@ -35,7 +37,7 @@ def locate(name: str | os.PathLike[str], packaged: dict[str, Path], what: str) -
         return str(path)
     if path.is_file():
         raise UserError(f"{what} {text!r} is a file: give a model directory, a packaged name or a hub id.")
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise UserError(f"{what} {text!r} does not exist: check the path, or use one of {', '.join(packaged)}.")
     return text
 
