@@ -7,7 +7,7 @@ copied when beams are reordered, and a step over all beams of all images is one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from clipcap.packing import decoding_parts
 from common.checks import UserError, require_at_least, require_one_of
 
 if TYPE_CHECKING:
@@ -174,10 +175,10 @@ class _Decoder:
 
     def __init__(self, model: ClipCapModel, prefix: Float[Tensor, "b K d"], width: int, max_new_tokens: int) -> None:
         config = model.gpt2.config
-        self.transformer = model.gpt2.transformer
+        self.transformer, self.head = decoding_parts(model.gpt2)
         self.embed = model.gpt2.get_input_embeddings()
-        self.table = model.gpt2.get_output_embeddings().weight  # (v, d)
-        dtype, device = self.table.dtype, prefix.device
+        self.dtype = dtype = self.embed.weight.dtype
+        device = prefix.device
         self.length = prefix.shape[1]  # positions so far
         self.filled = 0  # slots so far
         slots = self.length + width * (max_new_tokens - 1)
@@ -190,7 +191,7 @@ class _Decoder:
     def prefill(self, prefix: Float[Tensor, "b K d"]) -> Float[Tensor, "b 1 d"]:
         """Run the prefixes; returns the hidden state that predicts each image's first token."""
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=prefix.device).tril()
-        return self._forward(prefix.to(self.table.dtype), 0, causal[None, None])[:, -1:]
+        return self._forward(prefix.to(self.dtype), 0, causal[None, None])[:, -1:]
 
     def step(self, tokens: Int[Tensor, "b w"], parents: Int[Tensor, "b w"]) -> Float[Tensor, "b w d"]:
         """Append one token to each beam, where beam i continues what was beam `parents[:, i]`."""
@@ -236,34 +237,34 @@ class _Decoder:
 
     def logits(self, hidden: Float[Tensor, "b w d"]) -> Float[Tensor, "b w v"]:
         """Next-token logits in float32."""
-        return F.linear(hidden, self.table).float()
+        return torch.cat(list(self.head.chunks(hidden)), -1)
 
     def top_log_probs(
         self, hidden: Float[Tensor, "b w d"], count: int, temperature: float = 1.0
     ) -> tuple[Float[Tensor, "b w k"], Int[Tensor, "b w k"]]:
         """Log-probabilities (float32) and ids of the `count` most probable next tokens, the most probable first."""
-        values, ids, total = _top_logits(hidden.flatten(0, 1), self.table, count, temperature)
+        values, ids, total = _top_logits(self.head.chunks(hidden.flatten(0, 1)), count, temperature)
         shape = (*hidden.shape[:2], -1)
         return (values - total[:, None]).view(shape), ids.view(shape)
 
 
 def _top_logits(
-    hidden: Float[Tensor, "n d"], table: Float[Tensor, "v d"], count: int, temperature: float, *, chunk: int = 8192
+    chunks: Iterable[Float[Tensor, "n c"]], count: int, temperature: float
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
     """The largest `count` logits of each row, their ids, and the logsumexp of all, over the vocabulary in chunks.
 
-    Chunks stay in the processor's cache; all n·v logits, and their log-softmax, never exist at once.
+    All n·v logits, and their log-softmax, never exist at once.
     """
-    values, ids, totals = [], [], []
-    for begin in range(0, len(table), chunk):
-        logits = F.linear(hidden, table[begin : begin + chunk]).float()  # (n, chunk)
+    values, ids, totals, begin = [], [], [], 0
+    for logits in chunks:
         if temperature != 1:
-            logits /= temperature
+            logits = logits / temperature
         best, where = _topk(logits, min(count, logits.shape[1]))
         values.append(best)
         ids.append(where + begin)
         totals.append(logits.logsumexp(-1))
-    best, where = torch.cat(values, -1).topk(min(count, len(table)), -1)
+        begin += logits.shape[1]
+    best, where = torch.cat(values, -1).topk(min(count, begin), -1)
     return best, torch.cat(ids, -1).gather(-1, where), torch.stack(totals, -1).logsumexp(-1)
 
 

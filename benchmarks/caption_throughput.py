@@ -1,0 +1,156 @@
+"""Captions per CPU second at full size (GPT-2 124M, ViT-B/32, random weights) against a plain one-image, no-cache loop.
+
+The plain loop is the original implementation's `generate_beam`: each image alone, each beam's whole sequence through
+GPT-2 at every step. Both sides start from pixels and decode exactly 20 tokens (no stop token can be reached). CPU
+seconds, not wall seconds, because machines are shared; one thread unless told otherwise.
+
+Keys of the last line: `{strategy}_{precision}_b{batch}_ratio`, times faster than the plain loop in fp32, where `beam`
+is the original's rule (`beam_original`), `beam_mean` our length-normalised beam and `greedy` one beam;
+`..._seconds`, CPU seconds for each caption; `beam_fp32_identical`, share of the plain loop's images whose five captions
+are the same, in order; `..._of_floor`, arithmetic over the matrix rate measured in this run, as a share of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config
+
+from clipcap.decoding import decode
+from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.packing import Head, can_pack
+from common.runtime import fork_generators, hardware, resolve_dtype, versions
+
+TOKENS = 20
+BEAMS = 5
+STRATEGIES = {"beam": "beam_original", "beam_mean": "beam", "greedy": "greedy"}
+
+
+def build_models(seed: int) -> tuple[ClipCapModel, CLIPVisionModelWithProjection]:
+    """GPT-2 124M behind an MLP mapper with a prefix of 10, and ViT-B/32, with random weights."""
+    with fork_generators(seed):
+        model = ClipCapModel(ClipCapConfig(gpt2_config=GPT2Config().to_dict(), clip_width=512, prefix_length=10))
+        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=512))
+    return model.eval(), vision.eval()
+
+
+@torch.no_grad()
+def plain_beam(model: ClipCapModel, embedding: Float[Tensor, "1 e"], beams: int) -> list[list[int]]:
+    """`generate_beam` of the original: the whole of every beam is computed again for each token."""
+    generated = model.prefix(embedding)
+    scores = tokens = None
+    lengths = torch.ones(beams)
+    for _ in range(TOKENS):
+        logits = model.gpt2(inputs_embeds=generated).logits[:, -1]
+        logits = logits.softmax(-1).log()
+        if scores is None or tokens is None:
+            scores, chosen = logits.topk(beams, -1)
+            generated = generated.expand(beams, *generated.shape[1:])
+            chosen, scores = chosen.permute(1, 0), scores.squeeze(0)
+            tokens = chosen
+        else:
+            lengths += 1
+            means, flat = ((scores[:, None] + logits) / lengths[:, None]).view(-1).topk(beams, -1)
+            source, chosen = flat // logits.shape[1], (flat % logits.shape[1]).unsqueeze(1)
+            lengths, tokens, generated = lengths[source], torch.cat((tokens[source], chosen), dim=1), generated[source]
+            scores = means * lengths
+        embedded = model.gpt2.transformer.wte(chosen.squeeze()).view(beams, 1, -1)
+        generated = torch.cat((generated, embedded), dim=1)
+    assert scores is not None and tokens is not None
+    return tokens[(scores / lengths).argsort(descending=True)].tolist()
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Least CPU seconds of `repeats` runs."""
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        work()
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """Multiply-adds per CPU second of a large matrix product, in the best layout there is."""
+    x, weight = torch.randn(1024, 768).to(dtype), torch.randn(3072, 768).to(dtype)
+    with torch.inference_mode():
+        head = Head(weight, packed=can_pack(weight))
+        return 1024 * weight.numel() / cpu_seconds(lambda: list(head.chunks(x)), 5)
+
+
+def multiply_adds(model: ClipCapModel, vision: CLIPVisionModelWithProjection, beams: int) -> float:
+    """Multiply-adds with weights for one caption: ViT over 50 tokens, prefix, and `TOKENS - 1` steps of each beam."""
+    blocks = sum(p.numel() for p in model.gpt2.transformer.h.parameters())
+    head = model.gpt2.lm_head.weight.numel()
+    image = 50 * sum(p.numel() for p in vision.vision_model.encoder.parameters())
+    prefix = model.config.prefix_length * blocks + head
+    return image + prefix + (TOKENS - 1) * beams * (blocks + head)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one image in the plain loop and batch 8 only")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    quick = arguments.quick
+    batches, plain_images, repeats = ((8,), 1, 1) if quick else ((1, 8, 32), 8, 2)
+    strategies = {k: v for k, v in STRATEGIES.items() if not (quick and k == "beam_mean")}
+
+    model, vision = build_models(arguments.seed)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    pixels = torch.randn(max(batches), 3, 224, 224, generator=generator)
+    result: dict[str, object] = {"hardware": hardware(), "versions": versions(), "tokens": TOKENS}
+
+    @torch.no_grad()
+    def embed(images: Tensor) -> Tensor:
+        return vision(pixel_values=images.to(vision.dtype)).image_embeds
+
+    plain_captions: dict[int, list[list[list[int]]]] = {}
+
+    def plain(beams: int) -> None:
+        plain_captions[beams] = [plain_beam(model, embed(image[None]), beams) for image in pixels[:plain_images]]
+
+    def fast(batch: int, strategy: str, beams: int) -> list[list[list[int]]]:
+        options = dict(max_new_tokens=TOKENS, stop_token_ids=[])
+        found = decode(model, embed(pixels[:batch]), strategy=strategy, num_captions=beams, **options)
+        return [[caption.token_ids for caption in captions] for captions in found]
+
+    model.gpt2(inputs_embeds=torch.zeros(1, 10, 768))  # warm up
+    plain_seconds = {beams: cpu_seconds(partial(plain, beams), 1) / plain_images for beams in (BEAMS, 1)}
+    result |= {"plain_beam_seconds": plain_seconds[BEAMS], "plain_greedy_seconds": plain_seconds[1]}
+    print(f"plain loop, fp32: beam {plain_seconds[BEAMS]:.2f} s, greedy {plain_seconds[1]:.2f} s a caption", flush=True)
+
+    for precision in ("fp32", "bf16"):
+        dtype = resolve_dtype(precision)
+        model, vision = model.to(dtype), vision.to(dtype)
+        rate = matrix_rate(dtype)
+        result[f"{precision}_gflops"] = 2e-9 * rate
+        fast(1, "greedy", 1)  # warm up: packs the weights, once for a model
+        for batch in batches:
+            for name, strategy in strategies.items():
+                beams = 1 if name == "greedy" else BEAMS
+
+                work = partial(fast, batch, strategy, beams)
+                if name == "beam" and precision == "fp32" and batch == max(batches):
+                    same = [a == b for a, b in zip(plain_captions[BEAMS], work(), strict=False)]
+                    result["beam_fp32_identical"] = sum(same) / len(same)
+                seconds = cpu_seconds(work, repeats) / batch
+                key = f"{name}_{precision}_b{batch}"
+                floor = multiply_adds(model, vision, beams) / rate
+                ratio = plain_seconds[beams] / seconds
+                result |= {f"{key}_ratio": ratio, f"{key}_seconds": seconds, f"{key}_of_floor": floor / seconds}
+                print(f"{key}: {seconds:.3f} s a caption, {ratio:.1f}x, {floor / seconds:.0%} of the floor", flush=True)
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
