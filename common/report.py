@@ -220,10 +220,11 @@ def _number(value: Any) -> str:
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     if isinstance(value, (float, np.floating)):
-        if not math.isfinite(value):
-            return "∞" if value > 0 else "−∞"
-        size = abs(value)
-        return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}" if 0 < size < 0.001 else f"{value:.3f}"
+        number = float(value)
+        if not math.isfinite(number):
+            return "∞" if number > 0 else "−∞"
+        size = abs(number)
+        return f"{number:,.0f}" if size >= 1000 else f"{number:.3g}" if 0 < size < 0.001 else f"{number:.3f}"
     return str(value)
 
 
