@@ -26,7 +26,7 @@ from common.checks import run_command
 from common.gpt2 import load_gpt2
 from common.language import score
 from common.pretrained import ASSETS
-from common.report import Page, plot_bars, write_json
+from common.report import Page, contact_sheet, plot_bars, write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments.scenes.captions import looks, parse
 
@@ -192,6 +192,9 @@ def main(config: Config) -> None:
         {"hardware": hardware(), "versions": versions(), "seconds": round(seconds, 1), "seed": config.runtime.seed},
     )
     path = page.write(config.out / "index.html")
+    shown = order[:: max(1, len(order) // 12)][:12]
+    sheet = contact_sheet([read_image(paths[i]) for i in shown], [captions[items[i].image_id] for i in shown])
+    sheet.save(config.out / "captions.png")
     write_json(
         config.out / "results.json",
         {

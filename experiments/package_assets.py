@@ -127,7 +127,7 @@ def package_gpt2(directory: Path) -> None:
             parameters=record["parameters"],
             data=TEXT_DATA,
             licence=TEXT_LICENCE,
-            command=f"python -m experiments.train_tiny_gpt2 --corpus CORPUS --size {size} --epochs {config['epochs']:g}",
+            command=f"python -m experiments.train_tiny_gpt2 --corpus DIR --size {size} --epochs {config['epochs']:g}",
             limits="It knows manuals and dictionary glosses; it writes fluent phrases without sense, repeats the "
             "biases of those texts, and is no source of facts. English only.",
         )

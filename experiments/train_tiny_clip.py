@@ -48,6 +48,8 @@ class Config:
     """Directory written by experiments/render_scenes.py."""
     out: Path = Path("out/clip")
     """Where the run and the model go."""
+    init: Path | None = None
+    """Trained model to go on from, instead of random weights."""
     steps: int = 1300
     """Optimizer steps."""
     families: int = 16
@@ -321,10 +323,16 @@ def main(config: Config) -> None:
     )
     valid = Families(config.scenes, "val", negatives=config.negatives, full=1.0, seed=config.runtime.seed)
     directory = config.out / "clip-tiny"
-    tokenizer = train_tokenizer(
-        [text for record in train.records for text in (*record.captions, record.full_caption)], directory
-    )
-    model = build_model(tokenizer)
+    if config.init:
+        tokenizer = CLIPTokenizer.from_pretrained(config.init)
+        tokenizer.save_pretrained(directory)
+        model = CLIPModel.from_pretrained(config.init, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(
+            [text for record in train.records for text in (*record.captions, record.full_caption)], directory
+        )
+        model = build_model(tokenizer)
+    model.train()
     join = collate(tokenizer)
     order = BatchOrder(len(train), config.families, seed=config.runtime.seed)
     trainer = build_trainer(
