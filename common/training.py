@@ -179,7 +179,8 @@ class KeepLast(Callback):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, KeyboardInterrupt) or not trainer.training:
             return
-        progress, loader = trainer.fit_loop.epoch_loop.batch_progress, trainer.train_dataloader
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        loader = trainer.train_dataloader
         if progress.current.ready > progress.current.processed and isinstance(loader, ResumableLoader):
             loader.take_back()  # the batch that was being trained on
         for counts in (progress.current, progress.total):  # or the next validations come one batch early
