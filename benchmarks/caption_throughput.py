@@ -120,8 +120,14 @@ def main() -> None:
         plain_captions[beams] = [plain_beam(model, embed(image[None]), beams) for image in pixels[:plain_images]]
 
     def fast(batch: int, strategy: str, beams: int) -> list[list[list[int]]]:
-        options = dict(max_new_tokens=TOKENS, stop_token_ids=[])
-        found = decode(model, embed(pixels[:batch]), strategy=strategy, num_captions=beams, **options)
+        found = decode(
+            model,
+            embed(pixels[:batch]),
+            strategy=strategy,
+            num_captions=beams,
+            max_new_tokens=TOKENS,
+            stop_token_ids=[],
+        )
         return [[caption.token_ids for caption in captions] for captions in found]
 
     model.gpt2(inputs_embeds=torch.zeros(1, 10, 768))  # warm up

@@ -100,6 +100,8 @@ def decode(
     if max_new_tokens > room:
         raise UserError(f"max_new_tokens is {max_new_tokens}: GPT-2's {positions} positions leave room for {room}.")
     stops = _stop_tokens(model, stop_token_ids)
+    if not len(clip_embeddings):
+        return []
 
     was_training = model.training
     model.eval()
@@ -114,7 +116,7 @@ def decode(
             search = _Draws(1, stops, _greedy)
         else:
             search = _Draws(num_captions, stops, _Sampler(top_k, top_p, temperature, generator))
-        found = _run(model, prefix, search, most, max_new_tokens) if len(prefix) else []
+        found = _run(model, prefix, search, most, max_new_tokens)
     finally:
         model.train(was_training)
     return [captions[:num_captions] for captions in found]

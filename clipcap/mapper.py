@@ -67,7 +67,9 @@ class TransformerMapper(nn.Module):
 
     def forward(self, embedding: Float[Tensor, "b e"] | Float[Tensor, "b n e"]) -> Float[Tensor, "b K d"]:
         length, width = self.prefix_const.shape
-        tokens = self.linear(embedding).view(len(embedding), -1, width)  # (b, n, d)
+        tokens = self.linear(embedding)
+        if not self.patches:
+            tokens = tokens.unflatten(-1, (-1, width))  # (b, n, d)
         constants = self.prefix_const.expand(len(embedding), length, width)
         return self.transformer(torch.cat([tokens, constants], dim=1))[:, -length:]
 

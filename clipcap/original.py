@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The tensors in a checkpoint, read without running any code that it may hold."""
     damaged = f"checkpoint {str(path)!r} is not a PyTorch checkpoint or is damaged: copy it again."
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols, in files that are refused anyway
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "nsupported" in str(error):
             raise UserError(
