@@ -150,6 +150,14 @@ def package_clip(directory: Path) -> None:
             for name, value in values.items()
         }
     record["scores"] = scores
+    command = f"python -m experiments.train_tiny_clip --steps {record['config']['steps']} --out OUT"
+    if record["config"]["init"]:  # it was trained in two runs, the second from the first's weights
+        first = read(Path(record["config"]["init"]) / "training.json")
+        record["cpu_seconds"] += first["cpu_seconds"]
+        command = (
+            f"python -m experiments.train_tiny_clip --steps {first['config']['steps']} --out FIRST && {command} "
+            f"--init FIRST/clip-tiny --runtime.seed {record['config']['runtime']['seed']}"
+        )
     write_card(
         copy(directory / "clip-tiny", "clip-tiny"),
         record,
@@ -160,7 +168,7 @@ def package_clip(directory: Path) -> None:
         data=f"{record['images']:,} renders by Blender's Cycles (`experiments/render_scenes.py`, seed 0) with captions "
         "generated from their scene graphs; scores on the held-out test split",
         licence="weights: Apache-2.0, as this project; scenes: CC0",
-        command=f"python -m experiments.train_tiny_clip --scenes out/scenes --steps {record['config']['steps']}",
+        command=command,
         limits="It has seen eight shapes, eight colours, three materials and two sizes, and no photograph. On anything "
         "else its embeddings mean little. Eight pairs of colour and shape were never shown to it.",
     )

@@ -98,8 +98,10 @@ def test_import_layers_know_every_room(root, project):
     assert sorted(project["tool"]["importlinter"]["root_packages"]) == sorted(ROOMS)
 
 
-def test_packaged_weights_are_small(root):
-    weights = list((root / "common" / "assets").rglob("*.safetensors"))
+def test_packaged_backbones_are_small(root):
+    from common import clip, gpt2
+
+    weights = [folder / "model.safetensors" for folder in (*clip.PACKAGED.values(), *gpt2.PACKAGED.values())]
     size = sum(path.stat().st_size for path in weights)
     assert size < 15e6, {path.name: path.stat().st_size for path in weights}
 
