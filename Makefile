@@ -9,6 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/installed.stamp
+# uv trusts the system's certificates, as pip does (the second name is that of older versions).
+export UV_SYSTEM_CERTS := true
+export UV_NATIVE_TLS := true
 PYTHON ?=
 ARGS ?=
 QUICK ?= --quick
