@@ -151,8 +151,8 @@ def _read_folder(folder: Path, images: Path) -> Iterator[CaptionedImage]:
             if row["split"] not in SPLITS:
                 raise UserError(f"{where}: split is {row['split']!r}: use train, val or test.")
             splits[str(name)] = SPLITS[row["split"]]
-    for name, captions in grouped.items():
-        yield CaptionedImage(name, images / name, tuple(captions), splits.get(name, ""))
+    for name, several in grouped.items():
+        yield CaptionedImage(name, images / name, tuple(several), splits.get(name, ""))
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:

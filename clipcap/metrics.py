@@ -96,6 +96,6 @@ def score_captions(
     with contextlib.redirect_stdout(io.StringIO()):
         bleu, _ = Bleu(4).compute_score(truths, hypotheses)
         cider, per_image = Cider().compute_score(truths, hypotheses)
-    return CaptionScores(
-        tuple(map(float, bleu)), float(cider), dict(zip(truths, map(float, per_image), strict=True)), name
-    )
+    one, two, three, four = map(float, bleu)
+    each = dict(zip(truths, map(float, per_image), strict=True))
+    return CaptionScores((one, two, three, four), float(cider), each, name)

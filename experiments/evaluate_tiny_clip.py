@@ -172,7 +172,8 @@ def main(config: Config) -> None:
     """Score, print and write."""
     clip = load_clip(config.clip, device="cpu")
     images, records = load_split(config.scenes, config.split)
-    result = {"clip": config.clip, "split": config.split, "images": len(images)} | evaluate(clip, images, records)
+    result: dict[str, Any] = {"clip": config.clip, "split": config.split, "images": len(images)}
+    result |= evaluate(clip, images, records)
     write_json(config.out, result)
     for name in ("image_to_text", "text_to_image", "zero_shot", "view_similarity"):
         print(
