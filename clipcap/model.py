@@ -157,7 +157,8 @@ class ClipCapModel(PreTrainedModel):
         if config.gpt2 is None:
             raise UserError(f"gpt2 is None: name a GPT-2 ({', '.join(gpt2_backbones.PACKAGED)}, hub id or directory).")
         gpt2, tokenizer = load_gpt2(config.gpt2, device=device, dtype=dtype)
-        fields = config.to_dict() | {"gpt2_config": gpt2.config.to_dict(), "gpt2": _absolute(config.gpt2)}
+        sizes = {name: value for name, value in gpt2.config.to_dict().items() if name != "_name_or_path"}
+        fields = config.to_dict() | {"gpt2_config": sizes, "gpt2": _absolute(config.gpt2)}
         if fields["eos_token_id"] is None:
             fields["eos_token_id"] = gpt2.config.eos_token_id
         model = cls(ClipCapConfig(**fields), with_gpt2=False).to(gpt2.device, gpt2.dtype)

@@ -87,7 +87,11 @@ def copy(source: Path, name: str) -> Path:
 
 
 def write_card(target: Path, record: dict[str, Any], **fields: Any) -> None:
-    """Write the record and the card beside the weights."""
+    """Write the record and the card beside the weights; of paths, only the last part."""
+    record["config"] = {
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in record["config"].items()
+    }
     write_json(target / "training.json", record)
     size = (target / "model.safetensors").stat().st_size / 1e6
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in record["scores"].items())
@@ -181,6 +185,7 @@ def package_captioner(directory: Path) -> None:
     training, found = read(directory / "training.json"), read(directory / "scores.json")
     target = ASSETS / "captioner-tiny"
     model = ClipCapModel.from_pretrained(directory / "model")
+    model.config.gpt2_config.pop("_name_or_path", None)
     model.half().save_pretrained(target)
     scores = {
         f"{n} objects, all colours and shapes right": part["share"] for n, part in found["test"]["all_right"].items()

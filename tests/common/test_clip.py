@@ -213,7 +213,7 @@ def test_openai_tag_turns_quick_gelu_on(tiny, monkeypatch):
         raise RuntimeError("stop here")
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
-    monkeypatch.setattr("common.clip._require_reachable", lambda *_: None)
+    monkeypatch.setattr("common.clip.require_reachable", lambda *_: None)
     for weights, expected in (("openai", True), ("laion2b_s34b_b79k", False)):
         with pytest.raises(UserError):
             load_clip(f"open_clip:ViT-B-32/{weights}")
