@@ -185,7 +185,6 @@ def package_captioner(directory: Path) -> None:
     training, found = read(directory / "training.json"), read(directory / "scores.json")
     target = ASSETS / "captioner-tiny"
     model = ClipCapModel.from_pretrained(directory / "model")
-    model.config.gpt2_config.pop("_name_or_path", None)
     model.half().save_pretrained(target)
     scores = {
         f"{n} objects, all colours and shapes right": part["share"] for n, part in found["test"]["all_right"].items()
