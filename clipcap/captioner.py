@@ -25,7 +25,7 @@ from common.runtime import resolve_device
 
 
 @dataclass(frozen=True)
-class CaptionedImage:
+class ImageCaptions:
     """What `Captioner.stream` gives for one image."""
 
     image: ImageSource
@@ -133,7 +133,7 @@ class Captioner:
         on_error: Callable[[ImageError], object] | None = None,
         seed: int = 0,
         **options: Any,
-    ) -> Iterator[CaptionedImage]:
+    ) -> Iterator[ImageCaptions]:
         """Captions of images one after the other, reading `batch_size` at a time.
 
         Args:
@@ -160,7 +160,7 @@ class Captioner:
             found = decode(self.model, self.embed([image for _, image in readable]), **options)
             for (source, _), captions in zip(readable, found, strict=True):
                 texts = [self.text(caption) for caption in captions]
-                yield CaptionedImage(source, texts, [caption.score for caption in captions])
+                yield ImageCaptions(source, texts, [caption.score for caption in captions])
 
     @torch.inference_mode()
     def embed(self, images: list[Image.Image]) -> Float[Tensor, "b e"] | Float[Tensor, "b n e"]:
