@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +34,8 @@ from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
 from experiments.scenes.captions import caption, counterfactual
 from experiments.scenes.dataset import load_split
+from experiments.scenes.graph import COLOURS, HELD_OUT, SHAPES, Scene
+from experiments.scenes.wording import ENGLISH
 
 MEAN = STD = (0.5, 0.5, 0.5)
 IMAGE_SIZE = 96
@@ -64,6 +66,8 @@ class Config:
     """Weight decay of matrices."""
     view_weight: float = 0.5
     """Weight of the loss between two cameras of one scene."""
+    phrase_weight: float = 1.0
+    """Weight of the loss between phrases that differ in an object's shape."""
     full_captions: float = 0.8
     """Share of captions that name every attribute."""
     val_every: int = 100
@@ -129,7 +133,7 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 class Families(Dataset[dict[str, Any]]):
-    """One item per family: images (8, 96, 96, 3) uint8, a caption for each and captions with one attribute wrong.
+    """One item per family: images (8, 96, 96, 3) uint8, a caption for each, captions with one attribute wrong, looks.
 
     Captions are drawn anew in every epoch, from a seed that is a function of (seed, item, draw).
     """
@@ -162,11 +166,21 @@ class Families(Dataset[dict[str, Any]]):
             "captions": captions,
             "wrong": wrong,
             "full": full,
+            "looks": [looks(self.records[row].scene) for row in self.rows[item]],
             "scenes": [
                 4 * record.family + record.scene_index for record in map(self.records.__getitem__, self.rows[item])
             ],
             "family": item,
         }
+
+
+def looks(scene: Scene) -> list[int]:
+    """For each colour, the index of the shape of the scene's only object of that colour, or -1."""
+    found = []
+    for colour in COLOURS:
+        shapes = [thing.shape for thing in scene.objects if thing.colour == colour]
+        found.append(SHAPES.index(shapes[0]) if len(shapes) == 1 else -1)
+    return found
 
 
 def collate(tokenizer: CLIPTokenizer) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
@@ -175,12 +189,22 @@ def collate(tokenizer: CLIPTokenizer) -> Callable[[list[dict[str, Any]]], dict[s
     def tokens(texts: list[str]) -> Tensor:
         return tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
 
+    rng = random.Random(0)
+
+    def phrases() -> list[str]:
+        template = rng.choice(ENGLISH.alone)
+        nouns = [rng.choice(ENGLISH.shapes[shape])[0] for shape in SHAPES]
+        article = dict.fromkeys(COLOURS, ENGLISH.article[0]) | {"orange": ENGLISH.article[1]}
+        return [template.format(f"{article[colour]} {colour} {noun}") for colour in COLOURS for noun in nouns]
+
     def join(items: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = torch.from_numpy(np.concatenate([item["images"] for item in items]))
         return {
             "pixels": images.permute(0, 3, 1, 2).float() / 255,
             "tokens": tokens([text for item in items for text in item["captions"]]),
             "wrong_tokens": tokens([text for item in items for text in item["wrong"]]),
+            "phrase_tokens": tokens(phrases()),
+            "looks": torch.tensor([row for item in items for row in item["looks"]]),
             "full": torch.tensor([flag for item in items for flag in item["full"]]),
             "scene": torch.tensor([index for item in items for index in item["scenes"]]),
             "family": torch.tensor([item["family"] for item in items for _ in item["captions"]]),
@@ -249,8 +273,26 @@ def view_loss(first: Float[Tensor, "s e"], second: Float[Tensor, "s e"], tempera
     return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
 
 
-def losses(model: CLIPModel, batch: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The image-text loss and the view loss of one batch, whose rows alternate between the two views of a scene."""
+def phrase_loss(
+    images: Float[Tensor, "n e"],
+    phrases: Float[Tensor, "c s e"],
+    looks: Int[Tensor, "n c"],
+    scale: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """Mean cross entropy of the right shape for every object, among phrases of its colour with each of the shapes.
+
+    Args:
+        phrases: one for each colour and shape; pairs that are held out of training count neither way.
+        looks: index of the shape that the image shows in each colour, or -1.
+    """
+    similarity = scale * torch.einsum("ne,cse->ncs", images, phrases)
+    held_out = torch.tensor([[(c, s) in HELD_OUT for s in SHAPES] for c in COLOURS], device=images.device)
+    similarity = similarity.masked_fill(held_out, -torch.inf)
+    return F.cross_entropy(similarity.flatten(0, 1), looks.flatten(), ignore_index=-1)
+
+
+def losses(model: CLIPModel, batch: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The image-text, view and phrase losses of one batch, whose rows alternate between the two views of a scene."""
     images = encode_images(model, pixels)  # (n, e)
     texts = encode_texts(model, batch["tokens"])  # (n, e)
     wrong = encode_texts(model, batch["wrong_tokens"]).unflatten(0, (len(texts), -1))  # (n, m, e)
@@ -259,9 +301,11 @@ def losses(model: CLIPModel, batch: dict[str, Tensor], pixels: Tensor) -> tuple[
     ambiguous = same_scene | (same_family & ~batch["full"][None])  # a short caption may fit its whole family
     comparable = ~ambiguous | torch.eye(len(images), dtype=torch.bool, device=images.device)
     scale = model.logit_scale.exp().clamp(max=100)
+    phrases = encode_texts(model, batch["phrase_tokens"]).unflatten(0, (len(COLOURS), len(SHAPES)))
     return (
         contrastive_loss(images, texts, wrong, scale, comparable),
         view_loss(images[0::2], images[1::2]),
+        phrase_loss(images, phrases, batch["looks"], scale),
     )
 
 
@@ -293,8 +337,8 @@ class Contrastive(LightningModule):
         return [muon, adam], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in (muon, adam)]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        text, view = losses(self.model, batch, augment(batch["pixels"]))
-        loss = text + self.config.view_weight * view
+        text, view, phrase = losses(self.model, batch, augment(batch["pixels"]))
+        loss = text + self.config.view_weight * view + self.config.phrase_weight * phrase
         optimizers: Any = self.optimizers()
         schedules: Any = self.lr_schedulers()
         for optimizer in optimizers:
@@ -306,13 +350,14 @@ class Contrastive(LightningModule):
         for schedule in schedules:
             schedule.step()
         self.log_dict(
-            {"train/text": text, "train/view": view, "train/scale": self.model.logit_scale.exp()}, prog_bar=True
+            {"train/text": text, "train/view": view, "train/phrase": phrase, "train/scale": self.model.logit_scale.exp()}, prog_bar=True
         )
         return loss.detach()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        text, view = losses(self.model, batch, batch["pixels"])
-        self.log_dict({"val/loss": text, "val/view": view}, prog_bar=True, batch_size=len(batch["pixels"]))
+        text, view, phrase = losses(self.model, batch, batch["pixels"])
+        scores = {"val/loss": text, "val/view": view, "val/phrase": phrase}
+        self.log_dict(scores, prog_bar=True, batch_size=len(batch["pixels"]))
 
 
 def main(config: Config) -> None:
