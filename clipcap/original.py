@@ -7,10 +7,12 @@ import pickle
 import re
 import warnings
 from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -189,3 +191,26 @@ def _load(
     if unknown:
         raise UserError(f"checkpoint {str(path)!r} has {prefix}{unknown[0]}, which the original ClipCap has not.")
     module.load_state_dict({k: v for k, v in weights.items() if k in own and k not in ignore}, strict=False)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a checkpoint (.pt) of the original ClipCap project to a captioner directory."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """The original project's .pt file."""
+    out: tyro.conf.Positional[Path]
+    """Directory to write."""
+    gpt2: str = "gpt2"
+    """GPT-2 that the checkpoint was trained on: where its tokenizer is, and its weights when the file has none."""
+    clip: str = "openai/clip-vit-base-patch32"
+    """CLIP that the checkpoint was trained on."""
+    n_head: int = 12
+    """GPT-2's attention heads, which the file does not tell."""
+
+
+def run(config: ConvertConfig) -> int:
+    """`clipcap convert`: convert an original checkpoint."""
+    convert(config.checkpoint, config.out, gpt2=config.gpt2, clip=config.clip, n_head=config.n_head)
+    print(f"captioner written to {config.out}")
+    return 0

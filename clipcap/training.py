@@ -233,3 +233,10 @@ def train(config: TrainConfig) -> Path:
     }
     (config.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     return directory
+
+
+def run(config: TrainConfig) -> int:
+    """`clipcap train`: train a captioner and say where it is."""
+    directory = train(config)
+    print(f"captioner written to {directory}; try: clipcap caption IMAGE --model {directory}")
+    return 0

@@ -349,9 +349,8 @@ class Contrastive(LightningModule):
             optimizer.step()
         for schedule in schedules:
             schedule.step()
-        self.log_dict(
-            {"train/text": text, "train/view": view, "train/phrase": phrase, "train/scale": self.model.logit_scale.exp()}, prog_bar=True
-        )
+        scores = {"train/text": text, "train/view": view, "train/phrase": phrase}
+        self.log_dict(scores | {"train/scale": self.model.logit_scale.exp()}, prog_bar=True)
         return loss.detach()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

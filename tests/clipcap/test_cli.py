@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipcap.cli import main
+from clipcap.cli import SUBCOMMANDS, main
 from clipcap.model import ClipCapConfig, ClipCapModel
 
 
@@ -88,7 +88,9 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, photos, m
 
 def test_unknown_flags_and_values_exit_with_2(capsys):
     assert run(capsys, "caption")[0] == 2
-    for arguments in (["caption", "x.jpg", "--format", "xml"], ["caption", "x.jpg", "--nothing"], ["nothing"]):
+    code, _, err = run(capsys, "nothing")
+    assert code == 2 and "'nothing'" in err and "train" in err
+    for arguments in (["caption", "x.jpg", "--format", "xml"], ["caption", "x.jpg", "--nothing"]):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
@@ -96,10 +98,16 @@ def test_unknown_flags_and_values_exit_with_2(capsys):
 
 
 def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("train", "caption", "convert"))
+    assert all(name in text for name in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_command_explains_its_options(capsys, name):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0 and f"clipcap {name}" in capsys.readouterr().out
 
 
 def test_packaged_weights_of_a_changed_size_are_an_error(capsys, photos, model):

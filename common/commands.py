@@ -1,0 +1,60 @@
+"""A command with subcommands, each in a module of its own that is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from common.checks import UserError, run_command
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """Where a subcommand lives: `config` is a frozen dataclass, `run` takes one and may return an exit code."""
+
+    module: str
+    config: str
+    run: str
+    summary: str
+    """One line for the list of subcommands."""
+
+
+def run_cli(prog: str, description: str, subcommands: dict[str, Subcommand], arguments: list[str] | None = None) -> int:
+    """Run the subcommand that the first argument names; a user's mistake is one line and exit code 2.
+
+    Args:
+        prog: name of the command.
+        description: what it is for, in one sentence.
+        subcommands: by name, in the order of the help.
+        arguments: of the command line; None takes the process's.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def run() -> int | None:
+        if not given or given[0] in ("-h", "--help"):
+            print(_overview(prog, description, subcommands))
+            return 0 if given else 2
+        name, *rest = given
+        if name not in subcommands:
+            raise UserError(f"{prog} has no command {name!r}: choose one of {', '.join(subcommands)}.")
+        chosen = subcommands[name]
+        module = importlib.import_module(chosen.module)
+        config = tyro.cli(
+            getattr(module, chosen.config),
+            prog=f"{prog} {name}",
+            args=rest,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+        return getattr(module, chosen.run)(config)
+
+    return run_command(run)
+
+
+def _overview(prog: str, description: str, subcommands: dict[str, Subcommand]) -> str:
+    width = max(map(len, subcommands))
+    lines = [f"usage: {prog} COMMAND [OPTIONS]", "", description, ""]
+    lines += [f"  {name:<{width}}  {chosen.summary}" for name, chosen in subcommands.items()]
+    return "\n".join([*lines, "", f"{prog} COMMAND --help explains a command's options."])
