@@ -1,0 +1,57 @@
+"""An English GPT-2 made into a GPT-2 of another language (de Vries & Nissim 2021, "As Good as New")."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recycle_gpt2.alignment import align
+    from recycle_gpt2.corpus import TokenBlocks, build_corpus, read_documents
+    from recycle_gpt2.evaluate import score
+    from recycle_gpt2.lexical import initialise, replace_lexical, train_only
+    from recycle_gpt2.tokenizer import train_tokenizer
+
+__version__: str
+__all__ = [
+    "TokenBlocks",
+    "__version__",
+    "align",
+    "build_corpus",
+    "initialise",
+    "read_documents",
+    "replace_lexical",
+    "score",
+    "train_only",
+    "train_tokenizer",
+]
+
+_HOMES = {
+    "TokenBlocks": "recycle_gpt2.corpus",
+    "align": "recycle_gpt2.alignment",
+    "build_corpus": "recycle_gpt2.corpus",
+    "initialise": "recycle_gpt2.lexical",
+    "read_documents": "recycle_gpt2.corpus",
+    "replace_lexical": "recycle_gpt2.lexical",
+    "score": "recycle_gpt2.evaluate",
+    "train_only": "recycle_gpt2.lexical",
+    "train_tokenizer": "recycle_gpt2.tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when something that needs them is asked for."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("clip-gpt-toolkit")
+        except metadata.PackageNotFoundError:
+            return "0+source"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,132 @@
+"""A byte-level BPE tokenizer for the new language, as GPT-2's, trained on its text."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.checks import UserError, require_at_least
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END = "<|endoftext|>"
+NUM_BYTES = 256
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Train a byte-level BPE tokenizer on text."""
+
+    text: tuple[Path, ...]
+    """Files or directories of text: .txt, .jsonl, .html (also .xz and .gz), or a Hugging Face dataset on disk."""
+    out: Path
+    """Directory that the tokenizer is saved in; AutoTokenizer loads it."""
+    vocab_size: int = 40_000
+    """Tokens, of which 256 are bytes and one is the end token (the paper: 40,000 for Dutch, 30,000 for Italian)."""
+
+
+def run(config: TokenizerConfig) -> None:
+    """Train the tokenizer on the text that `config` names and save it."""
+    from recycle_gpt2.corpus import read_documents
+
+    tokenizer = train_tokenizer(
+        (document.text for document in read_documents(config.text)), config.vocab_size, progress=True
+    )
+    save_tokenizer(tokenizer, config.out)
+    print(f"{len(tokenizer):,} tokens written to {config.out}")
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, end_token: str = END, progress: bool = False
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocab_size` tokens: every byte, `end_token` (id 0) and merges; any Unicode text survives it.
+
+    Args:
+        texts: documents, read once and not kept.
+        vocab_size: tokens, at least 257.
+        end_token: stands between documents.
+        progress: show how many documents have been read.
+
+    Raises:
+        UserError: `vocab_size` is below 257, or more than what the texts support (a pair is merged if it occurs
+            twice).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import GPT2TokenizerFast
+
+    require_at_least("vocab_size", vocab_size, NUM_BYTES + 1)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[end_token],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_counted(texts, progress), trainer)
+    found = bpe.get_vocab_size()
+    if found < vocab_size:
+        raise UserError(
+            f"vocab_size is {vocab_size} but the text supports {found} tokens: use at most that, or give more text."
+        )
+    # clean_up_tokenization_spaces would change what decode gives back.
+    return GPT2TokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=end_token,
+        eos_token=end_token,
+        unk_token=end_token,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
+    """Save `tokenizer` in `directory` so that a stop leaves the old files or the new ones; returns `directory`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as partial:
+        tokenizer.save_pretrained(partial)
+        # tokenizer.json last: it is what tells that a tokenizer is there.
+        for file in sorted(Path(partial).iterdir(), key=lambda path: path.name == "tokenizer.json"):
+            shutil.move(file, directory / file.name)
+    return directory
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that is saved in `directory`, alone or beside a model.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    if not (Path(directory) / "tokenizer.json").is_file():
+        raise UserError(f"{str(directory)!r} holds no tokenizer.json: train one with `recycle-gpt2 tokenizer`.")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # the Rust parser raises plain Exception
+        raise UserError(f"the tokenizer in {str(directory)!r} cannot be read ({error}): train it again.") from None
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary, the merges and the rules: equal where two tokenizers give the same ids."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _counted(texts: Iterable[str], progress: bool) -> Iterator[str]:
+    from tqdm import tqdm
+
+    empty = True
+    for text in tqdm(texts, desc="tokenizer", unit="document", disable=not progress):
+        empty = False
+        yield text
+    if empty:
+        raise UserError("the tokenizer's text has 0 documents: give at least 1.")
