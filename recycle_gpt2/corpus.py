@@ -1,20 +1,19 @@
-"""Text in a new language: files of any size to packed, memory-mapped token blocks."""
+"""Text in a new language: documents without duplicates, split, packed into memory-mapped token blocks."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,32 +21,22 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.checks import UserError, require_at_least, require_file, require_one_of
+from common.checks import UserError, require_at_least, require_one_of
 from common.language import IGNORE
 from common.report import write_json, write_text
+from recycle_gpt2.documents import Document, find_texts, read_documents, read_with_positions, size_of
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUFFIXES: tuple[str, ...] = (".txt", ".jsonl", ".html", ".htm", ".xhtml")
-"""Files that are read in a directory; each also with .xz or .gz."""
-COMPRESSED: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+__all__ = ["CorpusConfig", "Document", "TokenBlocks", "build_corpus", "labels", "load_documents", "read_documents"]
+
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
 FORMAT = 1
+COUNTED: tuple[str, ...] = ("documents", "paragraphs", "bytes", "characters", "tokens")
 CHUNK = 4 << 20
 """UTF-8 bytes of text whose documents make a shard."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, its paragraphs separated by line breaks."""
-
-    text: str
-    source: str
-    """The file that it is from."""
-    genre: str
-    """The top folder below the directory that was given, or the file's name without suffixes, or the jsonl's own."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +78,6 @@ def run(config: CorpusConfig) -> None:
     print(f"duplicates dropped: {dropped['documents']:,} documents, {dropped['paragraphs']:,} paragraphs")
 
 
-def read_documents(paths: Sequence[Path], *, suffixes: Sequence[str] = SUFFIXES) -> Iterator[Document]:
-    """Stream the documents of files and directories, in an order that is always the same.
-
-    `.txt` has a paragraph a line and an empty line between documents; `.jsonl` an object a line with "text" and
-    perhaps "genre"; `.html` is one document of its running text; a directory that `datasets` has saved gives its column
-    "text". `.xz` and `.gz` are unpacked on the way. Any other file that is named itself is read as `.txt`.
-
-    Args:
-        paths: files or directories; inside directories, files with one of `suffixes` are read.
-        suffixes: with their dots.
-
-    Raises:
-        UserError: a file is missing, empty, binary, damaged or not UTF-8 (the line is named), or holds no text.
-    """
-    for document, _ in _read_all(paths, suffixes):
-        yield document
-
-
 def build_corpus(
     paths: Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,
@@ -143,12 +114,89 @@ def build_corpus(
     Raises:
         UserError: what `read_documents` raises, a split without a document, or less text than one block.
     """
-    raise NotImplementedError
+    require_at_least("block", block, 2)
+    require_at_least("workers", workers, 1)
+    require_at_least("seed", seed, 0)
+    require_at_least("chunk", chunk, 1)
+    if len(shares) != len(SPLITS) or min(shares) < 0 or shares[0] == 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"shares are {shares}: use three for train, valid and test that sum to 1, train's above 0.")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer is not a fast one with an end token: train one with `recycle-gpt2 tokenizer`.")
+    found = [path for path, _ in find_texts(paths)]
+    out = Path(out)
+    key = {
+        "format": FORMAT,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "vocab_size": len(tokenizer),
+        "end": tokenizer.eos_token_id,
+        "dtype": "uint16" if len(tokenizer) <= 1 << 16 else "uint32",
+        "block": block,
+        "shares": list(shares),
+        "seed": seed,
+        "chunk": chunk,
+        "sources": [[str(path), size_of(path), path.stat().st_mtime_ns] for path in found],
+    }
+    finished = out / "manifest.json"
+    if finished.is_file():
+        old = json.loads(finished.read_text(encoding="utf-8"))
+        if all(old.get(name) == value for name, value in key.items()):
+            return out
+        finished.unlink()
+    shards = out / "shards"
+    shards.mkdir(parents=True, exist_ok=True)
+    for leftover in shards.glob(".*.tmp"):  # of a call that was killed while it wrote
+        leftover.unlink()
+
+    selection = _Selection(shares, seed)
+    setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
+    metas = _write_shards(
+        paths, selection, shards, setup, workers, chunk, sum(row[1] for row in key["sources"]), progress
+    )
+    for file in shards.iterdir():  # of another, longer corpus
+        if int(file.name.split(".")[0]) >= len(metas):
+            file.unlink()
+
+    totals = {split: dict.fromkeys(COUNTED, 0) for split in SPLITS}
+    for meta in metas:
+        for split in SPLITS:
+            for name in COUNTED:
+                totals[split][name] += meta["counts"][split][name]
+    for split, share in zip(SPLITS, shares, strict=True):
+        documents = sum(counts["documents"] for counts in totals.values())
+        if share and not totals[split]["documents"]:
+            raise UserError(
+                f"none of the {documents} documents falls to {split} (share {share:g}): give more documents "
+                f"(an empty line separates them in .txt), a larger share, or another seed."
+            )
+    if totals["train"]["tokens"] < block:
+        raise UserError(
+            f"the corpus has {totals['train']['tokens']} training tokens, less than a block of {block}: "
+            f"give more text or a smaller block."
+        )
+    dropped = {"documents": selection.duplicates, "emptied": selection.emptied, "paragraphs": selection.repeated}
+    lengths = [{split: meta["counts"][split]["tokens"] for split in SPLITS} for meta in metas]
+    write_json(finished, {**key, "splits": totals, "dropped": dropped, "shards": lengths})
+    return out
 
 
 def load_documents(directory: Path, split: str) -> list[Document]:
-    """The documents that were held out of training, with their genres; split is "valid" or "test"."""
-    raise NotImplementedError
+    """The documents that were held out of training, with their genres, in the corpus's order.
+
+    Args:
+        directory: of the corpus.
+        split: valid or test; the texts of train are not kept.
+
+    Raises:
+        UserError: the corpus is not finished, or the split is another.
+    """
+    require_one_of("split", split, SPLITS[1:])
+    manifest = _manifest(directory)
+    documents = []
+    for number, lengths in enumerate(manifest["shards"]):
+        if lengths[split]:
+            with open(_shard(Path(directory) / "shards", number, f"{split}.jsonl"), encoding="utf-8") as lines:
+                documents += [Document(**json.loads(line)) for line in lines]
+    return documents
 
 
 class TokenBlocks(Dataset[Tensor]):
@@ -172,24 +220,71 @@ class TokenBlocks(Dataset[Tensor]):
             block: tokens in a block; None takes the corpus's own.
 
         Raises:
-            UserError: the corpus is not finished or damaged, or the split has fewer tokens than one block
-                (for train) or none.
+            UserError: the corpus is not finished or a shard is cut short, train is shorter than a block, or the
+                split has no token.
         """
-        raise NotImplementedError
+        require_one_of("split", split, SPLITS)
+        manifest = _manifest(directory)
+        self.block = manifest["block"] if block is None else block
+        require_at_least("block", self.block, 2)
+        self.vocab_size, self.end = manifest["vocab_size"], manifest["end"]
+        self._dtype = np.dtype(manifest["dtype"])
+        lengths = [(number, shard[split]) for number, shard in enumerate(manifest["shards"]) if shard[split]]
+        self._files = [_shard(Path(directory) / "shards", number, f"{split}.bin") for number, _ in lengths]
+        self._begins = np.cumsum([0, *(length for _, length in lengths)])
+        self.num_tokens = int(self._begins[-1])
+        if not self.num_tokens:
+            raise UserError(f"corpus {str(directory)!r} has no token in {split}: build it with a share for {split}.")
+        if split == "train" and self.num_tokens < self.block:
+            raise UserError(
+                f"corpus {str(directory)!r} has {self.num_tokens} training tokens, less than a block of {self.block}: "
+                f"give more text or a smaller block."
+            )
+        for file, (_, length) in zip(self._files, lengths, strict=True):
+            size = file.stat().st_size if file.is_file() else 0
+            if size != length * self._dtype.itemsize:
+                raise UserError(
+                    f"{str(file)!r} has {size} bytes instead of {length * self._dtype.itemsize}: remove the corpus's "
+                    f"manifest.json and build it again."
+                )
+        self._maps: dict[int, np.memmap] = {}
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return -(-self.num_tokens // self.block)
 
     def __getitem__(self, index: int) -> Int[Tensor, " block"]:
-        raise NotImplementedError
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        begin = index * self.block
+        ids = self.tokens(begin, min(begin + self.block, self.num_tokens))
+        fill = self.block - len(ids)
+        return torch.from_numpy(np.pad(ids, (0, fill), constant_values=self.end) if fill else ids)
 
-    def tokens(self, begin: int, end: int) -> np.ndarray:
-        """Token ids int64 (end - begin,) of the split's one long stream."""
-        raise NotImplementedError
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a memory map would be pickled with all its values
+
+    def tokens(self, begin: int, end: int) -> Int[np.ndarray, " n"]:
+        """Token ids int64 (end - begin,) of the split as one long stream, an end token after each document."""
+        parts = []
+        shard = int(np.searchsorted(self._begins, begin, side="right")) - 1
+        while begin < end:
+            first = int(self._begins[shard])
+            stop = min(end, int(self._begins[shard + 1]))
+            parts.append(self._map(shard)[begin - first : stop - first].astype(np.int64))
+            begin, shard = stop, shard + 1
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def counts(self) -> Int[Tensor, " v"]:
         """How often each token of the vocabulary occurs."""
-        raise NotImplementedError
+        total = np.zeros(self.vocab_size, dtype=np.int64)
+        for shard in range(len(self._files)):
+            total += np.bincount(self._map(shard), minlength=self.vocab_size)
+        return torch.from_numpy(total)
+
+    def _map(self, shard: int) -> np.memmap:
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self._files[shard], dtype=self._dtype, mode="r")
+        return self._maps[shard]
 
 
 def labels(blocks: Int[Tensor, "*b t"], end: int) -> Int[Tensor, "*b t"]:
@@ -197,3 +292,226 @@ def labels(blocks: Int[Tensor, "*b t"], end: int) -> Int[Tensor, "*b t"]:
     fill = torch.zeros_like(blocks, dtype=torch.bool)
     fill[..., 1:] = (blocks[..., 1:] == end) & (blocks[..., :-1] == end)
     return blocks.masked_fill(fill, IGNORE)
+
+
+class _Selection:
+    """Which documents and paragraphs are new, and which split a document is in. Holds 64 bits of each one's hash."""
+
+    def __init__(self, shares: Sequence[float], seed: int) -> None:
+        self.shares, self.seed = shares, seed
+        self.duplicates = self.emptied = self.repeated = 0
+        self._documents: set[int] = set()
+        self._paragraphs: set[int] = set()
+
+    def take(self, document: Document) -> tuple[str, str] | None:
+        """The split and the new paragraphs of a document, or None when nothing of it is new."""
+        whole = _hash(document.text)
+        if whole in self._documents:
+            self.duplicates += 1
+            return None
+        self._documents.add(whole)
+        kept = []
+        for paragraph in document.text.split("\n"):
+            digest = _hash(paragraph)
+            if digest in self._paragraphs:
+                self.repeated += 1
+            else:
+                self._paragraphs.add(digest)
+                kept.append(paragraph)
+        if not kept:
+            self.emptied += 1
+            return None
+        place = _hash(f"{self.seed}\n{document.text}") / 2**64
+        if place < self.shares[1]:
+            split = "valid"
+        else:
+            split = "test" if place < self.shares[1] + self.shares[2] else "train"
+        return split, "\n".join(kept)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+_Row = tuple[str, str, str, str]
+"""Split, text, source and genre of a document."""
+
+
+def _write_shards(
+    paths: Sequence[Path],
+    selection: _Selection,
+    shards: Path,
+    setup: tuple[str, int, str],
+    workers: int,
+    chunk: int,
+    size: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Write the shards that are not there yet; returns what is known of each, in order.
+
+    The documents are read and chosen here, in one process; the workers tokenize and write. At most two chunks for each
+    worker wait, so that memory does not grow with the corpus.
+    """
+    import multiprocessing
+
+    from tqdm import tqdm
+
+    metas: list[dict[str, Any]] = []
+    waiting: deque[tuple[int, int, Future[None] | None]] = deque()  # None: it is there already
+    encoder = _Encoder(*setup)
+    begun, tokens = time.monotonic(), 0
+    # Started afresh and not forked: a fork would copy the threads' locks of torch and of the tokenizer.
+    pool = (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=setup)
+        if workers > 1
+        else None
+    )
+    bar = tqdm(total=size, desc="corpus", unit="B", unit_scale=True, disable=not progress)
+    try:
+
+        def finish() -> None:
+            nonlocal tokens
+            number, position, future = waiting.popleft()
+            if future is not None:
+                future.result()
+            meta = json.loads(_shard(shards, number, "json").read_text(encoding="utf-8"))
+            metas.append(meta)
+            if future is not None:
+                tokens += sum(counts["tokens"] for counts in meta["counts"].values())
+            bar.set_postfix_str(f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s", refresh=False)
+            bar.update(position - bar.n)
+
+        for number, (rows, position) in enumerate(_chunks(paths, selection, chunk)):
+            digest = hashlib.sha256(json.dumps([*setup, rows]).encode()).hexdigest()
+            future: Future[None] | None = None
+            if not _is_written(shards, number, digest, setup[2]):
+                if pool is None:
+                    _write_shard(encoder, shards, number, digest, rows)
+                    future = Future()
+                    future.set_result(None)
+                else:
+                    future = pool.submit(_work, shards, number, digest, rows)
+            waiting.append((number, position, future))
+            if len(waiting) > (2 * workers if pool else 0):
+                finish()
+        while waiting:
+            finish()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: use fewer workers; what is done is kept."
+        ) from None
+    finally:
+        bar.close()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+    return metas
+
+
+def _chunks(paths: Sequence[Path], selection: _Selection, chunk: int) -> Iterator[tuple[list[_Row], int]]:
+    """New documents in lists of at least `chunk` bytes of text, with the position in the files after each."""
+    rows: list[_Row] = []
+    size = position = 0
+    for document, position in read_with_positions(paths):
+        taken = selection.take(document)
+        if taken is None:
+            continue
+        rows.append((*taken, document.source, document.genre))
+        size += len(taken[1].encode())
+        if size >= chunk:
+            yield rows, position
+            rows, size = [], 0
+    if rows:
+        yield rows, position
+
+
+def _shard(shards: Path, number: int, suffix: str) -> Path:
+    return shards / f"{number:06}.{suffix}"
+
+
+def _is_written(shards: Path, number: int, digest: str, dtype: str) -> bool:
+    """Whether a shard of exactly these documents is there, whole. Its json is written last."""
+    path = _shard(shards, number, "json")
+    if not path.is_file():
+        return False
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    files = ((_shard(shards, number, f"{split}.bin"), meta["counts"][split]["tokens"]) for split in SPLITS)
+    return meta["digest"] == digest and all(
+        (file.stat().st_size if file.is_file() else 0) == length * np.dtype(dtype).itemsize for file, length in files
+    )
+
+
+class _Encoder:
+    """What a shard is written with: the tokenizer (as JSON), its end token's id and the type of the ids."""
+
+    def __init__(self, tokenizer: str, end: int, dtype: str) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer, self.end, self.dtype = Tokenizer.from_str(tokenizer), end, np.dtype(dtype)
+        self.tokenizer.encode_special_tokens = True  # a text that spells the end token does not end there
+
+
+_worker_encoder: _Encoder
+"""A worker process's: too large to be sent with each chunk."""
+
+
+def _begin_worker(tokenizer: str, end: int, dtype: str) -> None:
+    import multiprocessing
+    from multiprocessing import connection
+
+    global _worker_encoder
+    _worker_encoder = _Encoder(tokenizer, end, dtype)
+    parent = multiprocessing.parent_process()
+
+    def leave() -> None:  # with a parent that was killed, or the worker would wait for work for ever
+        if parent is not None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def _work(shards: Path, number: int, digest: str, rows: list[_Row]) -> None:
+    _write_shard(_worker_encoder, shards, number, digest, rows)
+
+
+def _write_shard(encoder: _Encoder, shards: Path, number: int, digest: str, rows: list[_Row]) -> None:
+    """Tokenize documents and write each split's ids and held-out texts, then what is known of the shard."""
+    encodings = encoder.tokenizer.encode_batch([row[1] for row in rows], add_special_tokens=False)
+    counts = {split: dict.fromkeys(COUNTED, 0) for split in SPLITS}
+    for split in SPLITS:
+        ids: list[int] = []
+        texts = []
+        for (own, text, source, genre), encoding in zip(rows, encodings, strict=True):
+            if own == split:
+                ids += [*encoding.ids, encoder.end]
+                texts.append(Document(text, source, genre))
+        sizes = (
+            len(texts),
+            sum(document.text.count("\n") + 1 for document in texts),
+            sum(len(document.text.encode()) for document in texts),
+            sum(len(document.text) for document in texts),
+            len(ids),
+        )
+        counts[split] = dict(zip(COUNTED, sizes, strict=True))
+        binary, held_out = (_shard(shards, number, f"{split}.{suffix}") for suffix in ("bin", "jsonl"))
+        for path in (binary, held_out):
+            path.unlink(missing_ok=True)
+        if not ids:
+            continue
+        partial = binary.with_name(f".{binary.name}.tmp")
+        partial.write_bytes(np.asarray(ids, dtype=encoder.dtype).tobytes())
+        os.replace(partial, binary)
+        if split != "train":
+            lines = (json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in texts)
+            write_text(held_out, "".join(lines))
+    write_json(_shard(shards, number, "json"), {"digest": digest, "counts": counts})
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    path = Path(directory) / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"corpus {str(directory)!r} has no manifest.json: build it with `recycle-gpt2 corpus`.")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"corpus {str(directory)!r} is of another version of this program: build it again.")
+    return manifest
