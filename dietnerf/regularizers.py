@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+SMOOTHING = 1e-8
+"""Under the root of a total variation, so that its gradient is finite where a field is flat."""
 
 
 @dataclass(frozen=True)
@@ -29,30 +33,75 @@ class RegularizerConfig:
 
 def frequency_mask(
     num_frequencies: int, step: int, total_steps: int, in_dim: int = 3, include_input: bool = True
-) -> Float[Tensor, "d"]:
-    """FreeNeRF's mask (Yang et al. 2023, equation 4) in the layout of nerfstudio's NeRFEncoding.
+) -> Float[Tensor, " d"]:
+    """FreeNeRF's mask (Yang et al. 2023, section 3.2) in the layout of nerfstudio's NeRFEncoding.
 
-    That layout is axis-major: sin of x's bands, of y's, of z's; the same for cos; the input last. Band k has weight
-    clip(L step / total_steps - k, 0, 1) for L bands, sine and cosine alike; the input always 1. Ones from
-    `total_steps` on.
+    That layout is axis-major: sin of x's bands, of y's, of z's; the same for cos; the input last. Of L bands, band k
+    has weight clip(L step / total_steps - k, 0, 1), sine and cosine alike; the input always 1. All ones from
+    `total_steps` on. (The paper's code reveals its own layout from front to back, so all sines before all cosines.)
     """
-    raise NotImplementedError
+    visible = num_frequencies * step / total_steps if step < total_steps else num_frequencies
+    bands = (visible - torch.arange(num_frequencies, dtype=torch.float32)).clamp(0, 1)
+    mask = bands.repeat(2 * in_dim)
+    return torch.cat([mask, torch.ones(in_dim)]) if include_input else mask
 
 
 def occlusion_loss(
     density: Float[Tensor, "r s"], starts: Float[Tensor, "r s"], near: Float[Tensor, "r 1"], distance: float
 ) -> Float[Tensor, ""]:
-    """Mean over rays and samples of the density within `distance` of `near` (Yang et al. 2023, equation 5)."""
-    raise NotImplementedError
+    """Mean over rays and samples of the density within `distance` of `near` (Yang et al. 2023, section 3.3).
+
+    Args:
+        density: per unit of length.
+        starts, near: distances along the ray, in the scene's units.
+    """
+    return (density * (starts - near < distance)).mean()
 
 
-def total_variation(grid: Float[Tensor, "x y z c"], voxel: Float[Tensor, "3"]) -> Float[Tensor, ""]:
-    """Mean over voxels of the length of the gradient in world units: sqrt(sum over axes of (difference / voxel)²)."""
-    raise NotImplementedError
+def total_variation(grid: Float[Tensor, "x y z c"], voxel: Float[Tensor, " 3"]) -> Float[Tensor, ""]:
+    """Mean over voxels and channels of the gradient's length: sqrt(sum over axes of (difference / voxel)²).
+
+    Forward differences; each voxel that has a next one along all three axes counts.
+
+    Args:
+        voxel: its size along each axis, in the scene's units, so that the value does not change with the resolution.
+    """
+    core = grid[:-1, :-1, :-1]
+    squares = SMOOTHING
+    for axis, size in enumerate(voxel.tolist()):
+        shifted = grid.narrow(axis, 1, grid.shape[axis] - 1)
+        for other in {0, 1, 2} - {axis}:
+            shifted = shifted.narrow(other, 0, grid.shape[other] - 1)
+        squares = squares + ((shifted - core) / size) ** 2
+    return torch.sqrt(squares).mean()
 
 
 def field_variation(
     values: Callable[[Tensor], Tensor], positions: Float[Tensor, "n 3"], distance: float
 ) -> Float[Tensor, ""]:
-    """The same for any field, by forward differences over `distance` at given points."""
-    raise NotImplementedError
+    """The same for any field, by forward differences over `distance` at the given points.
+
+    Args:
+        values: maps points (m, 3) to (m, c).
+    """
+    steps = torch.cat([torch.zeros(1, 3), distance * torch.eye(3)]).to(positions)
+    found = values((positions + steps[:, None]).flatten(0, 1)).unflatten(0, (4, len(positions)))  # (4, n, c)
+    return torch.sqrt((((found[1:] - found[0]) / distance) ** 2).sum(dim=0) + SMOOTHING).mean()
+
+
+def distortion_loss(
+    weights: Float[Tensor, "r s"], starts: Float[Tensor, "r s"], ends: Float[Tensor, "r s"]
+) -> Float[Tensor, ""]:
+    """Mean over rays of sum_ij w_i w_j |m_i - m_j| + 1/3 sum_i w_i² (end_i - start_i) (mip-NeRF 360, equation 15).
+
+    Nerfstudio's compares all pairs of samples; for sorted samples prefix sums give the same value in linear time.
+
+    Args:
+        starts, ends: of the samples along the ray, sorted, m their middles; in any unit.
+    """
+    middles = (starts + ends) / 2
+    weighted = weights * middles
+    before, weighted_before = weights.cumsum(dim=-1) - weights, weighted.cumsum(dim=-1) - weighted
+    between = 2 * (weighted * before - weights * weighted_before).sum(dim=-1)
+    within = (weights**2 * (ends - starts)).sum(dim=-1) / 3
+    return (between + within).mean()
