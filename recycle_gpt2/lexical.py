@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checks import UserError, require_at_least, require_one_of
 from common.gpt2 import replace_token_table
 from common.runtime import fork_generators
+from recycle_gpt2.lexicon import read_dictionary, word_tokens
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 INITIALISATIONS: tuple[str, ...] = ("random", "mean", "frequency", "copy", "focus")
+PIECE = 1 << 24
+"""Values that are held at once where a whole matrix, or text, would not fit."""
 
 
 def initialise(
@@ -57,7 +60,36 @@ def initialise(
         UserError: an unknown name, counts or embeddings of another number of rows, or "focus" without both auxiliary
             and dictionary.
     """
-    raise NotImplementedError
+    require_one_of("initialisation", name, INITIALISATIONS)
+    num_source, num_target = len(source_tokenizer), len(target_tokenizer)
+    _require_rows("source_table", source_table, num_source)
+    for what, given, rows in (
+        ("source_counts", source_counts, num_source),
+        ("target_counts", target_counts, num_target),
+        ("auxiliary", auxiliary, num_target),
+    ):
+        if given is not None and len(given) != rows:
+            raise UserError(f"{what} has {len(given)} rows but the tokenizer {rows} tokens: make it with that one.")
+    source = source_table[:num_source].float()
+    if name == "mean":
+        return source.mean(0).expand(num_target, -1).clone().to(source_table.dtype)
+    noise = torch.randn(num_target, source.shape[1], generator=generator, device=generator.device)
+    rows = source.mean(0) + source.std(0) * noise.to(source)  # (n, d)
+    if name == "frequency":
+        ranked_source, ranked_target = (
+            torch.arange(size) if counts is None else counts.argsort(descending=True, stable=True).cpu()
+            for counts, size in ((source_counts, num_source), (target_counts, num_target))
+        )
+        both = min(num_source, num_target)
+        rows[ranked_target[:both]] = source[ranked_source[:both]]
+    elif name in ("copy", "focus"):
+        target_ids, source_ids = same_tokens(source_tokenizer, target_tokenizer)
+        rows[target_ids] = source[source_ids]
+        if name == "focus":
+            known = torch.zeros(num_target, dtype=torch.bool)
+            known[target_ids] = True
+            _translate_and_mix(rows, known, source, source_tokenizer, target_tokenizer, dictionary, auxiliary)
+    return rows.to(source_table.dtype)
 
 
 def cooccurrence_embeddings(
@@ -82,7 +114,48 @@ def cooccurrence_embeddings(
         seed: of the randomised SVD.
         end: end token; pairs do not reach over it.
     """
-    raise NotImplementedError
+    require_at_least("window", window, 1)
+    require_at_least("dim", dim, 1)
+    ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)
+    if len(ids) == 0:
+        raise UserError("the text has 0 tokens: co-occurrence needs some.")
+    keys = counts = np.zeros(0, dtype=np.int64)
+    for begin in range(0, len(ids), PIECE):
+        part = ids[max(0, begin - window) : begin + PIECE]
+        text = np.cumsum(part == end) if end is not None else np.zeros(len(part), dtype=np.int64)
+        pairs = []
+        for offset in range(1, window + 1):
+            right = np.arange(max(offset, min(begin, window)), len(part))  # each pair once, with its right token
+            left = right - offset
+            together = text[left] == text[right]
+            if end is not None:
+                together &= part[left] != end  # the end token is counted with the text after it
+            pairs.append(part[left][together] * vocab_size + part[right][together])
+        fresh, number = np.unique(np.concatenate(pairs), return_counts=True)
+        keys, inverse = np.unique(np.concatenate([keys, fresh]), return_inverse=True)
+        counts = np.bincount(inverse.reshape(-1), np.concatenate([counts, number]), len(keys)).astype(np.int64)
+    left, right = np.divmod(keys, vocab_size)
+    matrix = torch.sparse_coo_tensor(
+        torch.from_numpy(np.stack([np.r_[left, right], np.r_[right, left]])),
+        torch.from_numpy(np.r_[counts, counts].astype(np.float64)),
+        (vocab_size, vocab_size),
+    ).coalesce()
+    (row, column), joint = matrix.indices(), matrix.values()
+    total = torch.zeros(vocab_size, dtype=torch.float64).index_add(0, row, joint)
+    if not len(joint):
+        return torch.zeros(vocab_size, dim)
+    smoothed = total**0.75
+    information = torch.log(joint / total[row] * smoothed.sum() / smoothed[column])
+    positive = information > 0
+    ppmi = torch.sparse_coo_tensor(
+        matrix.indices()[:, positive], information[positive].float(), (vocab_size, vocab_size)
+    ).coalesce()
+    rank = min(dim, vocab_size)
+    with fork_generators(seed):  # torch's randomised SVD draws from the global generator
+        u, s, _ = torch.svd_lowrank(ppmi, q=min(rank + 8, vocab_size), niter=4)
+    embeddings = u[:, :rank] * s[:rank].sqrt()
+    embeddings[total == 0] = 0
+    return F.pad(embeddings, (0, dim - rank))
 
 
 def replace_lexical(
@@ -93,7 +166,14 @@ def replace_lexical(
     Raises:
         UserError: `table` has not a row for each token of `tokenizer`, is of another width, or holds NaN or infinity.
     """
-    raise NotImplementedError
+    if len(table) != len(tokenizer):
+        raise UserError(f"token table has {len(table)} rows but the tokenizer {len(tokenizer)} tokens: match them.")
+    replace_token_table(model, table)
+    for config in (model.config, model.generation_config):
+        if config is not None:
+            config.bos_token_id = tokenizer.bos_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+            config.pad_token_id = tokenizer.pad_token_id
 
 
 def train_only(
@@ -117,19 +197,121 @@ def train_only(
     Raises:
         UserError: the model has no such layer.
     """
-    raise NotImplementedError
+    blocks = model.transformer.h
+    if layers != "all":
+        for layer in layers:
+            if not 0 <= layer < len(blocks):
+                raise UserError(f"layer {layer} is not in the model: its layers are 0 to {len(blocks) - 1}.")
+    wanted = {id(model.get_input_embeddings().weight)}
+    if positions:
+        wanted.add(id(model.transformer.wpe.weight))
+    if norms:
+        wanted |= {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    for part in [model] if layers == "all" else [blocks[layer] for layer in layers]:
+        wanted |= {id(parameter) for parameter in part.parameters()}
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in wanted)
+        if id(parameter) in wanted:
+            names.append(name)
+        else:
+            parameter.grad = None
+    return names
 
 
 def layers_from_top(n_layer: int, count: int) -> list[int]:
     """The `count` blocks nearest to the output, the topmost first: n_layer - 1, n_layer - 2, ..."""
-    raise NotImplementedError
+    if not 0 <= count <= n_layer:
+        raise UserError(f"{count} layers are to be unfrozen but the model has {n_layer}: use 0 to {n_layer}.")
+    return list(range(n_layer - 1, n_layer - 1 - count, -1))
 
 
 def shuffle_weights(model: GPT2LMHeadModel, generator: torch.Generator) -> None:
     """Permute the values within each parameter but the token table, in place: the control of same scale, no English."""
-    raise NotImplementedError
+    for parameter in _but_table(model).values():
+        order = torch.randperm(parameter.numel(), generator=generator, device=generator.device).to(parameter.device)
+        with torch.no_grad():
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
 
 def reinitialise_layers(model: GPT2LMHeadModel, generator: torch.Generator) -> None:
     """Draw every parameter but the token table anew as GPT-2's own initialisation does, in place."""
-    raise NotImplementedError
+    norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    for name, parameter in _but_table(model).items():
+        std = model.config.initializer_range
+        if name.endswith("c_proj.weight"):  # they add to the residual stream (Radford et al. 2019, sec. 2.3)
+            std /= math.sqrt(2 * model.config.n_layer)
+        with torch.no_grad():
+            if name in norms:
+                parameter.fill_(1)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                noise = torch.randn(parameter.shape, generator=generator, device=generator.device)
+                parameter.copy_(std * noise)
+
+
+def same_tokens(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
+    """Target ids and source ids of the tokens that both tokenizers spell the same, and of their end tokens."""
+    source = source_tokenizer.get_vocab()
+    pairs = {index: source[token] for token, index in target_tokenizer.get_vocab().items() if token in source}
+    if target_tokenizer.eos_token_id is not None and source_tokenizer.eos_token_id is not None:
+        pairs[target_tokenizer.eos_token_id] = source_tokenizer.eos_token_id
+    ordered = torch.tensor(sorted(pairs.items()), dtype=torch.long).reshape(-1, 2)
+    return ordered[:, 0], ordered[:, 1]
+
+
+def sparsemax(scores: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+    """The nearest probability distribution to each row of scores; most entries are 0 (Martins & Astudillo 2016)."""
+    ordered = scores.sort(dim=-1, descending=True).values
+    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+    surplus = ordered.cumsum(-1) - 1
+    support = (rank * ordered > surplus).sum(-1, keepdim=True)
+    return (scores - surplus.gather(-1, support - 1) / support).clamp(min=0)
+
+
+def _translate_and_mix(
+    rows: Tensor,
+    known: Tensor,
+    source: Tensor,
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    dictionary: Path | None,
+    auxiliary: Tensor | None,
+) -> None:
+    """Fill `rows` (n, d), in place: words by the dictionary, then what is not `known` yet by similar tokens."""
+    if dictionary is None and auxiliary is None:
+        raise UserError("initialisation is 'focus' with neither auxiliary embeddings nor a dictionary: give one.")
+    if dictionary is not None:
+        words = {word.casefold(): index for word, index in reversed(word_tokens(target_tokenizer).items())}
+        translations: dict[int, list[Tensor]] = {}
+        for target, translation in read_dictionary(dictionary):
+            index = words.get(target.casefold())
+            if index is not None:
+                ids = source_tokenizer(" " + translation, add_special_tokens=False).input_ids
+                translations.setdefault(index, []).append(source[ids].mean(0))
+        for index, several in translations.items():
+            rows[index] = torch.stack(several).mean(0)
+            known[index] = True
+    if auxiliary is not None:
+        vectors = F.normalize(auxiliary.to(rows), dim=-1)
+        seen = vectors.abs().sum(-1).cpu() > 0
+        anchors, others = (known & seen).nonzero()[:, 0], (~known & seen).nonzero()[:, 0]
+        if not len(anchors):
+            raise UserError("no token of the text is spelled as a source token: give a dictionary, or use random.")
+        for chunk in others.split(max(1, PIECE // len(anchors))):
+            rows[chunk] = sparsemax(vectors[chunk] @ vectors[anchors].T) @ rows[anchors]
+
+
+def _require_rows(what: str, table: Tensor, least: int) -> None:
+    if table.ndim != 2 or len(table) < least:
+        raise UserError(f"{what} has shape {tuple(table.shape)} but its tokenizer {least} tokens: use one model's.")
+    if not torch.isfinite(table).all():
+        raise UserError(f"{what} holds NaN or infinity: check how it was made.")
+
+
+def _but_table(model: GPT2LMHeadModel) -> dict[str, nn.Parameter]:
+    table = model.get_input_embeddings().weight
+    return {name: parameter for name, parameter in model.named_parameters() if parameter is not table}

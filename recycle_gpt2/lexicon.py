@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from common.checks import UserError, require_at_least, require_file, require_one_of
 from common.report import write_json, write_text
-from common.runtime import RuntimeConfig
+from common.runtime import RuntimeConfig, start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MEASURES: tuple[str, ...] = ("csls", "cosine")
 
 class Neighbours(NamedTuple):
     """Rows of the source table nearest to each target row, best first."""
@@ -43,7 +44,7 @@ class Precision:
     at_1: float
     at_5: float
     words: int
-    """Words of the lexicon that the dictionary has, with a translation that the lexicon could give."""
+    """Words of the lexicon that the dictionary has, with a translation that could be a candidate."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,35 @@ class LexiconConfig:
 
 def run(config: LexiconConfig) -> None:
     """Make the lexicon that `config` describes, write it, and print its first lines."""
-    raise NotImplementedError
+    from common.gpt2 import load_gpt2, token_table
+
+    if config.dictionary is not None:
+        require_at_least("k (with a dictionary, for precision at 5)", config.k, 5)
+    device = start(config.runtime)
+    model, tokenizer = load_gpt2(config.model, device=device)
+    source, source_tokenizer = load_gpt2(config.source, device=device)
+    lexicon = build_lexicon(
+        token_table(model),
+        tokenizer,
+        token_table(source),
+        source_tokenizer,
+        k=config.k,
+        measure=config.measure,
+        words=config.words,
+    )
+    lines = []
+    for entry in lexicon:
+        scored = zip(entry.candidates, entry.scores, strict=True)
+        lines.append("\t".join([entry.word, *(f"{word}\t{score:.4f}" for word, score in scored)]))
+    write_text(config.out, "\n".join(lines) + "\n")
+    for entry in lexicon[:10]:
+        print(f"{entry.word:>16}  {', '.join(entry.candidates[:5])}")
+    found = None
+    if config.dictionary is not None:
+        found = precision(lexicon, config.dictionary, source_words=word_tokens(source_tokenizer))
+        print(f"precision at 1: {found.at_1:.3f}, at 5: {found.at_5:.3f} ({found.words:,} words)")
+    write_json(config.out.with_suffix(".json"), {"config": config, "words": len(lexicon), "precision": found})
+    print(f"{len(lexicon):,} words written to {config.out}")
 
 
 def nearest(
@@ -86,7 +115,31 @@ def nearest(
     CSLS(x, y) = 2 cos(x, y) - r(x) - r(y), r the mean cosine to the `neighbourhood` nearest rows of the other table
     (Conneau et al. 2018, sec. 2.3).
     """
-    raise NotImplementedError
+    require_one_of("measure", measure, MEASURES)
+    require_at_least("k", k, 1)
+    require_at_least("neighbourhood", neighbourhood, 1)
+    if target_table.ndim != 2 or source_table.ndim != 2 or target_table.shape[1] != source_table.shape[1]:
+        raise UserError(
+            f"tables have shapes {tuple(target_table.shape)} and {tuple(source_table.shape)}: "
+            f"they need rows of one width (the English model must be the one that was recycled)."
+        )
+    if k > len(source_table):
+        raise UserError(f"k is {k} but the source has {len(source_table)} rows: use at most that.")
+    target, source = F.normalize(target_table.float(), dim=-1), F.normalize(source_table.float(), dim=-1)
+    crowding = torch.zeros(len(source), device=source.device)  # r(y)
+    if measure == "csls":
+        near = min(neighbourhood, len(target))
+        crowding = torch.cat([(y @ target.T).topk(near).values.mean(-1) for y in source.split(chunk)])
+    indices, scores = [], []
+    for x in target.split(chunk):
+        similar = x @ source.T  # (c, v)
+        if measure == "csls":
+            own = similar.topk(min(neighbourhood, len(source))).values.mean(-1, keepdim=True)  # r(x)
+            similar = 2 * similar - own - crowding
+        best = similar.topk(k)
+        indices.append(best.indices)
+        scores.append(best.values)
+    return Neighbours(torch.cat(indices), torch.cat(scores))
 
 
 def build_lexicon(
@@ -100,12 +153,52 @@ def build_lexicon(
     words: int = 0,
 ) -> list[Entry]:
     """Entries of the target tokens that begin a word, their candidates among the source's."""
-    raise NotImplementedError
+    target_words, source_words = word_tokens(target_tokenizer), word_tokens(source_tokenizer)
+    if not target_words or not source_words:
+        raise UserError("a tokenizer has no token that begins a word of two letters: a lexicon needs some.")
+    chosen = list(target_words)[: words or None]
+    names = list(source_words)
+    found = nearest(
+        target_table[[target_words[word] for word in chosen]],
+        source_table[list(source_words.values())],
+        k=min(k, len(names)),
+        measure=measure,
+    )
+    return [
+        Entry(word, tuple(names[index] for index in indices), tuple(scores))
+        for word, indices, scores in zip(chosen, found.indices.tolist(), found.scores.tolist(), strict=True)
+    ]
 
 
-def precision(lexicon: Sequence[Entry], dictionary_path: Path) -> Precision:
-    """How often a dictionary's translation is the first candidate, and among the first five; case does not matter."""
-    raise NotImplementedError
+def precision(
+    lexicon: Sequence[Entry], dictionary_path: Path, *, source_words: Collection[str] | None = None
+) -> Precision:
+    """How often a dictionary's translation is the first candidate, and among the first five; case does not matter.
+
+    Args:
+        lexicon: entries with at least five candidates each.
+        dictionary_path: see `read_dictionary`.
+        source_words: words that can be candidates; a dictionary's other translations do not count. None takes all.
+
+    Raises:
+        UserError: the dictionary and the lexicon share no word.
+    """
+    translations: dict[str, set[str]] = {}
+    possible = None if source_words is None else {word.casefold() for word in source_words}
+    for target, translation in read_dictionary(dictionary_path):
+        if possible is None or translation.casefold() in possible:
+            translations.setdefault(target.casefold(), set()).add(translation.casefold())
+    first = five = words = 0
+    for entry in lexicon:
+        right = translations.get(entry.word.casefold())
+        if right is not None:
+            candidates = [word.casefold() for word in entry.candidates[:5]]
+            words += 1
+            first += candidates[0] in right
+            five += not right.isdisjoint(candidates)
+    if not words:
+        raise UserError(f"no word of the lexicon is in dictionary {str(dictionary_path)!r}: give target words first.")
+    return Precision(first / words, five / words, words)
 
 
 def read_dictionary(path: Path) -> list[tuple[str, str]]:
@@ -114,9 +207,29 @@ def read_dictionary(path: Path) -> list[tuple[str, str]]:
     Raises:
         UserError: the file is missing, empty, not UTF-8 or a line is not a pair (it is named).
     """
-    raise NotImplementedError
+    require_file(path, "dictionary")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"dictionary {str(path)!r}, line {line} is not UTF-8: convert the file.") from None
+    pairs = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            parts = [part.strip() for part in line.split("\t")]
+            if len(parts) != 2 or not all(parts):
+                raise UserError(f"dictionary {str(path)!r}, line {number} is not a word, a tab and its translation.")
+            pairs.append((parts[0], parts[1]))
+    if not pairs:
+        raise UserError(f"dictionary {str(path)!r} has no pair: give a word, a tab and its translation in each line.")
+    return pairs
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Tokens that begin a word (a space, then letters, at least two) by their word, in the order of their ids."""
-    raise NotImplementedError
+    words: dict[str, int] = {}
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        word = tokenizer.convert_tokens_to_string([token])
+        if len(word) > 2 and word[0] == " " and word[1:].isalpha():
+            words.setdefault(word[1:], index)
+    return words
