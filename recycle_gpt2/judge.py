@@ -2,8 +2,84 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from common.checks import UserError, require_at_least, require_file
+from common.report import write_json, write_text
+from recycle_gpt2.documents import read_documents
+
+HUMAN = "human"
+TEMPLATE = """<!doctype html>
+<html lang="@LANGUAGE@"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>@TITLE@</title><style>
+body { font: 18px/1.5 Georgia, serif; max-width: 42rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+#text { background: #f4f4f0; padding: 1rem 1.5rem; border-radius: 6px; white-space: pre-wrap; min-height: 8rem; }
+button { font: inherit; padding: .5rem 1.5rem; margin: 0 .5rem .5rem 0; cursor: pointer; }
+button[aria-pressed=true] { background: #235; color: white; }
+input { font: inherit; }
+progress { width: 100%; }
+nav { margin-top: 2rem; }
+</style></head><body>
+<h1>@TITLE@</h1>
+<p><label>Name or number of the judge: <input id="judge" autocomplete="off"></label></p>
+<progress id="progress" value="0"></progress>
+<p id="count"></p>
+<div id="text"></div>
+<p>@QUESTION@</p>
+<p><button id="human">@YES@</button><button id="machine">@NO@</button></p>
+<nav><button id="back">&larr;</button><button id="next">&rarr;</button><button id="save">Save answers</button></nav>
+<noscript>This form needs JavaScript.</noscript>
+<script>
+"use strict";
+const form = @DATA@;
+const $ = id => document.getElementById(id);
+let at = 0, state = { judge: "", answers: {} };
+// What was answered outlives a reload; a browser that forbids this still works.
+try { state = JSON.parse(localStorage.getItem(form.id)) || state; } catch (error) {}
+function keep() { try { localStorage.setItem(form.id, JSON.stringify(state)); } catch (error) {} }
+function show() {
+  const item = form.items[at], done = Object.keys(state.answers).length;
+  $("text").textContent = item.text;
+  $("count").textContent = (at + 1) + " / " + form.items.length + " (" + done + ")";
+  $("progress").max = form.items.length;
+  $("progress").value = done;
+  $("human").setAttribute("aria-pressed", state.answers[item.id] === "human");
+  $("machine").setAttribute("aria-pressed", state.answers[item.id] === "machine");
+  $("back").disabled = at === 0;
+  $("next").disabled = at === form.items.length - 1;
+  $("save").disabled = done === 0;
+}
+function answer(choice) {
+  state.answers[form.items[at].id] = choice;
+  keep();
+  if (at < form.items.length - 1) at += 1;
+  show();
+}
+$("human").onclick = () => answer("human");
+$("machine").onclick = () => answer("machine");
+$("back").onclick = () => { at -= 1; show(); };
+$("next").onclick = () => { at += 1; show(); };
+$("judge").value = state.judge;
+$("judge").oninput = () => { state.judge = $("judge").value; keep(); };
+$("save").onclick = () => {
+  const saved = { form: form.id, judge: state.judge, answers: state.answers };
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(saved, null, 1)], { type: "application/json" }));
+  link.download = "answers-" + (state.judge.replace(/[^\\p{L}\\p{N}]+/gu, "-") || "judge") + ".json";
+  link.click();
+};
+at = Math.max(0, form.items.findIndex(item => !(item.id in state.answers)));
+show();
+</script></body></html>
+"""
 
 
 @dataclass(frozen=True)
@@ -11,7 +87,7 @@ class JudgeConfig:
     """Make a form (one HTML file) in which people judge texts, blind, and the key to it."""
 
     human: tuple[Path, ...]
-    """Texts by humans: anything that `recycle-gpt2 corpus` reads, such as a corpus's test documents."""
+    """Texts by humans: anything that `recycle-gpt2 corpus` reads, such as held-out documents as jsonl."""
     machine: tuple[str, ...]
     """NAME=PATH of each model's texts, such as nld-small=samples/small.jsonl."""
     out: Path = Path("judge")
@@ -19,7 +95,7 @@ class JudgeConfig:
     per_model: int = 20
     """Texts of each model, and of humans."""
     words: int = 60
-    """Words that a text is cut to, so that length tells nothing."""
+    """Words that a text is cut to, so that its length tells nothing; shorter texts are left out."""
     title: str = "Human or machine?"
     """Heading of the form."""
     question: str = "Could this text have been written by a human?"
@@ -29,7 +105,7 @@ class JudgeConfig:
     no: str = "Machine"
     """Label of the button for machine."""
     language: str = "en"
-    """Language code of the texts (nl, it), for fonts and hyphenation."""
+    """Language code of the texts (nl, it), for the browser."""
     seed: int = 0
     """Which texts, and in which order."""
 
@@ -46,11 +122,155 @@ class JudgeReportConfig:
     """JSON file for the report, beside the printed table."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """How often one model's texts, or humans', were taken for human."""
+
+    model: str
+    judged: int
+    """Answers to its texts."""
+    human: int
+    """Answers that say human."""
+    share: float
+    low: float
+    """Lower end of the 95% interval of the share."""
+    high: float
+    """Upper end."""
+
+
 def run_form(config: JudgeConfig) -> None:
-    """Write form.html and key.json."""
-    raise NotImplementedError
+    """Write form.html and key.json into `config.out`.
+
+    Raises:
+        UserError: a model is not given as NAME=PATH, twice or as "human", or has too few texts of that length.
+    """
+    require_at_least("per_model", config.per_model, 1)
+    require_at_least("words", config.words, 1)
+    require_at_least("seed", config.seed, 0)
+    sources = {HUMAN: list(config.human)}
+    for given in config.machine:
+        name, equals, path = given.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"machine is {given!r}: use NAME=PATH, such as nld-small=samples/small.jsonl.")
+        if name in sources:
+            raise UserError(f"machine {name!r} is given twice or is {HUMAN!r}: use another name.")
+        sources[name] = [Path(path)]
+    if len(sources) < 2:
+        raise UserError("no machine is given: use NAME=PATH, such as nld-small=samples/small.jsonl.")
+    texts = {
+        name: _choose(name, [document.text for document in read_documents(paths)], config)
+        for name, paths in sources.items()
+    }
+    form, key = make_form(texts, seed=config.seed)
+    page = TEMPLATE
+    for mark, value in {
+        "LANGUAGE": config.language,
+        "TITLE": config.title,
+        "QUESTION": config.question,
+        "YES": config.yes,
+        "NO": config.no,
+    }.items():
+        page = page.replace(f"@{mark}@", html.escape(value))
+    # Last, so that no mark within a text is filled in; "<" escaped, so that no text ends the script.
+    page = page.replace("@DATA@", json.dumps(form, ensure_ascii=False).replace("<", "\\u003c"))
+    write_text(config.out / "form.html", page)
+    write_json(config.out / "key.json", key)
+    print(f"{len(form['items'])} texts in {config.out / 'form.html'}; keep {config.out / 'key.json'} from the judges.")
 
 
 def run_report(config: JudgeReportConfig) -> None:
     """Print, and write, how often each model was taken for human, with Wilson intervals."""
-    raise NotImplementedError
+    key = _read(config.key, "key", ("form", "models"))
+    files: list[Path] = []
+    for path in config.answers:
+        files += sorted(path.glob("*.json")) if path.is_dir() else [path]
+    answers = [_read(path, "answer file", ("form", "judge", "answers")) for path in files]
+    for path, saved in zip(files, answers, strict=True):
+        if saved["form"] != key["form"]:
+            raise UserError(f"answer file {str(path)!r} is of another form than key {str(config.key)!r}: use its key.")
+        for item, choice in saved["answers"].items():
+            if item not in key["models"] or choice not in (HUMAN, "machine"):
+                raise UserError(f"answer file {str(path)!r}: {item!r}: {choice!r} is no answer of it: remove it.")
+    judges: dict[str, dict[str, str]] = {}
+    for path, saved in zip(files, answers, strict=True):
+        # A judge who saved twice is one judge, and the later file holds; those without a name are each their own.
+        judges.setdefault(saved["judge"] or str(path), {}).update(saved["answers"])
+    verdicts = tally(list(judges.values()), key["models"])
+    if not any(verdict.judged for verdict in verdicts):
+        raise UserError(f"there is no answer in {len(files)} files: give files that the form has saved.")
+    width = max(len(verdict.model) for verdict in verdicts)
+    print(f"{'model':<{width}}  taken for human  95% interval     answers")
+    for verdict in verdicts:
+        if verdict.judged:
+            print(
+                f"{verdict.model:<{width}}  {verdict.share:15.1%}  {verdict.low:6.1%} to {verdict.high:6.1%}  "
+                f"{verdict.judged:>7,}"
+            )
+    if config.out is not None:
+        counts = {judge: len(given) for judge, given in judges.items()}
+        write_json(config.out, {"form": key["form"], "answers_by_judge": counts, "models": verdicts})
+
+
+def make_form(texts: Mapping[str, Sequence[str]], *, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A form's items in random order, which say nothing about who wrote them, and the key that does.
+
+    Args:
+        texts: by model, "human" among them.
+        seed: of the order and of the items' names.
+
+    Returns:
+        {"id", "items": [{"id", "text"}]} and {"form": id, "models": {item id: model}}.
+    """
+    rng = random.Random(seed)
+    pairs = [(model, text) for model, several in texts.items() for text in several]
+    rng.shuffle(pairs)
+    # The names of the items are numbers in the shuffled order: a hash of the text could be looked up.
+    form_id = hashlib.sha256(json.dumps([seed, pairs]).encode()).hexdigest()[:16]
+    items = [{"id": f"t{number}", "text": text} for number, (_, text) in enumerate(pairs, 1)]
+    models = {item["id"]: model for item, (model, _) in zip(items, pairs, strict=True)}
+    return {"id": form_id, "items": items}, {"form": form_id, "models": models}
+
+
+def tally(answers: Sequence[Mapping[str, str]], models: Mapping[str, str]) -> list[Verdict]:
+    """A verdict on each model, the one taken for human most often first; a judge's answers are a mapping."""
+    judged, human = dict.fromkeys(models.values(), 0), dict.fromkeys(models.values(), 0)
+    for one in answers:
+        for item, choice in one.items():
+            judged[models[item]] += 1
+            human[models[item]] += choice == HUMAN
+    verdicts = []
+    for model, number in judged.items():
+        share = human[model] / number if number else 0.0
+        verdicts.append(Verdict(model, number, human[model], share, *wilson_interval(human[model], number)))
+    return sorted(verdicts, key=lambda verdict: -verdict.share)
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a share, 95% at the default z (Wilson 1927); (0, 1) without trials."""
+    if not trials:
+        return 0.0, 1.0
+    share, square = successes / trials, z * z
+    centre = (share + square / (2 * trials)) / (1 + square / trials)
+    half = z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _choose(name: str, texts: Sequence[str], config: JudgeConfig) -> list[str]:
+    """Texts of exactly `config.words` words, in white space as it would be read aloud."""
+    cut = {" ".join(text.split()[: config.words]) for text in texts if len(text.split()) >= config.words}
+    if len(cut) < config.per_model:
+        raise UserError(
+            f"{name!r} has {len(cut)} different texts of {config.words} words: give {config.per_model}, "
+            f"or lower per_model or words."
+        )
+    return random.Random(f"{config.seed} {name}").sample(sorted(cut), config.per_model)
+
+
+def _read(path: Path, what: str, fields: Sequence[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(require_file(path, what).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        value = None
+    if not isinstance(value, dict) or not all(field in value for field in fields):
+        raise UserError(f"{what} {str(path)!r} is not one that the form was saved with: give the right file.")
+    return value
