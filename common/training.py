@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.checks import UserError, require_at_least, require_file
@@ -49,6 +52,8 @@ class TrainerConfig:
     """Machines."""
     strategy: str = "auto"
     """auto, ddp, fsdp and what else Lightning knows."""
+    patience: int = 0
+    """Validations without improvement that end the run; 0 never ends it early."""
     tensorboard: bool = True
     """Write TensorBoard logs beside the CSV."""
     progress: bool = True
@@ -58,24 +63,70 @@ class TrainerConfig:
 class BatchOrder(Sampler[list[int]]):
     """Batches of indices whose order is a function of (seed, epoch) alone, so that a run can go on where it stopped.
 
-    Every index occurs exactly once per epoch over all `world` processes, which all get as many batches; the last
-    batches of an epoch may be short, or longer by one where the rest is not enough for every process.
+    Every index occurs exactly once per epoch over all processes, which all get as many batches; the last batches of an
+    epoch may be short, or longer by one where the rest is not enough for every process. What the processes take
+    together in a step is what one process would take with a `batch_size` as many times as large.
+
+    Args:
+        num_items: items in the data set.
+        batch_size: of each process.
+        seed: of the order.
+        shuffle: another order in every epoch; False takes the items as they come.
+        rank, world: this process and their number; None asks torch.distributed when batches are made.
+        lengths: of the items; batches then hold items of similar length, so that little of them is padding.
     """
 
+    POOL = 50
+    """Steps whose items are sorted by length together."""
+
     def __init__(
-        self, num_items: int, batch_size: int, *, seed: int = 0, shuffle: bool = True, rank: int = 0, world: int = 1
+        self,
+        num_items: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int | None = None,
+        world: int | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         require_at_least("batch size", batch_size, 1)
-        if num_items < world:
-            raise UserError(f"dataset has {num_items} items for {world} processes: give at least one to each.")
         self.num_items, self.batch_size, self.seed, self.shuffle = num_items, batch_size, seed, shuffle
-        self.rank, self.world, self.epoch = rank, world, 0
+        self._rank, self._world, self.epoch = rank, world, 0
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        if num_items < (world or 1):
+            raise self._too_few()
+
+    @property
+    def rank(self) -> int:
+        """This process, counted from 0."""
+        if self._rank is not None:
+            return self._rank
+        return distributed.get_rank() if _is_distributed() else 0
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        if self._world is not None:
+            return self._world
+        return distributed.get_world_size() if _is_distributed() else 1
 
     def order(self) -> np.ndarray:
         """Indices of this epoch in their order, before they are cut into batches."""
         if not self.shuffle:
             return np.arange(self.num_items)
-        return np.random.default_rng((self.seed, self.epoch)).permutation(self.num_items)
+        shuffled = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_items)
+        return shuffled if self.lengths is None else self._by_length(shuffled, self.lengths)
+
+    def _by_length(self, shuffled: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The same indices sorted by length within pools; then the steps change places."""
+        step = self.batch_size * self.world
+        pools = np.split(shuffled, range(self.POOL * step, len(shuffled), self.POOL * step))
+        ordered = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in pools])
+        whole = len(ordered) // step * step
+        steps = ordered[:whole].reshape(-1, step)
+        mixed = np.random.default_rng((self.seed, self.epoch, 1)).permutation(steps)
+        return np.concatenate([mixed.ravel(), ordered[whole:]])
 
     def batches(self) -> list[list[int]]:
         """This process's batches of this epoch."""
@@ -84,17 +135,26 @@ class BatchOrder(Sampler[list[int]]):
 
     def _ends(self) -> list[int]:
         """Where the batches of all processes together end in the order."""
+        if self.num_items < self.world:
+            raise self._too_few()
         step = self.batch_size * self.world
         ends = list(range(step, self.num_items, step))
         if ends and self.num_items - ends[-1] < self.world:
             ends.pop()
         return [*ends, self.num_items]
 
+    def _too_few(self) -> UserError:
+        return UserError(f"dataset has {self.num_items} items for {self.world} processes: give at least one to each.")
+
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches())
 
     def __len__(self) -> int:
         return len(self._ends())
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 class ResumableLoader(DataLoader):  # type: ignore[type-arg]
@@ -140,19 +200,26 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
 
 
 class RandomState(Callback):
-    """Saves the random generators of Python, NumPy and torch in every checkpoint and restores them."""
+    """Saves the random generators of Python, NumPy and torch, of every process, in checkpoints and restores them."""
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         numpy_name, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
-        checkpoint["random_state"] = {
+        own = {
             "python": random.getstate(),
             "numpy": (numpy_name, torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)), *numpy_rest),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
+        checkpoint["random_state"] = own
+        if trainer.world_size > 1:
+            states: list[Any] = [None] * trainer.world_size
+            distributed.all_gather_object(states, own)
+            checkpoint["random_state"] = states
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._state = checkpoint.get("random_state")
+        saved = checkpoint.get("random_state")
+        several = isinstance(saved, list)
+        self._state = saved[trainer.global_rank if len(saved) == trainer.world_size else 0] if several else saved
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         state = getattr(self, "_state", None)
@@ -195,11 +262,22 @@ class StopOnNaN(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if isinstance(loss, torch.Tensor) and not torch.isfinite(loss):
+        lost = isinstance(loss, torch.Tensor) and not torch.isfinite(loss)
+        # All processes stop together: one that stopped alone would leave the others waiting for it.
+        if trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
+            value = loss.item() if lost else "not finite in another process"
             raise UserError(
-                f"the loss is {loss.item()} at step {trainer.global_step}: lower the learning rate "
+                f"the loss is {value} at step {trainer.global_step}: lower the learning rate "
                 f"(checkpoints written before are kept)."
             )
+
+
+class StopEarly(EarlyStopping):
+    """Ends a run when its monitored value has not improved for `patience` validations; a resumed run ends at once."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
 
 def build_trainer(
@@ -213,7 +291,10 @@ def build_trainer(
     """A Trainer that writes `last.ckpt`, `best.ckpt`, `metrics.csv` and TensorBoard logs in `directory`."""
     if config.max_steps < 0 and config.max_epochs < 0:
         raise UserError("max_steps and max_epochs are both -1: set one of them.")
-    require_at_least("devices", config.devices, 1)
+    for name in ("devices", "num_nodes", "accumulate", "val_every"):
+        require_at_least(name, getattr(config, name), 1)
+    for name in ("clip_gradients", "patience"):
+        require_at_least(name, getattr(config, name), 0)
     device = resolve_device(config.device)
     loggers: list[Logger] = [CSVLogger(directory, name="", version="")]
     if config.tensorboard:
@@ -222,11 +303,20 @@ def build_trainer(
         ModelCheckpoint(directory, filename="best", monitor=monitor, mode=mode, save_top_k=1, save_last=True,
                         enable_version_counter=False, auto_insert_metric_name=False, save_weights_only=False),
     ]
+    if config.patience:
+        saved.append(StopEarly(monitor, mode=mode, patience=config.patience, check_finite=False))
     bars: list[Callback] = [TQDMProgressBar(refresh_rate=5)] if config.progress else []
+    with _quiet():
+        return _trainer(config, device, directory, loggers, [*(callbacks or []), *bars, *saved])
+
+
+def _trainer(
+    config: TrainerConfig, device: torch.device, directory: Path, loggers: list[Logger], callbacks: list[Callback]
+) -> Trainer:
     return Trainer(
         default_root_dir=directory,
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
-        devices=config.devices,
+        devices=[device.index] if device.index is not None and config.devices == 1 else config.devices,
         num_nodes=config.num_nodes,
         strategy=config.strategy,
         precision=LIGHTNING_PRECISION[config.precision],  # type: ignore[arg-type]
@@ -242,7 +332,7 @@ def build_trainer(
         enable_progress_bar=config.progress,
         enable_model_summary=False,
         logger=loggers,
-        callbacks=[RandomState(), StopOnNaN(), *(callbacks or []), *bars, *saved, KeepLast(directory)],
+        callbacks=[RandomState(), StopOnNaN(), *callbacks, KeepLast(directory)],
     )
 
 
@@ -259,19 +349,38 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
     source = str(last) if resume and last.exists() else None
     if source:
         _require_readable(last)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*dataloader.*")
-        try:
-            with _interruptible(trainer):
-                trainer.fit(module, **loaders, ckpt_path=source, weights_only=source is None)
-        except (RuntimeError, KeyError, ValueError) as error:
-            if source and ("state_dict" in str(error) or "size" in str(error)):
-                raise UserError(
-                    f"checkpoint {source!r} does not fit this run ({' '.join(str(error).split())[:200]}): "
-                    f"use the settings it was written with, or another output directory."
-                ) from error
-            raise
+    try:
+        with _quiet(), _interruptible(trainer):
+            trainer.fit(module, **loaders, ckpt_path=source, weights_only=source is None)
+    except (RuntimeError, KeyError, ValueError) as error:
+        if source and ("state_dict" in str(error) or "size" in str(error)):
+            raise UserError(
+                f"checkpoint {source!r} does not fit this run ({' '.join(str(error).split())[:200]}): "
+                f"use the settings it was written with, or another output directory."
+            ) from error
+        raise
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes results and speaks to the user."""
+    return rank_zero_only.rank == 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's remarks on devices, its tips and its advice on data loaders out of a user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", message=".*dataloader.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _require_readable(path: Path) -> None:
@@ -311,3 +420,79 @@ def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Callable[[int]
         return floor + (1 - floor) * 0.5 * (1 + float(np.cos(np.pi * progress)))
 
     return factor
+
+
+def warmup_linear(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:
+    """Factor on the learning rate: linear to 1 over `warmup` steps, then linear to `floor` at `total`."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return 1 - (1 - floor) * progress
+
+    return factor
+
+
+class MuonAdamW(LightningModule):
+    """Trains hidden matrices by Muon (Jordan et al. 2024) and the rest by AdamW, both with a warm-up and half a cosine.
+
+    A subclass computes its loss in `training_step` and gives it to `descend`. Lightning counts a step of each of the
+    two optimizers: give the Trainer twice as many steps, and no gradient clipping of its own.
+
+    Args:
+        model: what is trained.
+        hidden: part of the names of the parameters whose matrices are Muon's, such as ".h.".
+        total: steps of the schedule, `warmup` included.
+        lr_muon, lr_adam: peak rates.
+        weight_decay: of matrices, both optimizers'; norms and biases have none.
+        betas: AdamW's.
+        warmup: steps.
+        clip_gradients: largest norm of the gradient.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        hidden: str,
+        total: int,
+        lr_muon: float,
+        lr_adam: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        warmup: int = 100,
+        clip_gradients: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.model, self.hidden = model, hidden
+        self.lr_muon, self.lr_adam, self.weight_decay, self.betas = lr_muon, lr_adam, weight_decay, betas
+        self.warmup, self.total, self.clip_gradients = warmup, total, clip_gradients
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        hidden = [p for name, p in named if self.hidden in name and p.ndim == 2]
+        decayed = [p for name, p in named if p.ndim >= 2 and not (self.hidden in name and p.ndim == 2)]
+        plain = [p for name, p in named if p.ndim < 2]
+        muon = torch.optim.Muon(hidden, lr=self.lr_muon, weight_decay=self.weight_decay, momentum=0.95)
+        adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=self.lr_adam,
+            betas=self.betas,
+        )
+        factor = warmup_cosine(self.warmup, self.total)
+        return [muon, adam], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in (muon, adam)]
+
+    def descend(self, loss: Tensor) -> None:
+        """One step of both optimizers down the gradient of `loss`."""
+        optimizers: Any = self.optimizers()
+        schedules: Any = self.lr_schedulers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_gradients)
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()

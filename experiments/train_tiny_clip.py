@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import tyro
 from jaxtyping import Bool, Float, Int
-from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -31,7 +30,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from common.checks import run_command
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+from common.training import BatchOrder, MuonAdamW, ResumableLoader, TrainerConfig, build_trainer, fit
 from experiments.scenes.captions import caption, counterfactual
 from experiments.scenes.dataset import load_split
 from experiments.scenes.graph import COLOURS, HELD_OUT, SHAPES, Scene
@@ -309,46 +308,27 @@ def losses(model: CLIPModel, batch: dict[str, Tensor], pixels: Tensor) -> tuple[
     )
 
 
-class Contrastive(LightningModule):
-    """CLIP with Muon on hidden matrices and AdamW on the rest."""
+class Contrastive(MuonAdamW):
+    """The losses of a CLIP, with logging."""
+
+    model: CLIPModel
 
     def __init__(self, model: CLIPModel, config: Config) -> None:
-        super().__init__()
-        self.model, self.config = model, config
-        self.automatic_optimization = False
-
-    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
-        hidden, decayed, plain = [], [], []
-        for name, parameter in self.model.named_parameters():
-            if ".layers." in name and parameter.ndim == 2:
-                hidden.append(parameter)
-            elif parameter.ndim >= 2:
-                decayed.append(parameter)
-            else:
-                plain.append(parameter)
-        decay = self.config.weight_decay
-        muon = torch.optim.Muon(hidden, lr=self.config.lr_muon, weight_decay=decay, momentum=0.95)
-        adam = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=self.config.lr_adam,
+        super().__init__(
+            model,
+            hidden=".layers.",
+            total=config.steps,
+            lr_muon=config.lr_muon,
+            lr_adam=config.lr_adam,
+            weight_decay=config.weight_decay,
             betas=(0.9, 0.98),
         )
-        factor = warmup_cosine(100, self.config.steps)
-        return [muon, adam], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in (muon, adam)]
+        self.config = config
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         text, view, phrase = losses(self.model, batch, augment(batch["pixels"]))
         loss = text + self.config.view_weight * view + self.config.phrase_weight * phrase
-        optimizers: Any = self.optimizers()
-        schedules: Any = self.lr_schedulers()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        for schedule in schedules:
-            schedule.step()
+        self.descend(loss)
         scores = {"train/text": text, "train/view": view, "train/phrase": phrase}
         self.log_dict(scores | {"train/scale": self.model.logit_scale.exp()}, prog_bar=True)
         return loss.detach()

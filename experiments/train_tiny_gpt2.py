@@ -14,12 +14,11 @@ import lzma
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from lightning import LightningModule
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, PreTrainedTokenizerFast
@@ -27,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, PreTrai
 from common.checks import UserError, run_command
 from common.language import chunked_cross_entropy, score
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+from common.training import BatchOrder, MuonAdamW, ResumableLoader, TrainerConfig, build_trainer, fit
 
 END = "<|endoftext|>"
 SIZES = {
@@ -130,45 +129,25 @@ def next_token_loss(model: GPT2LMHeadModel, blocks: Tensor) -> Tensor:
     )
 
 
-class Pretraining(LightningModule):
-    """GPT-2 with Muon on hidden matrices and AdamW on the rest."""
+class Pretraining(MuonAdamW):
+    """GPT-2's loss, with logging."""
+
+    model: GPT2LMHeadModel
 
     def __init__(self, model: GPT2LMHeadModel, config: Config, steps: int) -> None:
-        super().__init__()
-        self.model, self.config, self.steps = model, config, steps
-        self.automatic_optimization = False
-
-    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
-        hidden, rest, plain = [], [], []
-        for name, parameter in self.model.named_parameters():
-            if ".h." in name and parameter.ndim == 2:
-                hidden.append(parameter)
-            elif parameter.ndim == 2:
-                rest.append(parameter)
-            else:
-                plain.append(parameter)
-        muon = torch.optim.Muon(hidden, lr=self.config.lr_muon, weight_decay=0.01, momentum=0.95)
-        adam = torch.optim.AdamW(
-            [{"params": rest, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
-            lr=self.config.lr_adam,
+        super().__init__(
+            model,
+            hidden=".h.",
+            total=steps,
+            lr_muon=config.lr_muon,
+            lr_adam=config.lr_adam,
+            weight_decay=0.01,
             betas=(0.9, 0.95),
         )
-        factor = warmup_cosine(100, self.steps)
-        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in (muon, adam)]
-        return [muon, adam], schedules
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = next_token_loss(self.model, batch)
-        optimizers: Any = self.optimizers()
-        schedules: Any = self.lr_schedulers()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        for schedule in schedules:
-            schedule.step()
+        self.descend(loss)
         self.log("train/loss", loss, prog_bar=True)
         return loss.detach()
 
