@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.dietnerf.ball import write_scene
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +20,9 @@ def golden(root) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ball_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 train, 2 val and 3 test views of 16 x 16 pixels; read it, do not write to it."""
+    return write_scene(tmp_path_factory.mktemp("ball") / "ball")

@@ -1,0 +1,30 @@
+"""The command `dietnerf`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from common.commands import Subcommand, run_cli
+
+SUBCOMMANDS = {
+    "train": Subcommand("dietnerf.training", "TrainConfig", "run", "train a field on a few posed photographs"),
+    "render": Subcommand("dietnerf.render", "RenderConfig", "run", "render a path through a trained scene"),
+    "evaluate": Subcommand("dietnerf.evaluation", "EvaluateConfig", "run", "score held-out views"),
+    "consistency": Subcommand(
+        "dietnerf.consistency", "ConsistencyConfig", "run", "similarity of embeddings within and across scenes"
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the command `dietnerf`."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in SUBCOMMANDS and importlib.util.find_spec("nerfstudio") is None:
+        print("error: dietnerf needs nerfstudio: pip install 'clip-gpt-toolkit[dietnerf]'.", file=sys.stderr)
+        return 2
+    return run_cli("dietnerf", "Novel views from a few posed photographs.", SUBCOMMANDS, given)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,514 @@
+"""Scenes: posed photographs in any of the usual layouts, and the few of them that are trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.camera_utils import auto_orient_and_center_poses
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
+from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.scene_box import SceneBox
+from PIL import Image
+from torch import Tensor
+
+from common.checks import UserError, require_at_least, require_file, require_one_of
+
+PAPER_VIEWS = (26, 86, 2, 55, 75, 93, 16, 73)
+"""The eight training views of DietNeRF's Blender protocol (Jain et al. 2021, appendix)."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG", ".JPEG", ".webp")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named way to train and score, so that numbers can be compared."""
+
+    view_ids: tuple[int, ...]
+    """Training views; empty leaves the choice to the command."""
+    image_size: int
+    """Width of the images in pixels, by area averaging; 0 keeps theirs."""
+    eval_every: int
+    """Every how manieth held-out view is scored."""
+
+
+PROTOCOLS = {"paper": Protocol(PAPER_VIEWS, 400, 8), "standard": Protocol((), 0, 1)}
+
+
+def scene_kind(path: Path) -> Literal["blender", "nerfstudio", "colmap", "llff"]:
+    """The layout of a scene's directory (or of a nerfstudio transforms file).
+
+    Raises:
+        UserError: nothing there, or no layout that is known.
+    """
+    if not path.exists():
+        raise UserError(f"scene {str(path)!r} does not exist: check the path.")
+    if path.is_file():
+        if path.suffix != ".json":
+            raise UserError(
+                f"scene {str(path)!r} is a {path.suffix or 'plain'} file: give a directory or a .json file."
+            )
+        return "nerfstudio"
+    if (path / "transforms_train.json").is_file():
+        return "blender"
+    if (path / "transforms.json").is_file():
+        return "nerfstudio"
+    if _reconstruction(path) is not None:
+        return "colmap"
+    if (path / "poses_bounds.npy").is_file():
+        return "llff"
+    raise UserError(
+        f"scene {str(path)!r} has no transforms_train.json (Blender), transforms.json (nerfstudio), sparse/0 (COLMAP) "
+        f"or poses_bounds.npy (LLFF): check the path."
+    )
+
+
+def _reconstruction(path: Path) -> Path | None:
+    """Where COLMAP's reconstruction lies within a scene."""
+    for place in ("colmap/sparse/0", "sparse/0", "sparse"):
+        if any((path / place / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt")):
+            return Path(place)
+    return None
+
+
+def read_frames(path: Path) -> dict[str, Any]:
+    """A transforms file whose frames have been checked.
+
+    Raises:
+        UserError: not JSON, no frames, or a frame without an image's path or a proper camera matrix.
+    """
+    require_file(path, "transforms file")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"transforms file {str(path)!r} is not JSON ({error}): write it again.") from error
+    frames = meta.get("frames") if isinstance(meta, dict) else None
+    if not isinstance(frames, list) or not frames:
+        raise UserError(f"transforms file {str(path)!r} has no frames: give it at least one.")
+    for number, frame in enumerate(frames):
+        if not isinstance(frame, dict) or "file_path" not in frame or "transform_matrix" not in frame:
+            raise UserError(f"frame {number} of {str(path)!r} lacks file_path or transform_matrix: add them.")
+        check_pose(frame["transform_matrix"], f"frame {number} of {str(path)!r}")
+    return meta
+
+
+def check_pose(matrix: Any, what: str) -> np.ndarray:
+    """The (4, 4) or (3, 4) camera-to-world matrix as an array (3, 4).
+
+    Raises:
+        UserError: another shape, NaN, or a left part that is not a rotation.
+    """
+    try:
+        pose = np.asarray(matrix, dtype=np.float64)
+    except (TypeError, ValueError):
+        pose = np.zeros(0)
+    if pose.shape not in ((4, 4), (3, 4)):
+        raise UserError(f"{what}: transform_matrix has shape {pose.shape}: give 4 rows of 4 numbers.")
+    if not np.isfinite(pose).all():
+        raise UserError(f"{what}: transform_matrix holds NaN or infinity: estimate this camera again or remove it.")
+    rotation = pose[:3, :3]
+    error = float(np.abs(rotation.T @ rotation - np.eye(3)).max())
+    if error > 1e-2 or np.linalg.det(rotation) < 0:
+        kind = f"is {error:.2g} from a rotation" if error > 1e-2 else "mirrors (determinant -1)"
+        raise UserError(f"{what}: transform_matrix {kind}: give a camera-to-world matrix without scale or mirror.")
+    return pose[:3]
+
+
+def find_image(directory: Path, name: str) -> Path:
+    """The image of a frame, whose name may lack its suffix.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = directory / name
+    if path.suffix and path.is_file():
+        return path
+    for suffix in IMAGE_SUFFIXES:
+        if (candidate := path.with_name(path.name + suffix)).is_file():
+            return candidate
+    raise UserError(f"image {str(path)!r} does not exist: check file_path in the transforms file.")
+
+
+def require_same_size(paths: Sequence[Path]) -> tuple[int, int]:
+    """(width, height) of all images.
+
+    Raises:
+        UserError: one cannot be opened, or their sizes differ.
+    """
+    first: tuple[int, int] | None = None
+    for path in paths:
+        require_file(path, "image")
+        try:
+            with Image.open(path) as image:
+                size = image.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"image {str(path)!r} cannot be read ({error}): replace it.") from error
+        first = first or size
+        if size != first:
+            raise UserError(
+                f"image {str(path)!r} is {size[0]}x{size[1]} but {str(paths[0])!r} is {first[0]}x{first[1]}: "
+                f"give all images of a scene one size."
+            )
+    if first is None:
+        raise UserError("the scene has 0 images: give at least 2.")
+    return first
+
+
+def select_views(
+    positions: Float[Tensor, "n 3"],
+    *,
+    number: int = 0,
+    ids: Sequence[int] = (),
+    order: str = "farthest",
+    seed: int = 0,
+) -> tuple[int, ...]:
+    """Ids of the views to train on.
+
+    Args:
+        positions: of all cameras.
+        number: how many; 0 takes all.
+        ids: exactly these; then `number` must be 0 or their count.
+        order: "farthest" (each next camera is the one farthest from those chosen, from the first on), "first", or
+            "random" by `seed`.
+
+    Raises:
+        UserError: more views than there are, ids that do not exist or occur twice, or fewer than two views.
+    """
+    total = len(positions)
+    if ids:
+        outside = [i for i in ids if not 0 <= i < total]
+        if outside:
+            raise UserError(f"view id {outside[0]} is out of range: this scene has training views 0 to {total - 1}.")
+        if len(set(ids)) < len(ids):
+            raise UserError(f"view ids {tuple(ids)} name a view twice: name each once.")
+        if number not in (0, len(ids)):
+            raise UserError(f"num_views is {number} but {len(ids)} view ids are given: leave one of them out.")
+        chosen = list(ids)
+    elif number == 0:
+        chosen = list(range(total))
+    else:
+        if not 0 < number <= total:
+            raise UserError(f"num_views is {number}: this scene has {total} training views.")
+        require_one_of("view_order", order, ("farthest", "first", "random"))
+        if order == "first":
+            chosen = list(range(number))
+        elif order == "random":
+            chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:number].tolist()
+        else:
+            chosen = [0]
+            nearest = (positions - positions[0]).norm(dim=-1)
+            while len(chosen) < number:
+                chosen.append(int(nearest.argmax()))
+                nearest = torch.minimum(nearest, (positions - positions[chosen[-1]]).norm(dim=-1))
+    if len(chosen) < 2:
+        raise UserError("the scene has one training view: novel views need at least 2.")
+    return tuple(chosen)
+
+
+def load_image(
+    path: Path, size: tuple[int, int], background: str
+) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"] | None]:
+    """Colour over the background in [0, 1], and alpha where the image has it, averaged by area down to `size`.
+
+    Args:
+        path: of an image of any mode.
+        size: (width, height), at most the image's.
+        background: "white" or "black", over which transparent pixels lie; "image" drops alpha.
+
+    Raises:
+        UserError: unreadable or cut short.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {str(path)!r} is damaged or cut short ({error}): replace it.") from error
+    values = np.asarray(image, dtype=np.float32) / 255
+    alpha = values[..., 3:] if values.shape[-1] == 4 and background != "image" else None
+    colour = values[..., :3]
+    if alpha is not None:
+        colour = colour * alpha + (1 - alpha) * (1.0 if background == "white" else 0.0)
+    return _area(colour, size), None if alpha is None else _area(alpha, size)
+
+
+def _area(values: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Each channel averaged over the area of each smaller pixel."""
+    (height, width), (new_width, new_height) = values.shape[:2], size
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if (width, height) == size:
+        return tensor
+    rows, columns = area_weights(height, new_height), area_weights(width, new_width)
+    return torch.einsum("yh,hwc,xw->yxc", rows, tensor, columns)
+
+
+def area_weights(old: int, new: int) -> Float[Tensor, "new old"]:
+    """How much of each of `old` pixels lies in each of `new` larger ones, in rows that sum to 1."""
+    begins, ends = torch.arange(old, dtype=torch.float64), torch.arange(1, old + 1, dtype=torch.float64)
+    edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
+    overlap = torch.minimum(ends, edges[1:, None]) - torch.maximum(begins, edges[:-1, None])
+    return (overlap.clamp(min=0) * (new / old)).float()
+
+
+@dataclass
+class FewViewParserConfig(DataParserConfig):
+    """A Blender, nerfstudio, COLMAP or LLFF scene, of which few views are trained on."""
+
+    _target: type = field(default_factory=lambda: FewViewParser)
+    data: Path = Path("scene")
+    """Directory of the scene, or its transforms.json."""
+    num_views: int = 0
+    """Training views; 0 takes all."""
+    view_ids: tuple[int, ...] = ()
+    """Exactly these training views, by their place in the training split."""
+    view_order: Literal["farthest", "first", "random"] = "farthest"
+    """How num_views are chosen: far from each other, the first ones, or by chance."""
+    view_seed: int = 0
+    """Seed of view_order random."""
+    image_size: int = 0
+    """Width of the images in pixels, averaged down by area; 0 keeps theirs."""
+    background: Literal["auto", "white", "black", "image"] = "auto"
+    """What is behind transparent pixels; image leaves photographs as they are; auto is white where there is alpha."""
+    eval_every: int = 1
+    """Every how manieth held-out view is scored."""
+    scale_factor: float = 1.0
+    """Factor on the cameras' positions."""
+
+
+@dataclass
+class FewViewParser(DataParser):
+    """Reads a scene's cameras and the paths of its images; the training split holds the chosen views alone."""
+
+    config: FewViewParserConfig
+
+    def _generate_dataparser_outputs(self, split: str = "train") -> DataparserOutputs:
+        require_at_least("image_size", self.config.image_size, 0)
+        require_at_least("eval_every", self.config.eval_every, 1)
+        kind = scene_kind(Path(self.config.data))
+        found = {
+            "blender": self._blender,
+            "nerfstudio": self._nerfstudio,
+            "colmap": self._colmap,
+            "llff": self._llff,
+        }[kind](split)
+        cameras, paths = found.cameras, list(found.image_filenames)
+        if not paths:
+            raise UserError(f"scene {str(self.config.data)!r} has no {split} views: give it some.")
+        if split == "train":
+            ids = select_views(
+                cameras.camera_to_worlds[:, :3, 3],
+                number=self.config.num_views,
+                ids=self.config.view_ids,
+                order=self.config.view_order,
+                seed=self.config.view_seed,
+            )
+        else:
+            ids = tuple(range(0, len(paths), self.config.eval_every))
+        paths = [paths[i] for i in ids]
+        cameras = cameras[torch.tensor(ids)]
+        width, height = require_same_size(paths)
+        for i in range(len(cameras)):
+            check_pose(cameras.camera_to_worlds[i].tolist(), f"camera of {str(paths[i])!r}")
+        size = self._size(width, height)
+        cameras.fx, cameras.cx = (v * (size[0] / width) for v in (cameras.fx, cameras.cx))
+        cameras.fy, cameras.cy = (v * (size[1] / height) for v in (cameras.fy, cameras.cy))
+        cameras.width = torch.full_like(cameras.fx, size[0]).long()
+        cameras.height = torch.full_like(cameras.fy, size[1]).long()
+        background = self._background(paths)
+        colour = {"white": torch.ones(3), "black": torch.zeros(3), "image": None}[background]
+        return DataparserOutputs(
+            image_filenames=paths,
+            cameras=cameras,
+            alpha_color=colour,
+            scene_box=found.scene_box,
+            dataparser_scale=found.dataparser_scale,
+            dataparser_transform=found.dataparser_transform,
+            metadata={
+                "view_ids": ids,
+                "background": background,
+                "kind": kind,
+                "size": size,
+                "source": found.metadata.get("source", split),
+            },
+        )
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        wanted = self.config.image_size
+        if wanted > width:
+            raise UserError(f"image_size is {wanted} but the images are {width} pixels wide: use at most {width}.")
+        if not wanted or wanted == width:
+            return width, height
+        return wanted, max(1, round(height * wanted / width))
+
+    def _background(self, paths: Sequence[Path]) -> str:
+        """What is behind the scene, after a look at whether the images have alpha."""
+        opaque = []
+        for path in paths:
+            with Image.open(path) as image:
+                if not image.has_transparency_data:
+                    opaque.append(path)
+        wanted = self.config.background
+        if wanted == "auto":
+            return "image" if opaque else "white"
+        if wanted in ("white", "black") and opaque:
+            raise UserError(
+                f"background is {wanted!r} but image {str(opaque[0])!r} has no alpha: use background image, or images "
+                f"with a transparent background."
+            )
+        return wanted
+
+    def _blender(self, split: str) -> DataparserOutputs:
+        directory = Path(self.config.data)
+        path = directory / f"transforms_{split}.json"
+        if not path.is_file() and split != "train":  # a scene may come with one held-out split only
+            other = directory / f"transforms_{'val' if split == 'test' else 'test'}.json"
+            path = other if other.is_file() else directory / "transforms_train.json"
+        meta = read_frames(path)
+        angle = meta.get("camera_angle_x")
+        if not isinstance(angle, (int, float)) or not 0 < angle < math.pi:
+            raise UserError(f"camera_angle_x of {str(path)!r} is {angle!r}: give the horizontal angle in radians.")
+        paths = [find_image(directory, frame["file_path"]) for frame in meta["frames"]]
+        poses = np.stack([check_pose(frame["transform_matrix"], "frame") for frame in meta["frames"]])
+        poses[:, :, 3] *= self.config.scale_factor
+        with Image.open(require_file(paths[0], "image")) as image:
+            width, height = image.size
+        focal = 0.5 * width / math.tan(0.5 * angle)
+        return DataparserOutputs(
+            image_filenames=paths,
+            cameras=_cameras(torch.from_numpy(poses).float(), focal, width, height),
+            scene_box=SceneBox(aabb=torch.tensor([[-1.5] * 3, [1.5] * 3])),
+            dataparser_scale=self.config.scale_factor,
+            metadata={"source": path.name},
+        )
+
+    def _nerfstudio(self, split: str) -> DataparserOutputs:
+        path = Path(self.config.data)
+        file = path if path.is_file() else path / "transforms.json"
+        meta = read_frames(file)
+        for frame in meta["frames"]:
+            find_image(file.parent, frame["file_path"])
+        parser = NerfstudioDataParserConfig(data=path, scale_factor=self.config.scale_factor, downscale_factor=1)
+        return self._through(parser, split)
+
+    def _colmap(self, split: str) -> DataparserOutputs:
+        place = _reconstruction(Path(self.config.data))
+        assert place is not None
+        parser = ColmapDataParserConfig(
+            data=Path(self.config.data),
+            colmap_path=place,
+            scale_factor=self.config.scale_factor,
+            downscale_factor=1,
+            load_3D_points=False,
+        )
+        return self._through(parser, split)
+
+    def _through(self, parser: DataParserConfig, split: str) -> DataparserOutputs:
+        """What nerfstudio's own parser reads, its failures as one line."""
+        try:
+            found = parser.setup().get_dataparser_outputs(split)
+            if split != "train" and not found.image_filenames:  # too few to hold any out
+                found = parser.setup().get_dataparser_outputs("train")
+                found.metadata = {"source": "train"}
+            return found
+        except (AssertionError, RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"scene {str(self.config.data)!r} cannot be read: {reason}") from error
+
+    def _llff(self, split: str) -> DataparserOutputs:
+        directory = Path(self.config.data)
+        table = np.load(require_file(directory / "poses_bounds.npy", "poses file"))
+        if table.ndim != 2 or table.shape[1] != 17 or not np.isfinite(table).all():
+            raise UserError(
+                f"poses file of {str(directory)!r} has shape {table.shape}: give (images, 17), without NaN."
+            )
+        paths = sorted(p for p in (directory / "images").glob("*") if p.suffix in IMAGE_SUFFIXES)
+        if len(paths) != len(table):
+            raise UserError(f"{str(directory)!r} has {len(paths)} images for {len(table)} poses: make them match.")
+        raw = table[:, :15].reshape(-1, 3, 5)
+        rotation = np.stack((raw[..., 1], -raw[..., 0], raw[..., 2]), axis=-1)  # down, right, back -> right, up, back
+        poses = np.concatenate((rotation, raw[..., 3:4]), axis=-1)
+        for i in range(len(poses)):
+            check_pose(poses[i], f"pose {i} of {str(directory)!r}")
+        oriented, transform = auto_orient_and_center_poses(
+            torch.from_numpy(np.concatenate((poses, np.tile([[[0, 0, 0, 1]]], (len(poses), 1, 1))), axis=1)).float(),
+            method="up",
+            center_method="poses",
+        )
+        scale = self.config.scale_factor / float(oriented[:, :3, 3].abs().max().clamp(min=1e-9))
+        oriented[:, :3, 3] *= scale
+        width, height = require_same_size(paths)
+        held_out = np.arange(0, len(paths), 8)
+        chosen = np.setdiff1d(np.arange(len(paths)), held_out) if split == "train" else held_out
+        factor = width / float(raw[0, 1, 4])
+        return DataparserOutputs(
+            image_filenames=[paths[i] for i in chosen],
+            cameras=_cameras(oriented[chosen, :3], float(raw[0, 2, 4]) * factor, width, height),
+            scene_box=SceneBox(aabb=torch.tensor([[-1.0] * 3, [1.0] * 3])),
+            dataparser_scale=scale,
+            dataparser_transform=transform,
+        )
+
+
+def _cameras(poses: Float[Tensor, "n 3 4"], focal: float, width: int, height: int) -> Cameras:
+    return Cameras(
+        camera_to_worlds=poses,
+        fx=focal,
+        fy=focal,
+        cx=width / 2,
+        cy=height / 2,
+        width=width,
+        height=height,
+        camera_type=CameraType.PERSPECTIVE,
+    )
+
+
+class FewViewDataset(InputDataset):
+    """The images that `FewViewParser` names: over the background, scaled by area, with their alpha."""
+
+    exclude_batch_keys_from_device = ["image", "mask", "alpha"]
+
+    def load(self, index: int) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"] | None]:
+        """Colour and alpha of one view."""
+        meta = self._dataparser_outputs.metadata
+        return load_image(self.image_filenames[index], meta["size"], meta["background"])
+
+    def get_image_float32(self, image_idx: int) -> Float[Tensor, "h w 3"]:
+        return self.load(image_idx)[0]
+
+    def get_image_uint8(self, image_idx: int) -> Tensor:
+        return (self.load(image_idx)[0] * 255 + 0.5).to(torch.uint8)
+
+    def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
+        colour, alpha = self.load(image_idx)
+        image = colour if image_type == "float32" else (colour * 255 + 0.5).to(torch.uint8)
+        return {"image_idx": image_idx, "image": image} | ({} if alpha is None else {"alpha": alpha})
+
+    @property
+    def view_ids(self) -> tuple[int, ...]:
+        """Where each view stands in its split of the scene."""
+        return self._dataparser_outputs.metadata["view_ids"]
+
+    @property
+    def source(self) -> str:
+        """The split or file that the views come from: a scene without held-out views shows its training views."""
+        return self._dataparser_outputs.metadata["source"]
+
+    @property
+    def background(self) -> str:
+        """white, black or image."""
+        return self._dataparser_outputs.metadata["background"]
+
+    @cached_property
+    def images(self) -> Float[Tensor, "n h w 3"]:
+        """All views, kept from the first use on."""
+        return torch.stack([self.load(i)[0] for i in range(len(self))])

@@ -1,0 +1,243 @@
+"""Rays of the training views: each step's own, drawn from (seed, rank, step) alone, as nerfstudio's DataManager."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float, Int
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import DataManager, VanillaDataManagerConfig
+from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
+from torch import Tensor
+
+from common.checks import UserError, require_at_least
+from dietnerf.data import FewViewDataset, FewViewParserConfig
+
+CACHED_PIXELS = 2**24
+"""Rays of at most as many training pixels are kept in memory; those of more are made when drawn."""
+
+
+@dataclass
+class FewViewDataManagerConfig(VanillaDataManagerConfig):
+    """Rays of few views: drawn from one image or all a step, from their centre at first.
+
+    `ns-render` asks for a VanillaDataManagerConfig; what only its own loaders read is kept out of the command line.
+    """
+
+    _target: type = field(default_factory=lambda: FewViewDataManager)
+    masks_on_gpu: tyro.conf.Suppress[bool] = False
+    images_on_gpu: tyro.conf.Suppress[bool] = False
+    train_num_images_to_sample_from: tyro.conf.Suppress[int] = -1
+    train_num_times_to_repeat_images: tyro.conf.Suppress[int] = -1
+    eval_num_images_to_sample_from: tyro.conf.Suppress[int] = -1
+    eval_num_times_to_repeat_images: tyro.conf.Suppress[int] = -1
+    eval_image_indices: tyro.conf.Suppress[tuple[int, ...] | None] = None
+    collate_fn: tyro.conf.Suppress[Any] = None
+    camera_res_scale_factor: tyro.conf.Suppress[float] = 1.0
+    patch_size: tyro.conf.Suppress[int] = 1
+    pixel_sampler: tyro.conf.Suppress[Any] = None
+    dataparser: FewViewParserConfig = field(default_factory=FewViewParserConfig)
+    """The scene and the views of it that are trained on."""
+    train_num_rays_per_batch: int = 1024
+    """Rays a step."""
+    eval_num_rays_per_batch: int = 1024
+    """Rays of a step's evaluation."""
+    rays_from: Literal["one", "all"] = "one"
+    """Draw a step's rays from one image (the paper), or from all."""
+    crop_steps: int = 500
+    """Steps at the start that draw from the centre of the images alone."""
+    crop_fraction: float = 0.5
+    """Share of the width and height that this centre has."""
+    pyramid: tuple[int, ...] = ()
+    """Factors by which the images are smaller at first, such as 4 2 (a last stage of 1 follows)."""
+    pyramid_steps: tuple[int, ...] = ()
+    """Steps at which each stage of the pyramid ends."""
+    seed: int = 0
+    """Seed of the rays."""
+
+
+class FewViewDataManager(DataManager):
+    """Gives each step's rays and colours as a function of (seed, rank, step) alone, so that a run resumes exactly."""
+
+    config: FewViewDataManagerConfig
+    train_dataset: FewViewDataset
+    eval_dataset: FewViewDataset
+
+    def __init__(
+        self,
+        config: FewViewDataManagerConfig,
+        device: torch.device | str = "cpu",
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.config, self.device, self.test_mode = config, torch.device(device), test_mode
+        self.world_size, self.local_rank = world_size, local_rank
+        require_at_least("train_num_rays_per_batch", config.train_num_rays_per_batch, 1)
+        if not 0 < config.crop_fraction <= 1:
+            raise UserError(f"crop_fraction is {config.crop_fraction}: use a share above 0 and up to 1.")
+        if len(config.pyramid) != len(config.pyramid_steps):
+            raise UserError(
+                f"pyramid has {len(config.pyramid)} stages but pyramid_steps {len(config.pyramid_steps)}: give an end "
+                f"for each."
+            )
+        if config.data is not None:
+            config.dataparser.data = Path(config.data)
+        else:
+            config.data = config.dataparser.data
+        self.test_split = "val" if test_mode == "val" else "test"
+        self.dataparser = config.dataparser.setup()
+        self.train_dataparser_outputs = self.dataparser.get_dataparser_outputs(split="train")
+        self.train_dataset = self.create_train_dataset()
+        self.eval_dataset = self.create_eval_dataset()
+        self._stages: dict[int, tuple[Tensor, RayBundle | None, Cameras]] = {}
+        super().__init__()
+
+    def create_train_dataset(self) -> FewViewDataset:
+        """The views that are trained on."""
+        return FewViewDataset(self.train_dataparser_outputs)
+
+    def create_eval_dataset(self) -> FewViewDataset:
+        """The held-out views."""
+        return FewViewDataset(self.dataparser.get_dataparser_outputs(split=self.test_split))
+
+    def setup_train(self) -> None:
+        """Nothing: a stage's rays are made when its first step comes."""
+
+    def setup_eval(self) -> None:
+        """Loaders of the held-out views, as nerfstudio's pipeline and scripts ask for them."""
+        self.fixed_indices_eval_dataloader = FixedIndicesEvalDataloader(
+            input_dataset=self.eval_dataset, device=self.device, num_workers=0
+        )
+        self.eval_dataloader = RandIndicesEvalDataloader(
+            input_dataset=self.eval_dataset, device=self.device, num_workers=0
+        )
+
+    def factor(self, step: int) -> int:
+        """How many times smaller the images are at `step`."""
+        for factor, end in zip(self.config.pyramid, self.config.pyramid_steps, strict=True):
+            if step < end:
+                return factor
+        return 1
+
+    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """Rays (r,) and a batch with `image` (r, 3) and `indices` (r, 3): image, row, column."""
+        self.train_count += 1
+        images, bundle, cameras = self._stage(self.factor(step))
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((self.config.seed, self.local_rank, step)).generate_state(1, np.uint64)[0] >> 1)
+        )
+        indices = draw_pixels(
+            *images.shape[:3],
+            number=self.config.train_num_rays_per_batch,
+            one_image=self.config.rays_from == "one",
+            crop=self.config.crop_fraction if step < self.config.crop_steps else 1.0,
+            generator=generator,
+        ).to(self.device)
+        view, row, column = indices.unbind(-1)
+        if bundle is not None:
+            rays = bundle[view, row, column]
+        else:
+            coordinates = torch.stack((row, column), dim=-1) + 0.5
+            rays = cameras.generate_rays(camera_indices=view[:, None], coords=coordinates)
+        return rays, {"image": images[view, row, column], "indices": indices}
+
+    def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """Rays of one held-out view, with their colours."""
+        self.eval_count += 1
+        index = step % len(self.eval_dataset)
+        image = self.eval_dataset.load(index)[0].to(self.device)
+        generator = torch.Generator().manual_seed(step)
+        indices = draw_pixels(1, *image.shape[:2], number=self.config.eval_num_rays_per_batch, generator=generator).to(
+            self.device
+        )
+        _, row, column = indices.unbind(-1)
+        rays = self.eval_dataset.cameras.to(self.device).generate_rays(
+            camera_indices=torch.full_like(row, index)[:, None], coords=torch.stack((row, column), dim=-1) + 0.5
+        )
+        return rays, {"image": image[row, column], "indices": indices}
+
+    def next_eval_image(self, step: int) -> tuple[Cameras, dict[str, Any]]:
+        """One held-out view, in turn."""
+        return self.fixed_indices_eval_dataloader.get_camera(step % len(self.eval_dataset))
+
+    def get_train_rays_per_batch(self) -> int:
+        return self.config.train_num_rays_per_batch
+
+    def get_eval_rays_per_batch(self) -> int:
+        return self.config.eval_num_rays_per_batch
+
+    def get_datapath(self) -> Path:
+        return Path(self.config.dataparser.data)
+
+    def get_param_groups(self) -> dict[str, list[torch.nn.Parameter]]:
+        return {}
+
+    def _stage(self, factor: int) -> tuple[Float[Tensor, "n h w 3"], RayBundle | None, Cameras]:
+        """Images, rays (n, h, w) and cameras of a stage of the pyramid; only the last one is kept."""
+        if factor not in self._stages:
+            images, cameras = self.train_dataset.images, self.train_dataset.cameras.to("cpu")
+            if factor > 1:
+                channels_first = images.permute(0, 3, 1, 2)
+                images = torch.nn.functional.avg_pool2d(channels_first, factor).permute(0, 2, 3, 1).contiguous()
+                cameras = shrink(cameras, factor)
+            cameras = cameras.to(self.device)
+            bundle = None
+            if images[..., 0].numel() <= CACHED_PIXELS:
+                parts = [cameras.generate_rays(camera_indices=i, keep_shape=True) for i in range(len(images))]
+                bundle = join_rays(parts)
+            self._stages = {factor: (images.to(self.device), bundle, cameras)}
+        return self._stages[factor]
+
+
+def shrink(cameras: Cameras, factor: int) -> Cameras:
+    """Cameras whose images are `factor` times smaller, with the rest of each side cut off."""
+    return Cameras(
+        camera_to_worlds=cameras.camera_to_worlds,
+        fx=cameras.fx / factor,
+        fy=cameras.fy / factor,
+        cx=cameras.cx / factor,
+        cy=cameras.cy / factor,
+        width=cameras.width // factor,
+        height=cameras.height // factor,
+        distortion_params=cameras.distortion_params,
+        camera_type=cameras.camera_type,
+    )
+
+
+def join_rays(bundles: Sequence[RayBundle]) -> RayBundle:
+    """Bundles (h, w) of several cameras as one (n, h, w)."""
+
+    def stack(name: str) -> Any:
+        values = [getattr(bundle, name) for bundle in bundles]
+        return None if values[0] is None else torch.stack(values)
+
+    metadata = {key: torch.stack([bundle.metadata[key] for bundle in bundles]) for key in bundles[0].metadata}
+    names = ("origins", "directions", "pixel_area", "camera_indices", "nears", "fars", "times")
+    return RayBundle(**{name: stack(name) for name in names}, metadata=metadata)
+
+
+def draw_pixels(
+    views: int,
+    height: int,
+    width: int,
+    *,
+    number: int,
+    one_image: bool = False,
+    crop: float = 1.0,
+    generator: torch.Generator,
+) -> Int[Tensor, "r 3"]:
+    """(view, row, column) of random pixels: of one view or all, within the centre that has `crop` of both sides."""
+    view = torch.randint(views, (1 if one_image else number,), generator=generator).expand(number)
+    rows, columns = (max(1, round(side * crop)) for side in (height, width))
+    row = torch.randint(rows, (number,), generator=generator) + (height - rows) // 2
+    column = torch.randint(columns, (number,), generator=generator) + (width - columns) // 2
+    return torch.stack((view, row, column), dim=-1)

@@ -1,0 +1,184 @@
+"""Render a path through a trained scene, depth beside colour, as a GIF, a video or pictures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from common.checks import UserError, require_at_least
+from dietnerf.poses import estimate_ranges, interpolate_poses, orbit_path
+from dietnerf.scene import Rendering, Scene
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    """Render a path through a trained scene."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Directory of a run of dietnerf train or ns-train."""
+    path: Literal["orbit", "interpolate", "test"] = "orbit"
+    """Once around the scene, from training view to training view, or the held-out views."""
+    format: Literal["gif", "mp4", "png"] = "gif"
+    """An animation, a video, or one picture for each frame."""
+    out: Path | None = None
+    """File (gif, mp4) or directory (png); beside the run when not given."""
+    frames: int = 60
+    """Frames of orbit and interpolate."""
+    fps: int = 20
+    """Frames a second."""
+    size: int = 0
+    """Width of the picture in pixels; 0 is the training images'."""
+    elevation: float | None = None
+    """Degrees above the horizon of an orbit; left out, the middle of the training cameras'."""
+    depth: bool = True
+    """Show depth beside colour."""
+    chunk: int = 0
+    """Rays at once; 0 is the run's own number. Less needs less memory."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    data: Path | None = None
+    """Where the scene's images lie now, when they have moved since training."""
+
+
+def path_poses(scene: Scene, kind: str, frames: int, elevation: float | None = None) -> Float[Tensor, "n 3 4"]:
+    """Camera-to-world poses of a path of this scene."""
+    require_at_least("frames", frames, 1)
+    cameras = scene.training_views.cameras.camera_to_worlds
+    if kind == "orbit":
+        return orbit_path(estimate_ranges(cameras), frames, elevation)
+    if kind == "test":
+        return scene.held_out_views.cameras.camera_to_worlds
+    order = round_trip(cameras[:, :, 3])
+    places = torch.linspace(0, len(order), frames + 1)[:-1].tolist()
+    poses = []
+    for place in places:
+        first, share = int(place), place - int(place)
+        a, b = (cameras[order[i % len(order)]] for i in (first, first + 1))
+        poses.append(interpolate_poses(a, b, b, share, 0.0))
+    return torch.stack(poses)
+
+
+def round_trip(positions: Float[Tensor, "n 3"]) -> list[int]:
+    """The cameras in the order of a walk that goes to the nearest next one."""
+    order, left = [0], set(range(1, len(positions)))
+    while left:
+        nearest = min(left, key=lambda i: float((positions[i] - positions[order[-1]]).norm()))
+        order.append(nearest)
+        left.remove(nearest)
+    return order
+
+
+def depth_picture(rendering: Rendering, near: float, far: float) -> UInt8[np.ndarray, "h w 3"]:
+    """Depth as colour, near bright and far dark, over white where nothing is."""
+    from matplotlib import colormaps
+
+    share = ((rendering.depth[..., 0] - near) / max(far - near, 1e-6)).clamp(0, 1).numpy()
+    colour = colormaps["viridis"](1 - share)[..., :3]
+    alpha = rendering.accumulation.numpy()
+    return ((colour * alpha + 1 - alpha) * 255 + 0.5).astype(np.uint8)
+
+
+def depth_range(renderings: Sequence[Rendering]) -> tuple[float, float]:
+    """Depths between which most of what is opaque lies."""
+    depths = torch.cat([r.depth[r.accumulation > 0.5] for r in renderings])
+    if not len(depths):
+        return 0.0, 1.0
+    some = depths[:: max(1, len(depths) // 100_000)]
+    return float(some.quantile(0.01)), float(some.quantile(0.99))
+
+
+def frames_of(renderings: Sequence[Rendering], *, depth: bool = True) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """Pictures of renderings, with depth to the right of colour on one scale for all."""
+    near, far = depth_range(renderings) if depth else (0.0, 1.0)
+    pictures = []
+    for rendering in renderings:
+        colour = (rendering.rgb.numpy() * 255 + 0.5).astype(np.uint8)
+        pictures.append(np.concatenate((colour, depth_picture(rendering, near, far)), axis=1) if depth else colour)
+    return pictures
+
+
+def write_gif(path: Path, frames: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int) -> Path:
+    """A GIF that plays over and over, written all at once."""
+    pictures = [Image.fromarray(frame).quantize(128, dither=Image.Dither.NONE) for frame in frames]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    pictures[0].save(
+        temporary, "GIF", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / fps)), loop=0
+    )
+    os.replace(temporary, path)
+    return path
+
+
+def write_mp4(path: Path, frames: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int) -> Path:
+    """A video (H.264) by the ffmpeg that imageio-ffmpeg brings, written all at once.
+
+    Raises:
+        UserError: ffmpeg is missing or fails.
+    """
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        program = get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"mp4 needs ffmpeg ({error}): install imageio-ffmpeg, or use --format gif.") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    height, width = frames[0].shape[:2]
+    command = [program, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    # The codec takes even sides only.
+    command += ["-r", str(fps), "-i", "-", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-c:v", "libx264"]
+    command += ["-pix_fmt", "yuv420p", "-crf", "18", "-movflags", "+faststart", str(temporary)]
+    done = subprocess.run(command, input=b"".join(f.tobytes() for f in frames), capture_output=True, check=False)
+    if done.returncode:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"ffmpeg failed ({done.stderr.decode(errors='replace').strip()[:200]}): use --format gif.")
+    os.replace(temporary, path)
+    return path
+
+
+def write_pngs(directory: Path, frames: Iterable[UInt8[np.ndarray, "h w 3"]]) -> Path:
+    """One PNG for each frame."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(directory / f"{number:04d}.png")
+    return directory
+
+
+def render(config: RenderConfig) -> Path:
+    """Render a path and return the file or directory that was written.
+
+    Raises:
+        UserError: a run that cannot be opened, a value that cannot work, or no memory for the chunk.
+    """
+    for name, least in (("frames", 1), ("fps", 1), ("size", 0), ("chunk", 0)):
+        require_at_least(name, getattr(config, name), least)
+    scene = Scene.load(config.run, device=config.device, data=config.data)
+    poses = path_poses(scene, config.path, config.frames, config.elevation)
+    shown = [
+        scene.render(pose, size=config.size, chunk=config.chunk)
+        for pose in tqdm(poses, desc=f"rendering {config.path}", unit=" frames")
+    ]
+    frames = frames_of(shown, depth=config.depth)
+    suffix = "" if config.format == "png" else f".{config.format}"
+    out = config.out or scene.directory / f"{config.path}{suffix}"
+    if config.format == "png":
+        return write_pngs(out, frames)
+    return (write_gif if config.format == "gif" else write_mp4)(out, frames, config.fps)
+
+
+def run(config: RenderConfig) -> int:
+    """`dietnerf render`: render a path and say where it is."""
+    print(f"written to {render(config)}")
+    return 0

@@ -1,0 +1,190 @@
+"""A trained scene: open a run of either trainer and render any pose."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from torch import Tensor
+
+from common.checks import UserError, require_file
+from common.runtime import resolve_device
+from dietnerf.data import FewViewDataset, check_pose
+from dietnerf.methods import FewViewTrainerConfig
+from dietnerf.model import FewViewModel
+from dietnerf.pipeline import FewViewPipeline
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One rendered view."""
+
+    rgb: Float[Tensor, "h w 3"]
+    """Colour in [0, 1]."""
+    depth: Float[Tensor, "h w 1"]
+    """Distance along the ray, in the scene's units."""
+    accumulation: Float[Tensor, "h w 1"]
+    """Opacity in [0, 1]."""
+
+
+class Scene:
+    """A run that has been opened: its field, its cameras and its images."""
+
+    def __init__(self, config: FewViewTrainerConfig, pipeline: FewViewPipeline, directory: Path, step: int) -> None:
+        self.config, self.pipeline, self.directory, self.step = config, pipeline, directory, step
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "auto",
+        data: str | os.PathLike[str] | None = None,
+    ) -> Scene:
+        """Open a run of `dietnerf train` or of `ns-train`.
+
+        Args:
+            path: directory of the run (that of config.yml), or config.yml itself.
+            device: "auto", "cpu", "cuda", ...
+            data: where the scene's images lie now, when they have moved since.
+
+        Raises:
+            UserError: no run there, not one of ours, a damaged checkpoint or one of another field.
+        """
+        directory = find_run(Path(path))
+        try:
+            config = yaml.load(require_file(directory / "config.yml", "run's config").read_text(), Loader=yaml.Loader)
+        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(f"config.yml of {str(directory)!r} cannot be read ({reason}): train it again.") from error
+        if not isinstance(config, FewViewTrainerConfig):
+            raise UserError(f"{str(directory)!r} is no run of dietnerf: open it with the ns- commands.")
+        if data is not None:
+            config.pipeline.datamanager.data = Path(data).resolve()
+        target = resolve_device(device)
+        pipeline = config.pipeline.setup(device=target, test_mode="test")
+        step = load_checkpoint(pipeline, directory / config.relative_model_dir)
+        pipeline.eval()
+        return cls(config, pipeline, directory, step)
+
+    @property
+    def model(self) -> FewViewModel:
+        """The field."""
+        return self.pipeline.model
+
+    @property
+    def training_views(self) -> FewViewDataset:
+        """The views that the field was trained on."""
+        return self.pipeline.datamanager.train_dataset
+
+    @property
+    def held_out_views(self) -> FewViewDataset:
+        """The views that it was not trained on."""
+        return self.pipeline.datamanager.eval_dataset
+
+    def camera(self, pose: Float[Tensor, "r 4"], *, size: int = 0) -> Cameras:
+        """A camera at a camera-to-world pose with the training cameras' field of view.
+
+        Args:
+            size: width of the picture in pixels; 0 is the training images'.
+        """
+        matrix = torch.as_tensor(check_pose(torch.as_tensor(pose).tolist(), "pose"), dtype=torch.float32)
+        first = self.training_views.cameras[0]
+        width, height = int(first.width), int(first.height)
+        scale = (size or width) / width
+        return Cameras(
+            camera_to_worlds=matrix[None],
+            fx=float(first.fx) * scale,
+            fy=float(first.fy) * scale,
+            cx=float(first.cx) * scale,
+            cy=float(first.cy) * scale,
+            width=round(width * scale),
+            height=max(1, round(height * scale)),
+            camera_type=CameraType.PERSPECTIVE,
+        )
+
+    def render(self, pose: Float[Tensor, "r 4"], *, size: int = 0, chunk: int = 0) -> Rendering:
+        """Render a camera-to-world pose (3 or 4, 4): x right, y up, looking along -z.
+
+        Args:
+            size: width of the picture in pixels; 0 is the training images'.
+            chunk: rays at once; 0 is the run's own number.
+
+        Raises:
+            UserError: not a pose, or no memory for the chunk.
+        """
+        return self.render_camera(self.camera(pose, size=size), chunk=chunk)
+
+    def render_camera(self, camera: Cameras, *, chunk: int = 0) -> Rendering:
+        """Render one camera (1,)."""
+        model = self.model
+        usual = model.config.eval_num_rays_per_chunk
+        model.config.eval_num_rays_per_chunk = chunk or usual
+        try:
+            outputs = model.get_outputs_for_camera(camera.to(model.device))
+        except RuntimeError as error:
+            rays = chunk or usual
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(f"no memory for {rays} rays at once: use --chunk {max(1, rays // 4)}.") from error
+        finally:
+            model.config.eval_num_rays_per_chunk = usual
+        rgb, depth, accumulation = (outputs[name].detach().cpu() for name in ("rgb", "depth", "accumulation"))
+        return Rendering(rgb.clamp(0, 1), depth, accumulation.clamp(0, 1))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that a GPU or the machine has no memory left."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def find_run(path: Path) -> Path:
+    """The directory of config.yml at or below `path`.
+
+    Raises:
+        UserError: none there, or several.
+    """
+    if path.is_file() and path.name == "config.yml":
+        return path.parent
+    if not path.exists():
+        raise UserError(f"run {str(path)!r} does not exist: check the path.")
+    if (path / "config.yml").is_file():
+        return path
+    found = sorted(f for depth in ("*", "*/*", "*/*/*") for f in path.glob(f"{depth}/config.yml"))
+    if len(found) == 1:
+        return found[0].parent
+    if found:
+        raise UserError(f"{str(path)!r} holds {len(found)} runs: give one of them, such as {str(found[-1].parent)!r}.")
+    raise UserError(f"{str(path)!r} has no config.yml: give the directory of a run of dietnerf train or ns-train.")
+
+
+def load_checkpoint(pipeline: FewViewPipeline, directory: Path) -> int:
+    """Load the newest step-*.ckpt of `directory`; returns its step.
+
+    Raises:
+        UserError: none there, damaged, or of another field.
+    """
+    found = sorted(directory.glob("step-*.ckpt"))
+    if not found:
+        raise UserError(f"{str(directory)!r} has no step-*.ckpt: the run has no checkpoint yet, train it first.")
+    path = require_file(found[-1], "checkpoint")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        weights, step = state["pipeline"], int(state["step"])
+    except Exception as error:  # whatever unpickling a broken file comes upon
+        raise UserError(f"checkpoint {str(path)!r} is damaged ({type(error).__name__}): copy it again.") from error
+    try:
+        pipeline.load_pipeline(weights, step)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"checkpoint {str(path)!r} is of another field than config.yml says ({reason}): keep the two together."
+        ) from error
+    return step

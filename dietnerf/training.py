@@ -1,0 +1,387 @@
+"""Train a field with Lightning, in the files of a nerfstudio run: `ns-viewer`, `ns-eval` and `ns-render` open it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+import yaml
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from common.checks import UserError, require_at_least
+from common.report import write_json, write_text
+from common.runtime import RuntimeConfig, hardware, start, versions
+from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit
+from dietnerf.data import PROTOCOLS
+from dietnerf.methods import DESCRIPTIONS, FewViewTrainerConfig, method_config
+from dietnerf.metrics import psnr
+from dietnerf.model import DietGridModelConfig
+from dietnerf.pipeline import FewViewPipeline
+
+METHODS = {"mlp": "dietnerf", "simplified": "simplified-nerf", "nerfacto": "dietnerf-nerfacto", "grid": "dietnerf-grid"}
+PRIORS = ("frequency_steps", "occlusion", "density_variation", "colour_variation", "distortion")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a radiance field on a few posed photographs.
+
+    SCENE is a directory in Blender's (transforms_train.json), nerfstudio's (transforms.json), COLMAP's (sparse/0) or
+    LLFF's (poses_bounds.npy) layout.
+    """
+
+    scene: Annotated[Path, tyro.conf.Positional]
+    """Directory of the scene."""
+    out: Path = Path("out/dietnerf")
+    """Where the run goes; give it to dietnerf render and evaluate, or OUT/config.yml to the ns- commands."""
+    method: Literal["mlp", "simplified", "nerfacto", "grid"] = "grid"
+    """mlp (the published field, for a GPU), simplified (the paper's baseline), nerfacto (hash grid), grid (voxels)."""
+    protocol: Literal["none", "paper", "standard"] = "none"
+    """paper: the 8 training views, image size and test views of the publication."""
+    num_views: int = 0
+    """Training views; 0 takes all."""
+    view_ids: tuple[int, ...] = ()
+    """Exactly these training views."""
+    view_order: Literal["farthest", "first", "random"] = "farthest"
+    """How num_views are chosen."""
+    image_size: int = 0
+    """Width of the images, averaged down by area; 0 keeps theirs."""
+    background: Literal["auto", "white", "black", "image"] = "auto"
+    """Behind transparent pixels; image leaves photographs as they are; auto is white where there is alpha."""
+    steps: int = 0
+    """Training steps; 0 is the method's own number. The schedule stretches with it."""
+    lr: float = 0.0
+    """Learning rate; 0 is the method's own."""
+    rays: int = 0
+    """Rays a step; 0 is the method's own number."""
+    near: float = 0.0
+    """Where rays start; 0 suits the layout of the scene."""
+    far: float = 0.0
+    """Where rays end; 0 suits the layout of the scene."""
+    semantic_weight: float | None = None
+    """Weight of the semantic loss; 0 switches it off; left out, the method's own."""
+    semantic_encoder: str = "tiny"
+    """Image encoder: a CLIP (tiny, Hugging Face id, open_clip:ARCH/TAG), timm:NAME[:PATH], torchvision:NAME[:PATH]."""
+    semantic_feature: Literal["class_token", "embedding", "patches"] = "class_token"
+    """What of it is compared."""
+    semantic_random: bool = False
+    """Control: random encoder weights at the same gradient norm."""
+    semantic_every: int = 10
+    """Compute the semantic loss every so many steps."""
+    semantic_start: int = 0
+    """First step with it."""
+    semantic_end: int = 0
+    """First step without it (then MSE fine-tuning); 0 is never."""
+    semantic_resolution: int = 168
+    """Side of the rendered view in pixels."""
+    semantic_targets: int = 1
+    """Training views compared with in a step; 0 is all."""
+    semantic_hinge: bool = False
+    """Ask for no more similarity than the training views have among each other."""
+    semantic_augment: bool = False
+    """Zoom, shift and brighten renders as in the encoder's own training."""
+    semantic_poses: Literal["published", "sphere", "interpolate"] = "sphere"
+    """Random views: on the published sphere, on one around the user's own cameras, or between three of these."""
+    semantic_text: str = ""
+    """A description of the scene as one more target."""
+    chunk: int = 4096
+    """Rays rendered at once; memory grows with it."""
+    frequency_steps: int | None = None
+    """Steps over which the bands of the encoding appear; left out, the method's own."""
+    occlusion: float | None = None
+    """Weight of density near the camera; left out, the method's own."""
+    density_variation: float | None = None
+    """Weight of the total variation of density; left out, the method's own."""
+    colour_variation: float | None = None
+    """Weight of the total variation of colour; left out, the method's own."""
+    distortion: float | None = None
+    """Weight of the distortion loss; left out, the method's own."""
+    val_views: int = 2
+    """Held-out views that are looked at during training; 0 looks at none."""
+    val_every: int = 0
+    """Steps between looks; 0 is a quarter of the run."""
+    devices: int = 1
+    """Processes or GPUs on each machine."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """auto, ddp and what else Lightning knows."""
+    resume: bool = True
+    """Go on from last.ckpt in OUT when there is one."""
+    tensorboard: bool = False
+    """Write TensorBoard logs beside the CSV."""
+    progress: bool = True
+    """Show a progress bar."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
+    """The nerfstudio configuration that a training command means.
+
+    Raises:
+        UserError: a value that cannot work.
+    """
+    run = method_config(METHODS[config.method])
+    data, model = run.pipeline.datamanager, run.pipeline.model
+    for name in ("steps", "rays", "val_views", "val_every", "near", "far", "lr"):
+        require_at_least(name, getattr(config, name), 0)
+    for name in ("chunk", "semantic_every", "semantic_resolution"):
+        require_at_least(name, getattr(config, name), 1)
+    steps = config.steps or run.max_num_iterations
+    scale = steps / run.max_num_iterations
+    run.max_num_iterations = steps
+    data.pyramid_steps = tuple(max(1, round(step * scale)) for step in data.pyramid_steps)
+    if isinstance(model, DietGridModelConfig):
+        model.grow_at = tuple(max(1, round(step * scale)) for step in model.grow_at)
+    for group in run.optimizers.values():
+        group["optimizer"].lr = config.lr or group["optimizer"].lr
+        if config.method in ("nerfacto", "grid"):
+            group["scheduler"].steps = steps
+    protocol = PROTOCOLS.get(config.protocol)
+    parser = data.dataparser
+    parser.data = data.data = config.scene.resolve()
+    parser.view_ids = config.view_ids or (protocol.view_ids if protocol and not config.num_views else ())
+    parser.num_views, parser.view_order, parser.view_seed = config.num_views, config.view_order, config.runtime.seed
+    parser.image_size = config.image_size or (protocol.image_size if protocol else 0)
+    parser.eval_every = protocol.eval_every if protocol else 1
+    parser.background = config.background
+    data.train_num_rays_per_batch = config.rays or data.train_num_rays_per_batch
+    data.seed = run.pipeline.seed = run.machine.seed = config.runtime.seed
+    if (config.near or config.far) and not 0 < config.near < config.far:
+        raise UserError(f"near is {config.near} and far is {config.far}: give both, with 0 < near < far.")
+    if config.far:
+        model.near_plane, model.far_plane = config.near, config.far
+    model.eval_num_rays_per_chunk = config.chunk
+    model.semantic = replace(
+        model.semantic,
+        weight=model.semantic.weight if config.semantic_weight is None else config.semantic_weight,
+        encoder=config.semantic_encoder,
+        feature=config.semantic_feature,
+        random_weights=config.semantic_random,
+        every=config.semantic_every,
+        start=config.semantic_start,
+        end=config.semantic_end,
+        resolution=config.semantic_resolution,
+        targets=config.semantic_targets,
+        hinge=config.semantic_hinge,
+        augment=config.semantic_augment,
+        poses=config.semantic_poses,
+        text=config.semantic_text,
+        chunk=config.chunk,
+    )
+    given = {name: getattr(config, name) for name in PRIORS if getattr(config, name) is not None}
+    model.regularizers = replace(model.regularizers, **given)
+    run.run_directory = config.out.resolve()
+    run.experiment_name, run.timestamp = config.out.name or "run", "run"
+    run.machine.device_type = "cuda" if torch.cuda.is_available() and config.runtime.device != "cpu" else "cpu"
+    return run
+
+
+class FewViewTraining(LightningModule):
+    """Optimizer, schedule and logging around the pipeline's losses."""
+
+    def __init__(self, config: FewViewTrainerConfig, *, val_views: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.run_config, self.val_views = config, list(val_views)
+        self.pipeline: FewViewPipeline = config.pipeline.setup(device="cpu", test_mode="val")
+        self.pipeline.on_restart = [self._forget]
+
+    @property
+    def model(self) -> Any:
+        """The field."""
+        return self.pipeline.model
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        groups, factors = [], []
+        for name, parameters in self.model.get_param_groups().items():
+            chosen = self.run_config.optimizers[name]
+            groups.append({"params": parameters, "lr": chosen["optimizer"].lr, "eps": chosen["optimizer"].eps})
+            factors.append(chosen["scheduler"].setup().factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer := torch.optim.Adam(groups), factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        self.pipeline.datamanager.device = self.device
+        self.pipeline.local_rank = self.pipeline.datamanager.local_rank = self.global_rank
+        self.pipeline.prepare()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.model.before_step(self.global_step)
+        self._forget_other_shapes()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        _, losses, metrics = self.pipeline.get_train_loss_dict(self.global_step)
+        self.log("train/psnr", metrics["psnr"], prog_bar=True)
+        if len(losses) > 1 and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", loss)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.model.after_step(self.global_step - 1)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        for index in batch.tolist():
+            image, _ = self.pipeline.datamanager.eval_dataset.load(index)
+            camera = self.pipeline.datamanager.eval_dataset.cameras[index : index + 1].to(self.device)
+            rgb = self.model.get_outputs_for_camera(camera)["rgb"].cpu()
+            self.log("val/psnr", psnr(rgb, image), prog_bar=True, batch_size=1, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["restarts"] = self.pipeline.restarts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.pipeline.restarts = checkpoint.get("restarts", 0)
+        self.model.update_to_step(checkpoint["global_step"])
+
+    def _forget(self) -> None:
+        optimizer = self.optimizers()
+        optimizer.optimizer.state.clear()  # type: ignore[union-attr]
+
+    def _forget_other_shapes(self) -> None:
+        """Moments of parameters that have grown since."""
+        state = self.optimizers().optimizer.state  # type: ignore[union-attr]
+        for parameter in list(state):
+            if state[parameter]["exp_avg"].shape != parameter.shape:
+                del state[parameter]
+
+
+def nerfstudio_state(module: FewViewTraining, steps: int) -> dict[str, Any]:
+    """What nerfstudio's trainer would save after `steps` steps, optimizers included."""
+    optimizer: Any = module.optimizers()
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizers = {}
+    for (name, parameters), group in zip(
+        module.model.get_param_groups().items(), optimizer.param_groups, strict=True
+    ):
+        settings = {key: value for key, value in group.items() if key != "params"}
+        optimizers[name] = {
+            "state": {i: dict(optimizer.state[p]) for i, p in enumerate(parameters) if p in optimizer.state},
+            "param_groups": [settings | {"params": list(range(len(parameters)))}],
+        }
+    schedule: Any = module.lr_schedulers()
+    state = schedule.state_dict()
+    schedulers = {
+        name: state | {key: [state[key][i]] for key in ("base_lrs", "_last_lr", "lr_lambdas")}
+        for i, name in enumerate(optimizers)
+    }
+    return {
+        "step": steps - 1,
+        "pipeline": module.pipeline.state_dict(),
+        "optimizers": optimizers,
+        "schedulers": schedulers,
+        "scalers": {},
+    }
+
+
+class NerfstudioCheckpoint(Callback):
+    """Keeps nerfstudio_models/step-*.ckpt up to date: at each validation, at the end, and when Ctrl-C ends the run."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.write(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.write(trainer, module)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            self.write(trainer, module)
+
+    def write(self, trainer: Trainer, module: LightningModule) -> None:
+        """The current state, in place of the one before."""
+        if not trainer.is_global_zero or not trainer.global_step:
+            return
+        assert isinstance(module, FewViewTraining)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"step-{trainer.global_step - 1:09d}.ckpt"
+        temporary = path.with_suffix(".tmp")
+        torch.save(nerfstudio_state(module, trainer.global_step), temporary)
+        os.replace(temporary, path)
+        for other in self.directory.glob("step-*.ckpt"):
+            if other != path:
+                other.unlink(missing_ok=True)
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a field and return the directory of the run.
+
+    An interrupted run goes on from its last checkpoint, exactly.
+
+    Raises:
+        UserError: anything in the scene or the settings that cannot work, with its cure.
+    """
+    device = start(config.runtime)
+    run = nerfstudio_config(config)
+    held_out_looks = config.val_views if config.val_views else 0
+    module = FewViewTraining(run)
+    held_out = len(module.pipeline.datamanager.eval_dataset)
+    stride = max(1, held_out // max(1, held_out_looks))
+    looks = list(range(0, held_out, stride))[:held_out_looks]
+    steps = run.max_num_iterations
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_text(config.out / "config.yml", yaml.dump(run))
+    every = config.val_every or max(1, steps // 4)
+    trainer = build_trainer(
+        TrainerConfig(
+            max_steps=steps,
+            val_every=min(every, steps),
+            precision=config.runtime.precision,
+            device=str(device),
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            tensorboard=config.tensorboard,
+            progress=config.progress,
+        ),
+        config.out,
+        monitor="val/psnr" if looks else "train/loss",
+        mode="max" if looks else "min",
+        callbacks=[NerfstudioCheckpoint(run.get_checkpoint_dir())],
+    )
+    # The steps are the data: what each one trains on follows from its number.
+    numbers: Any = list(range(steps))
+    order = BatchOrder(steps, 1, shuffle=False, rank=0, world=1)
+    loaders: dict[str, Any] = {"train_dataloaders": ResumableLoader(numbers, order)}
+    if looks:
+        loaders["val_dataloaders"] = DataLoader(looks, batch_size=1)  # type: ignore[arg-type]
+    begun, cpu = time.perf_counter(), time.process_time()
+    fit(trainer, module, config.out, resume=config.resume, **loaders)
+    if trainer.is_global_zero:
+        data = module.pipeline.datamanager
+        write_json(
+            config.out / "training.json",
+            {
+                "config": asdict(config),
+                "view_ids": data.train_dataset.view_ids,
+                "images": [path.name for path in data.train_dataset.image_filenames],
+                "steps": trainer.global_step,
+                "restarts": module.pipeline.restarts,
+                "parameters": sum(p.numel() for p in module.model.parameters()),
+                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+                "seconds": round(time.perf_counter() - begun, 1),
+                "cpu_seconds": round(time.process_time() - cpu, 1),
+                "hardware": hardware(),
+                "versions": versions(),
+            },
+        )
+    return config.out
+
+
+def run(config: TrainConfig) -> int:
+    """`dietnerf train`: train a field and say where it is."""
+    directory = train(config)
+    print(f"run written to {directory} ({DESCRIPTIONS[METHODS[config.method]]})")
+    print(f"next: dietnerf render {directory}, dietnerf evaluate {directory}")
+    return 0

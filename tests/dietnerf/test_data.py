@@ -1,0 +1,297 @@
+"""Scenes: every layout, the choice of views, scaling by area, rays, and every mistake as one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.checks import UserError
+from dietnerf.data import (
+    PAPER_VIEWS,
+    PROTOCOLS,
+    FewViewDataset,
+    FewViewParserConfig,
+    load_image,
+    scene_kind,
+    select_views,
+)
+from dietnerf.rays import FewViewDataManagerConfig, draw_pixels
+from tests.dietnerf.ball import draw_ball, look_at_origin, write_scene
+
+
+def read(path: Path, split: str = "train", **settings) -> FewViewDataset:
+    return FewViewDataset(FewViewParserConfig(data=path, **settings).setup().get_dataparser_outputs(split))
+
+
+def edit(path: Path, change) -> Path:
+    meta = json.loads((path / "transforms_train.json").read_text())
+    change(meta)
+    (path / "transforms_train.json").write_text(json.dumps(meta))
+    return path
+
+
+def test_blender_cameras_and_colours(ball_scene):
+    views = read(ball_scene)
+    assert views.view_ids == (0, 1, 2, 3, 4, 5) and views.background == "white" and views.source == "transforms_train.json"
+    meta = json.loads((ball_scene / "transforms_train.json").read_text())
+    pose = torch.tensor(meta["frames"][2]["transform_matrix"])[:3]
+    assert torch.allclose(views.cameras.camera_to_worlds[2], pose.float())
+    assert float(views.cameras.fx[0]) == pytest.approx(8 / np.tan(0.35), rel=1e-5)
+    colour, alpha = views.load(2)
+    raw = np.asarray(Image.open(ball_scene / "train/r_2.png")).astype(np.float32) / 255
+    expected = raw[..., :3] * raw[..., 3:] + 1 - raw[..., 3:]
+    assert np.allclose(colour.numpy(), expected, atol=1e-6) and np.allclose(alpha.numpy(), raw[..., 3:])
+    black = read(ball_scene, background="black").load(2)[0]
+    assert np.allclose(black.numpy(), raw[..., :3] * raw[..., 3:], atol=1e-6)
+    # a ray through the ball's centre pixel meets the ball where the colour says
+    rays = views.cameras.generate_rays(camera_indices=2, keep_shape=True)
+    origin, direction = rays.origins[8, 8], rays.directions[8, 8]
+    along = float(direction @ origin)
+    point = origin + direction * (-along - (along**2 - float(origin @ origin) + 1) ** 0.5)
+    assert torch.allclose(colour[8, 8], 0.5 + 0.45 * point, atol=3e-3)
+
+
+def test_scaling_is_the_mean_over_the_area(ball_scene):
+    full, half = read(ball_scene), read(ball_scene, image_size=8)
+    whole = full.load(0)[0]
+    naive = torch.stack([whole[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean(dim=(0, 1)) for y in range(8) for x in range(8)])
+    assert torch.allclose(half.load(0)[0].reshape(-1, 3), naive, atol=1e-5)
+    assert float(half.cameras.fx[0]) == pytest.approx(float(full.cameras.fx[0]) / 2)
+    assert float(half.cameras.cx[0]) == 4 and int(half.cameras.width[0]) == 8
+    uneven = read(ball_scene, image_size=5).load(0)[0]  # 3.2 pixels each: every pixel counts by its share
+    assert torch.allclose(uneven.mean(dim=(0, 1)), whole.mean(dim=(0, 1)), atol=1e-5)
+
+
+def test_select_views():
+    positions = torch.tensor([[0.0, 0, 0], [1, 0, 0], [10, 0, 0], [5, 0, 0]])
+    assert select_views(positions, number=3) == (0, 2, 3)
+    assert select_views(positions, number=2, order="first") == (0, 1)
+    assert select_views(positions, ids=(3, 1)) == (3, 1)
+    assert select_views(positions) == (0, 1, 2, 3)
+    drawn = select_views(positions, number=3, order="random", seed=1)
+    assert drawn == select_views(positions, number=3, order="random", seed=1) and len(set(drawn)) == 3
+    for settings, message in [
+        (dict(ids=(0, 4)), "view id 4 is out of range"),
+        (dict(ids=(0, -1)), "view id -1 is out of range"),
+        (dict(ids=(1, 1)), "name a view twice"),
+        (dict(ids=(0, 1), number=3), "num_views is 3 but 2 view ids"),
+        (dict(number=5), "num_views is 5"),
+        (dict(number=1), "one training view"),
+        (dict(ids=(2,)), "one training view"),
+        (dict(number=2, order="best"), "view_order is 'best'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            select_views(positions, **settings)
+
+
+def test_protocols():
+    assert PAPER_VIEWS == (26, 86, 2, 55, 75, 93, 16, 73)
+    assert PROTOCOLS["paper"].image_size == 400 and PROTOCOLS["paper"].eval_every == 8
+
+
+def test_held_out_split_falls_back_and_says_so(tmp_path):
+    scene = write_scene(tmp_path, splits={"train": 2, "val": 4})
+    assert read(scene, "test").source == "transforms_val.json"
+    assert read(scene, "test", eval_every=2).view_ids == (0, 2)
+    (scene / "transforms_val.json").unlink()
+    assert read(scene, "test").source == "transforms_train.json"
+
+
+def nerfstudio_scene(path: Path, count: int = 4) -> Path:
+    poses = [look_at_origin(90 * i, 20) for i in range(count)]
+    path.mkdir(parents=True, exist_ok=True)
+    for i, pose in enumerate(poses):
+        Image.fromarray(draw_ball(pose, 16, 0.7)).convert("RGB").save(path / f"f{i}.png")
+    frames = [{"file_path": f"f{i}.png", "transform_matrix": pose.tolist()} for i, pose in enumerate(poses)]
+    meta = dict(w=16, h=16, fl_x=20.0, fl_y=20.0, cx=8.0, cy=8.0, camera_model="OPENCV", frames=frames)
+    (path / "transforms.json").write_text(json.dumps(meta))
+    return path
+
+
+def test_nerfstudio_layout(tmp_path):
+    scene = nerfstudio_scene(tmp_path / "s")
+    assert scene_kind(scene) == "nerfstudio"
+    views = read(scene, num_views=2)
+    assert views.background == "image" and len(views) == 2
+    assert float(views.cameras.camera_to_worlds[:, :, 3].abs().max()) == pytest.approx(1, abs=1e-5)
+    assert len(read(scene, "test")) >= 1
+    (scene / "transforms.json").write_text('{"frames": []}')
+    with pytest.raises(UserError, match="has no frames"):
+        read(scene)
+
+
+def test_colmap_layout(tmp_path):
+    sparse = tmp_path / "sparse/0"
+    sparse.mkdir(parents=True)
+    (tmp_path / "images").mkdir()
+    (sparse / "cameras.txt").write_text("1 PINHOLE 16 16 20 20 8 8\n")
+    (sparse / "points3D.txt").write_text("")
+    lines = []
+    for i in range(10):
+        pose = look_at_origin(36 * i, 20)
+        Image.fromarray(draw_ball(pose, 16, 0.7)).convert("RGB").save(tmp_path / f"images/f{i}.png")
+        opencv = pose @ np.diag([1, -1, -1, 1])
+        view = np.linalg.inv(opencv)
+        w = 0.5 * np.sqrt(max(1e-9, 1 + np.trace(view[:3, :3])))
+        r = view[:3, :3]
+        q = (w, (r[2, 1] - r[1, 2]) / (4 * w), (r[0, 2] - r[2, 0]) / (4 * w), (r[1, 0] - r[0, 1]) / (4 * w))
+        lines += [f"{i + 1} {' '.join(map(str, q))} {' '.join(map(str, view[:3, 3]))} 1 f{i}.png", ""]
+    (sparse / "images.txt").write_text("\n".join(lines) + "\n")
+    assert scene_kind(tmp_path) == "colmap"
+    views = read(tmp_path, num_views=3)
+    assert len(views) == 3 and views.load(0)[0].shape == (16, 16, 3)
+    assert len(read(tmp_path, "test")) == 2  # every 8th of 10
+
+
+def test_llff_layout(tmp_path):
+    (tmp_path / "images").mkdir()
+    rows = []
+    for i in range(9):
+        pose = look_at_origin(10 * i, 20)
+        Image.fromarray(draw_ball(pose, 16, 0.7)).convert("RGB").save(tmp_path / f"images/{i}.png")
+        right, up, back, place = pose[:3].T
+        matrix = np.stack((-up, right, back, place, [16, 16, 20]), axis=1)
+        rows.append(np.concatenate((matrix.ravel(), [2, 6])))
+    np.save(tmp_path / "poses_bounds.npy", np.stack(rows))
+    views = read(tmp_path)
+    assert scene_kind(tmp_path) == "llff" and len(views) == 7 and len(read(tmp_path, "test")) == 2
+    cameras = views.cameras.camera_to_worlds
+    assert torch.allclose(torch.linalg.det(cameras[:, :, :3]), torch.ones(7), atol=1e-4)
+    # all cameras look at one point: the ball's centre
+    origins, directions = cameras[:, :, 3], -cameras[:, :, 2]
+    a = (torch.eye(3) - directions[:, :, None] * directions[:, None]).double()
+    centre = torch.linalg.solve(a.sum(0), (a @ origins[..., None].double()).sum(0))[:, 0]
+    for origin, direction in zip(origins.double(), directions.double(), strict=True):
+        off = centre - origin
+        assert float((off - (off @ direction) * direction).norm()) < 1e-3 and float(off @ direction) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(frames=[]), "has no frames"),
+        (lambda m: m.pop("frames"), "has no frames"),
+        (lambda m: m["frames"][1].pop("file_path"), "frame 1 of .* lacks file_path"),
+        (lambda m: m["frames"][1].update(transform_matrix=[[1, 0], [0, 1]]), "has shape \\(2, 2\\)"),
+        (lambda m: m["frames"][1]["transform_matrix"][0].__setitem__(0, float("nan")), "holds NaN"),
+        (lambda m: m["frames"][1].update(transform_matrix=np.diag([2.0, 2, 2, 1]).tolist()), "from a rotation"),
+        (lambda m: m["frames"][1].update(transform_matrix=np.diag([-1.0, 1, 1, 1]).tolist()), "mirrors"),
+        (lambda m: m["frames"][1].update(file_path="./train/nothing"), "does not exist"),
+        (lambda m: m.pop("camera_angle_x"), "camera_angle_x of .* is None"),
+        (lambda m: m.update(frames=m["frames"][:1]), "one training view"),
+    ],
+)
+def test_broken_transforms(tmp_path, change, message):
+    scene = edit(write_scene(tmp_path), change)
+    with pytest.raises(UserError, match=message) as caught:
+        read(scene)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_images(tmp_path):
+    scene = write_scene(tmp_path)
+    path = scene / "train/r_1.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="r_1.png' is damaged or cut short"):
+        read(scene).images  # noqa: B018
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="is empty"):
+        read(scene)
+    path.write_bytes(b"no picture at all")
+    with pytest.raises(UserError, match="cannot be read"):
+        read(scene)
+    Image.new("RGBA", (8, 16)).save(path)
+    with pytest.raises(UserError, match="8x16 but .* is 16x16"):
+        read(scene)
+    path.unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        read(scene)
+
+
+def test_background_needs_alpha(tmp_path):
+    scene = write_scene(tmp_path, mode="RGB")
+    assert read(scene).background == "image" and read(scene).load(0)[1] is None
+    with pytest.raises(UserError, match="background is 'white' but image .* has no alpha"):
+        read(scene, background="white")
+
+
+def test_other_mistakes(tmp_path, ball_scene):
+    with pytest.raises(UserError, match="does not exist"):
+        read(tmp_path / "nothing")
+    with pytest.raises(UserError, match="has no transforms_train.json"):
+        read(tmp_path)
+    with pytest.raises(UserError, match="image_size is 32 but the images are 16"):
+        read(ball_scene, image_size=32)
+    (tmp_path / "transforms_train.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read(tmp_path)
+
+
+def test_sixteen_by_nine_image_keeps_its_shape(tmp_path):
+    Image.new("L", (32, 18), 128).save(tmp_path / "a.png")
+    colour, alpha = load_image(tmp_path / "a.png", (16, 9), "image")
+    assert colour.shape == (9, 16, 3) and alpha is None and torch.allclose(colour, torch.full((9, 16, 3), 128 / 255))
+
+
+def test_draw_pixels():
+    generator = torch.Generator().manual_seed(0)
+    pixels = draw_pixels(5, 10, 20, number=4000, generator=generator)
+    assert pixels.amin(0).tolist() == [0, 0, 0] and pixels.amax(0).tolist() == [4, 9, 19]
+    centre = draw_pixels(5, 10, 20, number=4000, one_image=True, crop=0.5, generator=generator)
+    assert len(centre[:, 0].unique()) == 1
+    assert centre[:, 1].min() == 2 and centre[:, 1].max() == 6 and centre[:, 2].min() == 5 and centre[:, 2].max() == 14
+
+
+def test_rays_follow_from_seed_rank_and_step(ball_scene, monkeypatch):
+    def manager(**settings):
+        config = FewViewDataManagerConfig(train_num_rays_per_batch=64, rays_from="all", crop_steps=0, **settings)
+        config.dataparser = FewViewParserConfig(data=ball_scene, num_views=3)
+        return config.setup(device="cpu")
+
+    one, again = manager(), manager()
+    again.next_train(3)  # what was asked for before does not matter
+    (rays, batch), (same, other) = one.next_train(7), again.next_train(7)
+    assert torch.equal(batch["indices"], other["indices"]) and torch.equal(rays.directions, same.directions)
+    again.local_rank = 1
+    assert not torch.equal(again.next_train(7)[1]["indices"], batch["indices"])
+    # colours and rays belong to each other
+    view, row, column = batch["indices"][5].tolist()
+    assert torch.equal(batch["image"][5], one.train_dataset.images[view, row, column])
+    expected = one.train_dataset.cameras.generate_rays(
+        camera_indices=torch.tensor([[view]]), coords=torch.tensor([[row + 0.5, column + 0.5]])
+    )
+    assert torch.allclose(rays.directions[5], expected.directions[0]) and torch.allclose(rays.origins[5], expected.origins[0])
+    # too many pixels to keep: the same rays, made when drawn
+    monkeypatch.setattr("dietnerf.rays.CACHED_PIXELS", 0)
+    drawn, _ = manager().next_train(7)
+    assert torch.allclose(drawn.directions, rays.directions) and drawn.shape == rays.shape
+    assert torch.equal(drawn.camera_indices, rays.camera_indices)
+
+
+def test_pyramid_of_sizes(ball_scene):
+    config = FewViewDataManagerConfig(
+        train_num_rays_per_batch=500, crop_steps=0, pyramid=(4, 2), pyramid_steps=(10, 20), rays_from="all"
+    )
+    config.dataparser = FewViewParserConfig(data=ball_scene)
+    manager = config.setup(device="cpu")
+    assert [manager.factor(step) for step in (0, 9, 10, 19, 20, 99)] == [4, 4, 2, 2, 1, 1]
+    rays, batch = manager.next_train(0)
+    assert int(batch["indices"][:, 1:].max()) == 3
+    view, row, column = batch["indices"][0].tolist()
+    block = manager.train_dataset.images[view, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+    assert torch.allclose(batch["image"][0], block.mean(dim=(0, 1)), atol=1e-6)
+    # a coarse pixel's ray goes through the middle of its block
+    fine = manager.train_dataset.cameras.generate_rays(
+        camera_indices=torch.tensor([[view]]), coords=torch.tensor([[4.0 * row + 2, 4.0 * column + 2]])
+    )
+    assert torch.allclose(rays.directions[0], fine.directions[0], atol=1e-6)
+    with pytest.raises(UserError, match="pyramid has 2 stages but pyramid_steps 1"):
+        FewViewDataManagerConfig(
+            dataparser=FewViewParserConfig(data=ball_scene), pyramid=(4, 2), pyramid_steps=(10,)
+        ).setup(device="cpu")
