@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -117,8 +118,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the vocabulary, the merges and the rules: equal where two tokenizers give the same ids."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """SHA-256 of all that decides a text's ids: vocabulary, merges, added tokens, normalisation and word splitting.
+
+    Not of the whole file: saving and loading writes some of the rest in another way.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = [[token["content"], token["id"]] for token in state["added_tokens"]]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"].get("merges", [])]
+    rules = [sorted(tokenizer.get_vocab().items()), merges, added, state["normalizer"], state["pre_tokenizer"]]
+    return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
 
 def _counted(texts: Iterable[str], progress: bool) -> Iterator[str]:
