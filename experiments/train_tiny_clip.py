@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from common.checks import run_command
+from common.checks import require_at_least, run_command
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import BatchOrder, MuonAdamW, ResumableLoader, TrainerConfig, build_trainer, fit
 from experiments.scenes.captions import caption, counterfactual
@@ -69,6 +69,14 @@ class Config:
     """Weight of the loss between phrases that differ in an object's shape."""
     full_captions: float = 0.8
     """Share of captions that name every attribute."""
+    max_objects: int = 3
+    """Train on scenes of at most this many objects."""
+    augmentation: float = 1.0
+    """Strength of the random zoom, shift, blur, noise and light; 0 leaves images as they are."""
+    zoom_out: float = 1.12
+    """Largest factor by which the random zoom shrinks what an image shows."""
+    max_shards: int | None = None
+    """Read only the first shards of the training split."""
     val_every: int = 100
     """Steps between validations."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -137,12 +145,23 @@ class Families(Dataset[dict[str, Any]]):
     Captions are drawn anew in every epoch, from a seed that is a function of (seed, item, draw).
     """
 
-    def __init__(self, directory: Path, split: str, *, negatives: int, full: float, seed: int) -> None:
-        self.images, self.records = load_split(directory, split)
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        *,
+        negatives: int,
+        full: float,
+        seed: int,
+        most: int = 3,
+        max_shards: int | None = None,
+    ) -> None:
+        self.images, self.records = load_split(directory, split, max_shards=max_shards)
         self.negatives, self.full, self.seed, self.draws = negatives, full, seed, 0
         rows: dict[int, list[int]] = {}
         for row, record in enumerate(self.records):  # a scene's two views follow one another
-            rows.setdefault(record.family, []).append(row)
+            if len(record.scene.objects) <= most:
+                rows.setdefault(record.family, []).append(row)
         self.rows = list(rows.values())
 
     def __len__(self) -> int:
@@ -212,22 +231,26 @@ def collate(tokenizer: CLIPTokenizer) -> Callable[[list[dict[str, Any]]], dict[s
     return join
 
 
-def augment(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+def augment(
+    pixels: Float[Tensor, "b 3 h w"], strength: float = 1.0, zoom_out: float = 1.12
+) -> Float[Tensor, "b 3 h w"]:
     """Random zoom and shift, brightness, contrast, blur and noise; no flips, which would turn left into right."""
     b = len(pixels)
-    zoom = torch.empty(b, 1, 1).uniform_(0.72, 1.12)
-    shift = torch.empty(b, 2, 1).uniform_(-1, 1) * (0.08 + 0.8 * (1 - zoom).clamp(min=0))
+    if strength == 0:
+        return pixels
+    zoom = torch.empty(b, 1, 1).uniform_(1 - 0.28 * strength, zoom_out)
+    shift = torch.empty(b, 2, 1).uniform_(-1, 1) * (0.08 * strength + 0.8 * (1 - zoom).abs())
     theta = torch.cat([torch.eye(2).expand(b, 2, 2) * zoom, shift], dim=2)  # (b, 2, 3)
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
     blurred = F.interpolate(
         F.interpolate(pixels, scale_factor=0.4, mode="area"), size=pixels.shape[2:], mode="bilinear"
     )
-    pixels = torch.lerp(pixels, blurred, (torch.rand(b, 1, 1, 1) < 0.25).float() * torch.rand(b, 1, 1, 1))
-    gain = torch.empty(b, 1, 1, 1).uniform_(0.8, 1.2) * torch.empty(b, 3, 1, 1).uniform_(0.95, 1.05)
+    pixels = torch.lerp(pixels, blurred, (torch.rand(b, 1, 1, 1) < 0.25 * strength).float() * torch.rand(b, 1, 1, 1))
+    gain = 1 + strength * (torch.empty(b, 1, 1, 1).uniform_(-0.2, 0.2) + torch.empty(b, 3, 1, 1).uniform_(-0.05, 0.05))
     mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
-    pixels = mean + (pixels - mean) * torch.empty(b, 1, 1, 1).uniform_(0.8, 1.2)
-    pixels = pixels * gain + torch.randn_like(pixels) * (0.04 * torch.rand(b, 1, 1, 1))
+    pixels = mean + (pixels - mean) * (1 + strength * torch.empty(b, 1, 1, 1).uniform_(-0.2, 0.2))
+    pixels = pixels * gain + torch.randn_like(pixels) * (0.04 * strength * torch.rand(b, 1, 1, 1))
     return pixels.clamp(0, 1)
 
 
@@ -326,7 +349,9 @@ class Contrastive(MuonAdamW):
         self.config = config
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        text, view, phrase = losses(self.model, batch, augment(batch["pixels"]))
+        text, view, phrase = losses(
+            self.model, batch, augment(batch["pixels"], self.config.augmentation, self.config.zoom_out)
+        )
         loss = text + self.config.view_weight * view + self.config.phrase_weight * phrase
         self.descend(loss)
         scores = {"train/text": text, "train/view": view, "train/phrase": phrase}
@@ -342,10 +367,19 @@ class Contrastive(MuonAdamW):
 def main(config: Config) -> None:
     """Train the tokenizer and the model; write them with the run's record."""
     start(config.runtime)
+    require_at_least("zoom_out", config.zoom_out, 1)
     train = Families(
-        config.scenes, "train", negatives=config.negatives, full=config.full_captions, seed=config.runtime.seed
+        config.scenes,
+        "train",
+        negatives=config.negatives,
+        full=config.full_captions,
+        seed=config.runtime.seed,
+        most=config.max_objects,
+        max_shards=config.max_shards,
     )
-    valid = Families(config.scenes, "val", negatives=config.negatives, full=1.0, seed=config.runtime.seed)
+    valid = Families(
+        config.scenes, "val", negatives=config.negatives, full=1.0, seed=config.runtime.seed, most=config.max_objects
+    )
     directory = config.out / "clip-tiny"
     if config.init:
         tokenizer = CLIPTokenizer.from_pretrained(config.init)
