@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Picture: TypeAlias = Union[str, os.PathLike[str], Image.Image, np.ndarray, "Figure"]
-"""A file (inlined as it is), a PIL image, an array (h, w, 3 or 4) or (h, w), uint8 or float in [0, 1], or a figure."""
+"""A file (inlined as it is), a PIL image, an array (h, w, 3 or 4) or (h, w), uint8 or float in [0, 1], a figure, or
+what `data_uri` or `thumbnail` gave."""
 
 MEDIA_TYPES = {
     ".png": "image/png",
@@ -141,6 +142,8 @@ def data_uri(picture: Picture) -> str:
     Raises:
         UserError: a file that is missing or of a kind that browsers do not show.
     """
+    if isinstance(picture, str) and picture.startswith("data:"):
+        return picture
     if isinstance(picture, (str, os.PathLike)):
         path = require_file(picture, "picture")
         if path.suffix.lower() not in MEDIA_TYPES:
@@ -166,6 +169,15 @@ def data_uri(picture: Picture) -> str:
             media = "image/png"
         content = packed.getvalue()
     return f"data:{media};base64,{base64.b64encode(content).decode()}"
+
+
+def thumbnail(image: Image.Image, size: int = 320) -> str:
+    """A JPEG of at most `size` pixels a side, as a data: URI, for pages of many photographs."""
+    small = image.convert("RGB")
+    small.thumbnail((size, size))
+    packed = io.BytesIO()
+    small.save(packed, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
 def plot_lines(
@@ -229,7 +241,7 @@ def _number(value: Any) -> str:
 
 
 class Page:
-    """One HTML page that needs nothing beside itself: no link, no script, every picture within.
+    """One HTML page that needs nothing beside itself: no link, every picture within; a script only to sort galleries.
 
     The parts appear in the order of the calls, which return the page. Every text given is shown as it is: what
     looks like HTML is escaped.
@@ -239,6 +251,7 @@ class Page:
         self.title, self.subtitle = title, subtitle
         self._parts: list[str] = []
         self._sections: list[str] = []
+        self._sortable = False
 
     def section(self, heading: str, text: str = "") -> Page:
         """Begin a section, with an introduction."""
@@ -308,16 +321,42 @@ class Page:
         return self.image(figure, caption, alt=alt)
 
     def gallery(
-        self, cards: Sequence[tuple[Picture, str, Sequence[str]]], *, width: int = 190, pixelated: bool = False
+        self,
+        cards: Sequence[tuple[Picture, str, Sequence[str]]],
+        *,
+        width: int = 190,
+        pixelated: bool = False,
+        scores: Sequence[Mapping[str, float]] = (),
     ) -> Page:
-        """Cards of (picture, title, lines) in as many columns, at least `width` pixels wide, as there is room for."""
+        """Cards of (picture, title, lines) in as many columns, at least `width` pixels wide, as there is room for.
+
+        With `scores`, by name for each card, the cards show them, and the reader sorts by any, best or worst first.
+        """
+        if scores and len(scores) != len(cards):
+            raise ValueError(f"gallery has {len(cards)} cards but {len(scores)} scores: give one for each.")
         shown = []
-        for picture, title, lines in cards:
+        for number, (picture, title, lines) in enumerate(cards):
             body = "".join(f"<p>{_inline(line)}</p>" for line in lines)
             head = f"<h3>{_inline(title)}</h3>" if title else ""
             alt = title or (lines[0] if lines else "picture")
-            shown.append(f'<article class="card">{_img(picture, alt, pixelated)}{head}{body}</article>')
-        self._parts.append(f'<div class="gallery" style="--card:{int(width)}px">{"".join(shown)}</div>')
+            mark = ""
+            if scores:
+                mark = f' data-scores="{_escape(json.dumps(_plain(scores[number])))}"'
+                body += f'<p class="scores">{_escape(_score_line(scores[number]))}</p>'
+            shown.append(f'<article class="card"{mark}>{_img(picture, alt, pixelated)}{head}{body}</article>')
+        gallery = f'<div class="gallery" style="--card:{int(width)}px">{"".join(shown)}</div>'
+        if scores:
+            names = list(dict.fromkeys(name for row in scores for name in row))
+            choices = "".join(f"<option>{_escape(name)}</option>" for name in names)
+            buttons = "".join(
+                f'<button type="button" data-order="{order}" aria-pressed="{str(order == "given").lower()}">{label}'
+                f"</button>"
+                for order, label in (("best", "best first"), ("worst", "worst first"), ("given", "as in the data"))
+            )
+            label = f"<label>sort by <select>{choices}</select></label>"
+            gallery = f'<div class="sortable"><div class="sorting">{label}{buttons}</div>{gallery}</div>'
+            self._sortable = True
+        self._parts.append(gallery)
         return self
 
     def video(self, path: str | os.PathLike[str], caption: str = "", *, alt: str = "") -> Page:
@@ -353,7 +392,9 @@ class Page:
             f"<title>{_escape(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
             f"<header><h1>{_escape(self.title)}</h1>{subtitle}{navigation}</header>\n<main>\n"
             + "\n".join(self._parts)
-            + "\n</main>\n</body>\n</html>\n"
+            + "\n</main>\n"
+            + (f"<script>{SORTING}</script>\n" if self._sortable else "")
+            + "</body>\n</html>\n"
         )
 
     def write(self, path: str | os.PathLike[str]) -> Path:
@@ -371,6 +412,10 @@ def _inline(text: Any) -> str:
     if len(pieces) % 2 == 0:  # a backtick without its partner stays as it is
         pieces[-2:] = ["`".join(pieces[-2:])]
     return "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _score_line(scores: Mapping[str, float]) -> str:
+    return "  ·  ".join(f"{name} {_number(value)}" for name, value in scores.items())
 
 
 def _figcaption(caption: str) -> str:
@@ -394,6 +439,26 @@ def _img(picture: Picture, alt: str, pixelated: bool = False) -> str:
     mark = f' class="{" ".join(kinds)}"' if kinds else ""
     return f'<img src="{data_uri(picture)}" alt="{_escape(alt)}" loading="lazy"{mark}>'
 
+
+# Cards without the chosen score come last, whichever way they are sorted; equal ones keep the data's order.
+SORTING = """
+for (const part of document.querySelectorAll(".sortable")) {
+  const gallery = part.querySelector(".gallery"), choice = part.querySelector("select");
+  const buttons = [...part.querySelectorAll("button")], given = [...gallery.children];
+  const scores = new Map(given.map((card) => [card, JSON.parse(card.dataset.scores)]));
+  let order = "given";
+  const show = () => {
+    const sign = order === "best" ? -1 : 1, name = choice.value;
+    const known = given.filter((card) => typeof scores.get(card)[name] === "number");
+    if (order !== "given") known.sort((a, b) => sign * (scores.get(a)[name] - scores.get(b)[name]));
+    const rest = given.filter((card) => typeof scores.get(card)[name] !== "number");
+    gallery.replaceChildren(...(order === "given" ? given : [...known, ...rest]));
+    for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.order === order));
+  };
+  choice.addEventListener("change", show);
+  for (const button of buttons) button.addEventListener("click", () => { order = button.dataset.order; show(); });
+}
+"""
 
 STYLE = """
 :root { --ink: #1c2230; --soft: #5b6474; --paper: #fcfcfd; --panel: #ffffff; --line: #e1e5ec; --tint: #f2f5fa;
@@ -450,6 +515,12 @@ figcaption { color: var(--soft); font-size: .92rem; margin-top: .5rem; max-width
 .card img.drawing { object-fit: contain; }
 .card p { margin: .25rem .8rem .35rem; font-size: .9rem; line-height: 1.45; color: var(--soft); }
 .card h3 + p { margin-top: 0; }
+.card p.scores { font-size: .78rem; font-variant-numeric: tabular-nums; border-top: 1px solid var(--line);
+  padding-top: .35rem; white-space: pre-wrap; }
+.sorting { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin: 0 0 1rem; font-size: .92rem; }
+.sorting select, .sorting button { font: inherit; color: inherit; background: var(--panel); cursor: pointer;
+  border: 1px solid var(--line); border-radius: 8px; padding: .3rem .7rem; }
+.sorting button[aria-pressed="true"] { border-color: var(--accent); color: var(--accent); font-weight: 600; }
 details { border: 1px solid var(--line); border-radius: 10px; padding: .6rem 1rem; margin: 0 0 1.2rem;
   background: var(--panel); }
 summary { cursor: pointer; font-weight: 600; }
