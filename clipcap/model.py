@@ -15,9 +15,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from clipcap.mapper import build_mapper
+from clipcap.retrieval import FILE, Datastore
 from common import gpt2 as gpt2_backbones
 from common.checks import UserError, require_one_of
 from common.gpt2 import freeze, load_gpt2
@@ -38,7 +40,9 @@ class ClipCapConfig(PreTrainedConfig):
         mapper: "mlp" or "transformer".
         inputs: what the mapper reads: CLIP's pooled "embedding", or (transformer only) its "patches".
         clip_width: e, width of what the mapper reads.
-        prefix_length: K, positions of the prefix.
+        prefix_length: K, positions of the prefix, those of retrieved captions included.
+        retrieval: captions of the datastore that stand in the prefix, before what the mapper makes; 0 for none.
+        retrieval_tokens: positions of the prefix that they take.
         clip_length: tokens the Transformer mapper makes of the embedding.
         mapper_layers, mapper_heads: of the Transformer mapper.
         normalize_embeddings: scale embeddings to length 1 first (the original's `normalize_prefix`).
@@ -55,6 +59,8 @@ class ClipCapConfig(PreTrainedConfig):
     inputs: str = "embedding"
     clip_width: int = 512
     prefix_length: int = 10
+    retrieval: int = 0
+    retrieval_tokens: int = 0
     clip_length: int = 10
     mapper_layers: int = 8
     mapper_heads: int = 8
@@ -103,6 +109,7 @@ class ClipCapModel(PreTrainedModel):
         mapper: the mapping network.
         gpt2: GPT-2 with its language modelling head.
         tokenizer: GPT-2's, or None where none is known.
+        datastore: captions to retrieve, when the config's `retrieval` is not 0.
     """
 
     config_class = ClipCapConfig
@@ -118,11 +125,13 @@ class ClipCapModel(PreTrainedModel):
         super().__init__(config)
         gpt2_config = config.build_gpt2_config()
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.datastore: Datastore | None = None
+        object.__setattr__(self, "_clip", None)
         self.mapper = build_mapper(
             config.mapper,
             clip_width=config.clip_width,
             width=gpt2_config.n_embd,
-            prefix_length=config.prefix_length,
+            prefix_length=config.prefix_length - config.retrieval_tokens,
             clip_length=config.clip_length,
             num_layers=config.mapper_layers,
             num_heads=config.mapper_heads,
@@ -211,6 +220,8 @@ class ClipCapModel(PreTrainedModel):
             model._attach(gpt2[0], tokenizer or gpt2[1])
         else:
             model._attach(model.gpt2, tokenizer)
+        if config.retrieval:
+            model.datastore = Datastore.load(_local_file(source, FILE, hub))
         model.to(device).eval()
         return (model, info) if want_info else model  # type: ignore[return-value]
 
@@ -221,6 +232,8 @@ class ClipCapModel(PreTrainedModel):
         state = kwargs.pop("state_dict", None) or self.state_dict()
         if not self.config.saves_gpt2:
             state = {name: value for name, value in state.items() if name.startswith("mapper.")}
+        if self.datastore is not None:
+            self.datastore.save(Path(save_directory) / FILE)
         bar = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
@@ -242,12 +255,15 @@ class ClipCapModel(PreTrainedModel):
         return self
 
     def prefix(
-        self, clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"]
+        self,
+        clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"],
+        prompts: Int[Tensor, "b r"] | None = None,
     ) -> Float[Tensor, "b K d"]:
         """The prefix that stands for an image in GPT-2's input.
 
         Args:
             clip_embeddings: (b, e) embeddings, or (b, n, e) patch features when the config's `inputs` is "patches".
+            prompts: retrieved captions as `Datastore.prompts` gives them, which it is asked for when left out.
 
         Raises:
             UserError: another shape or width than the mapper's, NaN or infinity.
@@ -265,7 +281,15 @@ class ClipCapModel(PreTrainedModel):
             raise UserError(f"clip_embeddings hold NaN or infinity in rows {bad[:5]}: check how they were made.")
         if self.config.normalize_embeddings:
             clip_embeddings = F.normalize(clip_embeddings.float(), dim=-1)
-        return self.mapper(clip_embeddings.to(next(self.mapper.parameters()).dtype))
+        mapped = self.mapper(clip_embeddings.to(next(self.mapper.parameters()).dtype))
+        if not self.config.retrieval:
+            return mapped
+        if prompts is None:
+            if self.datastore is None:
+                raise UserError("the captioner has no datastore: load it from the directory it was saved in.")
+            prompts = self.datastore.prompts(clip_embeddings, self.config.retrieval)
+        text = self.gpt2.get_input_embeddings()(prompts.to(mapped.device))  # (b, r, d)
+        return torch.cat([text.to(mapped.dtype), mapped], dim=1)
 
     def forward(
         self,
@@ -274,6 +298,7 @@ class ClipCapModel(PreTrainedModel):
         attention_mask: Int[Tensor, "b t"] | None = None,
         labels: Int[Tensor, "b t"] | None = None,
         *,
+        prompts: Int[Tensor, "b r"] | None = None,
         return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutput:
@@ -285,13 +310,14 @@ class ClipCapModel(PreTrainedModel):
             attention_mask: 1 for tokens, 0 for padding. With padding on the right it changes only what is predicted
                 at padded places, so training may leave it out.
             labels: input_ids with IGNORE (-100) where nothing is to be predicted.
+            prompts: as in `prefix`.
             return_logits: False makes no logits, and the loss in chunks, to save memory.
 
         Returns:
             `.logits` (b, t, v), where `logits[:, i]` predicts `input_ids[:, i]`; `.loss`, the mean over labels in
             nats (float32), or None without labels.
         """
-        hidden = self.hidden(clip_embeddings, input_ids, attention_mask)  # (b, t, d)
+        hidden = self.hidden(clip_embeddings, input_ids, attention_mask, prompts)  # (b, t, d)
         head = self.gpt2.get_output_embeddings()
         logits = head(hidden) if return_logits else None
         loss = None
@@ -312,9 +338,10 @@ class ClipCapModel(PreTrainedModel):
         clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"],
         input_ids: Int[Tensor, "b t"],
         attention_mask: Int[Tensor, "b t"] | None = None,
+        prompts: Int[Tensor, "b r"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """GPT-2's last hidden states where they predict the caption: K-1 .. K+t-2 of prefix and caption together."""
-        prefix = self.prefix(clip_embeddings)
+        prefix = self.prefix(clip_embeddings, prompts)
         length, positions = prefix.shape[1], self.gpt2.config.n_positions
         if length + input_ids.shape[1] > positions:
             raise UserError(
@@ -329,19 +356,52 @@ class ClipCapModel(PreTrainedModel):
         return states.last_hidden_state[:, length - 1 :]
 
     def generate(
-        self, clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"], **options: Any
+        self,
+        clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"] | None = None,
+        *,
+        pixel_values: Float[Tensor, "b 3 s s"] | None = None,
+        **options: Any,
     ) -> Int[Tensor, "c t"]:
         """Captions as one tensor of token ids, padded on the right with the end token: `clipcap.decoding.decode`'s.
 
         Rows are image by image, best first. Options are `decode`'s.
+
+        Args:
+            clip_embeddings: as in `prefix`.
+            pixel_values: instead of them, what `clipcap.ClipCapProcessor` makes of images; the CLIP named in the config
+                is loaded for them, once.
+
+        Raises:
+            UserError: both or neither is given, or the config names no CLIP.
         """
         from clipcap.decoding import decode
 
+        if (clip_embeddings is None) == (pixel_values is None):
+            raise UserError("generate takes either clip_embeddings or pixel_values: give one of them.")
+        if pixel_values is not None:
+            clip_embeddings = self._embed(pixel_values)
+        assert clip_embeddings is not None
         found = decode(self, clip_embeddings, **options)
         rows = [torch.tensor(caption.token_ids) for captions in found for caption in captions]
         eos = self.config.eos_token_id
         pad = (eos[0] if isinstance(eos, list) else eos) or 0
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self.device)
+
+    @torch.inference_mode()
+    def _embed(self, pixel_values: Float[Tensor, "b 3 s s"]) -> Tensor:
+        """What the mapper reads of preprocessed images."""
+        from clipcap.embeddings import encode
+        from common.clip import load_clip
+
+        if self.config.clip is None:
+            raise UserError("the captioner does not name its CLIP: give clip_embeddings instead of pixel_values.")
+        weight = self.gpt2.get_input_embeddings().weight
+        clip = self._clip
+        if clip is None or clip.device != weight.device:
+            clip = load_clip(self.config.clip, device=weight.device, dtype=weight.dtype)
+            object.__setattr__(self, "_clip", clip)  # beside the model: no weights of its checkpoint
+        return encode(clip, pixel_values.to(weight.device), self.config.inputs)  # type: ignore[arg-type]
+
 
 
 def _absolute(name: str) -> str:
@@ -357,6 +417,13 @@ def _resolve_dtype(dtype: torch.dtype | str | None, config: ClipCapConfig) -> to
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f"dtype is {dtype!r}: use float32, bfloat16 or float16.")
     return found
+
+
+def _local_file(source: str, name: str, hub: dict[str, Any]) -> Path:
+    """A file of a captioner, fetched when the captioner is on the hub."""
+    if os.path.isdir(source):
+        return Path(source) / name
+    return Path(cached_file(source, name, **hub))
 
 
 def _has_tokenizer(source: str) -> bool:

@@ -280,6 +280,13 @@ class StopEarly(EarlyStopping):
             trainer.should_stop = True
 
 
+class ProgressBar(TQDMProgressBar):
+    """Lightning's, without the name of the logger's directory."""
+
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}
+
+
 def build_trainer(
     config: TrainerConfig,
     directory: Path,
@@ -305,7 +312,7 @@ def build_trainer(
     ]
     if config.patience:
         saved.append(StopEarly(monitor, mode=mode, patience=config.patience, check_finite=False))
-    bars: list[Callback] = [TQDMProgressBar(refresh_rate=5)] if config.progress else []
+    bars: list[Callback] = [ProgressBar(refresh_rate=5)] if config.progress else []
     with _quiet():
         return _trainer(config, device, directory, loggers, [*(callbacks or []), *bars, *saved])
 

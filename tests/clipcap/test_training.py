@@ -1,5 +1,6 @@
 """`clipcap train`: what is trained and saved, exact resume, and errors."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from clipcap import Captioner
+from clipcap.decoding import decode
+from clipcap.lora import add_lora, merge_lora
 from clipcap.model import ClipCapConfig, ClipCapModel
 from clipcap.training import Captioning, TrainConfig, train
 from common.checks import UserError
@@ -29,6 +32,7 @@ def config(photos, clip_directory, gpt2_directory, tmp_path):
         batch_size=5,
         lr=1e-2,
         val_every=3,
+        val_captions=0,
         runtime=RuntimeConfig(device="cpu"),
     )
 
@@ -119,6 +123,13 @@ def test_overfits_a_caption(config, photos):
         ({"gpt2": "/nowhere"}, "'/nowhere' does not exist"),
         ({"clip": "no-such-clip"}, "no-such-clip"),
         ({"mapper": "mlp", "inputs": "patches"}, "patches"),
+        ({"scst": True}, "without --init"),
+        ({"scst": True, "retrieval": 2}, "scst and retrieval are given together"),
+        ({"lora": 2, "tune_gpt2": True}, "lora and tune_gpt2"),
+        ({"lora": 99}, "lora is 99: GPT-2 is 16 wide"),
+        ({"text_only": True, "inputs": "patches"}, "texts have no patches"),
+        ({"monitor": "cider"}, "no validation images are captioned"),
+        ({"devices": 0}, "devices is 0"),
         ({"lr": 1e30, "tune_gpt2": True, "steps": 40}, "lower the learning rate"),
     ],
 )
@@ -137,3 +148,104 @@ def test_a_checkpoint_of_other_sizes_is_named(config):
 def test_any_gpt2_directory_is_accepted(config, gpt2_directory):
     model, _ = load_gpt2(gpt2_directory)
     assert ClipCapModel.from_pretrained(train(replace(config, steps=1))).gpt2.config.n_embd == model.config.n_embd
+
+
+def test_accumulated_batches_are_one_large_batch(config):
+    """The mean over all tokens of a step: batches of short and of long captions weigh by their tokens."""
+    one = weights(train(replace(config, batch_size=16, steps=5)))
+    four = weights(train(replace(config, out=config.out / "four", batch_size=4, accumulate=4, steps=5)))
+    assert all(torch.allclose(one[name], four[name], atol=1e-5) for name in one)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens(config, monkeypatch):
+    model = ClipCapModel.from_backbones(ClipCapConfig(clip_width=12, prefix_length=3, gpt2=config.gpt2))
+    torch.manual_seed(0)
+    images, ids = torch.randn(6, 12), torch.randint(1, 200, (6, 9))
+    labels = ids.clone()
+    labels[:3, 2:] = -100  # a short batch and a long one
+    module = Captioning(model, lr=1.0, warmup=0, total=1, weight_decay=0.0)
+
+    class Fake:
+        world_size, accumulate_grad_batches = 1, 2
+
+    logged = {}
+    monkeypatch.setattr(Captioning, "trainer", Fake)
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.setdefault(name, value))
+    for part in (slice(0, 3), slice(3, 6)):
+        batch = {"clip_embeddings": images[part], "input_ids": ids[part], "labels": labels[part]}
+        (module.training_step(batch, 0) / 2).backward()  # Lightning divides by the batches of a step
+    module.on_before_optimizer_step(None)
+    found = [parameter.grad.clone() for parameter in model.mapper.parameters()]
+    model.zero_grad()
+    expected = model(images, ids, labels=labels).loss
+    expected.backward()
+    assert logged["train/loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, parameter in zip(found, model.mapper.parameters(), strict=True):
+        assert torch.allclose(gradient, parameter.grad, atol=1e-6)
+
+
+def test_lora_trains_its_updates_alone_and_is_saved_as_a_plain_gpt2(config):
+    directory = train(replace(config, lora=2))
+    saved = {name.removeprefix("gpt2."): value for name, value in weights(directory).items() if "gpt2." in name}
+    base = load_gpt2(config.gpt2)[0].state_dict()
+    changed = {name for name in saved if not torch.equal(saved[name], base[name])}
+    assert changed and all("c_attn.weight" in name or "c_proj.weight" in name for name in changed)
+    checkpoint = torch.load(config.out / "last.ckpt", weights_only=False)["state_dict"]
+    assert all("mapper" in name or "lora_" in name for name in checkpoint)
+    record = json.loads((config.out / "training.json").read_text())
+    mapper = sum(value.numel() for name, value in weights(directory).items() if name.startswith("mapper."))
+    assert record["trained_parameters"] == mapper + 2 * 2 * (16 + 48 + 16 + 16 + 64 + 16)  # 2 layers, rank 2
+    assert ClipCapModel.from_pretrained(directory).config.tune_gpt2
+
+
+def test_lora_decodes_the_same_before_and_after_it_is_merged(config):
+    torch.manual_seed(0)
+    model = ClipCapModel.from_backbones(ClipCapConfig(clip_width=12, prefix_length=3, gpt2=config.gpt2)).eval()
+    images, ids = torch.randn(4, 12), torch.randint(1, 200, (4, 6))
+    plain = model(images, ids).logits
+    add_lora(model, 4)
+    model.eval()
+    assert torch.equal(model(images, ids).logits, plain)  # the update begins at 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    before, captions = model(images, ids).logits, decode(model, images, strategy="greedy", max_new_tokens=8)
+    assert not torch.allclose(before, plain, atol=1e-2)
+    merge_lora(model)
+    assert torch.allclose(model(images, ids).logits, before, atol=1e-3)
+    after = decode(model, images, strategy="greedy", max_new_tokens=8)
+    assert [c[0].token_ids for c in after] == [c[0].token_ids for c in captions]
+    assert model.state_dict().keys() == ClipCapModel(model.config).state_dict().keys()
+
+
+def test_patience_ends_the_run_and_the_model_is_saved(config):
+    settings = replace(config, steps=40, val_every=2, patience=2, lr=1e-30, schedule="linear")
+    assert (train(settings) / "model.safetensors").is_file()
+    record = json.loads((config.out / "training.json").read_text())
+    assert record["stopped_early"] and record["steps"] == 6  # the first validation, and two without improvement
+    train(settings)
+    assert json.loads((config.out / "training.json").read_text())["steps"] == 6  # it has ended already
+
+
+def test_goes_on_from_a_trained_captioner(config):
+    first = train(config)
+    second = train(replace(config, init=first, out=config.out / "second", steps=1, lr=1e-30))
+    before, after = weights(first), weights(second)
+    assert all(torch.allclose(before[name], after[name]) for name in before)
+    with pytest.raises(UserError, match="mapper is 'mlp' but init .* has 'transformer'"):
+        train(replace(config, init=first, mapper="mlp"))
+    with pytest.raises(UserError, match="no trained captioner"):
+        train(replace(config, init=config.out))
+
+
+def test_logs_and_a_quiet_terminal(config, capfd, recwarn):
+    train(replace(config, steps=20, val_every=5, val_captions=4))
+    with open(config.out / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {"train/loss", "val/loss", "val/cider", "val/top_caption_share", "val/distinct_captions"} <= set(rows[0])
+    assert [row["step"] for row in rows if row["val/cider"]] == ["4", "9", "14", "19"]
+    assert list((config.out / "tensorboard").glob("events*"))
+    printed = "".join(capfd.readouterr())
+    for chatter in ("GPU available", "Tip:", "max_steps", "num_workers", "TPU", "Warning"):
+        assert chatter not in printed

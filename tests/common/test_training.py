@@ -13,7 +13,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.checks import UserError
-from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+from common.training import (
+    BatchOrder,
+    MuonAdamW,
+    ResumableLoader,
+    TrainerConfig,
+    build_trainer,
+    fit,
+    warmup_cosine,
+    warmup_linear,
+)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -49,6 +58,33 @@ def test_impossible_orders():
         BatchOrder(2, 1, world=3)
     with pytest.raises(UserError, match="0 items"):
         BatchOrder(0, 1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_order_by_length(world):
+    lengths = np.random.default_rng(0).integers(3, 60, 1000)
+    orders = [BatchOrder(1000, 16 // world, seed=1, rank=rank, world=world, lengths=lengths) for rank in range(world)]
+    parts = [order.batches() for order in orders]
+    steps = [sum((part[number] for part in parts), []) for number in range(len(parts[0]))]
+    assert sorted(i for step in steps for i in step) == list(range(1000))
+    spread = np.mean([np.ptp(lengths[step]) for step in steps])
+    assert spread < 5  # of 57 in a random batch of 16: nearly 51
+    alone = BatchOrder(1000, 16, seed=1, rank=0, world=1, lengths=lengths).batches()
+    assert [set(step) for step in steps] == [set(step) for step in alone]
+    firsts = [lengths[step].mean() for step in steps]
+    assert np.corrcoef(firsts, range(len(firsts)))[0, 1] < 0.5  # the steps are not in order of length
+
+
+def test_rank_and_world_come_from_torch_distributed(monkeypatch):
+    order = BatchOrder(20, 4)
+    assert (order.rank, order.world, len(order)) == (0, 1, 5)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    assert (order.rank, order.world, len(order)) == (1, 2, 3)
+    assert order.batches() == BatchOrder(20, 4, rank=1, world=2).batches()
+    with pytest.raises(UserError, match="1 items for 2 processes"):
+        BatchOrder(1, 4).batches()
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 6, 7, 9])
@@ -219,3 +255,71 @@ def test_warmup_cosine():
     assert factor(10) == pytest.approx(1) and factor(60) == pytest.approx(0.55)
     assert factor(110) == pytest.approx(0.1) and factor(10**6) == pytest.approx(0.1)
     assert warmup_cosine(0, 0)(0) == pytest.approx(1)
+    linear = warmup_linear(10, 110, floor=0.1)
+    assert [linear(0), linear(9), linear(10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert [linear(60), linear(110), linear(10**6)] == pytest.approx([0.55, 0.1, 0.1])
+    assert warmup_linear(0, 10)(10) == pytest.approx(0)
+
+
+class Net(MuonAdamW):
+    def __init__(self) -> None:
+        net = nn.Sequential()
+        net.add_module("embed", nn.Linear(4, 8))
+        net.add_module("hidden", nn.Linear(8, 8))
+        net.add_module("out", nn.Linear(8, 1))
+        super().__init__(net, hidden="hidden.", total=20, lr_muon=0.02, lr_adam=0.01, weight_decay=0.1,
+                         betas=(0.9, 0.98), warmup=4, clip_gradients=0.5)
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self.model(batch[0]), batch[1])
+        self.descend(loss)
+        return loss.detach()
+
+
+def test_muon_and_adamw_take_their_parameters_and_step_together(tmp_path):
+    torch.manual_seed(0)
+    module = Net()
+    twin = nn.Sequential(*[type(layer)(layer.in_features, layer.out_features) for layer in module.model])
+    twin.load_state_dict({f"{n}.{kind}": module.model.state_dict()[f"{name}.{kind}"]
+                          for n, name in enumerate(("embed", "hidden", "out")) for kind in ("weight", "bias")})
+    data = TensorDataset(torch.randn(30, 4), torch.randn(30, 1))
+    config = TrainerConfig(max_steps=2 * 6, clip_gradients=0, device="cpu", progress=False, tensorboard=False)
+    loader = ResumableLoader(data, BatchOrder(30, 10))
+    fit(build_trainer(config, tmp_path, monitor="x"), module, tmp_path, train_dataloaders=loader)
+
+    muon = torch.optim.Muon([twin[1].weight], lr=0.02, weight_decay=0.1, momentum=0.95)
+    plain = [layer.bias for layer in twin]
+    adam = torch.optim.AdamW(
+        [{"params": [twin[0].weight, twin[2].weight], "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=0.01, betas=(0.9, 0.98),
+    )
+    factor, order = warmup_cosine(4, 20), BatchOrder(30, 10)
+    for step in range(6):
+        order.epoch = step // 3
+        rows = order.batches()[step % 3]
+        for group in (*muon.param_groups, *adam.param_groups):
+            group["lr"] = (0.02 if group in muon.param_groups else 0.01) * factor(step)
+        twin.zero_grad()
+        nn.functional.mse_loss(twin(data.tensors[0][rows]), data.tensors[1][rows]).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        muon.step()
+        adam.step()
+    for ours, expected in zip(module.model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, expected, atol=1e-6)
+
+
+def test_patience_survives_a_resume(tmp_path):
+    """Nothing is learned: the run ends after `patience` validations, and again at once."""
+
+    class Still(Regression):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    data = TensorDataset(torch.zeros(6, 4), torch.zeros(6, 1))
+    config = TrainerConfig(max_steps=50, val_every=1, patience=3, device="cpu", progress=False, tensorboard=False)
+    for seen in (4, 0):
+        module = Still()
+        trainer = build_trainer(config, tmp_path)
+        fit(trainer, module, tmp_path, train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
+            val_dataloaders=DataLoader(data, batch_size=6))
+        assert (trainer.global_step, len(module.seen)) == (4, seen)

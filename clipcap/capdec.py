@@ -1,0 +1,129 @@
+"""Training on text alone: noisy embeddings of captions stand in for images (CapDec, Nukrai et al. 2022).
+
+CLIP puts an image and its caption at nearby places, so a decoder of captions' embeddings decodes images', once noise
+has taught it that a caption may be some way off (sec. 3.2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from clipcap.data import CaptionedImage
+from common.checks import UserError, require_file
+from common.report import write_json
+
+if TYPE_CHECKING:
+    from common.clip import FrozenCLIP
+
+NOWHERE = Path()
+"""Path of an item that has no image."""
+
+
+def inject_noise(embeddings: Float[Tensor, "b e"], variance: float) -> Float[Tensor, "b e"]:
+    """normalise(normalise(embedding) + n), n ~ N(0, variance) in every component (Nukrai et al. 2022, eq. 1)."""
+    unit = F.normalize(embeddings.float(), dim=-1)
+    return F.normalize(unit + variance**0.5 * torch.randn_like(unit), dim=-1)
+
+
+def read_captions(path: Path, *, val_share: float = 0.1) -> list[CaptionedImage]:
+    """A text file with a caption a line, as items without images; a share is held out by a hash of the caption.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8.
+    """
+    try:
+        lines = require_file(path, "caption file").read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"caption file {str(path)!r}, line {line} is not UTF-8: convert it.") from None
+    texts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not texts:
+        raise UserError(f"caption file {str(path)!r} holds no caption: write one a line.")
+    return [
+        CaptionedImage(f"line {number}", NOWHERE, (text,), "val" if _share(text) < val_share else "train")
+        for number, text in enumerate(texts, 1)
+    ]
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on `text` alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def one_item_a_caption(items: Sequence[CaptionedImage]) -> list[CaptionedImage]:
+    """Each caption as an item of its own, because each has an embedding of its own."""
+    return [
+        CaptionedImage(f"{item.image_id}#{number}", NOWHERE, (text,), item.split)
+        for item in items
+        for number, text in enumerate(item.captions)
+    ]
+
+
+class TextStore:
+    """CLIP's embeddings of captions, memory-mapped; to a data set, an embedding store whose images are captions."""
+
+    def __init__(self, ids: Sequence[str], array: Float[np.ndarray, "n e"]) -> None:
+        self.array, self.skipped = array, dict[str, str]()
+        self._rows = {caption_id: row for row, caption_id in enumerate(ids)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, caption_id: str) -> bool:
+        return caption_id in self._rows
+
+    def row(self, caption_id: str) -> int:
+        """Row of a caption."""
+        return self._rows[caption_id]
+
+    def __getitem__(self, row: int) -> Float[Tensor, " e"]:
+        """One row as float32."""
+        return torch.from_numpy(self.array[row].astype(np.float32))
+
+
+def build_text_store(
+    items: Sequence[CaptionedImage],
+    clip: FrozenCLIP,
+    directory: Path,
+    *,
+    batch_size: int = 256,
+    progress: Callable[[int], object] = lambda done: None,
+) -> TextStore:
+    """Encode the first caption of each item, or go on where an interrupted call stopped.
+
+    Args:
+        items: as `one_item_a_caption` gives them.
+        clip: whose text tower.
+        directory: where the store is kept; one of other captions or another CLIP there is replaced.
+        batch_size: captions encoded at once.
+        progress: called with the number of captions done.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    texts = [item.captions[0] for item in items]
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    key = {"clip": clip.name, "captions": digest, "shape": [len(texts), clip.width]}
+    state_path, path = directory / "text.json", directory / "text.npy"
+    done = 0
+    if state_path.is_file() and path.is_file():
+        state = json.loads(state_path.read_text())
+        done = state["done"] if state["key"] == key else 0
+    mode, shape = ("r+", None) if done else ("w+", (len(texts), clip.width))
+    array = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
+    progress(done)
+    for begin in range(done, len(texts), batch_size):
+        rows = clip.encode_texts(texts[begin : begin + batch_size]).float()
+        array[begin : begin + len(rows)] = F.normalize(rows, dim=-1).cpu().numpy()
+        array.flush()
+        write_json(state_path, {"key": key, "done": begin + len(rows)})
+        progress(begin + len(rows))
+    return TextStore([item.image_id for item in items], array)

@@ -1,0 +1,95 @@
+"""Text-only training: the noise, the store of captions' embeddings, and a run without any image."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clipcap import Captioner
+from clipcap.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
+from clipcap.readers import CaptionedImage
+from clipcap.training import Captioning, TrainConfig, train
+from common.checks import UserError
+from common.clip import load_clip
+from common.runtime import RuntimeConfig
+
+
+def test_noise():
+    torch.manual_seed(0)
+    embeddings = 7 * torch.randn(400, 64)
+    unit = F.normalize(embeddings, dim=-1)
+    assert torch.allclose(inject_noise(embeddings, 0.0), unit, atol=1e-6)
+    noisy = inject_noise(embeddings, 0.016)
+    assert torch.allclose(noisy.norm(dim=-1), torch.ones(400), atol=1e-5)
+    # cos(u, (u + n) / |u + n|) with |n|² = 64 · 0.016
+    assert (noisy * unit).sum(-1).mean().item() == pytest.approx((1 + 64 * 0.016) ** -0.5, abs=0.01)
+
+
+def test_captions_of_a_text_file(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text("a cat\n\n  a dog \n" + "".join(f"number {n}\n" for n in range(200)) + "a cat\n")
+    items = read_captions(path)
+    assert [item.captions[0] for item in items[:2]] == ["a cat", "a dog"] and len(items) == 202
+    assert 5 < sum(item.split == "val" for item in items) < 40
+    path.write_bytes(b"fine\nbad \xff\n")
+    with pytest.raises(UserError, match="line 2 is not UTF-8"):
+        read_captions(path)
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match="holds no caption"):
+        read_captions(path)
+
+
+def test_store_goes_on_where_it_stopped(tmp_path, clip_directory):
+    clip = load_clip(str(clip_directory))
+    image = CaptionedImage("1.jpg", tmp_path, tuple(f"a cube next to {n}" for n in range(7)), "train")
+    items = one_item_a_caption([image])
+    assert [item.captions for item in items] == [(text,) for text in image.captions]
+    calls = []
+
+    class Killed(Exception):
+        pass
+
+    def stop(done):
+        calls.append(done)
+        if done == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        build_text_store(items, clip, tmp_path / "store", batch_size=2, progress=stop)
+    store = build_text_store(items, clip, tmp_path / "store", batch_size=2, progress=calls.append)
+    assert calls == [0, 2, 4, 4, 6, 7]
+    expected = F.normalize(clip.encode_texts(list(image.captions)), dim=-1).numpy()
+    assert np.allclose(store.array, expected, atol=2e-3)
+    assert torch.equal(store[store.row("1.jpg#3")], torch.from_numpy(store.array[3].astype(np.float32)))
+    other = build_text_store(items[:3], clip, tmp_path / "store")
+    assert len(other) == 3 and other.array.shape == (3, 12)
+
+
+@pytest.mark.parametrize("with_images", [False, True])
+def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_directory, with_images, monkeypatch):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("".join(f"the cat sat on mat {n}\n" for n in range(60)))
+    seen, original = [], Captioning._loss
+
+    def spy(self, batch):
+        if self.trainer.training:
+            seen.append(batch["clip_embeddings"].norm(dim=-1))
+        return original(self, batch)
+
+    monkeypatch.setattr(Captioning, "_loss", spy)
+    config = TrainConfig(
+        data=photos / "dataset.json" if with_images else captions, out=tmp_path / "run", text_only=True,
+        clip=str(clip_directory), gpt2=str(gpt2_directory), mapper="mlp", prefix_length=3, steps=4, batch_size=6,
+        val_every=2, val_captions=5, max_tokens=10, lr=1e-2, runtime=RuntimeConfig(device="cpu"),
+    )
+    directory = train(config)
+    lengths = torch.cat(seen)
+    assert len(lengths) > 20 and torch.allclose(lengths, torch.ones(len(lengths)), atol=1e-5)
+    record = json.loads((config.out / "training.json").read_text())
+    assert record["images"] == ({"train": 16, "val": 2} if with_images else record["images"])
+    assert "data:image" in (config.out / "samples.html").read_text() or not with_images
+    captioner = Captioner.from_pretrained(directory, device="cpu")
+    assert captioner.model.config.normalize_embeddings  # images are read as the captions were
+    assert isinstance(captioner.caption(photos / "00.jpg", max_new_tokens=5), str)

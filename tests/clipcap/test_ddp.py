@@ -1,0 +1,80 @@
+"""Two processes on a CPU train as one does with batches twice as large, and go on exactly after a kill."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file
+
+from clipcap.training import TrainConfig, train
+from common.runtime import RuntimeConfig
+
+SCRIPT = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+torch.set_num_threads(1)
+from clipcap.training import Captioning, TrainConfig, train
+from common.runtime import RuntimeConfig
+
+photos, clip, gpt2, out = sys.argv[1:]
+config = TrainConfig(
+    data=Path(photos) / "dataset.json", out=Path(out) / "whole", embeddings=Path(out) / "embeddings", clip=clip,
+    gpt2=gpt2, mapper="mlp", prefix_length=3, steps=10, batch_size=3, val_every=2, val_captions=2, max_tokens=10,
+    lr=1e-2, devices=2, strategy="ddp", runtime=RuntimeConfig(device="cpu"),
+)
+train(config)
+part = replace(config, out=Path(out) / "part", tune_gpt2=True)
+original = Captioning.training_step
+
+def die(self, batch, batch_idx):
+    if self.global_step == 5:
+        raise KeyError("killed")
+    return original(self, batch, batch_idx)
+
+train(replace(part, out=Path(out) / "tuned"))
+Captioning.training_step = die
+try:
+    train(part)
+except KeyError:
+    Captioning.training_step = original
+train(part)
+print("done", os.environ.get("LOCAL_RANK"))
+"""
+
+
+def losses(directory):
+    with open(directory / "metrics.csv") as file:
+        return [(row["step"], float(row["val/loss"])) for row in csv.DictReader(file) if row["val/loss"]]
+
+
+def test_two_processes(photos, clip_directory, gpt2_directory, tmp_path, root):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, str(script), str(photos), str(clip_directory), str(gpt2_directory), str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done") == 2 and "GLOBAL_RANK" not in done.stderr
+    one = TrainConfig(
+        data=photos / "dataset.json", out=tmp_path / "one", clip=str(clip_directory), gpt2=str(gpt2_directory),
+        mapper="mlp", prefix_length=3, steps=10, batch_size=6, val_every=2, val_captions=2, max_tokens=10, lr=1e-2,
+        runtime=RuntimeConfig(device="cpu"),
+    )
+    alone = load_file(train(one) / "model.safetensors")
+    together = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    for (step, loss), (same_step, same) in zip(losses(one.out), losses(tmp_path / "whole"), strict=True):
+        assert step == same_step and abs(loss - same) < 1e-4
+    assert len(losses(one.out)) == 5
+    assert all(torch.allclose(alone[name], together[name], atol=1e-4) for name in alone)
+    record = json.loads((tmp_path / "whole" / "training.json").read_text())
+    assert record["steps"] == 10 and record["config"]["devices"] == 2
+    # With dropout: every process's random state comes from the checkpoint.
+    whole = load_file(tmp_path / "tuned" / "model" / "model.safetensors")
+    resumed = load_file(tmp_path / "part" / "model" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

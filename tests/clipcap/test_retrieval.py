@@ -1,0 +1,136 @@
+"""Retrieval prompts: the nearest captions, never an image's own in training, kept with the captioner."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clipcap import Captioner
+from clipcap.model import ClipCapModel
+from clipcap.retrieval import FILE, Datastore
+from clipcap.training import Captioning, TrainConfig, train
+from common.checks import UserError
+from common.gpt2 import load_gpt2
+from common.runtime import RuntimeConfig
+
+
+@pytest.fixture(scope="module")
+def tokenizer(gpt2_directory):
+    return load_gpt2(gpt2_directory)[1]
+
+
+@pytest.fixture
+def datastore(tokenizer):
+    torch.manual_seed(0)
+    texts = [f"the cat {n}" + " sat" * (n % 4) for n in range(30)]
+    return Datastore.build(texts, [n // 3 for n in range(30)], torch.randn(30, 12), tokenizer)
+
+
+def test_nearest_is_the_naive_one(datastore, monkeypatch):
+    monkeypatch.setattr("clipcap.retrieval.PART", 7)
+    queries = torch.randn(5, 12)
+    own = torch.tensor([0, 3, 9, 5, 5])
+    similarity = F.normalize(queries, dim=-1) @ datastore.embeddings.float().T
+    for image in (None, own):
+        masked = similarity.clone()
+        if image is not None:
+            for row, number in enumerate(image.tolist()):
+                masked[row, 3 * number : 3 * number + 3] = -9
+        assert torch.equal(datastore.nearest(queries, 4, image), masked.topk(4, -1).indices)
+
+
+def test_equal_captions_count_once(tokenizer):
+    texts = ["the cat", "the cat", "the mat", "the hat"]
+    store = Datastore.build(texts, [0, 1, 2, 3], torch.tensor([[1.0, 0], [1, 0.1], [1, 1], [0, 1]]), tokenizer)
+    assert store.nearest(torch.tensor([[1.0, 0.0]]), 3).tolist() == [[0, 2, 3]]
+    with pytest.raises(UserError, match="retrieval is 4 but only 3 other captions"):
+        store.nearest(torch.tensor([[1.0, 0.0]]), 4)
+
+
+def test_prompts_are_padded_on_the_left_and_end_with_the_nearest(datastore, tokenizer):
+    queries = torch.randn(3, 12)
+    prompts = datastore.prompts(queries, 2)
+    assert prompts.shape == (3, datastore.prompt_length(2))
+    for row, (first, second) in zip(prompts.tolist(), datastore.nearest(queries, 2).tolist(), strict=True):
+        text = [tokenizer.decode([t for t in datastore.tokens[n].tolist() if t != 0]) for n in (second, first)]
+        words = [token for token in row if token != 0]
+        assert tokenizer.decode(words) == "".join(text) and text[1].endswith("\n")
+        assert row == [0] * (len(row) - len(words)) + words
+
+
+def test_saved_and_damaged(datastore, tmp_path):
+    datastore.save(tmp_path / FILE)
+    loaded = Datastore.load(tmp_path / FILE)
+    assert torch.equal(loaded.embeddings, datastore.embeddings) and torch.equal(loaded.tokens, datastore.tokens)
+    assert loaded.pad == datastore.pad and torch.equal(loaded.owners, datastore.owners)
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:100])
+    with pytest.raises(UserError, match="datastore .* is damaged"):
+        Datastore.load(tmp_path / FILE)
+
+
+@pytest.fixture(scope="module")
+def roomy_gpt2(tmp_path_factory, gpt2_directory):
+    """The tiny GPT-2 with positions enough for two retrieved captions."""
+    from transformers import GPT2LMHeadModel
+
+    model, tokenizer = load_gpt2(gpt2_directory)
+    directory = tmp_path_factory.mktemp("gpt2") / "roomy"
+    torch.manual_seed(0)
+    model.config.n_positions = 160
+    GPT2LMHeadModel(model.config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_run(photos, clip_directory, roomy_gpt2, tmp_path, monkeypatch, tokenizer):
+    data = json.loads((photos / "dataset.json").read_text())
+    for number, row in enumerate(data["images"]):
+        row["sentences"] = [{"raw": f"the cat {number}"}, {"raw": f"the bat {number}"}]
+    (photos / "dataset.json").write_text(json.dumps(data))
+    batches, original = [], Captioning._loss
+
+    def spy(self, batch):
+        if self.trainer.training:
+            batches.append(batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(Captioning, "_loss", spy)
+    config = TrainConfig(
+        data=photos / "dataset.json", out=tmp_path / "run", clip=str(clip_directory), gpt2=str(roomy_gpt2),
+        mapper="mlp", prefix_length=3, retrieval=2, steps=4, batch_size=8, val_every=4, val_captions=2,
+        max_tokens=10, lr=1e-2, runtime=RuntimeConfig(device="cpu"),
+    )
+    directory = train(config)
+    seen = 0
+    for batch in batches:
+        for ids, prompt in zip(batch["input_ids"], batch["prompts"], strict=True):
+            own = tokenizer.decode(ids[ids != 0]).split()[-1]
+            retrieved = [line.split()[-1] for line in tokenizer.decode(prompt[prompt != 0]).splitlines()]
+            assert own not in retrieved and len(retrieved) == 2
+            seen += 1
+    assert seen == 32
+
+    assert (directory / FILE).is_file()
+    captioner = Captioner.from_pretrained(directory, device="cpu")
+    model = captioner.model
+    extra = model.datastore.prompt_length(2)
+    assert model.config.prefix_length == 3 + extra and model.config.retrieval_tokens == extra
+    embeddings = torch.randn(2, 12)
+    prefix = model.prefix(embeddings)
+    table = model.gpt2.get_input_embeddings()
+    assert torch.equal(prefix[:, :extra], table(model.datastore.prompts(embeddings, 2)))
+    assert torch.equal(prefix[:, extra:], model.mapper(embeddings))
+    caption = captioner.caption(photos / "00.jpg", max_new_tokens=5)
+    assert isinstance(caption, str)
+    model.save_pretrained(tmp_path / "again")
+    again = Captioner.from_pretrained(tmp_path / "again", device="cpu")
+    assert again.caption(photos / "00.jpg", max_new_tokens=5) == caption
+    (tmp_path / "again" / FILE).unlink()
+    with pytest.raises(UserError, match="datastore"):
+        ClipCapModel.from_pretrained(tmp_path / "again")
+    with pytest.raises(UserError, match="retrieval is 15 but only 14"):
+        train(replace(config, retrieval=15))
+    with pytest.raises(UserError, match="retrieval is 40: .* of GPT-2's 160 positions"):
+        train(replace(config, retrieval=40))
