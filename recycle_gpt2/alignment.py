@@ -64,7 +64,7 @@ def align(
         _require_weights(weights, len(small_source))
     # Means and products are summed in double precision: differences of large tables are small.
     small, large, target = small_source.double(), large_source.double(), small_target.double()
-    share = None if weights is None else (weights / weights.sum()).to(small)
+    share = None if weights is None else weights.to(small) / weights.to(small).sum()
     small_mean, large_mean = _mean(small, share), _mean(large, share)
     if not centre:
         small_mean, large_mean = torch.zeros_like(small_mean), torch.zeros_like(large_mean)
@@ -213,7 +213,8 @@ def choose_options(
         )
         for options in candidates
     ]
-    best = min(range(len(candidates)), key=errors.__getitem__)  # of equals the first, which is the plainest
+    enough = 1.001 * min(errors) + 1e-9
+    best = next(place for place, error in enumerate(errors) if error <= enough)  # the plainest comes first
     return replace(candidates[best], error=errors[best])
 
 

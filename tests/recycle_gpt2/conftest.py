@@ -1,0 +1,56 @@
+"""What the recycling tests share: invented text in a language of few words, and tokenizers of it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+WORDS = {
+    "dutch": "de kat en het huis zijn op een mat van hout die nacht was koud water lopen huizen katten groot groter",
+    "english": "the cat and a house are on one mat of wood that night was cold water walk houses cats great greater",
+}
+
+
+def invent(language: str, documents: int, *, seed: int = 0) -> list[str]:
+    """Documents of one to four paragraphs of random words; the same seed gives the same."""
+    rng = random.Random(f"{language} {seed}")
+    words = WORDS[language].split()
+
+    def paragraph() -> str:
+        return " ".join(rng.choices(words, k=rng.randint(8, 40))) + "."
+
+    return ["\n".join(paragraph() for _ in range(rng.randint(1, 4))) for _ in range(documents)]
+
+
+@pytest.fixture(scope="session")
+def dutch() -> list[str]:
+    """200 documents."""
+    return invent("dutch", 200)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(dutch: list[str]):
+    """A tokenizer of 320 tokens for the Dutch text."""
+    from recycle_gpt2.tokenizer import train_tokenizer
+
+    return train_tokenizer(dutch, 320)
+
+
+@pytest.fixture(scope="session")
+def english_tokenizer():
+    """A tokenizer of 310 tokens for the English text."""
+    from recycle_gpt2.tokenizer import train_tokenizer
+
+    return train_tokenizer(invent("english", 200), 310)
+
+
+@pytest.fixture
+def text(tmp_path: Path, dutch: list[str]) -> Path:
+    """A folder of two genres: plain text at the top, and more inside a subfolder."""
+    folder = tmp_path / "text"
+    (folder / "news").mkdir(parents=True)
+    (folder / "stories.txt").write_text("\n\n".join(dutch[:150]) + "\n", encoding="utf-8")
+    (folder / "news" / "today.txt").write_text("\n\n".join(dutch[150:]) + "\n", encoding="utf-8")
+    return folder
