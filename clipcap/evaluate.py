@@ -389,6 +389,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if not items:
         splits = sorted({item.split for item in everything})
         raise UserError(f"{str(config.data)!r} has no split {config.split!r}: choose one of {', '.join(splits)}, all.")
+    if any(item.embedding_row is not None for item in items):
+        raise UserError(f"{str(config.data)!r} holds embeddings instead of images: evaluate on the images themselves.")
     unreferenced = [item.image_id for item in items if not item.captions]
     if unreferenced:
         raise UserError(

@@ -2,8 +2,8 @@
 
     python -m experiments.clipcap_photographs --data flickr8k/dataset_flickr8k.json
 
-Writes a page with the test photographs, their captions and references. With the packaged tiny backbones, which have
-seen rendered scenes and software manuals only, the captions are poor; the path is the same for real weights:
+Writes scores and a page with the test photographs, their captions and references. With the packaged tiny backbones,
+which have seen rendered scenes and software manuals only, the captions are poor; the path is the same for real weights:
 `--clip openai/clip-vit-base-patch32 --gpt2 gpt2`.
 """
 
@@ -14,13 +14,10 @@ from pathlib import Path
 
 import tyro
 
-from clipcap.captioner import Captioner
-from clipcap.data import read_dataset
-from clipcap.metrics import score_captions
+from clipcap.evaluate import EvaluateConfig, evaluate, print_scores
 from clipcap.training import TrainConfig, train
-from common.checks import UserError, run_command
-from common.report import Page, write_json
-from common.runtime import RuntimeConfig, hardware, versions
+from common.checks import run_command
+from common.runtime import RuntimeConfig
 
 
 @dataclass(frozen=True)
@@ -37,17 +34,19 @@ class Config:
     """CLIP."""
     gpt2: str = "tiny"
     """GPT-2."""
+    clip_score: str = "tiny"
+    """CLIP of CLIPScore; empty leaves it out."""
     steps: int = 600
     """Training steps."""
     lr: float = 1e-3
     """Peak learning rate."""
-    shown: int = 24
-    """Photographs on the page."""
+    resamples: int = 1000
+    """Resamples of the images for the 95% intervals."""
     runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(precision="bf16"))
 
 
 def main(config: Config) -> None:
-    """Train on the train split, caption the test split, score it and write the page."""
+    """Train on the train split, then caption and score the test split."""
     directory = train(
         TrainConfig(
             data=config.data,
@@ -65,42 +64,20 @@ def main(config: Config) -> None:
             runtime=config.runtime,
         )
     )
-    test = [item for item in read_dataset(config.data, images=config.images) if item.split == "test"]
-    if not test:
-        raise UserError(f"{str(config.data)!r} has no image in its test split: nothing to score.")
-    captioner = Captioner.from_pretrained(directory, device=config.runtime.device)
-    captions = dict(
-        zip(
-            (item.image_id for item in test),
-            captioner.caption([item.path for item in test], progress=True),
-            strict=True,
+    out = config.out / "evaluation"
+    found = evaluate(
+        EvaluateConfig(
+            data=config.data,
+            images=config.images,
+            model=str(directory),
+            out=out,
+            clip_score=config.clip_score,
+            resamples=config.resamples,
+            runtime=RuntimeConfig(device=config.runtime.device, seed=config.runtime.seed),
         )
     )
-    scores = score_captions(captions, {item.image_id: item.captions for item in test})
-    result = {
-        "images": len(test),
-        "bleu_4": scores.bleu[3],
-        "cider": scores.cider,
-        "tokenizer": scores.tokenizer,
-        "distinct_captions": len(set(captions.values())),
-        "steps": config.steps,
-        "seed": config.runtime.seed,
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-    write_json(config.out / "scores.json", result | {"captions": captions})
-    page = Page("Captions of photographs", f"CLIP {config.clip}, GPT-2 {config.gpt2}, {len(test)} test images")
-    if config.clip == "tiny":
-        page.text(
-            "The tiny backbones have never seen a photograph, so these captions are poor; what is shown is "
-            "that the whole path works on real files. Real weights go through the same command."
-        )
-    page.table([{name: result[name] for name in ("images", "bleu_4", "cider", "distinct_captions")}])
-    page.command(f"python -m experiments.clipcap_photographs --data {config.data.name} --steps {config.steps}")
-    page.gallery(
-        [(item.path, captions[item.image_id], [f"reference: {item.captions[0]}"]) for item in test[: config.shown]]
-    )
-    print(f"BLEU-4 {scores.bleu[3]:.3f}  CIDEr {scores.cider:.3f}  page: {page.write(config.out / 'index.html')}")
+    print_scores(found)
+    print(f"page: {out / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""ClipCap's COCO table (Mokady et al. 2021, table 1): both captioners on Karpathy's test split, beside the published.
+
+    python -m experiments.clipcap_coco --data dataset_coco.json --images coco
+    python -m experiments.clipcap_coco --small
+
+At full size: CLIP ViT-B/32 and GPT-2 (124M), 10 epochs over 567,000 captions for each captioner, which wants a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+from common.checks import require_one_of, run_command
+from experiments.clipcap_tables import (
+    VARIANTS,
+    TableConfig,
+    cell,
+    cpu_minutes,
+    prepare,
+    run_captioner,
+    score_captioner,
+    write_table,
+)
+
+METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "CLIPScore", "RefCLIPScore")
+PUBLISHED = {
+    "transformer-frozen": {"BLEU-4": "33.53", "METEOR": "27.45", "CIDEr": "113.08", "SPICE": "21.05"},
+    "mlp-tuned": {"BLEU-4": "32.15", "METEOR": "27.1", "CIDEr": "108.35", "SPICE": "20.12"},
+}
+
+
+@dataclass(frozen=True)
+class Config(TableConfig):
+    """Train the paper's two captioners on COCO and score them on Karpathy's test split."""
+
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which captioners: transformer-frozen, mlp-tuned."""
+
+
+def main(config: Config) -> None:
+    """Train, score, and print and write the table."""
+    for name in config.variants:
+        require_one_of("variant", name, tuple(VARIANTS))
+    setting = prepare("clipcap_coco", config, epochs=10, layout="Karpathy's dataset_coco.json, with --images")
+    rows, tokenizer = [], ""
+    for name in config.variants:
+        found = score_captioner(setting, run_captioner(setting, name, **VARIANTS[name]), name)
+        tokenizer = found.tokenizer
+        minutes = cpu_minutes(setting.out / name)
+        rows.append({"captioner": name} | {m: cell(found, m) for m in METRICS} | {"CPU min": minutes})
+        if not config.small:
+            rows.append({"captioner": f"{name}, published"} | PUBLISHED[name])
+    text = ["Scores times 100 with 95% intervals over the test images."]
+    if config.small:
+        text.append("Rendered scenes and the packaged tiny backbones: not comparable with the published COCO table.")
+    write_table(
+        setting,
+        "COCO, in small" if config.small else "COCO, Karpathy's test split",
+        text,
+        ("captioner", *METRICS, "CPU min"),
+        rows,
+        command="python -m experiments.clipcap_coco",
+        tokenizer=tokenizer,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))

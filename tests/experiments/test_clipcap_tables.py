@@ -1,0 +1,117 @@
+"""The captioning tables, each in small with a few steps, and what they say when data is missing."""
+
+import json
+import shutil
+
+import pytest
+
+from common.checks import UserError
+from common.runtime import RuntimeConfig
+from experiments import clipcap_coco, clipcap_conceptual, clipcap_nocaps, clipcap_photographs, clipcap_prefix_length
+from experiments.clipcap_tables import SCENES, small_data
+
+WHICH = shutil.which
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    """METEOR has its test with the metrics; starting it costs seconds."""
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "java" else WHICH(name))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Some of the packaged scenes: 8 to train on, 4 to validate, 3 of known and 3 of new looks to score."""
+    folder = tmp_path_factory.mktemp("scenes")
+    rows = json.loads(SCENES.read_text())["images"]
+    kept = [row for row in rows if row["split"] == "train"][:8] + [row for row in rows if row["split"] == "val"][:4]
+    kept += [row for row in rows if row["split"] == "test" and not row["unseen"]][:3]
+    kept += [row for row in rows if row["unseen"]][:3]
+    for row in kept:
+        shutil.copy(SCENES.parent / row["filename"], folder)
+    (folder / "dataset.json").write_text(json.dumps({"images": kept}))
+    return folder / "dataset.json"
+
+
+@pytest.fixture
+def options(data, tmp_path):
+    return {
+        "small": True,
+        "data": data,
+        "out": tmp_path / "out",
+        "docs": tmp_path / "docs",
+        "steps": 2,
+        "resamples": 20,
+        "clip_score": "",
+        "runtime": RuntimeConfig(device="cpu"),
+    }
+
+
+def rows(out):
+    return json.loads((out / "table.json").read_text())["rows"]
+
+
+def test_coco(options, tmp_path, capsys):
+    clipcap_coco.main(clipcap_coco.Config(**options))
+    table = (tmp_path / "docs" / "clipcap_coco_small.md").read_text()
+    assert [row["captioner"] for row in rows(tmp_path / "out")] == ["transformer-frozen", "mlp-tuned"]
+    assert "not comparable" in table and "`python -m experiments.clipcap_coco --small --steps 2`" in table
+    assert table in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "mlp-tuned" / "evaluation-test" / "results.json").read_text())
+    assert result["images"] == 6 and f"{100 * result['scores']['CIDEr']:.2f}" in rows(tmp_path / "out")[1]["CIDEr"]
+    assert "METEOR" in result["not_measured"] and rows(tmp_path / "out")[1]["METEOR"] == "–"
+
+
+def test_conceptual_has_one_caption_each(options, tmp_path):
+    clipcap_conceptual.main(clipcap_conceptual.Config(**options, variants=("mlp-tuned",)))
+    images = json.loads((tmp_path / "out" / "data" / "one_caption.json").read_text())["images"]
+    assert len(images) == 18 and all(len(row["sentences"]) == 1 for row in images)
+    record = json.loads((tmp_path / "out" / "mlp-tuned" / "training.json").read_text())
+    assert record["captions"]["train"] == 8 and record["steps"] == 2
+    assert "split test" in (tmp_path / "docs" / "clipcap_conceptual_small.md").read_text()
+
+
+def test_nocaps_by_domain(options, tmp_path):
+    clipcap_nocaps.main(clipcap_nocaps.Config(**options, variants=("mlp-tuned",), models=("tiny",)))
+    (row,) = rows(tmp_path / "out")
+    assert {"CIDEr in", "CIDEr out", "CIDEr overall"} <= set(row)
+    result = json.loads((tmp_path / "out" / "mlp-tuned" / "evaluation-all" / "results.json").read_text())
+    counts = {name: part["images"] for name, part in result["domains"].items()}
+    assert counts["in"] == 3 and counts["overall"] == 6 and sum(counts.values()) == 12
+    assert not (tmp_path / "out" / "mlp-tuned" / "training.json").exists()  # the given captioner was scored
+
+
+def test_prefix_length(options, tmp_path):
+    config = clipcap_prefix_length.Config(**options, lengths=(3, 2), variants=("transformer-frozen",))
+    clipcap_prefix_length.main(config)
+    assert [row["K"] for row in rows(tmp_path / "out")] == [2, 3]
+    for length in (2, 3):
+        model = json.loads((tmp_path / "out" / f"transformer-frozen-{length}" / "model" / "config.json").read_text())
+        assert model["prefix_length"] == model["clip_length"] == length
+    assert (tmp_path / "docs" / "clipcap_prefix_length_small.png").stat().st_size > 5000
+    assert "clipcap_prefix_length_small.png" in (tmp_path / "docs" / "clipcap_prefix_length_small.md").read_text()
+
+
+def test_photographs(data, tmp_path):
+    config = clipcap_photographs.Config(data=data, out=tmp_path / "out", steps=2, clip_score="", resamples=10)
+    clipcap_photographs.main(config)
+    assert json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())["images"] == 6
+    assert (tmp_path / "out" / "evaluation" / "index.html").read_text().count('class="card"') == 6
+
+
+def test_missing_data_is_said_first(tmp_path):
+    for module in (clipcap_coco, clipcap_conceptual, clipcap_prefix_length):
+        with pytest.raises(UserError, match="give --data"):
+            module.main(module.Config(out=tmp_path))
+        with pytest.raises(UserError, match="'gone.json' does not exist"):
+            module.main(module.Config(data=tmp_path.__class__("gone.json"), out=tmp_path))
+    with pytest.raises(UserError, match="give --nocaps"):
+        clipcap_nocaps.main(clipcap_nocaps.Config(out=tmp_path))
+    with pytest.raises(UserError, match="1 models for 2 variants"):
+        clipcap_nocaps.main(clipcap_nocaps.Config(small=True, models=("tiny",)))
+    with pytest.raises(UserError, match="test 'gone.tsv' does not exist"):
+        clipcap_conceptual.main(clipcap_conceptual.Config(small=True, test=tmp_path.__class__("gone.tsv")))
+    with pytest.raises(UserError, match="variant is 'x'"):
+        clipcap_coco.main(clipcap_coco.Config(small=True, variants=("x",)))
+    assert small_data(tmp_path, tmp_path) == (SCENES, None)
+    assert not list(tmp_path.iterdir())
