@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from common.checks import UserError, require_at_least, require_file, require_one_of
+from common.runtime import fork_generators, resolve_device
+from dietnerf.poses import PUBLISHED_RANGES, estimate_ranges, sample_interpolated, sample_sphere
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.cameras import Cameras
@@ -15,6 +21,7 @@ if TYPE_CHECKING:
 
 Feature = Literal["class_token", "embedding", "patches"]
 PoseKind = Literal["published", "sphere", "interpolate"]
+CLASSIFIERS = ("timm", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -24,14 +31,15 @@ class SemanticConfig:
     weight: float = 0.0
     """Weight λ of the loss; 0 switches it off. Published: 0.1."""
     encoder: str = "tiny"
-    """Image encoder: a CLIP by `common.clip.load_clip`'s names (tiny, a Hugging Face id, open_clip:ARCH/TAG), or
-    timm:NAME or torchvision:NAME with random weights, or timm:NAME:PATH and torchvision:NAME:PATH with a file's."""
+    """Image encoder: a CLIP by `common.clip.load_clip`'s names (tiny, a Hugging Face id, open_clip:ARCH/TAG), or an
+    image classifier without its last layer: timm:NAME or torchvision:NAME with these libraries' weights, or
+    timm:NAME:PATH and torchvision:NAME:PATH with a file's."""
     feature: Feature = "class_token"
     """What is compared: the class token before the final layer norm and projection (the original's choice), the
-    projected embedding, or patches by their best match. Only the pooled embedding exists for timm and torchvision."""
+    projected embedding, or patches, each with its best match. A classifier has its pooled embedding only."""
     random_weights: bool = False
     """Control: the encoder's weights are replaced by random ones of the same scale, and its gradient is scaled to the
-    norm that the trained encoder's would have."""
+    norm that the trained encoder's has."""
     every: int = 10
     """Compute the loss every so many steps."""
     start: int = 0
@@ -45,78 +53,386 @@ class SemanticConfig:
     hinge: bool = False
     """Ask for no more similarity than the training views have among each other."""
     augment: bool = False
-    """Zoom, shift and brighten the render at random before it is embedded, as in the encoder's own training."""
+    """Zoom, shift, brighten and blur the render at random before it is embedded, as in the packaged encoder's own
+    training."""
     poses: PoseKind = "published"
-    """published (a sphere around the origin), sphere (ranges estimated from the training cameras) or interpolate
+    """published (on a sphere around the origin), sphere (ranges estimated from the training cameras) or interpolate
     (between three training cameras)."""
     text: str = ""
     """A description of the scene: its text embedding becomes one more target (CLIP encoders only)."""
     text_weight: float = 1.0
-    """Weight of the text target relative to an image target."""
+    """Weight of the text target relative to the image targets."""
     chunk: int = 4096
     """Rays rendered at once; memory grows with it and not with the resolution."""
 
 
-def semantic_consistency_loss(rendered: Float[Tensor, "e"], targets: Float[Tensor, "n e"]) -> Float[Tensor, "n"]:
+def check_semantic_config(config: SemanticConfig) -> None:
+    """Raise UserError when a value makes no sense."""
+    require_at_least("semantic.weight", config.weight, 0)
+    require_at_least("semantic.text_weight", config.text_weight, 0)
+    for name in ("every", "resolution", "chunk"):
+        require_at_least(f"semantic.{name}", getattr(config, name), 1)
+    for name in ("start", "end", "targets"):
+        require_at_least(f"semantic.{name}", getattr(config, name), 0)
+    require_one_of("semantic.feature", config.feature, ("class_token", "embedding", "patches"))
+    require_one_of("semantic.poses", config.poses, ("published", "sphere", "interpolate"))
+
+
+def is_due(config: SemanticConfig, step: int) -> bool:
+    """Whether `step` computes the semantic loss."""
+    running = step >= config.start and (config.end == 0 or step < config.end)
+    return config.weight > 0 and running and (step - config.start) % config.every == 0
+
+
+def semantic_consistency_loss(rendered: Float[Tensor, " e"], targets: Float[Tensor, "n e"]) -> Float[Tensor, " n"]:
     """-cos(φ(target), φ(render)) for each target, unweighted (Jain et al. 2021, equation 5)."""
-    raise NotImplementedError
+    return -F.cosine_similarity(rendered[None], targets, dim=-1)
+
+
+def patch_consistency_loss(rendered: Float[Tensor, "p e"], targets: Float[Tensor, "n p e"]) -> Float[Tensor, " n"]:
+    """The same for patches: minus the mean, over the render's patches, of the best cosine in the target.
+
+    Views differ in where things are, so patches are matched by likeness and not by place.
+    """
+    cosines = torch.einsum("pe,nqe->npq", F.normalize(rendered, dim=-1), F.normalize(targets, dim=-1))
+    return -cosines.amax(dim=-1).mean(dim=-1)
 
 
 class Encoder:
     """φ: images in [0, 1] -> features, differentiable, from weights that never change. `load_encoder` makes one."""
 
-    name: str
-    size: int
-    """Side of the square that it sees."""
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        features: Callable[[Tensor], Mapping[str, Tensor]],
+        text: Callable[[str], Tensor] | None = None,
+        *,
+        device: torch.device,
+    ) -> None:
+        self.name, self.size, self.device = name, size, device
+        self._mean = torch.tensor(mean, device=device)[:, None, None]
+        self._std = torch.tensor(std, device=device)[:, None, None]
+        self._features, self._text = features, text
 
-    def __call__(self, images: Float[Tensor, "b 3 h w"]) -> dict[Feature, Tensor]:
-        """Resized to the encoder's size with antialiasing; class_token (b, w), embedding (b, e), patches (b, n, w)."""
-        raise NotImplementedError
+    def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Mapping[str, Tensor]:
+        """class_token (b, w), embedding (b, e) and patches (b, n, w); of a classifier the embedding alone.
+
+        Images of any size are squeezed to the encoder's square, bicubic with antialiasing; gradients flow.
+        """
+        pixels = images.to(self.device, torch.float32)
+        if pixels.shape[-2:] != (self.size, self.size):
+            pixels = F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True)
+        return self._features((pixels - self._mean) / self._std)
 
     def embed_text(self, text: str) -> Float[Tensor, "1 e"]:
         """The text's embedding, to compare with "embedding". UserError where the encoder knows no text."""
-        raise NotImplementedError
+        if self._text is None:
+            raise UserError(f"encoder {self.name!r} knows no text: use a CLIP for semantic.text, such as tiny.")
+        return self._text(text)
 
 
 def load_encoder(name: str, *, random_weights: bool = False, device: str | torch.device = "auto") -> Encoder:
-    """The encoder of `SemanticConfig.encoder`. Raises UserError for an unknown name or unusable weights."""
-    raise NotImplementedError
+    """The encoder of `SemanticConfig.encoder`.
+
+    Args:
+        random_weights: the same architecture, its weights drawn anew (from a fixed seed) at the trained ones' scale.
+
+    Raises:
+        UserError: an unknown name, or weights that are missing, corrupt or of another architecture.
+    """
+    target = resolve_device(device)
+    library, _, rest = name.partition(":")
+    if library in CLASSIFIERS:
+        return _load_classifier(library, rest, random_weights, target)
+    from common.clip import load_clip
+
+    clip = load_clip(name, device=target)
+    if random_weights:
+        _draw_weights(clip._backbone)  # its one owner hides it from training, which this is not
+    return Encoder(
+        name,
+        clip.image_size,
+        clip.mean,
+        clip.std,
+        lambda pixels: clip.encode_image_features(pixels)._asdict(),
+        lambda text: clip.encode_texts([text]),
+        device=target,
+    )
 
 
 class SemanticLoss:
-    """The loss with its encoder, its embedded targets and its schedule; nothing of it is trained or checkpointed."""
+    """The loss with its encoder and embedded targets; nothing of it is trained or held by a checkpoint."""
 
-    config: SemanticConfig
+    def __init__(
+        self, config: SemanticConfig, images: Float[Tensor, "n 3 h w"], device: str | torch.device = "auto"
+    ) -> None:
+        """Load the encoder and embed the training views, in [0, 1] over the scene's background, once.
 
-    def __init__(self, config: SemanticConfig, images: Float[Tensor, "n 3 h w"], device: torch.device) -> None:
-        """Load the encoder and embed the training views, in [0, 1] over the scene's background, once."""
-        raise NotImplementedError
+        Raises:
+            UserError: an unusable encoder, a feature that it lacks, or a hinge with a single view.
+        """
+        check_semantic_config(config)
+        self.config = config
+        self.encoder = load_encoder(config.encoder, device=device)
+        self._targets = _Targets(config, self.encoder, images)
+        self._control: _Targets | None = None
+        if config.random_weights:
+            control = load_encoder(config.encoder, random_weights=True, device=device)
+            self._control = _Targets(config, control, images)
 
-    def __call__(self, rendered: Float[Tensor, "h w 3"], generator: torch.Generator | None = None) -> Float[Tensor, ""]:
-        """Mean over this step's targets, unweighted."""
-        raise NotImplementedError
+    def __call__(
+        self, rendered: Float[Tensor, "v h w 3"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, " v"]:
+        """For each of several renders of one view, the mean over this step's targets, unweighted."""
+        images = rendered.permute(0, 3, 1, 2)
+        if self.config.augment:
+            images = augment(images, generator)
+        count = self.config.targets or self._targets.count
+        chosen = torch.randperm(self._targets.count, generator=generator)[:count]
+        if self._control is None:
+            return self._targets.loss(images, chosen)
+        return _with_gradient_norm(self._control, self._targets, images, chosen)
 
+    @torch.no_grad()
     def similarity(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
-        """Cosine similarity of images with every training view, without gradients."""
-        raise NotImplementedError
+        """Cosine similarity of images with every training view, by the trained encoder, without gradients."""
+        return self._targets.similarity(self.encoder(images)[self._targets.feature])
 
 
-def is_due(config: SemanticConfig, step: int) -> bool:
-    """Whether `step` computes the semantic loss."""
-    raise NotImplementedError
+@torch.no_grad()
+def _draw_zoom(count: int, generator: torch.Generator | None) -> Float[Tensor, "v 2 3"]:
+    """The same random zoom and shift for each of several renders of a view."""
+    zoom = 0.72 + 0.4 * torch.rand(1, generator=generator)
+    reach = 0.08 + 0.8 * (1 - zoom).clamp(min=0)
+    shift = (2 * torch.rand(2, 1, generator=generator) - 1) * reach
+    return torch.cat([torch.eye(2) * zoom, shift], dim=1).expand(count, 2, 3)
+
+
+def augment(images: Float[Tensor, "v 3 h w"], generator: torch.Generator | None = None) -> Float[Tensor, "v 3 h w"]:
+    """Random zoom and shift, blur, brightness and contrast, one choice for all images; no flips.
+
+    These are the augmentations that the packaged CLIP was trained with, so it looks past them; an image made to please
+    it must please it under all of them.
+    """
+    grid = F.affine_grid(_draw_zoom(len(images), generator).to(images), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    blur, gain, contrast, *tint = torch.rand(6, generator=generator).tolist()
+    if blur < 0.25:
+        small = F.interpolate(images, scale_factor=0.4, mode="area")
+        images = torch.lerp(images, F.interpolate(small, size=images.shape[2:], mode="bilinear"), 4 * blur)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * (0.8 + 0.4 * contrast)
+    gains = (0.8 + 0.4 * gain) * (0.95 + 0.1 * images.new_tensor(tint))
+    return images * gains[:, None, None]
 
 
 class ViewSampler:
-    """Random views for the semantic loss: random pose, the training cameras' field of view, the whole frame."""
+    """Random views for the semantic loss: random pose, the training cameras' field of view, the whole frame.
+
+    (The original's jittered grid of rays covers 84 or 56 percent of the frame; here every ray stands for a pixel of a
+    coarser camera, and the pixels tile the frame.)
+    """
 
     def __init__(self, config: SemanticConfig, cameras: Cameras) -> None:
-        """Args: cameras: the training cameras (never a held-out one), on any device."""
-        raise NotImplementedError
+        """Args: cameras: the training cameras (n,), never a held-out one."""
+        self.config = config
+        self.cameras = cameras
+        self.poses = cameras.camera_to_worlds.detach().cpu()
+        if config.poses == "interpolate" and len(self.poses) < 2:
+            raise UserError(f"{len(self.poses)} training view: interpolated poses need at least 2; use sphere.")
+        self.ranges = estimate_ranges(self.poses) if config.poses == "sphere" else PUBLISHED_RANGES
 
     def camera(self, generator: torch.Generator | None = None) -> Cameras:
-        """One camera (1,) of `resolution` x `resolution` pixels at a random pose."""
-        raise NotImplementedError
+        """One camera (1,) of `resolution` x `resolution` pixels at a random pose; a wide frame is squeezed."""
+        if self.config.poses == "interpolate":
+            pose = sample_interpolated(self.poses, generator)
+        else:
+            pose = sample_sphere(self.ranges, generator)
+        return square_camera(self.cameras, pose, self.config.resolution)
 
     def __call__(self, generator: torch.Generator | None = None) -> RayBundle:
         """Its rays, shape (resolution, resolution): what a batch holds as "semantic_view"."""
-        raise NotImplementedError
+        return self.camera(generator).generate_rays(camera_indices=0, keep_shape=True)
+
+
+def square_camera(cameras: Cameras, pose: Float[Tensor, "3 4"], resolution: int) -> Cameras:
+    """A camera (1,) at `pose` with the frame of the first of `cameras` and `resolution` x `resolution` pixels."""
+    from nerfstudio.cameras.cameras import Cameras
+
+    across = resolution / cameras.width.flatten()[0].item()
+    down = resolution / cameras.height.flatten()[0].item()
+    return Cameras(
+        camera_to_worlds=pose[None].to(cameras.camera_to_worlds),
+        fx=cameras.fx.flatten()[:1] * across,
+        fy=cameras.fy.flatten()[:1] * down,
+        cx=cameras.cx.flatten()[:1] * across,
+        cy=cameras.cy.flatten()[:1] * down,
+        width=resolution,
+        height=resolution,
+        camera_type=cameras.camera_type.flatten()[:1],
+    )
+
+
+class _Targets:
+    """The training views as one encoder sees them, with the loss against them."""
+
+    def __init__(self, config: SemanticConfig, encoder: Encoder, images: Float[Tensor, "n 3 h w"]) -> None:
+        self.encoder = encoder
+        self.text_weight = config.text_weight
+        with torch.no_grad():
+            views = [encoder(image[None]) for image in images]  # one by one: many large views need not fit together
+        if not views:
+            raise UserError("no training views: the semantic loss needs at least one.")
+        self.feature = config.feature
+        if len(views[0]) == 1 and config.feature != "patches":
+            self.feature = "embedding"  # a classifier's one feature stands for both
+        if self.feature not in views[0]:
+            raise UserError(f"encoder {encoder.name!r} has no {config.feature}: use embedding, or a CLIP.")
+        self.features = torch.cat([view[self.feature] for view in views])
+        self.count = len(self.features)
+        self.text = encoder.embed_text(config.text)[0] if config.text else None
+        self.ceilings = self.text_ceiling = None
+        if config.hinge:
+            if self.count < 2:
+                raise UserError("semantic.hinge needs 2 training views at least: switch it off.")
+            cosines = self.similarity(self.features)
+            self.ceilings = (cosines.sum(dim=0) - cosines.diagonal()) / (self.count - 1)  # (n,)
+            if self.text is not None:
+                embeddings = torch.cat([view["embedding"] for view in views])
+                self.text_ceiling = F.cosine_similarity(embeddings, self.text[None]).mean()
+
+    def similarity(self, features: Tensor) -> Float[Tensor, "b n"]:
+        compare = patch_consistency_loss if self.feature == "patches" else semantic_consistency_loss
+        return -torch.stack([compare(one, self.features) for one in features])
+
+    def loss(self, images: Float[Tensor, "v 3 h w"], chosen: Tensor) -> Float[Tensor, " v"]:
+        found = self.encoder(images)
+        cosines = self.similarity(found[self.feature])[:, chosen]  # (v, t)
+        if self.ceilings is not None:
+            cosines = torch.minimum(cosines, self.ceilings[chosen])
+        loss = -cosines.mean(dim=1)
+        if self.text is not None:
+            likeness = F.cosine_similarity(found["embedding"], self.text[None])
+            if self.text_ceiling is not None:
+                likeness = torch.minimum(likeness, self.text_ceiling)
+            loss = loss - self.text_weight * likeness
+        return loss
+
+
+def _with_gradient_norm(
+    control: _Targets, trained: _Targets, images: Float[Tensor, "v 3 h w"], chosen: Tensor
+) -> Float[Tensor, " v"]:
+    """The control's loss, with a gradient of the control's direction and the trained encoder's norm, image by image."""
+    leaf = images.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = control.loss(leaf, chosen)
+        (direction,) = torch.autograd.grad(loss.sum(), leaf)
+        (measure,) = torch.autograd.grad(trained.loss(leaf, chosen).sum(), leaf)
+    norms = [gradient.flatten(1).norm(dim=1) for gradient in (measure, direction)]
+    scale = norms[0] / norms[1].clamp(min=1e-20)
+    step = ((images - leaf.detach()) * direction).flatten(1).sum(dim=1)  # zero, but for its gradient
+    return loss.detach() + scale * step
+
+
+def _load_classifier(library: str, rest: str, random_weights: bool, device: torch.device) -> Encoder:
+    """An image classifier of timm or torchvision without its last layer."""
+    name, _, path = rest.partition(":")
+    full = f"{library}:{rest}"
+    known = _classifier_names(library)
+    if name not in known:
+        from difflib import get_close_matches
+
+        near = ", ".join(get_close_matches(name, known)) or "such as resnet18"
+        raise UserError(f"encoder {full!r}: {library} has no model {name!r}: did you mean {near}?")
+    download = not path and not random_weights
+    try:
+        network = _build_classifier(library, name, download)
+    except Exception as error:  # each library has its own errors for a missing network or file
+        if not download:
+            raise
+        raise UserError(
+            f"encoder {full!r}: its weights are not at hand and cannot be fetched ({type(error).__name__}): "
+            f"give a file, {library}:{name}:PATH."
+        ) from error
+    if path and not random_weights:
+        _load_weights(network, path, full)
+    network.requires_grad_(False).eval().to(device)
+    size, mean, std = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    if library == "timm":
+        size, mean, std = network.default_cfg["input_size"][-1], network.default_cfg["mean"], network.default_cfg["std"]
+    elif "vit_h" in name or name == "inception_v3":
+        size = {"vit_h_14": 518, "inception_v3": 299}[name]
+    _drop_last_layer(network)
+    return Encoder(full, size, tuple(mean), tuple(std), lambda pixels: {"embedding": network(pixels)}, device=device)
+
+
+def _classifier_names(library: str) -> list[str]:
+    if library == "timm":
+        import timm
+
+        return timm.list_models()
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def _build_classifier(library: str, name: str, pretrained: bool) -> Any:
+    with fork_generators(0):
+        if library == "timm":
+            import timm
+
+            return timm.create_model(name, pretrained=pretrained)
+        from torchvision import models
+
+        extra = {"init_weights": True} if name in ("inception_v3", "googlenet") and not pretrained else {}
+        return models.get_model(name, weights="DEFAULT" if pretrained else None, **extra)
+
+
+def _load_weights(network: nn.Module, path: str, full: str) -> None:
+    """Put a file's weights into the classifier; all but its last layer must be there."""
+    file = require_file(path, "encoder weights")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state.get("model", state))
+        report = network.load_state_dict(state, strict=False)
+    except Exception as error:  # pickle, zip, safetensors and torch each have their own for a broken file
+        raise UserError(f"encoder {full!r}: the weights do not fit or are corrupt: use those of this model.") from error
+    last = _last_linear(network)
+    missing = [key for key in report.missing_keys if not key.startswith(f"{last}.")]
+    if missing:
+        raise UserError(
+            f"encoder {full!r}: the file lacks {missing[0]!r} and {len(missing) - 1} more: use another file."
+        )
+
+
+def _last_linear(network: nn.Module) -> str:
+    """The name of the layer that gives the classes."""
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def _drop_last_layer(network: nn.Module) -> None:
+    parent, _, child = _last_linear(network).rpartition(".")
+    setattr(network.get_submodule(parent), child, nn.Identity())
+
+
+@torch.no_grad()
+def _draw_weights(network: nn.Module) -> None:
+    """Replace weights by normal ones of the same standard deviation; biases become 0 and the scales of norms 1."""
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim == 1 and name == "weight":
+                weight.fill_(1.0)
+            else:
+                noise = torch.randn(weight.shape, generator=generator) * weight.float().std(correction=0).cpu()
+                weight.copy_(noise.to(weight))

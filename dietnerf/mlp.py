@@ -1,0 +1,147 @@
+"""The published MLP (Mildenhall et al. 2020, figure 7) as a nerfstudio Field, with frequency mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from nerfstudio.cameras.rays import RaySamples
+from nerfstudio.field_components.encodings import NeRFEncoding
+from nerfstudio.field_components.field_heads import FieldHeadNames
+from nerfstudio.field_components.mlp import MLP
+from nerfstudio.fields.base_field import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.checks import require_at_least, require_one_of
+from dietnerf.regularizers import frequency_mask
+
+SKIP_LAYER = 5
+"""The density network sees the encoded position again at this layer."""
+
+
+class PublishedField(Field):
+    """Density network of `num_layers` with a skip, a linear feature, one colour layer that sees the direction.
+
+    Nerfstudio's own NeRFField differs: encoding scaled by 2π with the bands ending one octave lower, the skip a layer
+    earlier, softplus density, two colour layers and no linear feature.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int = 8,
+        layer_width: int = 256,
+        position_bands: int = 10,
+        direction_bands: int = 4,
+        use_view_directions: bool = True,
+        density_activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        require_at_least("num_layers", num_layers, 2)
+        require_at_least("layer_width", layer_width, 2)
+        require_at_least("position_bands", position_bands, 1)
+        require_at_least("direction_bands", direction_bands, 1)
+        require_one_of("density_activation", density_activation, ("relu", "softplus"))
+        self.position_encoding = _encoding(position_bands)
+        self.direction_encoding = _encoding(direction_bands) if use_view_directions else None
+        self.position_mask: Tensor
+        self.direction_mask: Tensor
+        self.register_buffer("position_mask", torch.ones(6 * position_bands + 3), persistent=False)
+        self.register_buffer("direction_mask", torch.ones(6 * direction_bands + 3), persistent=False)
+        self.mlp_base = MLP(
+            in_dim=6 * position_bands + 3,
+            num_layers=num_layers,
+            layer_width=layer_width,
+            skip_connections=(SKIP_LAYER,) if num_layers > SKIP_LAYER + 1 else None,
+            out_activation=nn.ReLU(),
+        )
+        self.density = nn.Linear(layer_width, 1)
+        self.feature = nn.Linear(layer_width, layer_width) if use_view_directions else None
+        seen = layer_width + (6 * direction_bands + 3 if use_view_directions else 0)
+        self.mlp_head = MLP(in_dim=seen, num_layers=2, layer_width=layer_width // 2, out_dim=3)
+        self.activate = F.relu if density_activation == "relu" else F.softplus
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # Keras's defaults, which the method was published with
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def set_mask(self, step: int, total_steps: int) -> None:
+        """Show the bands that the frequency mask shows at `step`."""
+        for encoding, mask in (
+            (self.position_encoding, self.position_mask),
+            (self.direction_encoding, self.direction_mask),
+        ):
+            if encoding is not None:
+                mask.copy_(frequency_mask(encoding.num_frequencies, step, total_steps))
+
+    def get_density(self, ray_samples: RaySamples) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b w"]]:
+        """Density per unit of length at the samples' middles, with what the colour needs."""
+        encoded = encode(self.position_encoding, ray_samples.frustums.get_positions()) * self.position_mask
+        return self.raw_density(encoded)
+
+    def get_outputs(
+        self, ray_samples: RaySamples, density_embedding: Tensor | None = None
+    ) -> dict[FieldHeadNames, Tensor]:
+        assert density_embedding is not None
+        directions = None
+        if self.direction_encoding is not None:
+            directions = encode(self.direction_encoding, ray_samples.frustums.directions) * self.direction_mask
+            directions = directions.expand(*density_embedding.shape[:-1], -1)
+        return {FieldHeadNames.RGB: torch.sigmoid(self.raw_colour(density_embedding, directions))}
+
+    def raw_density(self, encoded: Float[Tensor, "*b p"]) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b w"]]:
+        """Density and hidden features from encoded positions."""
+        hidden = self.mlp_base(encoded)
+        return self.activate(self.density(hidden)), hidden
+
+    def raw_colour(self, hidden: Float[Tensor, "*b w"], directions: Float[Tensor, "*b d"] | None) -> Tensor:
+        """Colour before the sigmoid, from hidden features and encoded directions."""
+        if self.feature is None or directions is None:
+            return self.mlp_head(hidden)
+        return self.mlp_head(torch.cat([self.feature(hidden), directions], dim=-1))
+
+
+def encode(encoding: NeRFEncoding, x: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b d"]:
+    """sin and cos of 2^k x without nerfstudio's factor of 2π, in its axis-major layout, and x itself last."""
+    return torch.cat([encoding(x / (2 * math.pi)), x], dim=-1)
+
+
+def original_encoding_order(num_bands: int) -> Int[Tensor, " d"]:
+    """Which column of `encode` each column of the original's encoding is.
+
+    The original's layout is x, then for each band sin of the three axes and cos of the three axes.
+    """
+    index = torch.arange(6 * num_bands).view(2, 3, num_bands)  # sine or cosine, axis, band
+    return torch.cat([6 * num_bands + torch.arange(3), index.permute(2, 0, 1).flatten()])
+
+
+def load_original_mlp(field: PublishedField, state: Mapping[str, Tensor]) -> None:
+    """Put an original `NeRF` module's state dict into the field, its columns brought into our layout."""
+    position = original_encoding_order(field.position_encoding.num_frequencies)
+    own = {}
+    for key, value in state.items():
+        name, _, kind = key.rpartition(".")
+        value = value.clone()
+        if name.startswith("pts_linears."):
+            layer = int(name.rpartition(".")[2])
+            name = f"mlp_base.layers.{layer}"
+            if kind == "weight" and layer in (0, SKIP_LAYER):  # the encoded position comes first
+                value[:, position] = state[key][:, : len(position)]
+        elif name == "views_linears.0":
+            name = "mlp_head.layers.0"
+            if kind == "weight" and field.direction_encoding is not None:
+                direction = original_encoding_order(field.direction_encoding.num_frequencies)
+                width = value.shape[1] - len(direction)
+                value[:, width + direction] = state[key][:, width:]
+        else:
+            renamed = {"rgb_linear": "mlp_head.layers.1", "alpha_linear": "density", "feature_linear": "feature"}
+            name = renamed[name]
+        own[f"{name}.{kind}"] = value
+    field.load_state_dict(own, strict=True)
+
+
+def _encoding(bands: int) -> NeRFEncoding:
+    return NeRFEncoding(in_dim=3, num_frequencies=bands, min_freq_exp=0.0, max_freq_exp=bands - 1.0)
