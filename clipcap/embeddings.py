@@ -1,70 +1,163 @@
-"""Embedding store: each image encoded once, memory-mapped, with a manifest that makes a mismatch an error."""
+"""Embedding store: each image encoded once, memory-mapped in shards, with a manifest that makes a mismatch an error."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from clipcap.images import ImageError, read_image
-from common.checks import UserError
-from common.runtime import autocast
+from clipcap.readers import CaptionedImage, Format, read_dataset
+from common.checks import UserError, require_at_least
+from common.report import write_json
+from common.runtime import RuntimeConfig, autocast, start, versions
 
 if TYPE_CHECKING:
-    from clipcap.data import CaptionedImage
-    from common.clip import FrozenCLIP
+    from common.clip import FrozenCLIP, Preprocess
 
 Inputs = Literal["embedding", "patches"]
-FORMAT = 1
+FORMAT = 2
+ROWS_PER_SHARD = 16_384
+RECORD = np.dtype([("id", "<u8"), ("size", "<i8"), ("mtime", "<i8"), ("content", "<u8"), ("name_end", "<i8")])
+"""What is kept of each row's image: hashes of its id and content, size, time, and where its id ends in names.bin."""
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Encode every image once with CLIP, for `clipcap train --embeddings OUT`.
+
+    Started again, it goes on where it stopped; images that are new since are added. DATA is anything that
+    `clipcap train` reads; the original project's pickle needs no images: its embeddings are taken over.
+    """
+
+    data: tyro.conf.Positional[Path]
+    """Captions: a file or a folder."""
+    out: Path
+    """Directory of the embedding store."""
+    clip: str = "tiny"
+    """CLIP: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path."""
+    images: Path | None = None
+    """Directory of the images, when they are not beside the captions."""
+    format: Format = "auto"
+    """Layout of DATA, when it should not be guessed."""
+    skip_missing: bool = False
+    """Leave out captions whose image is missing, instead of stopping."""
+    inputs: Inputs = "embedding"
+    """The pooled embedding (the paper), or the patch features."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Numbers in the store."""
+    batch_size: int = 32
+    """Images encoded at once."""
+    workers: int = 2
+    """Processes that read images; 0 reads them in this one."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+class ShardedRows:
+    """Rows of several memory-mapped files as one array: `shape`, `dtype`, rows by number or slice, `np.asarray`."""
+
+    def __init__(self, shards: Sequence[np.ndarray], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.shards, self.shape, self.dtype = list(shards), shape, dtype
+        self._rows = len(shards[0])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice) -> np.ndarray:
+        if isinstance(index, slice):
+            return np.stack([self[row] for row in range(*index.indices(len(self)))])
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        shard, row = divmod(index % len(self), self._rows)
+        return self.shards[shard][row]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self.shards).astype(dtype or self.dtype, copy=False)
 
 
 class EmbeddingStore:
-    """CLIP embeddings of a set of images: (n, e), or patch features (n, p, w), in one memory-mapped file.
+    """CLIP embeddings of a set of images: (n, e), or patch features (n, p, w), in memory-mapped files.
 
     Raises:
-        UserError: the directory holds no finished store, or its file is cut short.
+        UserError: the directory holds no finished store, or one of its files is cut short.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        manifest = self.directory / "manifest.json"
-        if not manifest.is_file():
-            raise UserError(f"embedding store {str(directory)!r} has no manifest.json: embed the images first.")
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text())
-        shape = tuple(self.manifest["shape"])
-        path = self.directory / "embeddings.bin"
-        expected = int(np.prod(shape)) * np.dtype(self.manifest["dtype"]).itemsize
-        actual = path.stat().st_size if path.exists() else 0
-        if actual != expected:
-            raise UserError(f"{str(path)!r} has {actual} bytes instead of {expected}: embed the images again.")
-        self.array = np.memmap(path, dtype=self.manifest["dtype"], mode="r", shape=shape)
-        self._rows = {image_id: row for row, image_id in enumerate(self.manifest["ids"]) if image_id is not None}
+        self.manifest = _read_manifest(self.directory / "manifest.json")
+        rows, shape = self.manifest["rows"], tuple(self.manifest["row_shape"])
+        per_shard, dtype = self.manifest["rows_per_shard"], np.dtype(self.manifest["dtype"])
+        shards = []
+        for number, begin in enumerate(range(0, rows, per_shard)):
+            part = (min(per_shard, rows - begin), *shape)
+            path = _shard(self.directory, number)
+            _require_size(path, int(np.prod(part)) * dtype.itemsize)
+            shards.append(np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=part)))
+        self.array = ShardedRows(shards, (rows, *shape), dtype)
+        path = self.directory / "rows.bin"
+        _require_size(path, rows * RECORD.itemsize)
+        self.records = np.asarray(np.memmap(path, dtype=RECORD, mode="r", shape=(rows,)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EmbeddingStore, (self.directory,)  # another process maps the files itself
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.records)
 
     def __contains__(self, image_id: str) -> bool:
-        return image_id in self._rows
+        return self._find(image_id) is not None
 
     def row(self, image_id: str) -> int:
-        """Row of an image."""
-        return self._rows[image_id]
+        """Row of an image.
+
+        Raises:
+            KeyError: it is not in the store.
+        """
+        row = self._find(image_id)
+        if row is None:
+            raise KeyError(image_id)
+        return row
 
     def __getitem__(self, row: int) -> Float[Tensor, "..."]:
         """One row as float32: (e,) or (p, w)."""
         return torch.from_numpy(self.array[row].astype(np.float32))
 
     @property
+    def ids(self) -> list[str]:
+        """The images' ids by row."""
+        names, ends = (self.directory / "names.bin").read_bytes(), self.records["name_end"].tolist()
+        return [names[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends], ends, strict=False)]
+
+    @property
     def skipped(self) -> dict[str, str]:
         """Images that could not be read, with the reason."""
         return self.manifest["skipped"]
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of the ids in order, and their rows: found by halving, without an object for each image."""
+        order = np.argsort(self.records["id"])
+        return self.records["id"][order], order
+
+    def _find(self, image_id: str) -> int | None:
+        hashes, order = self._sorted
+        key = np.uint64(_hash(image_id.encode("utf-8", "surrogatepass")))
+        at = int(np.searchsorted(hashes, key))
+        return int(order[at]) if at < len(hashes) and hashes[at] == key else None
 
 
 def encode(clip: FrozenCLIP, pixels: Float[Tensor, "b 3 s s"], inputs: Inputs) -> Float[Tensor, "b ..."]:
@@ -81,14 +174,18 @@ def build_store(
     *,
     inputs: Inputs = "embedding",
     batch_size: int = 32,
-    dtype: Literal["float16", "float32"] = "float16",
+    dtype: Literal["float16", "float32"] | None = None,
     precision: str = "fp32",
     progress: Callable[[int], object] = lambda done: None,
+    workers: int = 0,
+    rows_per_shard: int = ROWS_PER_SHARD,
 ) -> EmbeddingStore:
-    """Encode every image once and return the store; a store of the same images and backbone is used again.
+    """Encode every image that is not in the store yet, once, and return the store.
 
-    An interrupted call goes on where it stopped. An image that cannot be read is left out and listed in
-    `EmbeddingStore.skipped`.
+    An interrupted call goes on where it stopped; what is there for other images stays. An image that cannot be read
+    is left out, listed in `EmbeddingStore.skipped`, and tried again by the next call. Items of the original project's
+    pickle bring their embeddings with them. Several processes may call this for one directory: one works, the others
+    wait.
 
     Args:
         items: images; their ids are the keys.
@@ -96,74 +193,443 @@ def build_store(
         directory: where the store is kept.
         inputs: embedding or patch features.
         batch_size: images encoded at once.
-        dtype: of the file.
+        dtype: of a new store, float16 when not given; None takes an old one as it is.
         precision: of the encoder, fp32 or bf16.
         progress: called with the number of images done.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    sources = [[item.image_id, str(item.path), *_stat(item.path)] for item in items]
-    key = {"format": FORMAT, "clip": clip.name, "image_size": clip.image_size, "inputs": inputs, "dtype": dtype}
-    finished = directory / "manifest.json"
-    if finished.is_file():
-        manifest = json.loads(finished.read_text())
-        if manifest["key"] == key and manifest["sources"] == sources:
-            progress(len(items))
-            return EmbeddingStore(directory)
-        finished.unlink()
+        workers: processes that read images; 0 reads them in this one.
+        rows_per_shard: rows in each file of a new store.
 
-    state_path, data_path = directory / "progress.json", directory / "embeddings.bin"
-    state: dict[str, Any] = {"key": key, "sources": sources, "done": 0, "skipped": {}, "row_shape": None}
-    if state_path.is_file() and data_path.is_file():
-        old = json.loads(state_path.read_text())
-        if old["key"] == key and old["sources"] == sources:
-            state = old
-    mode = "r+b" if state["done"] else "wb"
-    with open(data_path, mode) as file:
-        if state["row_shape"]:
-            file.truncate(state["done"] * int(np.prod(state["row_shape"])) * np.dtype(dtype).itemsize)
-            file.seek(0, os.SEEK_END)
-        for begin in range(state["done"], len(items), batch_size):
-            batch = items[begin : begin + batch_size]
-            images, good = [], []
-            for position, item in enumerate(batch):
-                try:
-                    images.append(read_image(item.path))
-                    good.append(position)
-                except ImageError as error:
-                    state["skipped"][item.image_id] = str(error)
-            rows: Tensor | None = None
-            if images:
-                with torch.no_grad(), autocast(clip.device, precision):
-                    rows = encode(clip, clip.preprocess(images), inputs).float().cpu()
-                if not torch.isfinite(rows).all():
-                    raise UserError(f"{clip.name!r} gives NaN or infinity for images like {str(batch[0].path)!r}.")
-                state["row_shape"] = list(rows.shape[1:])
-            if state["row_shape"] is None and begin + batch_size >= len(items):
-                raise UserError(f"none of the {len(items)} images can be read: {next(iter(state['skipped'].values()))}")
-            if state["row_shape"] is None:
-                raise UserError(f"none of the first {len(batch)} images can be read: check the image directory.")
-            block = np.zeros((len(batch), *state["row_shape"]), dtype=dtype)
-            if rows is not None:
-                block[good] = rows.numpy()
-            block.tofile(file)
-            file.flush()
-            state["done"] = begin + len(batch)
-            _write_json(state_path, state)
-            progress(state["done"])
-    ids = [None if item.image_id in state["skipped"] else item.image_id for item in items]
-    shape = [len(items), *state["row_shape"]]
-    manifest = {"key": key, "sources": sources, "ids": ids, "shape": shape, "dtype": dtype, "skipped": state["skipped"]}
-    _write_json(finished, manifest)
-    state_path.unlink(missing_ok=True)
+    Raises:
+        UserError: the store was made with another CLIP, other preprocessing or inputs, or of an image that has
+            changed since; a file of it is cut short; no image can be read; the disk is full; a worker was killed.
+    """
+    require_at_least("batch_size", batch_size, 1)
+    require_at_least("workers", workers, 0)
+    directory.mkdir(parents=True, exist_ok=True)
+    key = {
+        "weights": fingerprint(clip),
+        "preprocessing": json.loads(json.dumps(asdict(clip.preprocess))),
+        "inputs": inputs,
+        "normalization": "none",
+    }
+    with _alone(directory):
+        writer = StoreWriter(directory, key, clip.name, dtype=dtype, rows_per_shard=rows_per_shard)
+        todo = writer.missing(items)
+        skipped: dict[str, str] = {}
+        done = len(items) - len(todo)
+        if not todo:
+            progress(done)
+        try:
+            for batch in _encoded(todo, clip, inputs, batch_size, precision, workers):
+                skipped |= batch.skipped
+                if batch.rows is not None:
+                    writer.append(batch.names, batch.rows, batch.sources)
+                done += len(batch.names) + len(batch.skipped)
+                progress(done)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a worker was killed after {done} of {len(items)} images (memory may have run out): the embeddings "
+                f"so far are kept; run it again, with fewer workers or smaller batches."
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(
+                f"no room for embedding store {str(directory)!r} after {done} of {len(items)} images "
+                f"({error.strerror}): those are kept; free some space and run it again."
+            ) from error
+        finally:
+            writer.close()
+        if not writer.rows:
+            raise UserError(f"none of the {len(items)} images can be read: {next(iter(skipped.values()))}")
+        writer.finish(skipped, tried={item.image_id for item in todo}, notes={"precision": precision})
     return EmbeddingStore(directory)
 
 
-def _stat(path: Path) -> tuple[int, int]:
+def fingerprint(clip: FrozenCLIP) -> str:
+    """Hash of a CLIP's weights (a sample of every tensor), the same wherever its files are and who loads them."""
+    digests = []
+    for value in clip._backbone.state_dict().values():
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
+        digests.append(hashlib.sha256(str(tuple(value.shape)).encode() + sample.tobytes()).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:32]
+
+
+class Source(NamedTuple):
+    """An image file as it was when it was encoded."""
+
+    size: int
+    mtime: int
+    content: int
+
+
+class StoreWriter:
+    """Appends rows to a store, in the order data, names, records: a row counts once its record is whole.
+
+    Args:
+        directory: of the store; what an earlier writer left there is kept when it fits.
+        key: what must be equal for two embeddings to belong in one store.
+        clip: the backbone's name, for people.
+        dtype: of the numbers; None takes what is there, or float16.
+        rows_per_shard: rows in each file of a new store.
+
+    Raises:
+        UserError: the store there has another key, dtype or format, or a file is cut short.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        key: dict[str, Any],
+        clip: str,
+        *,
+        dtype: str | None = None,
+        rows_per_shard: int = ROWS_PER_SHARD,
+    ) -> None:
+        self.directory = directory
+        self._files: dict[str, Any] = {}
+        finished, begun = directory / "manifest.json", directory / "progress.json"
+        self.state: dict[str, Any] = {
+            "format": FORMAT, "clip": clip, "key": key, "dtype": dtype or "float16", "row_shape": None,
+            "rows_per_shard": rows_per_shard, "rows": 0, "skipped": {},
+        }  # fmt: skip
+        self.finished = finished.is_file()
+        if not self.finished and not begun.is_file():
+            self._take(np.zeros(0, RECORD))
+            return
+        self.state = _read_manifest(finished if self.finished else begun)
+        for name, value in key.items():
+            if self.state["key"].get(name) != value:
+                raise UserError(
+                    f"embedding store {str(directory)!r} holds embeddings of {self.state['clip']!r} with other {name} "
+                    f"({_short(self.state['key'].get(name))} instead of {_short(value)} of {clip!r}): give another "
+                    f"directory, or delete this one."
+                )
+        if dtype is not None and dtype != self.state["dtype"]:
+            raise UserError(
+                f"embedding store {str(directory)!r} is {self.state['dtype']}, not {dtype}: give another directory, "
+                f"or delete this one."
+            )
+        path = directory / "rows.bin"
+        count = path.stat().st_size // RECORD.itemsize if path.is_file() else 0
+        if count < self.state["rows"]:
+            _require_size(path, self.state["rows"] * RECORD.itemsize)
+        self._take(np.fromfile(path, RECORD, count) if count else np.zeros(0, RECORD))
+        for number, begin in enumerate(range(0, count, self.state["rows_per_shard"])):
+            rows = min(self.state["rows_per_shard"], count - begin)
+            _require_size(_shard(directory, number), rows * self._row_bytes)
+
+    def _take(self, records: np.ndarray) -> None:
+        self.records = records
+        self.rows = len(records)  # those safely written, with what `append` adds
+        self._names_end = int(records["name_end"][-1]) if len(records) else 0
+
+    @property
+    def _row_bytes(self) -> int:
+        return int(np.prod(self.state["row_shape"])) * np.dtype(self.state["dtype"]).itemsize
+
+    def missing(self, items: Sequence[CaptionedImage]) -> list[CaptionedImage]:
+        """The items, each id once, that have no row yet.
+
+        Raises:
+            UserError: an image's content has changed since its row was written.
+        """
+        hashes = np.fromiter(
+            (_hash(item.image_id.encode("utf-8", "surrogatepass")) for item in items), np.uint64, len(items)
+        )
+        order = np.argsort(self.records["id"])
+        known = self.records["id"][order]
+        places = np.searchsorted(known, hashes)
+        todo, changed, touched = [], [], []
+        first = set(np.unique(hashes, return_index=True)[1].tolist())
+        for number, (item, place) in enumerate(zip(items, places.tolist(), strict=True)):
+            if place == len(known) or known[place] != hashes[number]:
+                todo += [item] if number in first else []
+                continue
+            row = int(order[place])
+            found = _source(item, self.records[row])
+            if found is None:
+                continue  # the image is gone, its embedding is not
+            if (found.size, found.content) != (self.records["size"][row], self.records["content"][row]):
+                changed.append(item)
+            elif found.mtime != self.records["mtime"][row]:
+                touched.append((row, found.mtime))
+        if changed:
+            raise UserError(
+                f"{len(changed)} images have changed since they were embedded in {str(self.directory)!r}, the first "
+                f"{str(changed[0].path)!r}: give another directory, or delete this one."
+            )
+        if touched:  # copied with a new time: do not read them all again the next time
+            with contextlib.suppress(OSError), open(self.directory / "rows.bin", "r+b") as file:
+                for row, mtime in touched:
+                    self.records["mtime"][row] = mtime
+                    file.seek(row * RECORD.itemsize)
+                    file.write(self.records[row].tobytes())
+        return todo
+
+    def append(self, names: Sequence[str], rows: np.ndarray, sources: Sequence[Source]) -> None:
+        """Add rows (b, ...) with their images' ids and files."""
+        if self.state["row_shape"] is None:
+            self.state["row_shape"] = list(rows.shape[1:])
+            write_json(self.directory / "progress.json", self.state)
+        if list(rows.shape[1:]) != self.state["row_shape"]:
+            raise UserError(
+                f"embedding store {str(self.directory)!r} has rows of shape {tuple(self.state['row_shape'])}, the new "
+                f"ones {rows.shape[1:]}: give another directory."
+            )
+        per_shard, row = self.state["rows_per_shard"], self.rows
+        with np.errstate(over="ignore"):
+            data = np.ascontiguousarray(rows.astype(self.state["dtype"]))
+        if not np.isfinite(data).all():
+            raise UserError(f"embeddings up to {np.abs(rows).max():.3g} do not fit {data.dtype}: use dtype float32.")
+        begin = 0
+        while begin < len(data):
+            shard, place = divmod(row + begin, per_shard)
+            part = data[begin : begin + per_shard - place]
+            self._write(_shard(self.directory, shard).name, place * self._row_bytes, part.tobytes())
+            begin += len(part)
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
+        self._write("names.bin", self._names_end, b"".join(encoded))
+        new = np.zeros(len(data), RECORD)
+        new["id"] = [_hash(name) for name in encoded]
+        new["name_end"] = self._names_end + np.cumsum([len(name) for name in encoded])
+        new["size"], new["mtime"], new["content"] = np.array(sources, dtype=object).T
+        self._write("rows.bin", row * RECORD.itemsize, new.tobytes())
+        self.rows, self._names_end = row + len(new), int(new["name_end"][-1])
+
+    def _write(self, name: str, place: int, data: bytes) -> None:
+        """Write at `place`, where an interrupted call may have left more."""
+        file = self._files.get(name)
+        if file is None:
+            path = self.directory / name
+            for old in [old for old in self._files if old.startswith("shard") and name.startswith("shard")]:
+                self._files.pop(old).close()
+            file = self._files[name] = open(path, "r+b" if path.exists() else "w+b", buffering=0)
+        file.truncate(place)
+        file.seek(place)
+        left = memoryview(data)
+        while left:  # a nearly full disk takes a part
+            left = left[file.write(left) :]
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def finish(
+        self,
+        skipped: dict[str, str] | None = None,
+        *,
+        tried: set[str] | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the manifest, which makes the rows so far a store.
+
+        Args:
+            skipped: images that cannot be read, with the reason.
+            tried: ids whose earlier entries in the list of the skipped are void now.
+            notes: what else to record.
+        """
+        old = {name: reason for name, reason in self.state["skipped"].items() if name not in (tried or set())}
+        everything = self.state | {"rows": self.rows, "skipped": old | (skipped or {})}
+        if self.finished and everything == self.state:
+            return
+        write_json(self.directory / "manifest.json", everything | (notes or {}) | {"versions": versions()})
+        (self.directory / "progress.json").unlink(missing_ok=True)
+
+
+class _Batch(NamedTuple):
+    names: list[str]
+    rows: np.ndarray | None
+    sources: list[Source]
+    skipped: dict[str, str]
+
+
+def _encoded(
+    items: Sequence[CaptionedImage], clip: FrozenCLIP, inputs: Inputs, batch_size: int, precision: str, workers: int
+) -> Iterator[_Batch]:
+    """Batches of what is to be appended."""
+    ready = [item for item in items if item.embedding_row is not None]
+    for path in sorted({item.path for item in ready}):
+        yield from _taken_over([item for item in ready if item.path == path], path, clip, inputs, batch_size)
+    items = [item for item in items if item.embedding_row is None]
+    loader = DataLoader(_Pixels(items, clip.preprocess), batch_size, num_workers=workers, collate_fn=_join)
+    for pixels, found in loader:
+        names = [name for name, source, _ in found if source is not None]
+        skipped = {name: reason for name, source, reason in found if source is None}
+        rows = None
+        if pixels is not None:
+            with torch.no_grad(), autocast(clip.device, precision):
+                rows = encode(clip, pixels, inputs).float().cpu().numpy()
+            if not np.isfinite(rows).all():
+                raise UserError(f"{clip.name!r} gives NaN or infinity for images like {names[0]!r}.")
+        yield _Batch(names, rows, [source for _, source, _ in found if source is not None], skipped)
+
+
+def _taken_over(
+    items: Sequence[CaptionedImage], path: Path, clip: FrozenCLIP, inputs: Inputs, batch_size: int
+) -> Iterator[_Batch]:
+    """Embeddings that the original project's pickle holds."""
+    from clipcap.untrusted import read_pickle
+
+    if inputs != "embedding":
+        raise UserError(f"pickle {str(path)!r} holds embeddings, no {inputs}: use inputs embedding.")
+    embeddings = read_pickle(path)["clip_embedding"]
+    if embeddings.shape[1] != clip.width:
+        raise UserError(
+            f"pickle {str(path)!r} holds embeddings of width {embeddings.shape[1]}, {clip.name!r} gives {clip.width}: "
+            f"name the CLIP that they were made with."
+        )
+    for begin in range(0, len(items), batch_size):
+        batch = items[begin : begin + batch_size]
+        rows = embeddings[[item.embedding_row for item in batch]].float().numpy()
+        if not np.isfinite(rows).all():
+            raise UserError(f"pickle {str(path)!r} holds NaN or infinity: make it again.")
+        yield _Batch([item.image_id for item in batch], rows, [_pickle_source(path) for _ in batch], {})
+
+
+class _Pixels(Dataset[Any]):
+    """Preprocessed images; what cannot be read is a reason."""
+
+    def __init__(self, items: Sequence[CaptionedImage], preprocess: Preprocess) -> None:
+        self.items, self.preprocess = items, preprocess
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor | None, Source | None, str]:
+        item = self.items[index]
+        try:
+            pixels = self.preprocess(read_image(item.path))[0]
+        except ImageError as error:
+            return item.image_id, None, None, str(error)
+        status = item.path.stat()
+        return item.image_id, pixels, Source(status.st_size, status.st_mtime_ns, _file_hash(item.path)), ""
+
+
+def _join(batch: list[Any]) -> tuple[Tensor | None, list[tuple[str, Source | None, str]]]:
+    pixels = [pixels for _, pixels, _, _ in batch if pixels is not None]
+    return torch.stack(pixels) if pixels else None, [(name, source, reason) for name, _, source, reason in batch]
+
+
+def _source(item: CaptionedImage, record: np.void) -> Source | None:
+    """The image file as it is now; its content is read only when its time differs from the record's."""
+    if item.embedding_row is not None:
+        return _pickle_source(item.path)
+    try:
+        status = item.path.stat()
+        same = (status.st_size, status.st_mtime_ns) == (int(record["size"]), int(record["mtime"]))
+        return Source(
+            status.st_size, status.st_mtime_ns, int(record["content"]) if same else _file_hash(item.path)
+        )
+    except FileNotFoundError:
+        return None
+
+
+def _pickle_source(path: Path) -> Source:
     status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    return Source(status.st_size, status.st_mtime_ns, 0)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _file_hash(path: Path) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:80]
+
+
+def _shard(directory: Path, number: int) -> Path:
+    return directory / f"shard-{number:05}.bin"
+
+
+def _require_size(path: Path, expected: int) -> None:
+    """Raise UserError when a file is shorter; longer is what an interrupted call has added."""
+    actual = path.stat().st_size if path.exists() else 0
+    if actual < expected:
+        raise UserError(
+            f"{str(path)!r} is cut short ({actual} bytes instead of {expected}): copy it again, or delete the store "
+            f"and embed the images again."
+        )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"embedding store {str(path.parent)!r} has no manifest.json: embed the images first.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest.get("format", manifest.get("key", {}).get("format"))
+    except (ValueError, AttributeError):
+        raise UserError(f"{str(path)!r} is damaged: delete the store and embed the images again.") from None
+    if found != FORMAT:
+        raise UserError(
+            f"embedding store {str(path.parent)!r} has format {found} instead of {FORMAT}: delete it and embed the "
+            f"images again."
+        )
+    return manifest
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process at a time; the system ends the lock with its process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        file = open(directory / ".lock", "w")
+    except OSError:  # a store that may only be read
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"waiting for another process that writes {directory}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run(config: EmbedConfig) -> int:
+    """`clipcap embed`: build the store and say what is in it."""
+    from tqdm import tqdm
+
+    from common.clip import load_clip
+
+    device = start(config.runtime)
+    items = read_dataset(
+        config.data, images=config.images, skip_missing=config.skip_missing, format=config.format
+    )
+    clip = load_clip(config.clip, device=device)
+    with tqdm(total=len(items), desc=f"embedding images with CLIP {config.clip}", unit=" images") as bar:
+        store = build_store(
+            items,
+            clip,
+            config.out,
+            inputs=config.inputs,
+            batch_size=config.batch_size,
+            dtype=config.dtype,
+            precision=config.runtime.precision,
+            progress=lambda done: bar.update(done - bar.n),
+            workers=config.workers,
+        )
+    if store.skipped:
+        print(f"skipped {len(store.skipped)} images, which cannot be read:", file=sys.stderr)
+        for reason in list(store.skipped.values())[:10]:
+            print(f"  {reason}", file=sys.stderr)
+    shape = "x".join(map(str, store.array.shape[1:]))
+    print(f"{len(store)} images, {shape} {store.array.dtype} each, are in {config.out}.")
+    return 0

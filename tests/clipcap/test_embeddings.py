@@ -1,16 +1,27 @@
-"""The embedding store: right rows, resume, mismatch, damage."""
+"""The embedding store: right rows, resume, mismatch, damage, killed workers, a full disk."""
 
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
-from clipcap.data import read_dataset
-from clipcap.embeddings import EmbeddingStore, build_store, encode
+from clipcap import embeddings
+from clipcap.cli import main
+from clipcap.data import CaptionDataset, read_dataset
+from clipcap.embeddings import EmbeddingStore, StoreWriter, build_store, encode, fingerprint
 from clipcap.images import read_image
 from common.checks import UserError
 from common.clip import load_clip
+from common.gpt2 import load_gpt2
 
 
 @pytest.fixture
@@ -18,36 +29,73 @@ def clip(clip_directory):
     return load_clip(clip_directory, device="cpu")
 
 
-@pytest.mark.parametrize("inputs", ["embedding", "patches"])
-def test_every_row_is_its_images_embedding(photos, clip, tmp_path, inputs):
-    items = read_dataset(photos / "dataset.json")
-    store = build_store(items, clip, tmp_path / "store", inputs=inputs, batch_size=5, dtype="float32")
-    assert len(store) == 12 and store.skipped == {}
+@pytest.fixture
+def items(photos):
+    return read_dataset(photos / "dataset.json")
+
+
+@pytest.mark.parametrize(("inputs", "workers"), [("embedding", 0), ("embedding", 2), ("patches", 0)])
+def test_every_row_is_its_images_embedding(items, clip, tmp_path, inputs, workers):
+    store = build_store(
+        items, clip, tmp_path / "store", inputs=inputs, batch_size=5, dtype="float32", workers=workers, rows_per_shard=4
+    )
+    assert len(store) == 12 and store.skipped == {} and store.ids == [item.image_id for item in items]
+    assert len(list((tmp_path / "store").glob("shard-*.bin"))) == 3
     for item in items:
         alone = encode(clip, clip.preprocess([read_image(item.path)]), inputs)[0]
         assert torch.allclose(store[store.row(item.image_id)], alone, atol=1e-5)
+    assert "gone.jpg" not in store
+    with pytest.raises(KeyError):
+        store.row("gone.jpg")
+    copy = pickle.loads(pickle.dumps(store))  # as for a DataLoader's spawned worker
+    assert torch.equal(copy[3], store[3]) and len(pickle.dumps(store)) < 1000
 
 
-def test_an_interrupted_store_goes_on_and_equals_the_whole(photos, clip, tmp_path):
-    items = read_dataset(photos / "dataset.json")
-    whole = build_store(items, clip, tmp_path / "whole", batch_size=4)
+def test_an_interrupted_store_goes_on_and_equals_the_whole(items, clip, tmp_path):
+    whole = build_store(items, clip, tmp_path / "whole", batch_size=4, rows_per_shard=5)
 
     def interrupt(done):
         if done == 8:
             raise KeyboardInterrupt
 
+    part = tmp_path / "part"
     with pytest.raises(KeyboardInterrupt):
-        build_store(items, clip, tmp_path / "part", batch_size=4, progress=interrupt)
+        build_store(items, clip, part, batch_size=4, progress=interrupt, rows_per_shard=5)
     with pytest.raises(UserError, match=r"no manifest\.json"):
-        EmbeddingStore(tmp_path / "part")
+        EmbeddingStore(part)
+    for name in ("shard-00001.bin", "names.bin", "rows.bin"):  # killed while it wrote
+        with open(part / name, "ab") as file:
+            file.write(b"half of a row")
     seen = []
-    part = build_store(items, clip, tmp_path / "part", batch_size=4, progress=seen.append)
+    store = build_store(items, clip, part, batch_size=4, progress=seen.append)
     assert seen == [12]
-    assert np.array_equal(part.array, whole.array)
+    assert np.array_equal(store.array, whole.array) and store.ids == whole.ids
+    for name in ("shard-00000.bin", "shard-00001.bin", "shard-00002.bin", "names.bin", "rows.bin"):
+        assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_images_that_cannot_be_read_are_left_out_and_named(photos, clip, tmp_path):
-    items = read_dataset(photos / "dataset.json")
+def test_new_images_are_added_and_the_old_are_not_encoded_again(items, clip, tmp_path):
+    def encoded(part):
+        calls = []
+        store = build_store(part, clip, tmp_path / "store", progress=calls.append, batch_size=4)
+        return calls, store
+
+    assert encoded(items[:6])[0] == [4, 6]
+    assert encoded(items[:6])[0] == [6]  # nothing was encoded
+    calls, store = encoded([*items, *items])  # each image once, however often it is named
+    assert len(store) == 12 and calls[-1] == 24
+    calls, store = encoded(items[3:5])  # a part of what is there
+    assert calls == [2] and len(store) == 12
+    shutil.copytree(items[0].path.parent, tmp_path / "copy")
+    moved = [replace(item, path=tmp_path / "copy" / item.path.name) for item in items]
+    for item in moved:
+        os.utime(item.path, (1, 1))
+    assert encoded(moved)[0] == [12]
+    assert EmbeddingStore(tmp_path / "store").records["mtime"].tolist() == [1_000_000_000] * 12
+
+
+def test_images_that_cannot_be_read_are_left_out_named_and_tried_again(items, clip, tmp_path):
+    good = items[3].path.read_bytes()
     items[3].path.write_bytes(b"not an image")
     items[7].path.write_bytes(items[0].path.read_bytes()[:200])
     store = build_store(items, clip, tmp_path / "store", batch_size=4)
@@ -55,36 +103,128 @@ def test_images_that_cannot_be_read_are_left_out_and_named(photos, clip, tmp_pat
     assert items[3].image_id not in store and len(store) == 10
     alone = clip.encode_images(clip.preprocess([read_image(items[8].path)]))[0]
     assert torch.allclose(store[store.row(items[8].image_id)], alone, atol=2e-3)
+    items[3].path.write_bytes(good)
+    store = build_store(items, clip, tmp_path / "store", batch_size=4)
+    assert set(store.skipped) == {items[7].image_id} and items[3].image_id in store
 
 
-def test_a_store_is_used_again_only_for_the_same_images_and_backbone(photos, clip, tmp_path):
-    items = read_dataset(photos / "dataset.json")
-
-    def encoded(**changes):
-        calls = []
-        build_store(
-            changes.pop("items", items), clip, tmp_path / "store", progress=calls.append, batch_size=6, **changes
-        )
-        return calls
-
-    assert encoded() == [6, 12]
-    assert encoded() == [12]  # nothing was encoded
-    assert encoded(inputs="patches") == [6, 12]
-    assert encoded(items=items[:6]) == [6]
+def test_a_mismatch_is_an_error_and_never_a_silent_one(items, clip, clip_directory, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    build_store(items, clip, store)
+    shutil.copytree(clip_directory, tmp_path / "elsewhere")
+    assert fingerprint(load_clip(tmp_path / "elsewhere", device="cpu")) == fingerprint(clip)
+    build_store(items, load_clip(tmp_path / "elsewhere", device="cpu"), store)  # the same weights in another place
+    with pytest.raises(UserError, match=r"other weights.*'tiny'"):
+        build_store(items, load_clip("tiny", device="cpu"), store)
+    with pytest.raises(UserError, match=r"other inputs \(\"embedding\" instead of \"patches\""):
+        build_store(items, clip, store, inputs="patches")
+    with pytest.raises(UserError, match="is float16, not float32"):
+        build_store(items, clip, store, dtype="float32")
+    monkeypatch.setattr(clip, "preprocess", replace(clip.preprocess, interpolation="bilinear"))
+    with pytest.raises(UserError, match="other preprocessing"):
+        build_store(items, clip, store)
+    monkeypatch.undo()
     items[0].path.write_bytes(items[6].path.read_bytes())
-    assert encoded(items=items[:6]) == [6] and encoded(items=items[:6]) == [6]
+    with pytest.raises(UserError, match=r"1 images have changed.*00\.jpg"):
+        build_store(items, clip, store)
 
 
-def test_a_store_that_is_cut_short_is_an_error(photos, clip, tmp_path):
-    items = read_dataset(photos / "dataset.json")
-    build_store(items, clip, tmp_path / "store")
-    path = tmp_path / "store" / "embeddings.bin"
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match="bytes instead of"):
-        EmbeddingStore(tmp_path / "store")
+def test_files_that_are_cut_short_are_named(items, clip, tmp_path):
+    store = tmp_path / "store"
+    build_store(items, clip, store, rows_per_shard=5)
+    for name in ("shard-00001.bin", "rows.bin"):
+        whole = (store / name).read_bytes()
+        (store / name).write_bytes(whole[:-7])
+        for use in (EmbeddingStore, lambda directory: build_store(items, clip, directory)):
+            with pytest.raises(UserError, match=rf"{name}.*is cut short \({len(whole) - 7} bytes instead of"):
+                use(store)
+        (store / name).write_bytes(whole)
+    assert len(EmbeddingStore(store)) == 12
+    (store / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        EmbeddingStore(store)
+    (store / "manifest.json").write_text('{"key": {"format": 1}}')
+    with pytest.raises(UserError, match="format 1 instead of 2"):
+        EmbeddingStore(store)
 
 
-def test_no_readable_image_is_an_error(photos, clip, tmp_path):
-    items = [replace(item, path=photos / "dataset.json") for item in read_dataset(photos / "dataset.json")]
-    with pytest.raises(UserError, match="can be read"):
-        build_store(items, clip, tmp_path / "store")
+def test_no_readable_image_is_an_error(items, photos, clip, tmp_path):
+    broken = [replace(item, path=photos / "dataset.json") for item in items]
+    with pytest.raises(UserError, match="none of the 12 images can be read"):
+        build_store(broken, clip, tmp_path / "store")
+
+
+def test_a_killed_worker_is_one_line_and_nothing_is_lost(items, clip, tmp_path, monkeypatch):
+    def read_or_die(path):
+        if path == items[9].path and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_image(path)
+
+    monkeypatch.setattr(embeddings, "read_image", read_or_die)
+    assert multiprocessing.get_start_method() == "fork"  # or the workers would not have the patch
+    with pytest.raises(UserError, match=r"worker was killed after \d+ of 12") as caught:
+        build_store(items, clip, tmp_path / "store", batch_size=2, workers=1)
+    assert "\n" not in str(caught.value)
+    kept = (tmp_path / "store" / "rows.bin").stat().st_size // embeddings.RECORD.itemsize
+    assert kept >= 2
+    seen = []
+    build_store(items, clip, tmp_path / "store", batch_size=2, progress=seen.append)
+    assert len(seen) == (12 - kept) // 2 and seen[-1] == 12
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(items, clip, tmp_path):
+    (tmp_path / "store").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as if the disk ended after 7 rows of 4 x 16 halves
+    try:
+        with pytest.raises(UserError, match=r"no room for embedding store .* after 6 of 12 images"):
+            build_store(items, clip, tmp_path / "store", batch_size=2, inputs="patches")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    store = build_store(items, clip, tmp_path / "store", batch_size=2, inputs="patches")
+    whole = build_store(items, clip, tmp_path / "whole", batch_size=2, inputs="patches")
+    assert np.array_equal(store.array, whole.array)
+
+
+def test_numbers_beyond_half_precision_are_an_error(tmp_path):
+    tmp_path.joinpath("store").mkdir()
+    writer = StoreWriter(tmp_path / "store", {}, "clip")
+    with pytest.raises(UserError, match="use dtype float32"):
+        writer.append(["a"], np.full((1, 4), 1e6, np.float32), [embeddings.Source(1, 2, 3)])
+
+
+def test_the_originals_pickle_needs_no_images(clip, gpt2_directory, tmp_path):
+    vectors = torch.randn(4, 12)
+    captions = [("7", "the cat"), ("7", "the hat"), ("9", "the bat"), ("11", "the mat")]
+    rows = [
+        {"image_id": image_id, "caption": caption, "id": n, "clip_embedding": n}
+        for n, (image_id, caption) in enumerate(captions)
+    ]
+    path = tmp_path / "oscar_split_train.pkl"
+    path.write_bytes(pickle.dumps({"clip_embedding": vectors, "captions": rows}))
+    items = read_dataset(path)
+    store = build_store(items, clip, tmp_path / "store", dtype="float32")
+    assert [torch.equal(store[store.row(i)], vectors[n]) for i, n in (("7", 0), ("9", 2), ("11", 3))] == [True] * 3
+    assert build_store(items, clip, tmp_path / "store", progress=[].append).ids == ["7", "9", "11"]
+    data = CaptionDataset(items, store, load_gpt2(gpt2_directory)[1], max_tokens=9)
+    assert len(data) == 4 and torch.equal(data[1]["embedding"], vectors[0])
+    with pytest.raises(UserError, match="no patches"):
+        build_store(items, clip, tmp_path / "other", inputs="patches")
+    with pytest.raises(UserError, match="width 12, 'tiny' gives"):
+        build_store(items, load_clip("tiny", device="cpu"), tmp_path / "other")
+
+
+def test_the_command_embeds_once_and_training_takes_the_store(capsys, photos, clip_directory, tmp_path):
+    (photos / "03.png").write_bytes(b"no image")
+    arguments = ["embed", photos / "dataset.json", "--out", tmp_path / "store", "--clip", clip_directory]
+    arguments = [str(a) for a in (*arguments, "--dtype", "float32", "--workers", 1, "--device", "cpu")]
+    assert main(arguments) == 0
+    streams = capsys.readouterr()
+    assert "11 images, 12 float32 each" in streams.out and "skipped 1" in streams.err and "03.png" in streams.err
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    assert manifest["rows"] == 11 and manifest["key"]["normalization"] == "none" and manifest["versions"]["torch"]
+    before = (tmp_path / "store" / "shard-00000.bin").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (tmp_path / "store" / "shard-00000.bin").stat().st_mtime_ns == before
+    assert main([*arguments, "--inputs", "patches"]) == 2
+    assert "other inputs" in capsys.readouterr().err

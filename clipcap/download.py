@@ -1,0 +1,369 @@
+"""Download the images of Conceptual Captions: resumable, and from public addresses only."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import ipaddress
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import quote, urljoin, urlsplit
+
+import tyro
+import urllib3
+from PIL import Image
+from tqdm import tqdm
+
+from clipcap.readers import conceptual_rows
+from common.checks import UserError, require_at_least, require_file
+from common.report import write_json
+
+SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff"}
+REDIRECTS = 5
+LONGEST_WAIT = 30.0
+"""Seconds between two tries, whatever the server asks for."""
+
+
+@dataclass(frozen=True)
+class DownloadConfig:
+    """Download the images of a Conceptual Captions file.
+
+    TSV has a caption and a URL in each line, in either order. Started again, the download goes on where it stopped.
+    Afterwards OUT is a data set by itself: `clipcap train --data OUT`.
+    """
+
+    tsv: tyro.conf.Positional[Path]
+    """Conceptual Captions' TSV file (CC3M or CC12M)."""
+    out: Path
+    """Directory of the images, the captions and the report; nothing is written anywhere else."""
+    workers: int = 16
+    """Downloads at the same time."""
+    retries: int = 3
+    """More tries after a server is busy or the connection fails, each after a longer wait."""
+    backoff: float = 1.0
+    """Seconds before the first of those; every next wait is twice as long."""
+    timeout: float = 20.0
+    """Longest time for one try, in seconds."""
+    max_megabytes: float = 20.0
+    """Largest file; a larger one is dropped."""
+    limit: int = 0
+    """Images to stop after, when not 0."""
+    allow_private: bool = False
+    """Also take addresses that are not public (this machine, a local network). For your own servers only: whoever
+    wrote the file could make this machine ask any server that it can reach."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one URL."""
+
+    file: str = ""
+    """Relative to the output directory; empty when it was dropped."""
+    dropped: str = ""
+    """Why there is no file."""
+    again: bool = False
+    """It may work another time, so the next run tries it again."""
+
+
+class Dropped(Exception):
+    """Why a URL gives no image."""
+
+    def __init__(self, reason: str, *, again: bool = False, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.reason, self.again, self.wait = reason, again, wait
+
+
+def url_key(url: str) -> str:
+    """The name of a URL's image, without its suffix: a hash, so that no URL decides where something is written."""
+    return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def read_journal(directory: Path) -> dict[str, Entry]:
+    """What became of every URL so far, by `url_key`; empty where nothing was downloaded."""
+    path = directory / "journal.jsonl"
+    found: dict[str, Entry] = {}
+    if path.is_file():
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    found[row.pop("key")] = Entry(**row)
+                except (ValueError, KeyError, TypeError):  # the line that a killed run did not finish
+                    continue
+    return found
+
+
+def public_address(host: str, port: int, *, allow_private: bool = False) -> str:
+    """Resolve a host and return its first address.
+
+    Raises:
+        Dropped: it has none, or one that is not public: loopback, private, link-local, multicast, reserved, or one
+            of these inside an IPv6 address.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise Dropped("host not found", again=True) from None
+    addresses = [str(entry[4][0]) for entry in found]
+    for address in addresses if not allow_private else ():
+        if not is_public(address):
+            raise Dropped("address is not public")
+    return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address, and any IPv4 address that it wraps, is on the public internet."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    wrapped: list[ipaddress.IPv4Address | None] = []
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.is_site_local:
+            return False
+        wrapped = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in ipaddress.ip_network("64:ff9b::/96") or int(ip) >> 32 == 0:  # NAT64; IPv4-compatible
+            wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    if any(inner is not None and not is_public(str(inner)) for inner in wrapped):
+        return False
+    if any(inner is not None for inner in wrapped):
+        return True
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+
+
+def fetch(url: str, *, timeout: float, max_bytes: int, allow_private: bool = False) -> bytes:
+    """The bytes at a URL. Every redirect is checked as the URL itself is, and the connection goes to the very address
+    that was checked, without a proxy.
+
+    Raises:
+        Dropped: anything that keeps it from coming.
+    """
+    deadline = time.monotonic() + timeout
+    for _ in range(REDIRECTS + 1):
+        try:
+            parts = urlsplit(url)
+            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+            host = parts.hostname
+        except ValueError:
+            raise Dropped("not a URL") from None
+        if parts.scheme not in ("http", "https") or not host:
+            raise Dropped("not an http(s) URL")
+        address = public_address(host, port, allow_private=allow_private)
+        target = quote(parts.path or "/", safe="/%:=&+!$,;'()*~@") + (
+            f"?{quote(parts.query, safe='/%:=&?+!$,;()*~@')}" if parts.query else ""
+        )
+        with _pool(parts.scheme, host, address, port, timeout) as pool:
+            try:
+                response = pool.request(
+                    "GET", target, headers=_headers(host, port), redirect=False, retries=False, preload_content=False
+                )
+                try:
+                    if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
+                        url = urljoin(url, response.headers["Location"])
+                        continue
+                    return _body(response, deadline, max_bytes)
+                finally:
+                    response.close()
+            except urllib3.exceptions.TimeoutError:
+                raise Dropped("timeout", again=True) from None
+            except (urllib3.exceptions.SSLError, urllib3.exceptions.LocationParseError):
+                raise Dropped("no secure connection") from None
+            except (urllib3.exceptions.HTTPError, OSError, ValueError):
+                raise Dropped("connection failed", again=True) from None
+    raise Dropped("too many redirects")
+
+
+def _pool(scheme: str, host: str, address: str, port: int, timeout: float) -> urllib3.HTTPConnectionPool:
+    """Connections to `address` that are secured and addressed as `host`."""
+    limits = urllib3.Timeout(connect=timeout, read=timeout)
+    if scheme == "http":
+        return urllib3.HTTPConnectionPool(address, port, timeout=limits)
+    return urllib3.HTTPSConnectionPool(
+        address, port, timeout=limits, cert_reqs="CERT_REQUIRED", server_hostname=host, assert_hostname=host
+    )
+
+
+def _headers(host: str, port: int) -> dict[str, str]:
+    name = f"[{host}]" if ":" in host else host
+    return {
+        "Host": name if port in (80, 443) else f"{name}:{port}",
+        "User-Agent": "clipcap-download",
+        "Accept": "image/*,*/*;q=0.5",
+        "Accept-Encoding": "identity",  # nothing that grows when it is unpacked
+    }
+
+
+def _body(response: urllib3.BaseHTTPResponse, deadline: float, max_bytes: int) -> bytes:
+    if response.status != 200:
+        asked = response.headers.get("Retry-After", "")
+        again = response.status in (408, 425, 429) or response.status >= 500
+        raise Dropped(f"HTTP {response.status}", again=again, wait=float(asked) if asked.isdigit() else 0.0)
+    length = response.headers.get("Content-Length", "")
+    if length.isdigit() and int(length) > max_bytes:
+        raise Dropped("too large")
+    data = bytearray()
+    for chunk in response.stream(1 << 16, decode_content=False):
+        data += chunk
+        if len(data) > max_bytes:
+            raise Dropped("too large")
+        if time.monotonic() > deadline:
+            raise Dropped("timeout", again=True)
+    return bytes(data)
+
+
+def image_suffix(data: bytes) -> str:
+    """The file suffix of an image, which is decoded as a whole.
+
+    Raises:
+        Dropped: it is none, is cut short, or has too many pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=list(SUFFIXES)) as image:
+            image.load()
+            return SUFFIXES[image.format or ""]
+    except Image.DecompressionBombError:
+        raise Dropped("too many pixels") from None
+    except Exception:  # Pillow's decoders raise what they like on broken data
+        raise Dropped("not an image") from None
+
+
+def download(config: DownloadConfig) -> dict[str, object]:
+    """Download what is not there yet and return the report, which is also in `report.json`.
+
+    The directory then holds `images/`, named by `url_key`; `captions.jsonl`, which `read_dataset` reads; and
+    `journal.jsonl`, from which a stopped run goes on. What failed for good is not tried again; what may work another
+    time (a busy server, a timeout) is.
+
+    Raises:
+        UserError: a row is not a caption and a URL (its line is named), or a setting cannot work.
+    """
+    for name, least in (("workers", 1), ("retries", 0), ("backoff", 0), ("limit", 0)):
+        require_at_least(name, getattr(config, name), least)
+    for name in ("timeout", "max_megabytes"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name} is {getattr(config, name)}: use a number above 0.")
+    require_file(config.tsv, "caption file")
+    rows = sum(1 for _ in conceptual_rows(config.tsv))  # all lines are checked before the first download
+    (config.out / "images").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(config.out / "partial", ignore_errors=True)  # of a killed run
+    journal = {key: entry for key, entry in read_journal(config.out).items() if not entry.again}
+    for key in [k for k, entry in journal.items() if entry.file and not (config.out / entry.file).is_file()]:
+        del journal[key]  # the image was deleted since
+    path = config.out / "journal.jsonl"
+    stop = threading.Event()
+    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(config.workers) as executor:
+        file.write("\n")  # the last line of a killed run may have no end
+        running: dict[Future[Entry], str] = {}
+        with tqdm(total=rows, desc="downloading", unit=" rows") as bar:
+
+            def finish(least: int) -> None:
+                while len(running) > least:
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        key, entry = running.pop(future), future.result()
+                        journal[key] = entry
+                        file.write(json.dumps({"key": key, **asdict(entry)}) + "\n")
+                        file.flush()
+
+            try:
+                for key, url in _distinct(config, bar):
+                    if key not in journal:
+                        finish(2 * config.workers - 1)  # a bounded queue: the file may have millions of rows
+                        running[executor.submit(_save, url, key, config, stop)] = key
+                finish(0)
+            except BaseException:
+                stop.set()
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
+    shutil.rmtree(config.out / "partial", ignore_errors=True)
+    return _conclude(config, rows, journal)
+
+
+def _distinct(config: DownloadConfig, bar: tqdm | None = None) -> Iterator[tuple[str, str]]:
+    """Every URL once, as (key, URL), up to the limit."""
+    seen: set[str] = set()
+    for _, _, url in conceptual_rows(config.tsv):
+        if bar is not None:
+            bar.update()
+        key = url_key(url)
+        if key not in seen:
+            if config.limit and len(seen) == config.limit:
+                return
+            seen.add(key)
+            yield key, url
+
+
+def _save(url: str, key: str, config: DownloadConfig, stop: threading.Event) -> Entry:
+    """Download one image into its place; a file is there whole or not at all."""
+    for attempt in range(config.retries + 1):
+        try:
+            data = fetch(
+                url,
+                timeout=config.timeout,
+                max_bytes=int(config.max_megabytes * 1e6),
+                allow_private=config.allow_private,
+            )
+            name = f"images/{key[:2]}/{key}{image_suffix(data)}"
+        except Dropped as error:
+            dropped = error
+            if not error.again or attempt == config.retries:
+                break
+            if stop.wait(min(max(config.backoff * 2**attempt, error.wait), LONGEST_WAIT)):
+                break
+            continue
+        target, partial = config.out / name, config.out / "partial"
+        target.parent.mkdir(exist_ok=True)
+        partial.mkdir(exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=partial)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+        return Entry(file=name)
+    return Entry(dropped=dropped.reason, again=dropped.again)
+
+
+def _conclude(config: DownloadConfig, rows: int, journal: dict[str, Entry]) -> dict[str, object]:
+    """Write the captions of what is there and the report."""
+    handle, temporary = tempfile.mkstemp(dir=config.out, suffix=".tmp")
+    captions = 0
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        for _, caption, url in conceptual_rows(config.tsv):
+            entry = journal.get(url_key(url))
+            if entry is not None and entry.file:
+                file.write(json.dumps({"file_name": entry.file, "caption": caption}, ensure_ascii=False) + "\n")
+                captions += 1
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, config.out / "captions.jsonl")
+    entries = [journal[key] for key, _ in _distinct(config) if key in journal]
+    report: dict[str, object] = {
+        "source": config.tsv.name,
+        "rows": rows,
+        "urls": len(entries),
+        "downloaded": sum(bool(entry.file) for entry in entries),
+        "captions": captions,
+        "dropped": dict(Counter(entry.dropped for entry in entries if not entry.file).most_common()),
+        "worth_another_run": sum(entry.again for entry in entries),
+    }
+    write_json(config.out / "report.json", report)
+    return report
+
+
+def run(config: DownloadConfig) -> int:
+    """`clipcap download`: download and say what came and what did not."""
+    report = download(config)
+    print(f"{report['downloaded']} of {report['urls']} images are in {config.out}; the report is report.json there.")
+    dropped = report["dropped"]
+    assert isinstance(dropped, dict)
+    for reason, count in dropped.items():
+        print(f"  dropped {count}: {reason}", file=sys.stderr)
+    if not report["downloaded"]:
+        raise UserError(f"none of the {report['urls']} images of {str(config.tsv)!r} could be downloaded.")
+    return 0
