@@ -150,7 +150,7 @@ def build_corpus(
     selection = _Selection(shares, seed)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
     metas = _write_shards(
-        paths, selection, shards, setup, workers, chunk, sum(row[1] for row in key["sources"]), progress
+        paths, selection, shards, key["tokenizer"], setup, workers, chunk, sum(map(size_of, found)), progress
     )
     for file in shards.iterdir():  # of another, longer corpus
         if int(file.name.split(".")[0]) >= len(metas):
@@ -341,6 +341,7 @@ def _write_shards(
     paths: Sequence[Path],
     selection: _Selection,
     shards: Path,
+    tokenizer: str,
     setup: tuple[str, int, str],
     workers: int,
     chunk: int,
@@ -382,7 +383,7 @@ def _write_shards(
             bar.update(position - bar.n)
 
         for number, (rows, position) in enumerate(_chunks(paths, selection, chunk)):
-            digest = hashlib.sha256(json.dumps([*setup, rows]).encode()).hexdigest()
+            digest = hashlib.sha256(json.dumps([tokenizer, *setup[1:], rows]).encode()).hexdigest()
             future: Future[None] | None = None
             if not _is_written(shards, number, digest, setup[2]):
                 if pool is None:

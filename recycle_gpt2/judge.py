@@ -252,7 +252,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     share, square = successes / trials, z * z
     centre = (share + square / (2 * trials)) / (1 + square / trials)
     half = z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
 
 
 def _choose(name: str, texts: Sequence[str], config: JudgeConfig) -> list[str]:

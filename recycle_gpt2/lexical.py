@@ -139,6 +139,7 @@ def cooccurrence_embeddings(
         torch.from_numpy(np.stack([np.r_[left, right], np.r_[right, left]])),
         torch.from_numpy(np.r_[counts, counts].astype(np.float64)),
         (vocab_size, vocab_size),
+        check_invariants=True,
     ).coalesce()
     (row, column), joint = matrix.indices(), matrix.values()
     total = torch.zeros(vocab_size, dtype=torch.float64).index_add(0, row, joint)
@@ -148,7 +149,10 @@ def cooccurrence_embeddings(
     information = torch.log(joint / total[row] * smoothed.sum() / smoothed[column])
     positive = information > 0
     ppmi = torch.sparse_coo_tensor(
-        matrix.indices()[:, positive], information[positive].float(), (vocab_size, vocab_size)
+        matrix.indices()[:, positive],
+        information[positive].float(),
+        (vocab_size, vocab_size),
+        check_invariants=True,
     ).coalesce()
     rank = min(dim, vocab_size)
     with fork_generators(seed):  # torch's randomised SVD draws from the global generator

@@ -1,0 +1,372 @@
+"""The corpus: what is read, what is dropped, that each token counts once, that a killed build ends in the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from common.checks import UserError
+from common.language import IGNORE
+from recycle_gpt2 import corpus as corpus_module
+from recycle_gpt2.corpus import (
+    CorpusConfig,
+    Document,
+    TokenBlocks,
+    build_corpus,
+    labels,
+    load_documents,
+    read_documents,
+    run,
+)
+from recycle_gpt2.tokenizer import save_tokenizer
+
+SHARES = (0.8, 0.1, 0.1)
+
+
+@pytest.fixture
+def built(text, tokenizer, tmp_path):
+    """A corpus of several shards, with blocks of 32."""
+    return build_corpus([text], tokenizer, tmp_path / "corpus", block=32, shares=SHARES, chunk=4000, progress=False)
+
+
+def contents(directory):
+    """Every file of a corpus with its bytes."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# Reading
+
+
+def test_formats(tmp_path):
+    folder = tmp_path / "text"
+    (folder / "web" / "deep").mkdir(parents=True)
+    plain = "\ufeffeen  \n  twee\r\n\r\n \ndrie\n"
+    (folder / "a.txt").write_text(plain, encoding="utf-8", newline="")
+    (folder / "b.txt.xz").write_bytes(lzma.compress(b"vier\n\nvijf"))
+    (folder / "c.txt.gz").write_bytes(gzip.compress(b"zes"))
+    rows = [{"text": "zeven\n\n acht "}, {"text": "negen", "genre": "nieuws"}, {"text": " "}]
+    (folder / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = (
+        "<html><head><title>no</title><script>no</script></head><body><nav>no</nav><p>Eén\n <b>twee</b>&eacute;</p>"
+        "<ul><li>drie<li>vier</ul><style>no</style><br/>vijf<form><p>no</p></form> &amp; zes</body></html>"
+    )
+    (folder / "web" / "deep" / "page.html").write_text(page, encoding="utf-8")
+    (folder / "web" / "empty.htm").write_text("<html><body><img src='x.png'></body></html>")
+    (folder / "web" / "picture.png").write_bytes(b"\0\1")
+    (folder / "web" / ".hidden.txt").write_text("no")
+    found = list(read_documents([folder]))
+    assert [(document.text, document.genre) for document in found] == [
+        ("een\ntwee", "a"),
+        ("drie", "a"),
+        ("vier", "b"),
+        ("vijf", "b"),
+        ("zes", "c"),
+        ("zeven\nacht", "d"),
+        ("negen", "nieuws"),
+        ("Eén twee\u00e9\ndrie\nvier\nvijf\n& zes", "web"),
+    ]
+    assert found[2].source.endswith("b.txt.xz")
+    assert [document.text for document in read_documents([folder / "c.txt.gz", folder / "a.txt"])] == [
+        "zes",
+        "een\ntwee",
+        "drie",
+    ]
+    assert [document.text for document in read_documents([folder], suffixes=[".jsonl"])] == ["zeven\nacht", "negen"]
+
+
+def test_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["een\n\ntwee", "drie"], "other": [1, 2]})
+    rows.save_to_disk(str(tmp_path / "all" / "plain"))
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "all" / "parts"))
+    assert [(d.text, d.genre) for d in read_documents([tmp_path / "all" / "plain"])] == [
+        ("een\ntwee", "plain"),
+        ("drie", "plain"),
+    ]
+    assert len(list(read_documents([tmp_path / "all"]))) == 6  # found inside a folder
+    rows.rename_column("text", "body").save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r'no column "text" \(columns: body, other\)'):
+        list(read_documents([tmp_path / "other"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"goed\nsl\xe9cht\n", r"a\.txt', line 2 is not UTF-8 \(byte 3 of the line is 0xe9\): convert"),
+        ("a.txt", "goed".encode("utf-16"), r"a\.txt', line 1 is UTF-16"),
+        ("a.txt", b"goed\n\0\1\2", r"a\.txt' is binary \(line 2"),
+        ("a.txt", b"", r"a\.txt' is empty \(0 bytes\)"),
+        ("a.txt", b" \n\n", r"a\.txt' is empty \(no text in 2 lines\)"),
+        ("a.txt.xz", lzma.compress(b"goed\n" * 9999)[:-40], r"a\.txt\.xz' is damaged or cut short"),
+        ("a.txt.xz", b"goed", r"a\.txt\.xz' is damaged"),
+        ("a.txt.gz", gzip.compress(os.urandom(9999))[:-4000], r"a\.txt\.gz'"),
+        ("a.txt.gz", b"goed", r"a\.txt\.gz' is damaged"),
+        ("a.jsonl", b'{"text": "goed"}\n{"text": ', r"a\.jsonl', line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "goed"}\n\n{"body": "x"}', r'a\.jsonl\', line 3 has no "text"'),
+        ("a.jsonl", b'{"text": "half \\ud800"}', r"a\.jsonl', line 1 holds half of a surrogate pair"),
+        ("a.html", b"<p>sl\xe9cht</p>", r"a\.html', line 1 is not UTF-8"),
+        ("a.html", b"<p></p>", r"': no text there"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_documents([tmp_path]))
+
+
+def test_bad_paths(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        list(read_documents([tmp_path / "absent"]))
+    with pytest.raises(UserError, match=r"holds no text: put \.txt"):
+        list(read_documents([tmp_path]))
+    with pytest.raises(UserError, match="no text is given"):
+        list(read_documents([]))
+
+
+# Packing
+
+
+def decode(tokenizer, ids):
+    """The documents that a stream of ids spells, by the end token after each."""
+    found = tokenizer.decode(ids).split(tokenizer.eos_token)
+    assert found[-1] == ""
+    return found[:-1]
+
+
+def test_chunks_are_neither_repeated_nor_dropped(built, tokenizer, dutch):
+    """The original repeats each document's first chunk and drops its last (2_prepare_0_tokens.py)."""
+    spelled = []
+    for split in ("train", "valid", "test"):
+        blocks = TokenBlocks(built, split)
+        assert all(block.shape == (32,) and block.dtype == torch.int64 for block in blocks)
+        stream = torch.cat(list(blocks))
+        fill = len(stream) - blocks.num_tokens
+        assert 0 <= fill < 32 and (stream[blocks.num_tokens :] == blocks.end).all()
+        assert torch.equal(stream[: blocks.num_tokens], torch.from_numpy(blocks.tokens(0, blocks.num_tokens)))
+        spelled += decode(tokenizer, stream[: blocks.num_tokens].tolist())
+        counted = labels(torch.stack(list(blocks)), blocks.end)
+        assert int((counted != IGNORE).sum()) == blocks.num_tokens  # the fill is in no loss, all else is
+        assert torch.equal(blocks.counts(), torch.bincount(stream[: blocks.num_tokens], minlength=320))
+    assert sorted(spelled) == sorted(dutch)
+    assert any(len(tokenizer(text).input_ids) > 3 * 32 for text in dutch)  # documents of many chunks are among them
+
+
+@pytest.mark.parametrize("block", [2, 7, 32, 100])
+def test_every_token_once_at_any_block_length(built, block):
+    blocks = TokenBlocks(built, "train", block=block)
+    stream = torch.cat([blocks[index] for index in range(len(blocks))])
+    assert len(blocks) == -(-blocks.num_tokens // block)
+    assert np.array_equal(stream[: blocks.num_tokens], blocks.tokens(0, blocks.num_tokens))
+    with pytest.raises(IndexError):
+        blocks[len(blocks)]
+
+
+def test_split_is_by_document(built, dutch, text, tokenizer, tmp_path):
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert len(manifest["shards"]) > 3
+    held_out = {split: load_documents(built, split) for split in ("valid", "test")}
+    for split, documents in held_out.items():
+        assert 5 < len(documents) < 45 and {document.text for document in documents} < set(dutch)
+        ids = TokenBlocks(built, split).tokens(0, TokenBlocks(built, split).num_tokens)
+        assert decode(tokenizer, ids) == [document.text for document in documents]
+        assert {document.genre for document in documents} == {"stories", "news"}
+    sizes = manifest["splits"]
+    assert sum(counts["documents"] for counts in sizes.values()) == 200
+    assert sum(counts["bytes"] for counts in sizes.values()) == sum(len(text.encode()) for text in dutch)
+    assert sizes["test"]["characters"] == sum(len(document.text) for document in held_out["test"])
+    assert sizes["train"]["tokens"] == TokenBlocks(built, "train").num_tokens
+    assert manifest["dropped"] == {"documents": 0, "emptied": 0, "paragraphs": 0}
+    # The order of the text does not matter, the seed does.
+    news_first = build_corpus(
+        [text / "news", text / "stories.txt"], tokenizer, tmp_path / "again", block=32, shares=SHARES, progress=False
+    )
+    other = build_corpus([text], tokenizer, tmp_path / "seed", block=32, shares=SHARES, seed=1, progress=False)
+    test = {document.text for document in held_out["test"]}
+    assert {document.text for document in load_documents(news_first, "test")} == test
+    assert {document.text for document in load_documents(other, "test")} != test
+
+
+def test_duplicates_are_dropped(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("een\ntwee\n\n een\ntwee \n\ntwee\ndrie\n\ndrie\neen\n\nEEN\n" + "vier " * 50, encoding="utf-8")
+    out = build_corpus([path], tokenizer, tmp_path / "out", block=4, shares=(1, 0, 0), progress=False)
+    blocks = TokenBlocks(out, "train")
+    assert decode(tokenizer, blocks.tokens(0, blocks.num_tokens)) == [
+        "een\ntwee",
+        "drie",
+        "EEN\n" + ("vier " * 50).strip(),
+    ]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["dropped"] == {"documents": 1, "emptied": 1, "paragraphs": 3}
+    with pytest.raises(UserError, match="no token in test"):
+        TokenBlocks(out, "test")
+
+
+def test_text_that_spells_the_end_token(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("een <|endoftext|> twee\n\ndrie\n", encoding="utf-8")
+    out = build_corpus([path], tokenizer, tmp_path / "out", block=2, shares=(1, 0, 0), progress=False)
+    blocks = TokenBlocks(out, "train")
+    assert int(blocks.counts()[blocks.end]) == 2
+    assert tokenizer.decode(blocks.tokens(0, blocks.num_tokens)) == "een <|endoftext|> twee<|endoftext|>drie<|endoftext|>"
+
+
+def test_blocks_reach_a_loader_process_without_their_data(built):
+    blocks = TokenBlocks(built, "train")
+    first = blocks[0]
+    pickled = pickle.dumps(blocks)
+    assert len(pickled) < 5000 and torch.equal(pickle.loads(pickled)[0], first)
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_bytes(built, text, tokenizer, tmp_path):
+    other = build_corpus(
+        [text], tokenizer, tmp_path / "two", block=32, shares=SHARES, chunk=4000, workers=2, progress=False
+    )
+    assert contents(other) == contents(built)
+
+
+def test_finished_corpus_is_used_again(built, text, tokenizer, dutch, monkeypatch):
+    def fail(*_):
+        raise AssertionError("a shard was written again")
+
+    before = contents(built)
+    options = dict(shares=SHARES, chunk=4000, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_write_shard", fail)
+        build_corpus([text], tokenizer, built, block=32, **options)
+        assert contents(built) == before
+        build_corpus([text], tokenizer, built, block=16, **options)  # the shards serve any block
+    assert TokenBlocks(built, "train").block == 16
+    # Less text: what is left of the longer corpus goes.
+    (text / "stories.txt").write_text("\n\n".join(dutch[:20]), encoding="utf-8")
+    build_corpus([text], tokenizer, built, block=32, **options)
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert sum(counts["documents"] for counts in manifest["splits"].values()) == 70
+    assert {path.name.split(".")[0] for path in (built / "shards").iterdir()} == {
+        f"{number:06}" for number in range(len(manifest["shards"]))
+    }
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from recycle_gpt2 import corpus
+from recycle_gpt2.tokenizer import load_tokenizer
+real, written = corpus.os.replace, []
+def replace(source, target):
+    if len(written) == {after}:
+        Path("{marker}").write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(target)
+    real(source, target)
+corpus.os.replace = replace
+corpus.build_corpus([Path("{text}")], load_tokenizer(Path("{tokenizer}")), Path("{out}"), block=32,
+    shares={shares}, chunk=4000, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_killed_build_goes_on_to_the_same_bytes(built, text, tokenizer, tmp_path, root, monkeypatch):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    out, marker = tmp_path / "killed", tmp_path / "marker"
+    script = KILLED.format(
+        after=7, marker=marker, text=text, tokenizer=tmp_path / "tokenizer", out=out, shares=SHARES
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, timeout=200)
+    assert done.returncode == -signal.SIGKILL and marker.exists()
+    ready = sorted((out / "shards").glob("*.json"))
+    assert ready and not (out / "manifest.json").exists() and list((out / "shards").glob(".*.tmp"))
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        TokenBlocks(out, "train")
+    written = []
+    plain = corpus_module._write_shard
+    monkeypatch.setattr(corpus_module, "_write_shard", lambda *args: written.append(args[2]) or plain(*args))
+    build_corpus([text], tokenizer, out, block=32, shares=SHARES, chunk=4000, progress=False)
+    assert contents(out) == contents(built)
+    assert written and min(written) == len(ready)  # what was there was not made again
+
+
+@pytest.mark.slow
+def test_workers_leave_with_a_killed_parent(text, tokenizer, tmp_path, root):
+    """Processes that wait for work would else stay for ever."""
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        f"sys.path.insert(0, {str(root)!r})\n"
+        "from recycle_gpt2 import corpus\n"
+        "from recycle_gpt2.tokenizer import load_tokenizer\n"
+        "from pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        f"    tokenizer = load_tokenizer(Path({str(tmp_path / 'tokenizer')!r}))\n"
+        "    setup = (tokenizer.backend_tokenizer.to_str(), 0, 'uint16')\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, initializer=corpus._begin_worker, initargs=setup)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        with open(f"/proc/{worker}/stat") as status:
+            if status.read().split()[2] == "Z":
+                return
+        time.sleep(0.1)
+    pytest.fail("the worker is still there")
+
+
+def test_too_little_text(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("een twee drie\n")
+    with pytest.raises(UserError, match=r"the corpus has \d+ training tokens, less than a block of 1024"):
+        build_corpus([path], tokenizer, tmp_path / "out", shares=(1, 0, 0), progress=False)
+    with pytest.raises(UserError, match=r"none of the 1 documents falls to (valid|train) "):
+        build_corpus([path], tokenizer, tmp_path / "out", progress=False)
+
+
+def test_bad_settings(built, text, tokenizer, tmp_path):
+    for shares in ((0.5, 0.1, 0.1), (0, 0.5, 0.5), (1.2, -0.1, -0.1)):
+        with pytest.raises(UserError, match="shares are"):
+            build_corpus([text], tokenizer, tmp_path / "out", shares=shares, progress=False)
+    with pytest.raises(UserError, match="block is 1"):
+        build_corpus([text], tokenizer, tmp_path / "out", block=1, progress=False)
+    with pytest.raises(UserError, match="workers is 0"):
+        build_corpus([text], tokenizer, tmp_path / "out", workers=0, progress=False)
+    with pytest.raises(UserError, match="split is 'dev'"):
+        TokenBlocks(built, "dev")
+    with pytest.raises(UserError, match="split is 'train': choose one of valid, test"):
+        load_documents(built, "train")
+    with pytest.raises(UserError, match="less than a block of 100000"):
+        TokenBlocks(built, "train", block=100_000)
+    shard = next((built / "shards").glob("*.train.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"bytes instead of \d+"):
+        TokenBlocks(built, "train")
+
+
+def test_run(text, tokenizer, tmp_path, capsys):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    run(CorpusConfig(text=(text,), tokenizer=tmp_path / "tokenizer", out=tmp_path / "out", block=16, shares=SHARES))
+    printed = capsys.readouterr().out
+    assert "train: " in printed and "duplicates dropped: 0 documents" in printed
+    assert isinstance(load_documents(tmp_path / "out", "test")[0], Document)
