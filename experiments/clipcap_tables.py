@@ -208,7 +208,8 @@ def write_table(
         *markdown(columns, rows),
         "",
         f"`{command}{' --small' * config.small}{steps}` "
-        f"(CLIP {Path(setting.clip).name}, GPT-2 {Path(setting.gpt2).name}, seed {config.runtime.seed}, {hardware()}; tokenizer of the scores: {tokenizer})",
+        f"(CLIP {Path(setting.clip).name}, GPT-2 {Path(setting.gpt2).name}, "
+        f"seed {config.runtime.seed}, {hardware()}; tokenizer of the scores: {tokenizer})",
         "",
     ]
     write_json(
