@@ -98,8 +98,9 @@ def read_journal(directory: Path) -> dict[str, Entry]:
             for line in file:
                 try:
                     row = json.loads(line)
-                    found[row.pop("key")] = Entry(**row)
-                except (ValueError, KeyError, TypeError):  # the line that a killed run did not finish
+                    key = row.pop("key")
+                    found[key] = Entry(**row)
+                except (ValueError, KeyError, TypeError, AttributeError):  # the line that a killed run did not finish
                     continue
     return found
 

@@ -525,7 +525,7 @@ def _read_shards(source: Path, images: Path | None) -> Iterator[CaptionedImage]:
         root = (images or shard.parent / f"{shard.stem}.images") / (shard.stem if images else "")
         files: dict[str, Path] = {}
         texts: dict[str, list[str]] = {}
-        for name, file in read_tar(shard):
+        for name, data in read_tar(shard):
             base, _, suffix = name.name.partition(".")
             key, suffix = str(name.parent / base), f".{suffix.lower()}"
             where = f"tar {str(shard)!r}, member {str(name)!r}"
@@ -533,11 +533,11 @@ def _read_shards(source: Path, images: Path | None) -> Iterator[CaptionedImage]:
                 if key in files:
                     raise UserError(f"{where}: sample {key!r} has two images: make the keys distinct.")
                 files[key] = root / name
-                _write_once(files[key], file.read())
+                _write_once(files[key], data)
             elif suffix in (".txt", ".caption"):
-                texts[key] = [line for line in _decode(file.read(), where).split("\n") if line.strip()]
+                texts[key] = [line for line in _decode(data, where).split("\n") if line.strip()]
             elif suffix == ".json" and key not in texts:
-                texts[key] = _captions_of_json(file.read(), where)
+                texts[key] = _captions_of_json(data, where)
         for key, path in files.items():
             captions = _check_captions(texts.get(key, []), f"tar {str(shard)!r}, sample {key!r}")
             yield CaptionedImage(f"{shard.stem}/{key}", path, captions, "")

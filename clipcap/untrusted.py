@@ -73,8 +73,8 @@ class _TensorUnpickler(pickle.Unpickler):
         return allowed[module, name]
 
 
-def read_tar(path: Path) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
-    """The files of a tar, in its order, as (name, open file); every name stays below the directory it is put in.
+def read_tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """The files of a tar, in its order, as (name, content); every name stays below the directory it is put in.
 
     Raises:
         UserError: a member is a link or a device or its name leaves the directory; the tar is damaged.
@@ -97,7 +97,7 @@ def read_tar(path: Path) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
                     )
                 file = tar.extractfile(member)
                 assert file is not None
-                yield name, file
+                yield name, file.read()
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, OSError) and not isinstance(error, tarfile.TarError) and error.filename is not None:
             raise

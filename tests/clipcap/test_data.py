@@ -1,12 +1,11 @@
-"""Readers of captioned images and the (embedding, caption) data set."""
-
-import json
+"""The (embedding, caption) data set: its pairs, tokens kept on disk, batches."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from clipcap import tokens
 from clipcap.data import BucketedOrder, CaptionDataset, collate, read_dataset
 from common.checks import UserError
 from common.gpt2 import load_gpt2
@@ -18,112 +17,6 @@ def folder(tmp_path):
     for name in ("a.jpg", "b.png", "c.jpg"):
         Image.new("RGB", (20, 16), "red").save(tmp_path / name)
     return tmp_path
-
-
-def karpathy(folder, rows):
-    path = folder / "dataset.json"
-    path.write_text(json.dumps({"images": rows}))
-    return path
-
-
-def row(name, split="train", captions=("a red square",)):
-    return {"filename": name, "split": split, "sentences": [{"raw": text} for text in captions]}
-
-
-def test_karpathy_splits_and_restval(folder):
-    path = karpathy(folder, [row("a.jpg", "restval"), row("b.png", "val"), row("c.jpg", "test", ("one", "two "))])
-    items = read_dataset(path)
-    assert [item.split for item in items] == ["train", "val", "test"]
-    assert items[2].captions == ("one", "two") and items[2].path == folder / "c.jpg"
-
-
-def test_coco_filepath_is_joined(folder):
-    (folder / "val2014").mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "val2014" / "x.jpg")
-    [item] = read_dataset(karpathy(folder, [row("x.jpg") | {"filepath": "val2014"}]), images=folder)
-    assert item.path == folder / "val2014" / "x.jpg"
-
-
-def test_folder_with_csv(folder):
-    (folder / "captions.csv").write_text("file_name,caption,split\na.jpg,one,train\na.jpg,two,train\nb.png,three,val\n")
-    items = read_dataset(folder)
-    assert [(i.image_id, i.captions, i.split) for i in items] == [
-        ("a.jpg", ("one", "two"), "train"),
-        ("b.png", ("three",), "val"),
-    ]
-
-
-def test_folder_with_jsonl_and_lists(folder):
-    (folder / "captions.jsonl").write_text(
-        '{"image": "a.jpg", "captions": ["one", "two"]}\n\n{"image":"b.png","text":"x"}\n'
-    )
-    assert [item.captions for item in read_dataset(folder)] == [("one", "two"), ("x",)]
-
-
-def test_folder_with_sidecars(folder):
-    (folder / "a.txt").write_text("one\n\ntwo\n")
-    (folder / "b.txt").write_text("three")
-    assert [item.captions for item in read_dataset(folder)] == [("one", "two"), ("three",)]
-
-
-def test_validation_split_is_a_function_of_the_id(folder):
-    (folder / "captions.csv").write_text(
-        "file_name,caption\n" + "".join(f"{i}.jpg,x\n" for i in range(200)) + "a.jpg,y\n"
-    )
-    for i in range(200):
-        (folder / f"{i}.jpg").write_bytes(b"x")
-    first, second = read_dataset(folder), read_dataset(folder)
-    assert first == second
-    assert 5 < sum(item.split == "val" for item in first) < 45
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"{", "line 1"),
-        (b"[]", "Karpathy"),
-        (b'{"images": [{"filename": "a.jpg"}]}', "Karpathy"),
-        (b'{"images": [{"filename": "a.jpg", "sentences": [{"text": "x"}]}]}', r"images\[0\].*raw"),
-        (b'{"images": [{"filename": "a.jpg", "sentences": [{"raw": " "}]}]}', r"images\[0\].*no caption"),
-        (b'{"images": [{"filename": "a.jpg", "split": "dev", "sentences": [{"raw": "x"}]}]}', r"images\[0\].*dev"),
-        (b"\xff\xfe{}", "UTF-8"),
-    ],
-)
-def test_broken_karpathy_files_name_the_place(folder, content, message):
-    path = folder / "dataset.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_dataset(path)
-
-
-def test_broken_tables_name_the_line(folder):
-    (folder / "captions.csv").write_text("file_name,caption\na.jpg,one\nb.png,\n")
-    with pytest.raises(UserError, match="line 3"):
-        read_dataset(folder)
-    (folder / "captions.csv").unlink()
-    (folder / "captions.jsonl").write_bytes(b'{"image": "a.jpg", "text": "x"}\n{"image": "b.png", "text": "\xff"}\n')
-    with pytest.raises(UserError, match="line 2"):
-        read_dataset(folder)
-
-
-def test_missing_images_are_an_error_or_skipped(folder):
-    path = karpathy(folder, [row("a.jpg"), row("gone.jpg")])
-    with pytest.raises(UserError, match=r"1 images.*gone\.jpg.*--skip-missing"):
-        read_dataset(path)
-    assert [item.image_id for item in read_dataset(path, skip_missing=True)] == ["a.jpg"]
-    with pytest.raises(UserError, match="none of the 1"):
-        read_dataset(karpathy(folder, [row("gone.jpg")]), skip_missing=True)
-
-
-def test_duplicate_ids_and_empty_folders(folder, tmp_path):
-    with pytest.raises(UserError, match=r"'a\.jpg' occurs twice"):
-        read_dataset(karpathy(folder, [row("a.jpg"), row("a.jpg")]))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no image"):
-        read_dataset(tmp_path / "empty")
-    with pytest.raises(UserError, match="does not exist"):
-        read_dataset(tmp_path / "nowhere")
 
 
 class Store(dict):
@@ -178,3 +71,52 @@ def test_buckets_hold_every_caption_once_and_little_padding(num):
         assert firsts != sorted(firsts)
         order.epoch = 1
         assert list(order) != batches
+
+
+def test_captions_are_tokenized_once_for_a_tokenizer_and_a_text(folder, tmp_path, gpt2_directory, monkeypatch):
+    (folder / "captions.csv").write_text("file_name,caption\na.jpg,one\nb.png,two é 猫\nb.png,three four\nc.jpg,five\n")
+    items, store = read_dataset(folder), Store(["a.jpg", "c.jpg", "b.png"])
+    (_, tiny), (_, other) = load_gpt2("tiny"), load_gpt2(gpt2_directory)
+    calls, cache, original = [], tmp_path / "cache", tokens._tokenize
+    monkeypatch.setattr(tokens, "_tokenize", lambda *a: calls.append(1) or original(*a))
+
+    def build(tokenizer, part=items, limit=67):
+        return CaptionDataset(part, store, tokenizer, max_tokens=limit, cache=cache)
+
+    plain = CaptionDataset(items, store, tiny, max_tokens=67)
+    naive = [
+        (store.row(item.image_id), [*tiny(text)["input_ids"], tiny.eos_token_id])
+        for item in items
+        for text in item.captions
+    ]
+    assert list(plain.pairs) == naive == [plain.pairs[n] for n in range(4)]
+    calls.clear()
+    assert list(build(tiny).pairs) == naive and len(calls) == 1
+    tiny(["longer text"], truncation=True, max_length=1)  # stays behind in the tokenizer, and is no part of the key
+    again = build(tiny, limit=3)
+    assert len(calls) == 1 and isinstance(again.tokens.ids.base, np.memmap)  # read from the disk
+    assert list(again.pairs) == [(row, [*ids[:-1][:2], ids[-1]]) for row, ids in naive]
+    assert again.lengths.tolist() == [len(ids) for _, ids in again.pairs]
+    build(other)
+    assert len(calls) == 2  # another tokenizer
+    build(tiny, items[:2])
+    assert len(calls) == 3  # other captions
+    for file in cache.glob("*.ids.npy"):
+        file.write_bytes(file.read_bytes()[:-3])
+    assert list(build(tiny).pairs) == naive and len(calls) == 4  # a file cut short is made again
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_a_caption_of_10000_characters_is_cut_with_a_notice(folder, gpt2_directory, capsys):
+    (folder / "captions.csv").write_text(f"file_name,caption\na.jpg,{'the cat and ' * 834}\nb.png,the hat\n")
+    _, tokenizer = load_gpt2(gpt2_directory)
+    data = CaptionDataset(read_dataset(folder), Store(["a.jpg", "b.png"]), tokenizer, max_tokens=12)
+    assert data.lengths.tolist()[0] == 12 and data[0]["ids"][-1] == tokenizer.eos_token_id
+    error = capsys.readouterr().err
+    assert "1 of 2 captions have more than 11 tokens and are cut" in error and error.count("\n") == 1
+
+
+def test_no_caption_left_is_an_error(folder, gpt2_directory):
+    (folder / "captions.csv").write_text("file_name,caption\na.jpg,one\n")
+    with pytest.raises(UserError, match="no captioned image is left"):
+        CaptionDataset(read_dataset(folder), Store([]), load_gpt2(gpt2_directory)[1], max_tokens=9)
