@@ -54,3 +54,25 @@ def text(tmp_path: Path, dutch: list[str]) -> Path:
     (folder / "stories.txt").write_text("\n\n".join(dutch[:150]) + "\n", encoding="utf-8")
     (folder / "news" / "today.txt").write_text("\n\n".join(dutch[150:]) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def english_models(tmp_path_factory: pytest.TempPathFactory, english_tokenizer) -> tuple[Path, Path]:
+    """Directories of a small and a larger random GPT-2 of one English vocabulary; read them, do not write to them."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("english")
+    made = []
+    for name, layers, width in (("small", 2, 16), ("large", 3, 24)):
+        torch.manual_seed(layers)
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(english_tokenizer), n_positions=32, n_embd=width, n_layer=layers, n_head=2,
+                bos_token_id=0, eos_token_id=0,
+            )
+        )
+        model.save_pretrained(folder / name)
+        english_tokenizer.save_pretrained(folder / name)
+        made.append(folder / name)
+    return made[0], made[1]

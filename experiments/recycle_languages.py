@@ -1,0 +1,442 @@
+"""Does English help? GPT-2 recycled for Dutch and Italian against every control (de Vries & Nissim 2021, sec. 4 and 5).
+
+    python -m experiments.recycle_languages --text DIR --language nld --parts tune main seeds alignment data_size long
+
+DIR holds LANG.train.txt(.xz) and LANG.valid.txt(.xz), made by experiments/build_corpus.py. Every run writes a JSON file
+when it is finished and is not made again; one that was stopped goes on from its checkpoint. Tables are made of the
+runs that are there, by experiments/recycle_report.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.data import Subset
+
+from common.checks import require_at_least, require_one_of, run_command
+from common.gpt2 import load_gpt2, token_table
+from common.ngram import WittenBell
+from common.report import write_json
+from common.runtime import RuntimeConfig, fork_generators, hardware, start, versions
+from experiments.recycle_text import held_out, write_texts
+from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
+from recycle_gpt2.corpus import Document, TokenBlocks, build_corpus, read_documents
+from recycle_gpt2.evaluate import document_score, score_documents, summarise, with_end
+from recycle_gpt2.lexical import (
+    cooccurrence_embeddings,
+    initialise,
+    reinitialise_layers,
+    replace_lexical,
+    shuffle_weights,
+    train_only,
+)
+from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from recycle_gpt2.training import StageConfig, train_stage
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+FROZEN = ("frozen English", "frozen shuffled English", "frozen fresh layers")
+WHOLE = ("scratch", "all from English")
+UNFROZEN = "relearned, then unfrozen"
+ARMS = (*FROZEN, UNFROZEN, *WHOLE)
+MAIN = ("frozen English", "frozen shuffled English", "scratch", "all from English")
+RATES: dict[str, tuple[float, ...]] = {
+    **{arm: (3e-3, 1e-2, 3e-2) for arm in FROZEN},
+    **{arm: (5e-3, 1e-2, 2e-2) for arm in WHOLE},
+}
+"""Learning rates tried, of AdamW; Muon's is twice that."""
+PARTS = ("tune", "main", "seeds", "alignment", "data_size", "long", "baselines")
+SHARES = (0.01, 0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Recycle the packaged English models for one language, with all controls."""
+
+    text: Path
+    """Directory of LANG.train.txt(.xz) and LANG.valid.txt(.xz)."""
+    language: Literal["nld", "ita"] = "nld"
+    """nld or ita."""
+    out: Path = Path("out/recycle")
+    """Where texts, corpora and runs go."""
+    parts: tuple[str, ...] = ("baselines", "tune", "main", "seeds")
+    """What to run: baselines, tune, main (seed 0 of every arm), seeds (1, 2 of the main arms), alignment, data_size,
+    long."""
+    arms: tuple[str, ...] = ARMS
+    """Arms of the part main."""
+    vocab_size: int = 4096
+    """Tokens of the new language's tokenizer."""
+    initialisation: str = "focus"
+    """How the new token tables begin (scratch's is random)."""
+    tokens: int = 800_000
+    """Training tokens of each arm."""
+    tune_tokens: int = 150_000
+    """Training tokens of each learning rate that is tried."""
+    long_tokens: int = 3_200_000
+    """Training tokens of the part long."""
+    brief_tokens: int = 150_000
+    """Training tokens of the medium model after its alignment."""
+    block: int = 256
+    """Tokens in a block."""
+    batch_size: int = 4
+    """Blocks in a step."""
+    rates_of: Path | None = None
+    """Take the learning rates that were tuned in this directory (another language's), instead of tuning."""
+    runtime: RuntimeConfig = field(
+        default_factory=lambda: RuntimeConfig(device="cpu", precision="bf16", threads=1)
+    )
+
+
+@dataclass
+class Language:
+    """The data of one language."""
+
+    directory: Path
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenBlocks
+    valid: TokenBlocks
+    documents: dict[str, list[Document]]
+    auxiliary: torch.Tensor
+
+
+def prepare(config: Config) -> Language:
+    """Texts, tokenizer, corpus and auxiliary embeddings; made once."""
+    directory = config.out / config.language
+    texts = write_texts(config.text, config.language, directory)
+    if not (directory / "tokenizer" / "tokenizer.json").exists():
+        made = train_tokenizer((d.text for d in read_documents([texts["train"]])), config.vocab_size)
+        save_tokenizer(made, directory / "tokenizer")
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    corpus = build_corpus(
+        [texts["train"]], tokenizer, directory / "corpus", block=config.block, shares=(0.98, 0.015, 0.005)
+    )
+    train, valid = (TokenBlocks(corpus, split) for split in ("train", "valid"))
+    path = directory / "auxiliary.npy"
+    if not path.exists():
+        ids = train.tokens(0, train.num_tokens)
+        made_rows = cooccurrence_embeddings(ids, len(tokenizer), end=tokenizer.eos_token_id)
+        np.save(directory / "auxiliary.part.npy", np.asarray(made_rows))
+        (directory / "auxiliary.part.npy").rename(path)
+    return Language(directory, tokenizer, train, valid, held_out(directory), torch.from_numpy(np.load(path)))
+
+
+def begin(arm: str, config: Config, language: Language, seed: int) -> GPT2LMHeadModel:
+    """The model that an arm begins with, and the tensors that it trains first."""
+    generator = torch.Generator().manual_seed(seed)
+    model, english = load_gpt2("tiny")
+    rows = initialise(
+        "random" if arm == "scratch" else config.initialisation,
+        token_table(model),
+        english,
+        language.tokenizer,
+        generator=generator,
+        auxiliary=language.auxiliary,
+        target_counts=language.train.counts(),
+    )
+    if arm == "scratch":  # GPT-2's own
+        rows = model.config.initializer_range * torch.randn(rows.shape, generator=generator)
+    if arm == "frozen shuffled English":
+        shuffle_weights(model, generator)
+    if arm in ("frozen fresh layers", "scratch"):
+        reinitialise_layers(model, generator)
+    replace_lexical(model, language.tokenizer, rows)
+    train_only(model, layers="all" if arm in WHOLE else ())
+    return model
+
+
+def stage(config: Config, *, rate: float, tokens: int, whole: bool, validations: int = 10) -> StageConfig:
+    """AdamW on the token table; Muon beside it where the layers train; cosine to zero."""
+    steps = math.ceil(tokens / (config.batch_size * config.block))
+    return StageConfig(
+        tokens=tokens,
+        batch_size=config.batch_size,
+        optimizer="muon" if whole else "adamw",
+        lr=rate,
+        lr_muon=2 * rate,
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup=max(1, min(100, steps // 10)),
+        val_every=max(1, steps // validations),
+    )
+
+
+def score_held_out(model: GPT2LMHeadModel, tokenizer: Any, language: Language) -> dict[str, Any]:
+    """Summaries of both held-out genres."""
+    return {
+        split: asdict(summarise(score_documents(model, tokenizer, documents)))
+        for split, documents in language.documents.items()
+    }
+
+
+def finished(path: Path) -> dict[str, Any] | None:
+    """The result of a run that is finished."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def run_arm(
+    arm: str,
+    config: Config,
+    language: Language,
+    *,
+    seed: int,
+    rate: float,
+    tokens: int,
+    name: str,
+    share: float = 1.0,
+    unfrozen_rate: float = 0.0,
+    report: bool = True,
+    keep: bool = False,
+) -> dict[str, Any]:
+    """Train and score one arm, unless its result is there.
+
+    Args:
+        name: of the run's folder.
+        share: of the training blocks that are used.
+        unfrozen_rate: of the second half, in which everything trains, of the arm that has one.
+        report: score the held-out documents; without it, only validation (to tune).
+        keep: keep the model.
+    """
+    directory = language.directory / "runs" / name
+    done = finished(directory / "result.json")
+    if done is not None:
+        return done
+    begun = time.process_time()
+    runtime = RuntimeConfig(config.runtime.device, config.runtime.precision, seed, config.runtime.threads)
+    start(runtime)
+    model = begin(arm, config, language, seed)
+    train: Any = language.train
+    if share < 1:
+        chosen = np.random.default_rng(0).permutation(len(train))[: max(config.batch_size, round(share * len(train)))]
+        train = Subset(train, sorted(chosen.tolist()))
+    first = tokens // 2 if arm == UNFROZEN else tokens
+    records = [
+        train_stage(
+            model, train, language.valid, directory / "train",
+            stage(config, rate=rate, tokens=first, whole=arm in WHOLE, validations=10 if report else 3), runtime=runtime, progress=False,
+        )
+    ]
+    if arm == UNFROZEN:
+        train_only(model, layers="all")
+        records.append(
+            train_stage(
+                model, train, language.valid, directory / "unfrozen",
+                stage(config, rate=unfrozen_rate, tokens=tokens - first, whole=True), runtime=runtime, progress=False,
+            )
+        )
+    result = {
+        "arm": arm,
+        "language": config.language,
+        "seed": seed,
+        "share": share,
+        "rate": rate,
+        "unfrozen_rate": unfrozen_rate,
+        "tokens": sum(record.tokens for record in records),
+        "flops": sum(record.flops for record in records),
+        "train_tokens_available": language.train.num_tokens,
+        "val_loss": records[-1].val_loss,
+        "stages": [asdict(record) for record in records],
+        "initialisation": "random" if arm == "scratch" else config.initialisation,
+        "vocab_size": len(language.tokenizer),
+        "held_out": score_held_out(model, language.tokenizer, language) if report else None,
+        "cpu_seconds": round(time.process_time() - begun, 1),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    if keep:
+        model.save_pretrained(directory / "model")
+        language.tokenizer.save_pretrained(directory / "model")
+    write_json(directory / "result.json", result)
+    for folder in ("train", "unfrozen"):
+        shutil.rmtree(directory / folder, ignore_errors=True)
+    shown = result["held_out"]
+    scores = ", ".join(f"{split} {found['bits_per_byte']:.4f}" for split, found in shown.items()) if shown else ""
+    print(
+        f"{time.strftime('%H:%M:%S')} {config.language} {name}: val {result['val_loss']:.4f} {scores} "
+        f"({result['cpu_seconds']:.0f} s)",
+        flush=True,
+    )
+    return result
+
+
+def tuned(arm: str, config: Config, language: Language) -> float:
+    """The rate with the lowest validation loss after a short run of seed 0 (the test documents have no part in it)."""
+    if config.rates_of is not None:
+        return json.loads((config.rates_of / "rates.json").read_text())[arm]
+    slug = arm.replace(" ", "-").replace(",", "")
+    losses = {
+        rate: run_arm(
+            arm, config, language, seed=0, rate=rate, tokens=config.tune_tokens, name=f"tune-{slug}-{rate:g}",
+            report=False,
+        )["val_loss"]
+        for rate in RATES[arm]
+    }
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def rates(config: Config, language: Language) -> dict[str, float]:
+    """The tuned rate of every arm, written to rates.json."""
+    found = {arm: tuned(arm, config, language) for arm in (*FROZEN, *WHOLE)}
+    # What follows relearning is the paper's low rate: a quarter of what is best from a new table.
+    found[UNFROZEN] = found["all from English"] / 2
+    write_json(language.directory / "rates.json", found)
+    return found
+
+
+def run_baselines(config: Config, language: Language) -> None:
+    """n-gram models over the same tokens, and the English model as it is."""
+    path = language.directory / "baselines.json"
+    if path.exists():
+        return
+    ids = language.train.tokens(0, language.train.num_tokens)
+    results: dict[str, Any] = {}
+    for order, name in ((2, "bigram (Witten-Bell)"), (3, "trigram (Witten-Bell)")):
+        model = WittenBell(ids, order=order, vocab_size=len(language.tokenizer))
+        results[name] = {}
+        for split, documents in language.documents.items():
+            scores = []
+            for document in documents:
+                nats = model.score(np.asarray(with_end(language.tokenizer, document.text)))[1:]
+                scores.append(document_score(document, float(nats.sum()), len(nats)))
+            results[name][split] = asdict(summarise(scores))
+    for name in ("tiny", "tiny-medium"):
+        english, tokenizer = load_gpt2(name, frozen=True)
+        results[f"untouched English ({name})"] = score_held_out(english, tokenizer, language)
+    write_json(path, results)
+    for name, found in results.items():
+        print(f"{config.language} {name}: " + ", ".join(f"{k} {v['bits_per_byte']:.4f}" for k, v in found.items()),
+              flush=True)
+
+
+def run_alignment(config: Config, language: Language, rate: float) -> None:
+    """The medium model with rows aligned from the relearned small one, before and after a brief relearning."""
+    relearned, _ = load_gpt2(language.directory / "runs" / "frozen-English-seed0" / "model", frozen=True)
+    small, english = load_gpt2("tiny", frozen=True)
+    large, _ = load_gpt2("tiny-medium", frozen=True)
+    tables = token_table(small), token_table(large)
+    target = token_table(relearned)
+    generator = torch.Generator().manual_seed(0)
+    options = choose_options(*tables, method="least_squares", generator=generator)
+    methods: dict[str, dict[str, Any]] = {
+        "least squares": dict(method="least_squares"),
+        "least squares, chosen options": dict(method="least_squares", **options.arguments()),
+        "Procrustes": dict(method="procrustes"),
+        "Procrustes with scale": dict(method="procrustes", scale=True),
+        "kNN, 1": dict(method="knn", k=1),
+        "kNN, 10": dict(method="knn", k=10),
+    }
+    runtime = RuntimeConfig(config.runtime.device, config.runtime.precision, 0, config.runtime.threads)
+    for name, settings in {**methods, "random rows": {}}.items():
+        budgets = [0, config.brief_tokens]
+        if name == "random rows":
+            budgets += [2 * config.brief_tokens, 4 * config.brief_tokens]
+        if name == "Procrustes with scale":
+            budgets += [4 * config.brief_tokens]
+        if name == "least squares, chosen options":
+            budgets = [0]
+        for tokens in budgets:
+            slug = name.replace(" ", "-").replace(",", "")
+            directory = language.directory / "alignment" / f"{slug}-{tokens}"
+            if (directory / "result.json").exists():
+                continue
+            begun = time.process_time()
+            start(runtime)
+            model, _ = load_gpt2("tiny-medium")
+            if settings:
+                rows = align(*tables, target, **settings)
+                overlap = neighbour_overlap(target, rows)
+                error = held_out_error(*tables, generator=torch.Generator().manual_seed(0), **settings)
+            else:
+                rows = initialise("random", tables[1], english, language.tokenizer,
+                                  generator=torch.Generator().manual_seed(0))
+                overlap = error = None
+            replace_lexical(model, language.tokenizer, rows)
+            record = None
+            if tokens:
+                train_only(model)
+                record = train_stage(
+                    model, language.train, language.valid, directory / "train",
+                    stage(config, rate=rate, tokens=tokens, whole=False, validations=5),
+                    runtime=runtime, progress=False,
+                )
+            result = {
+                "method": name,
+                "settings": settings,
+                "tokens": tokens,
+                "rate": rate,
+                "overlap": overlap,
+                "held_out_error": error,
+                "record": asdict(record) if record else None,
+                "held_out": score_held_out(model, language.tokenizer, language),
+                "cpu_seconds": round(time.process_time() - begun, 1),
+                "hardware": hardware(),
+            }
+            if tokens and name == "Procrustes with scale":
+                model.save_pretrained(directory / "model")
+                language.tokenizer.save_pretrained(directory / "model")
+            write_json(directory / "result.json", result)
+            shutil.rmtree(directory / "train", ignore_errors=True)
+            print(f"{time.strftime('%H:%M:%S')} {config.language} align {name} {tokens}: "
+                  + ", ".join(f"{k} {v['bits_per_byte']:.4f}" for k, v in result["held_out"].items())
+                  + f" overlap {overlap} error {error} ({result['cpu_seconds']:.0f} s)", flush=True)
+
+
+def main(config: Config) -> None:
+    """Run the parts asked for, what is finished excepted."""
+    for part in config.parts:
+        require_one_of("part", part, PARTS)
+    for arm in config.arms:
+        require_one_of("arm", arm, ARMS)
+    require_at_least("tokens", config.tokens, 2)
+    start(config.runtime)
+    with fork_generators(config.runtime.seed):
+        language = prepare(config)
+    if "baselines" in config.parts:
+        run_baselines(config, language)
+    if config.parts == ("baselines",):
+        return
+    best = rates(config, language)
+
+    def run(arm: str, name: str, **changes: Any) -> dict[str, Any]:
+        settings = dict(
+            seed=0, tokens=config.tokens, rate=best["frozen English" if arm == UNFROZEN else arm],
+            unfrozen_rate=best[UNFROZEN] if arm == UNFROZEN else 0.0,
+        )
+        return run_arm(arm, config, language, name=name, **settings | changes)
+
+    def slug(arm: str) -> str:
+        return arm.replace(" ", "-").replace(",", "")
+
+    for part in config.parts:
+        if part == "main":
+            for arm in config.arms:
+                run(arm, f"{slug(arm)}-seed0", keep=True)
+        if part == "seeds":
+            for seed in (1, 2):
+                for arm in MAIN:
+                    run(arm, f"{slug(arm)}-seed{seed}", seed=seed)
+        if part == "alignment":
+            run("frozen English", "frozen-English-seed0", keep=True)
+            run_alignment(config, language, best["frozen English"])
+        if part == "data_size":
+            for share in SHARES[:2]:
+                # Few texts are passed over at most ten times.
+                tokens = min(config.tokens, round(10 * share * language.train.num_tokens))
+                for arm in MAIN:
+                    run(arm, f"{slug(arm)}-share{share:g}", share=share, tokens=tokens)
+        if part == "long":
+            for arm in ("all from English", "scratch"):
+                run(arm, f"{slug(arm)}-long", tokens=config.long_tokens, keep=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(lambda: main(tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,)))))

@@ -1,0 +1,310 @@
+"""The whole of recycling in one resumable command: text in, a model of its language out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from common.checks import UserError, require_at_least
+from common.gpt2 import load_gpt2
+from common.report import write_text
+from common.runtime import RuntimeConfig, hardware, start, versions
+from recycle_gpt2.card import model_card
+from recycle_gpt2.corpus import build_corpus, load_documents, read_documents
+from recycle_gpt2.evaluate import sample, score_documents, summarise_by, table
+from recycle_gpt2.lexicon import LexiconConfig
+from recycle_gpt2.lexicon import run as run_lexicon
+from recycle_gpt2.stages import (
+    AlignConfig,
+    FinetuneConfig,
+    Initialisation,
+    RelearnConfig,
+    align_models,
+    finetune,
+    leader,
+    once,
+    relearn,
+    save_model,
+    wait_for,
+)
+from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from recycle_gpt2.training import StageConfig
+
+STAGES = ("tokenizer", "corpus", "relearn", "align", "relearn-large", "finetune", "evaluate", "lexicon", "card")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Make a GPT-2 of a new language from an English one.
+
+    The stages are tokenizer, corpus, relearn, align, relearn-large, finetune, evaluate, lexicon and card. Each has a
+    directory in OUT.stages; a run that was stopped goes on where it was when the same command is given again. OUT is
+    an ordinary Hugging Face directory with the tokenizer and a card.
+    """
+
+    text: tuple[Path, ...]
+    """Files or directories of text: .txt, .jsonl, .html (also .xz and .gz), or a Hugging Face dataset on disk."""
+    out: Path
+    """Directory of the finished model."""
+    language: str
+    """Code of the new language, such as nld or ita, for the card."""
+    small: str = "gpt2"
+    """English model whose embeddings are relearned: tiny, gpt2, distilgpt2, or a directory."""
+    large: str = ""
+    """Larger English model of the same vocabulary that the embeddings are carried over to; nothing stays small."""
+    vocab_size: int = 40_000
+    """Tokens of the new tokenizer (the paper: 40,000 for Dutch, 30,000 for Italian)."""
+    block: int = 1024
+    """Tokens in a block; at most the models' positions."""
+    shares: tuple[float, float, float] = (0.98, 0.01, 0.01)
+    """Shares of the documents in train, valid and test."""
+    workers: int = 1
+    """Processes that tokenize the corpus."""
+    initialisation: Initialisation = "random"
+    """First values of the new rows: random, mean, frequency, copy or focus."""
+    dictionary: Path | None = None
+    """File of target word, tab, English word in each line: for focus, and to measure the lexicon."""
+    positions: bool = False
+    """Relearn the position embeddings too."""
+    norms: bool = False
+    """Relearn the layer norms too."""
+    method: Literal["least_squares", "procrustes", "knn"] = "least_squares"
+    """Alignment."""
+    k: int = 10
+    """Neighbours of the alignment knn."""
+    large_share: float = 0.25
+    """Length of relearning in the large model, as a share of that in the small one; 0 leaves it out."""
+    unfreeze: Literal["all", "top", "none"] = "all"
+    """Last training of the whole model: all at once, top (layer by layer from the output), or none."""
+    finetune_share: float = 1.0
+    """Length of that training, as a share of relearning."""
+    finetune_lr: float = 1e-4
+    """Its learning rate."""
+    stage: StageConfig = field(default_factory=StageConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What decides the tokenizer."""
+
+    text: tuple[Path, ...]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """What decides the corpus."""
+
+    text: tuple[Path, ...]
+    block: int
+    shares: tuple[float, float, float]
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """What decides the scores, the lexicon and the card."""
+
+    models: dict[str, str]
+    dictionary: Path | None = None
+
+
+def run(config: RunConfig) -> int:
+    """`recycle-gpt2 run`: every stage that is not done yet, and say where the model is."""
+    directory = recycle(config)
+    print(f"model: {directory}; try: recycle-gpt2 sample {directory}")
+    return 0
+
+
+def recycle(config: RunConfig) -> Path:
+    """Make the model that `config` describes; returns its directory, `config.out`.
+
+    Raises:
+        UserError: anything in the text, the models or the settings that cannot work, with its cure.
+    """
+    for name in ("large_share", "finetune_share"):
+        require_at_least(name, getattr(config, name), 0)
+    work = config.out.with_name(config.out.name + ".stages")
+    if config.out.exists() and not (config.out / "config.json").exists():
+        raise UserError(f"{str(config.out)!r} exists and is no model directory: give another --out.")
+    start(config.runtime)
+    block = _check_models(config)
+
+    def begin(name: str) -> Path:
+        if leader():
+            print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
+        return work / name
+
+    tokenizer_directory = begin("tokenizer")
+    once(
+        tokenizer_directory,
+        _Tokenizer(config.text, config.vocab_size),
+        lambda: _make_tokenizer(config, tokenizer_directory),
+    )
+    corpus = begin("corpus")
+    once(
+        corpus,
+        _Corpus(config.text, block, config.shares, config.runtime.seed),
+        lambda: _make_corpus(config, tokenizer_directory, corpus, block),
+    )
+
+    relearning = RelearnConfig(
+        corpus=corpus,
+        tokenizer=tokenizer_directory,
+        out=begin("relearn"),
+        model=config.small,
+        initialisation=config.initialisation,
+        dictionary=config.dictionary if config.initialisation == "focus" else None,
+        positions=config.positions,
+        norms=config.norms,
+        stage=config.stage,
+        runtime=config.runtime,
+    )
+    current = small = relearn(relearning)
+    if config.large:
+        out = begin("align")
+        align_config = AlignConfig(
+            recycled=small, out=out, small=config.small, large=config.large, method=config.method, k=config.k,
+            runtime=config.runtime,
+        )
+        current = align_models(align_config)
+        if config.large_share > 0:
+            current = relearn(
+                replace(
+                    relearning,
+                    out=begin("relearn-large"),
+                    model=str(current),
+                    keep_table=True,
+                    stage=_scaled(config.stage, config.large_share),
+                )
+            )
+    if config.unfreeze != "none" and config.finetune_share > 0:
+        current = finetune(
+            FinetuneConfig(
+                model=current,
+                corpus=corpus,
+                out=begin("finetune"),
+                unfreeze=config.unfreeze,
+                stage=replace(_scaled(config.stage, config.finetune_share), lr=config.finetune_lr),
+                runtime=config.runtime,
+            )
+        )
+
+    models = {"recycled": str(current), "relearned": str(small), "English, untouched": config.small}
+    evaluation = begin("evaluate")
+    scores = once(evaluation, _Scoring(models), lambda: _evaluate(config, corpus, models))
+    lexicon = begin("lexicon")
+    once(lexicon, _Scoring(models, config.dictionary), lambda: _make_lexicon(config, current, lexicon))
+    card = begin("card")
+    record = once(card, _Scoring({**models, "out": str(config.out)}), lambda: _finish(config, work, current, scores))
+    if leader() and not (config.out / "config.json").exists():  # moved or deleted since
+        _finish(config, work, current, scores)
+    elif not leader():
+        wait_for(config.out / "config.json")
+    return Path(record["model"])
+
+
+def _check_models(config: RunConfig) -> int:
+    """Load both English models once, before hours of work; returns the block that fits their positions."""
+    from recycle_gpt2.stages import require_shared_vocabulary
+
+    small, small_tokenizer = load_gpt2(config.small)
+    positions = small.config.n_positions
+    if config.large:
+        large, large_tokenizer = load_gpt2(config.large)
+        require_shared_vocabulary(
+            AlignConfig(Path(), Path(), small=config.small, large=config.large), small_tokenizer, large_tokenizer
+        )
+        positions = min(positions, large.config.n_positions)
+    return min(config.block, positions)
+
+
+def _scaled(stage: StageConfig, share: float) -> StageConfig:
+    """The same stage, longer or shorter."""
+    return replace(stage, epochs=stage.epochs * share, tokens=round(stage.tokens * share))
+
+
+def _make_tokenizer(config: RunConfig, directory: Path) -> dict[str, Any]:
+    tokenizer = train_tokenizer(
+        (document.text for document in read_documents(config.text)), config.vocab_size, progress=True
+    )
+    save_tokenizer(tokenizer, directory)
+    return {"tokens": len(tokenizer)}
+
+
+def _make_corpus(config: RunConfig, tokenizer: Path, directory: Path, block: int) -> dict[str, Any]:
+    build_corpus(
+        config.text,
+        load_tokenizer(tokenizer),
+        directory,
+        block=block,
+        shares=config.shares,
+        workers=config.workers,
+        seed=config.runtime.seed,
+    )
+    return json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _evaluate(config: RunConfig, corpus: Path, models: dict[str, str]) -> dict[str, Any]:
+    device = start(config.runtime)
+    documents = load_documents(corpus, "test")
+    results: dict[str, Any] = {"scores": {}, "samples": []}
+    for name, source in models.items():
+        model, tokenizer = load_gpt2(source, device=device, frozen=True)
+        found = summarise_by(
+            score_documents(model, tokenizer, documents, progress=True), seed=config.runtime.seed
+        )
+        print(table(name, found), flush=True)
+        results["scores"][name] = {group: asdict(summary) for group, summary in found.items()}
+        if name == "recycled":
+            results["samples"] = sample(model, tokenizer, count=3, max_new_tokens=60, seed=config.runtime.seed)
+    return results
+
+
+def _make_lexicon(config: RunConfig, model: Path, directory: Path) -> dict[str, Any]:
+    path = directory / "lexicon.tsv"
+    run_lexicon(
+        LexiconConfig(
+            model=model,
+            source=config.large or config.small,
+            out=path,
+            dictionary=config.dictionary,
+            runtime=config.runtime,
+        )
+    )
+    return {"lexicon": str(path)}
+
+
+def _finish(config: RunConfig, work: Path, current: Path, scores: dict[str, Any]) -> dict[str, Any]:
+    """Write the finished model with its card."""
+    records = {
+        name: json.loads((work / name / "done.json").read_text())
+        for name in ("relearn", "relearn-large", "finetune")
+        if (work / name / "done.json").exists()
+    }
+    model, tokenizer = load_gpt2(current)
+    model.config.name_or_path = config.out.name
+    card = model_card(
+        name=config.out.name,
+        language=config.language,
+        small=_public(config.small),
+        large=_public(config.large),
+        corpus=json.loads((work / "corpus" / "done.json").read_text()),
+        vocab_size=len(tokenizer),
+        stages=records,
+        scores=scores["scores"],
+        samples=scores["samples"],
+        hardware=hardware(),
+        versions=versions(),
+    )
+    save_model(model, tokenizer, config.out, card=card)
+    write_text(work / "card" / "README.md", card)
+    return {"model": str(config.out)}
+
+
+def _public(name: str) -> str:
+    """A model's name without the directories of this machine."""
+    return Path(name).name if Path(name).is_dir() else name

@@ -1,0 +1,374 @@
+"""The stages that make a model: relearn, align and fine-tune, each a function and a command that resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from common.checks import UserError, require_directory
+from common.gpt2 import load_gpt2, token_table
+from common.report import write_json
+from common.runtime import RuntimeConfig, hardware, start, versions
+from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
+from recycle_gpt2.corpus import TokenBlocks
+from recycle_gpt2.lexical import (
+    cooccurrence_embeddings,
+    initialise,
+    layers_from_top,
+    replace_lexical,
+    train_only,
+)
+from recycle_gpt2.tokenizer import load_tokenizer
+from recycle_gpt2.training import StageConfig, StageRecord, train_stage
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+DONE = "done.json"
+MODEL = "model"
+FREE = ("runtime", "devices", "num_nodes", "strategy", "workers")
+"""Settings that do not change what a stage makes (the seed among the runtime's is kept)."""
+Initialisation = Literal["random", "mean", "frequency", "copy", "focus"]
+
+
+@dataclass(frozen=True)
+class RelearnConfig:
+    """Relearn the lexical embeddings of a model for a new language; everything else stays as it is."""
+
+    corpus: Path
+    """Directory that `recycle-gpt2 corpus` wrote."""
+    tokenizer: Path
+    """Directory of the new language's tokenizer."""
+    out: Path
+    """Where the run goes; the model is in its folder `model`."""
+    model: str = "gpt2"
+    """The model: tiny, tiny-medium, gpt2, distilgpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory."""
+    initialisation: Initialisation = "random"
+    """First values of the new rows: random (matched mean and variance), mean, frequency (rank), copy (tokens spelled
+    as English ones), focus (copied rows, and means of those that are alike in the new language's text)."""
+    dictionary: Path | None = None
+    """For focus: a file of target word, tab, English word in each line."""
+    keep_table: bool = False
+    """Go on from the token table that the model has (it was aligned or relearned), instead of a new one."""
+    positions: bool = False
+    """Train the position embeddings too."""
+    norms: bool = False
+    """Train the layer norms too."""
+    stage: StageConfig = field(default_factory=StageConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Carry relearned embeddings over to a larger model, by the English vocabulary that both models share."""
+
+    recycled: Path
+    """Directory of the relearned small model."""
+    out: Path
+    """Where the run goes; the larger model with the aligned rows is in its folder `model`."""
+    small: str = "gpt2"
+    """The English model that the small one was made from."""
+    large: str = "gpt2-medium"
+    """The larger English model."""
+    method: Literal["least_squares", "procrustes", "knn"] = "least_squares"
+    """least_squares (best as published), procrustes (a rotation) or knn (means of near English rows)."""
+    k: int = 10
+    """Neighbours of knn."""
+    choose: bool = True
+    """Choose centring, ridge and scale by held-out English rows; without, exactly as published."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Unfreeze a relearned model and train on at a low rate."""
+
+    model: Path
+    """Directory of the relearned or aligned model."""
+    corpus: Path
+    """Directory that `recycle-gpt2 corpus` wrote."""
+    out: Path
+    """Where the run goes; the model is in its folder `model`."""
+    unfreeze: Literal["all", "top"] = "all"
+    """all at once, or top: layer by layer from the output, an equal share of the training for each step."""
+    stage: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-4))
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def leader() -> bool:
+    """Whether this process writes (the others, of distributed training, wait for what it has written)."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def wait_for(path: Path) -> None:
+    """Return when `path` is there; end with the process that was to write it."""
+    parent = os.getppid()
+    while not path.exists():
+        if os.getppid() != parent:
+            raise UserError(f"the first process ended before it wrote {str(path)!r}: see its message.")
+        time.sleep(0.5)
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """What of a configuration decides the result, in JSON's own types."""
+    fields = json.loads(json.dumps(asdict(config), default=str))
+    seed = fields.get("runtime", {}).get("seed", 0)
+    if isinstance(fields.get("stage"), dict):
+        fields |= {f"stage.{name}": value for name, value in fields.pop("stage").items() if name not in FREE}
+    return {name: value for name, value in fields.items() if name not in FREE} | {"seed": seed}
+
+
+def once(
+    directory: Path, config: Any, work: Callable[[], dict[str, Any]], *, everyone: bool = False
+) -> dict[str, Any]:
+    """Do a stage's work, unless it is done: then return its record.
+
+    `settings.json` is written first and `done.json`, whole or not at all, last. In between a stop leaves a stage that
+    the same call takes up again.
+
+    Args:
+        directory: of the stage.
+        config: its configuration.
+        work: does it and returns a record for JSON.
+        everyone: all processes of distributed training do the work, not only the first.
+
+    Raises:
+        UserError: the directory was begun with other settings.
+    """
+    directory = Path(directory)
+    done, begun, settings = directory / DONE, directory / "settings.json", settings_of(config)
+    if begun.exists():
+        before = json.loads(begun.read_text())
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{str(directory)!r} was begun with {name} {before.get(name)!r}, now it is {settings[name]!r}: use "
+                f"the same settings, delete the directory, or give another."
+            )
+    if done.exists():
+        return json.loads(done.read_text())
+    if leader():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(begun, settings)
+    elif not everyone:
+        wait_for(done)
+        return json.loads(done.read_text())
+    record = work()
+    if leader():
+        write_json(done, record)
+    else:
+        wait_for(done)
+    return record
+
+
+def save_model(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, card: str = ""
+) -> Path:
+    """Write a Hugging Face directory with its tokenizer, whole or not at all; one that is there is replaced."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if card:
+            (Path(partial) / "README.md").write_text(card, encoding="utf-8")
+        for file in Path(partial).iterdir():
+            file.chmod(0o644)
+        os.chmod(partial, 0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        shutil.copytree(partial, partial + ".whole")
+    os.replace(partial + ".whole", directory)
+    return directory
+
+
+def described(record: StageRecord) -> dict[str, Any]:
+    """A training record with where it was made."""
+    return asdict(record) | {"hardware": hardware(), "versions": versions()}
+
+
+def relearn(config: RelearnConfig) -> Path:
+    """Relearn the lexical embeddings (de Vries & Nissim 2021, sec. 3.2) and return the model's directory."""
+
+    def work() -> dict[str, Any]:
+        start(config.runtime)
+        model, english = load_gpt2(config.model)
+        train, valid = (TokenBlocks(config.corpus, split) for split in ("train", "valid"))
+        tokenizer = english if config.keep_table else load_tokenizer(config.tokenizer)
+        _require_same_vocabulary(train, tokenizer, config.corpus)
+        if not config.keep_table:
+            replace_lexical(model, tokenizer, new_rows(config, model, english, tokenizer, train))
+        train_only(model, positions=config.positions, norms=config.norms)
+        record = train_stage(model, train, valid, config.out / "training", config.stage, runtime=config.runtime)
+        if leader():
+            save_model(model, tokenizer, config.out / MODEL)
+        return described(record)
+
+    once(config.out, config, work, everyone=True)
+    return config.out / MODEL
+
+
+def new_rows(
+    config: RelearnConfig,
+    model: GPT2LMHeadModel,
+    english: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
+    train: TokenBlocks,
+) -> torch.Tensor:
+    """The token table that relearning begins with."""
+    auxiliary = None
+    if config.initialisation == "focus" and config.dictionary is None:
+        auxiliary = cooccurrence_embeddings(
+            train.tokens(0, min(train.num_tokens, 20_000_000)),  # as many as tell the vocabulary's company
+            len(tokenizer),
+            seed=config.runtime.seed,
+            end=tokenizer.eos_token_id,
+        )
+    return initialise(
+        config.initialisation,
+        token_table(model),
+        english,
+        tokenizer,
+        generator=torch.Generator().manual_seed(config.runtime.seed),
+        target_counts=train.counts(),
+        dictionary=config.dictionary,
+        auxiliary=auxiliary,
+    )
+
+
+def align_models(config: AlignConfig) -> Path:
+    """Align the relearned rows to the larger model (sec. 3.3) and return its directory.
+
+    Reports the original's measure, the overlap of neighbours, and the error on English rows that were held out.
+    """
+
+    def work() -> dict[str, Any]:
+        start(config.runtime)
+        require_directory(config.recycled, "recycled model")
+        small, small_tokenizer = load_gpt2(config.small, frozen=True)
+        large, large_tokenizer = load_gpt2(config.large, frozen=True)
+        recycled, tokenizer = load_gpt2(config.recycled, frozen=True)
+        require_shared_vocabulary(config, small_tokenizer, large_tokenizer)
+        tables = token_table(small), token_table(large)
+        rows = min(len(table) for table in tables)
+        tables = tables[0][:rows], tables[1][:rows]
+        generator = torch.Generator().manual_seed(config.runtime.seed)
+        settings: dict[str, Any] = {"method": config.method}
+        if config.method == "knn":
+            settings["k"] = config.k
+        elif config.choose:
+            options = choose_options(*tables, method=config.method, generator=generator)
+            settings |= options.arguments()
+        target = token_table(recycled)
+        aligned = align(*tables, target, **settings)
+        replace_lexical(large, tokenizer, aligned)
+        save_model(large, tokenizer, config.out / MODEL)
+        return {
+            "settings": settings,
+            "neighbour_overlap": neighbour_overlap(target, aligned),
+            "held_out_error": held_out_error(
+                *tables, generator=torch.Generator().manual_seed(config.runtime.seed), **settings
+            ),
+        }
+
+    record = once(config.out, config, work)
+    print(
+        f"aligned by {config.method}: {record['neighbour_overlap']:.1%} of neighbours kept, error on held-out English "
+        f"rows {record['held_out_error']:.3f} (0 perfect, 1 useless)"
+    )
+    return config.out / MODEL
+
+
+def require_shared_vocabulary(
+    config: AlignConfig, small: PreTrainedTokenizerBase, large: PreTrainedTokenizerBase
+) -> None:
+    """Raise UserError unless both English models have the same token at every row."""
+    ours, theirs = small.get_vocab(), large.get_vocab()
+    if ours == theirs:
+        return
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    token = differing[0]
+    raise UserError(
+        f"the English vocabularies of {config.small!r} ({len(ours)} tokens) and {config.large!r} ({len(theirs)}) "
+        f"differ in {len(differing)} tokens, such as {token!r}: give a small and a large model of one family."
+    )
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Unfreeze the layers, all at once or from the top, train on, and return the model's directory."""
+
+    def work() -> dict[str, Any]:
+        start(config.runtime)
+        model, tokenizer = load_gpt2(config.model)
+        train, valid = (TokenBlocks(config.corpus, split) for split in ("train", "valid"))
+        _require_same_vocabulary(train, tokenizer, config.corpus)
+        records = []
+        steps = unfreezing(config.unfreeze, model.config.n_layer)
+        part = replace(
+            config.stage,
+            epochs=config.stage.epochs / len(steps),
+            tokens=config.stage.tokens // len(steps),
+        )
+        for number, layers in enumerate(steps, start=1):
+            train_only(model, layers=layers)
+            directory = config.out / "training" / (f"step-{number}" if len(steps) > 1 else "")
+            records.append(train_stage(model, train, valid, directory, part, runtime=config.runtime))
+        if leader():
+            save_model(model, tokenizer, config.out / MODEL)
+        last = records[-1]
+        return described(
+            replace(
+                last,
+                tokens=sum(record.tokens for record in records),
+                flops=sum(record.flops for record in records),
+                seconds=sum(record.seconds for record in records),
+            )
+        )
+
+    once(config.out, config, work, everyone=True)
+    return config.out / MODEL
+
+
+def unfreezing(how: str, n_layer: int) -> list[Literal["all"] | list[int]]:
+    """What trains beside the lexical embeddings in each step: everything, or one layer more from the top each time."""
+    if how == "all":
+        return ["all"]
+    return [layers_from_top(n_layer, count) for count in range(1, n_layer)] + ["all"]
+
+
+def _require_same_vocabulary(train: TokenBlocks, tokenizer: PreTrainedTokenizerBase, corpus: Path) -> None:
+    if train.vocab_size != len(tokenizer):
+        raise UserError(
+            f"corpus {str(corpus)!r} has a vocabulary of {train.vocab_size} tokens but the tokenizer {len(tokenizer)}: "
+            f"build the corpus with this tokenizer."
+        )
+
+
+def run_relearn(config: RelearnConfig) -> int:
+    """`recycle-gpt2 relearn`."""
+    directory = relearn(config)
+    print(f"relearned model: {directory}")
+    return 0
+
+
+def run_align(config: AlignConfig) -> int:
+    """`recycle-gpt2 align`."""
+    directory = align_models(config)
+    print(f"aligned model: {directory}; relearn briefly with: recycle-gpt2 relearn --keep-table --model {directory}")
+    return 0
+
+
+def run_finetune(config: FinetuneConfig) -> int:
+    """`recycle-gpt2 finetune`."""
+    directory = finetune(config)
+    print(f"fine-tuned model: {directory}")
+    return 0

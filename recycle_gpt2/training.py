@@ -1,0 +1,408 @@
+"""Train a GPT-2 in any stage of recycling: the tensors that ask for a gradient, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from jaxtyping import Int
+from lightning import LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.checks import UserError, require_at_least
+from common.report import write_json
+from common.runtime import RuntimeConfig
+from common.language import IGNORE
+from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+from recycle_gpt2.corpus import labels
+from recycle_gpt2.loss import next_token_loss
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How long and how a stage trains."""
+
+    epochs: float = 1.0
+    """Passes over the blocks."""
+    tokens: int = 0
+    """Tokens to train on, when not 0, instead of epochs."""
+    batch_size: int = 8
+    """Blocks in a batch, for each process."""
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
+    optimizer: Literal["amsgrad", "adamw", "muon"] = "amsgrad"
+    """amsgrad: Adam as published; adamw; muon: Muon for the layers' matrices, AdamW for the rest."""
+    lr: float = 1e-3
+    """Peak learning rate (of AdamW's part with muon)."""
+    lr_muon: float = 0.02
+    """Muon's peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay, on matrices only; decoupled but for amsgrad."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """plateau: a tenth of the rate when validation stops improving, as published; cosine: down to zero."""
+    patience: int = 1
+    """Validations without improvement that the plateau schedule bears."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    early_stopping: int = 0
+    """Validations without improvement that end the stage; 0 never does."""
+    val_every: int = 500
+    """Steps between validations, at most; the last step is always validated."""
+    clip_gradients: float = 1.0
+    """Largest norm of the gradient; 0 never clips."""
+    devices: int = 1
+    """Processes or GPUs on each machine."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """auto, ddp and what else Lightning knows."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a stage in steps."""
+
+    steps: int
+    val_every: int
+    """Divides `steps`, so that the last weights are validated too."""
+    tokens_per_step: int
+
+
+def plan(num_blocks: int, block: int, config: StageConfig) -> Plan:
+    """Steps that make up the epochs or tokens asked for, rounded up.
+
+    Raises:
+        UserError: a number that leaves nothing to do.
+    """
+    for name in ("batch_size", "accumulate", "val_every", "devices", "num_nodes"):
+        require_at_least(name, getattr(config, name), 1)
+    world = config.devices * config.num_nodes
+    blocks_per_step = min(config.batch_size * config.accumulate * world, num_blocks)
+    tokens = config.tokens or config.epochs * num_blocks * block
+    if tokens <= 0:
+        raise UserError(f"epochs is {config.epochs} and tokens is {config.tokens}: set one of them above 0.")
+    steps = max(1, math.ceil(tokens / (blocks_per_step * block) - 1e-6))
+    validations = max(1, round(steps / config.val_every))
+    every = math.ceil(steps / validations)
+    return Plan(every * validations, every, blocks_per_step * block)
+
+
+def flops_per_token(model: GPT2LMHeadModel, block: int) -> int:
+    """Floating-point operations that a training step needs for one token, frozen parts counted as such.
+
+    A matrix of n weights takes 2n forwards, 2n for the gradient of what entered it if anything before it is trained,
+    and 2n for its own gradient if it is trained: 6n in all when everything is (Kaplan et al. 2020, sec. 2.1).
+    Attention takes 4·t·d forwards in each layer and twice that backwards. The token table counts once, as the head.
+    """
+    transformer: Any = model.transformer
+    head = model.get_output_embeddings().weight
+    below = head.requires_grad or transformer.wpe.weight.requires_grad  # whether a gradient must pass through
+    total = 0
+    for layer in transformer.h:
+        matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
+        trained_here = any(parameter.requires_grad for parameter in layer.parameters())
+        for matrix in matrices:
+            total += matrix.numel() * (2 + 2 * (below or trained_here) + 2 * matrix.requires_grad)
+        total += 4 * block * model.config.n_embd * (1 + 2 * (below or trained_here))
+        below = below or trained_here
+    below = below or any(parameter.requires_grad for parameter in transformer.ln_f.parameters())
+    return total + head.numel() * (2 + 2 * below + 2 * head.requires_grad)
+
+
+class MuonAndAdam(torch.optim.Optimizer):
+    """Muon for some matrices and AdamW for everything else, to Lightning and to schedules one optimizer."""
+
+    def __init__(
+        self, matrices: list[Tensor], rest: list[dict[str, Any]], *, lr_muon: float, lr: float, weight_decay: float
+    ) -> None:
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=lr_muon, weight_decay=weight_decay, momentum=0.95),
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95)),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts read this optimizer's groups, which schedules write to, and their states be its own."""
+        first = len(self.parts[0].param_groups)
+        self.parts[0].param_groups, self.parts[1].param_groups = self.param_groups[:first], self.param_groups[first:]
+        for part in self.parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def build_optimizer(model: torch.nn.Module, config: StageConfig) -> torch.optim.Optimizer:
+    """The optimizer over the parameters that ask for a gradient; weight decay is for matrices only.
+
+    Raises:
+        UserError: nothing to train, or a rate that is not above 0.
+    """
+    for name in ("lr", "lr_muon"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name} is {getattr(config, name)}: use a rate above 0.")
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise UserError("no tensor is to be trained: choose what the stage trains.")
+    hidden = {name for name, p in trained.items() if ".h." in name and p.ndim == 2}
+    by_muon = hidden if config.optimizer == "muon" else set()
+    rest = [p for name, p in trained.items() if name not in by_muon]
+    groups = [
+        {"params": [p for p in rest if p.ndim == 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "amsgrad":
+        return torch.optim.Adam(groups, lr=config.lr, amsgrad=True)
+    if by_muon:
+        return MuonAndAdam(
+            [trained[name] for name in sorted(by_muon)],
+            groups,
+            lr_muon=config.lr_muon,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+
+
+class Recycling(LightningModule):
+    """Optimizer, schedule, counting and logging around `next_token_loss`; checkpoints hold trained tensors alone."""
+
+    strict_loading = False
+
+    def __init__(self, model: GPT2LMHeadModel, config: StageConfig, plan: Plan, block: int) -> None:
+        super().__init__()
+        self.model, self.config, self.plan = model, config, plan
+        self.flops_per_token = flops_per_token(model, block)
+        self.tokens = 0
+        self.seconds = 0.0
+        self.curve: list[dict[str, float]] = []
+        self._train_nats: list[Tensor] = []
+        self._valid: list[tuple[Tensor, int]] = []
+        self._plateau: dict[str, Any] | None = None
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.model, self.config)
+        if self.config.schedule == "cosine":
+            factor = warmup_cosine(self.config.warmup, self.plan.steps)
+        else:
+            warmup = self.config.warmup
+
+            def factor(step: int) -> float:
+                return min(1.0, (step + 1) / (warmup + 1)) * self._decayed()
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _decayed(self) -> float:
+        return 1.0 if self._plateau is None else self._plateau["factor"]
+
+    def _meet_plateau(self, loss: float) -> None:
+        """A tenth of the rate once `patience` validations in a row brought no relative gain of 1e-4 (as torch's)."""
+        state = self._plateau or {"best": math.inf, "bad": 0, "factor": 1.0}
+        if loss < state["best"] * (1 - 1e-4):
+            state |= {"best": loss, "bad": 0}
+        elif state["bad"] + 1 > self.config.patience:
+            state |= {"bad": 0, "factor": state["factor"] * 0.1}
+        else:
+            state["bad"] += 1
+        self._plateau = state
+
+    def on_train_start(self) -> None:
+        self._clock = time.monotonic()
+
+    def training_step(self, batch: Int[Tensor, "b t"], batch_idx: int) -> Tensor:
+        loss = next_token_loss(self.model, batch)
+        self.tokens += batch.numel() * self.trainer.world_size
+        self._train_nats.append(loss.detach())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        now = time.monotonic()
+        elapsed = max(now - self._clock, 1e-9)
+        self.seconds, self._clock = self.seconds + elapsed, now
+        self.log("tokens/s", batch.numel() * self.trainer.world_size / elapsed, prog_bar=True)
+        self.log("tokens", float(self.tokens))
+
+    def validation_step(self, batch: Int[Tensor, "b t"], batch_idx: int) -> None:
+        count = int((labels(batch, self.model.config.eos_token_id)[:, 1:] != IGNORE).sum())
+        self._valid.append((next_token_loss(self.model, batch).double() * count, count))
+
+    def on_validation_epoch_end(self) -> None:
+        sums = torch.stack([torch.stack([nats.cpu(), torch.tensor(float(n)).double()]) for nats, n in self._valid])
+        totals = cast(Tensor, self.trainer.strategy.reduce(sums.sum(0).to(self.device), reduce_op="sum"))
+        loss = float(totals[0] / totals[1])
+        self._valid = []
+        self.log("val/loss", loss, prog_bar=True, rank_zero_only=False)
+        self._meet_plateau(loss)
+        train = torch.stack(self._train_nats).mean().item() if self._train_nats else math.nan
+        self._train_nats = []
+        self.curve.append(
+            {
+                "step": self.trainer.global_step,
+                "tokens": self.tokens,
+                "flops": self.tokens * self.flops_per_token,
+                "seconds": round(self.seconds + time.monotonic() - self._clock, 3),
+                "train_loss": train,
+                "val_loss": loss,
+            }
+        )
+
+    def on_validation_end(self) -> None:
+        self._clock = time.monotonic()  # validation is no training time
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recycling"] = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "curve": list(self.curve),
+            "train_nats": [float(nats) for nats in self._train_nats],
+            "plateau": dict(self._plateau) if self._plateau else None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["recycling"]
+        self.tokens, self.seconds, self.curve = state["tokens"], state["seconds"], list(state["curve"])
+        self._train_nats = [torch.tensor(nats) for nats in state["train_nats"]]
+        self._plateau = state["plateau"]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Trained tensors only: the frozen ones are known from the model that the stage began with."""
+        trained = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage did."""
+
+    trained: tuple[str, ...]
+    """Names of the trained tensors."""
+    trained_parameters: int
+    tokens: int
+    flops: float
+    """Computed: of training steps alone, by `flops_per_token`."""
+    seconds: float
+    """Of training, without validation."""
+    val_loss: float
+    """Lowest validation loss, of the weights that were kept."""
+    curve: tuple[dict[str, float], ...]
+    """At each validation: step, tokens, flops, seconds, train_loss (mean since the last), val_loss."""
+
+
+def train_stage(
+    model: GPT2LMHeadModel,
+    train: Dataset[Tensor],
+    valid: Dataset[Tensor],
+    directory: Path,
+    config: StageConfig,
+    *,
+    runtime: RuntimeConfig,
+    progress: bool = True,
+) -> StageRecord:
+    """Train the tensors of `model` that ask for a gradient and leave the best weights in it.
+
+    An interrupted stage goes on from `last.ckpt` in `directory`, exactly; one that is finished only loads its weights.
+
+    Args:
+        model: GPT-2, with `requires_grad` set as the stage wants it (see `recycle_gpt2.lexical.train_only`).
+        train: int64 token blocks (t,).
+        valid: the same, for early stopping, the schedule and the choice of the best weights.
+        directory: where checkpoints, logs and `stage.json` go.
+        config: length and optimizer.
+        runtime: device, precision and seed of the order.
+        progress: show a bar with the loss and tokens per second.
+
+    Raises:
+        UserError: a setting that cannot work, or a loss that is no longer a number.
+    """
+    num_blocks, block = len(cast(Sized, train)), len(train[0])
+    if (directory / "stage.json").exists():
+        _load_best(model, directory)
+        return read_record(directory)
+    if block > model.config.n_positions:
+        raise UserError(
+            f"block is {block} tokens but the model has {model.config.n_positions} positions: pack the corpus with "
+            f"--block {model.config.n_positions} or less."
+        )
+    if len(cast(Sized, valid)) == 0:
+        raise UserError("the validation split has 0 blocks: give more text or a larger validation share.")
+    planned = plan(num_blocks, block, config)
+    model.train()  # Lightning leaves the mode as it is; GPT-2's dropout is its config's
+    module = Recycling(model, config, planned, block)
+    build_optimizer(model, config)  # its complaints come before anything is written
+    trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    directory.mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(
+        TrainerConfig(
+            max_steps=planned.steps,
+            val_every=planned.val_every * config.accumulate,
+            accumulate=config.accumulate,
+            clip_gradients=config.clip_gradients,
+            precision=runtime.precision,
+            device=runtime.device,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            patience=config.early_stopping,
+            tensorboard=False,
+            progress=progress,
+        ),
+        directory,
+    )
+    loaders = {
+        "train_dataloaders": ResumableLoader(train, BatchOrder(num_blocks, config.batch_size, seed=runtime.seed)),
+        "val_dataloaders": DataLoader(
+            valid, batch_sampler=BatchOrder(len(cast(Sized, valid)), config.batch_size, shuffle=False)
+        ),
+    }
+    fit(trainer, module, directory, **loaders)
+    _load_best(model, directory)
+    record = StageRecord(
+        trained=trained,
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        tokens=module.tokens,
+        flops=float(module.tokens * module.flops_per_token),
+        seconds=round(module.seconds, 1),
+        val_loss=min(point["val_loss"] for point in module.curve),
+        curve=tuple(module.curve),
+    )
+    if trainer.is_global_zero:
+        write_json(directory / "stage.json", record)
+    return record
+
+
+def _load_best(model: GPT2LMHeadModel, directory: Path) -> None:
+    """Put the weights with the lowest validation loss into `model`, in eval mode."""
+    best = torch.load(directory / "best.ckpt", map_location="cpu", weights_only=False)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in best.items()}, strict=False)
+    model.eval()
+
+
+def read_record(directory: Path) -> StageRecord:
+    """The record that `train_stage` wrote in `directory`."""
+    fields = json.loads((directory / "stage.json").read_text())
+    return StageRecord(**fields | {"trained": tuple(fields["trained"]), "curve": tuple(fields["curve"])})

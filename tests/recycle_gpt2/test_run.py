@@ -1,0 +1,262 @@
+"""The pipeline: every stage killed and resumed ends in the same weights, and bad input is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.checks import UserError
+from common.gpt2 import load_gpt2
+from common.runtime import RuntimeConfig
+from recycle_gpt2.run import RunConfig, recycle
+from recycle_gpt2.stages import AlignConfig, FinetuneConfig, RelearnConfig, align_models, finetune, relearn, unfreezing
+from recycle_gpt2.training import StageConfig
+
+
+def settings(text: Path, models: tuple[Path, Path], out: Path) -> RunConfig:
+    return RunConfig(
+        text=(text,),
+        out=out,
+        language="nld",
+        small=str(models[0]),
+        large=str(models[1]),
+        vocab_size=320,
+        block=32,
+        shares=(0.8, 0.1, 0.1),
+        large_share=0.5,
+        finetune_share=0.5,
+        unfreeze="top",
+        stage=StageConfig(epochs=1.0, batch_size=8, val_every=5, lr=3e-3),
+        runtime=RuntimeConfig(device="cpu", seed=3),
+    )
+
+
+KILLS = '''
+import os, pickle, signal, sys
+import torch
+torch.set_num_threads(1)
+import recycle_gpt2.run as run, recycle_gpt2.stages as stages, recycle_gpt2.corpus as corpus
+from recycle_gpt2.training import Recycling
+
+config, whole = pickle.load(open(sys.argv[1], "rb"))
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+step = Recycling.training_step
+def die_in(folder, at):
+    def training_step(self, batch, batch_idx):
+        if folder in self.trainer.default_root_dir.split(os.sep) and self.global_step == at:
+            die()
+        return step(self, batch, batch_idx)
+    Recycling.training_step = training_step
+
+def patch(owner, name):
+    return lambda: setattr(owner, name, die)
+
+points = [
+    ("tokenizer", patch(run, "save_tokenizer")),
+    ("corpus", patch(corpus, "write_json")),
+    ("relearn", lambda: die_in("relearn", 7)),
+    ("relearn's model", patch(stages, "save_model")),
+    ("align", patch(stages, "save_model")),
+    ("relearn-large", lambda: die_in("relearn-large", 3)),
+    ("finetune, first step", lambda: die_in("step-1", 1)),
+    ("finetune, last step", lambda: die_in("step-3", 1)),
+    ("evaluate", patch(run, "sample")),
+    ("lexicon", patch(run, "run_lexicon")),
+    ("card", patch(run, "save_model")),
+]
+for name, prepare in points:
+    child = os.fork()
+    if not child:
+        prepare()
+        run.recycle(config)
+        os._exit(0)  # it was not killed
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
+    assert not config.out.exists(), name
+run.recycle(config)
+run.recycle(whole)
+'''
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, dutch, english_models) -> tuple[RunConfig, RunConfig]:
+    """A run that was killed in every stage, and one that was not."""
+    import pickle
+
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text").mkdir()
+    (folder / "text" / "stories.txt").write_text("\n\n".join(dutch[:120]))
+    (folder / "text" / "news.txt").write_text("\n\n".join(dutch[120:]))
+    config = settings(folder / "text", english_models, folder / "killed")
+    whole = replace(config, out=folder / "whole")
+    (folder / "configs.pkl").write_bytes(pickle.dumps((config, whole)))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(folder / "configs.pkl")],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-500:]
+    return config, whole
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_a_run_ends_in_the_same_weights(runs):
+    killed, whole = (load_file(config.out / "model.safetensors") for config in runs)
+    assert killed.keys() == whole.keys()
+    assert all(torch.equal(killed[name], whole[name]) for name in killed)
+    for config in runs:
+        assert not [path for path in config.out.parent.iterdir() if path.name.startswith(".")], "half-written files"
+    lexicons = [(config.out.with_name(config.out.name + ".stages") / "lexicon" / "lexicon.tsv") for config in runs]
+    assert lexicons[0].read_text() == lexicons[1].read_text()
+
+
+@pytest.mark.slow
+def test_the_model_is_an_ordinary_directory_with_its_tokenizer_and_card(runs):
+    config = runs[1]
+    model = AutoModelForCausalLM.from_pretrained(config.out)
+    tokenizer = AutoTokenizer.from_pretrained(config.out)
+    ours, same = load_gpt2(config.out)
+    assert model.config.vocab_size == len(tokenizer) == len(same) == 320
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert (model.config.n_embd, model.config.n_layer) == (24, 3)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.transformer.wte.weight, ours.transformer.wte.weight)
+    card = (config.out / "README.md").read_text()
+    for part in ("language: nld", "documents of", "relearn-large", "finetune", "hours", "bits per byte", "threads"):
+        assert part in card, part
+    assert str(config.small) not in card and str(config.out.parent) not in card
+
+
+@pytest.mark.slow
+def test_training_helped_and_every_stage_has_its_record(runs):
+    stages = runs[1].out.with_name("whole.stages")
+    scores = json.loads((stages / "evaluate" / "done.json").read_text())["scores"]
+    bits = {name: groups["all"]["bits_per_byte"] for name, groups in scores.items()}
+    assert bits["recycled"] < bits["English, untouched"]
+    assert set(scores["recycled"]) == {"all", "stories", "news"}
+    relearned = json.loads((stages / "relearn" / "done.json").read_text())
+    assert relearned["trained"] == ["transformer.wte.weight"]
+    aligned = json.loads((stages / "align" / "done.json").read_text())
+    assert 0 <= aligned["neighbour_overlap"] <= 1
+
+
+@pytest.mark.slow
+def test_a_finished_run_trains_nothing_and_other_settings_are_named(runs, monkeypatch):
+    config = runs[1]
+    monkeypatch.setattr("recycle_gpt2.training.Recycling.training_step", None)
+    before = (config.out / "model.safetensors").stat().st_mtime_ns
+    assert recycle(config) == config.out
+    assert (config.out / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="begun with stage.lr 0.003, now it is 0.01"):
+        recycle(replace(config, stage=replace(config.stage, lr=0.01)))
+    # Where and with how many processes a run goes on is free.
+    recycle(replace(config, workers=2, runtime=RuntimeConfig(device="cpu", seed=3, threads=1)))
+
+
+@pytest.mark.slow
+def test_small_and_large_of_other_english_vocabularies_are_refused(runs, tmp_path, gpt2_directory):
+    config = runs[1]
+    small = load_gpt2(config.small)[0].config.n_embd
+    assert small == 16
+    with pytest.raises(UserError, match="English vocabularies of .* differ in .* tokens, such as"):
+        recycle(replace(config, large=str(gpt2_directory), out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    relearned = config.out.with_name("whole.stages") / "relearn" / "model"
+    with pytest.raises(UserError, match="English vocabularies"):
+        align_models(
+            AlignConfig(recycled=relearned, out=tmp_path / "a", small=config.small, large=str(gpt2_directory))
+        )
+
+
+@pytest.mark.slow
+def test_stages_by_themselves(runs, tmp_path):
+    """relearn with positions and norms; align by kNN; finetune without a second look at the settings."""
+    config = runs[1]
+    stages = config.out.with_name("whole.stages")
+    stage = StageConfig(tokens=500, batch_size=4, lr=1e-3)
+    directory = relearn(
+        RelearnConfig(
+            corpus=stages / "corpus", tokenizer=stages / "tokenizer", out=tmp_path / "relearn", model=config.small,
+            initialisation="focus", positions=True, norms=True, stage=stage, runtime=config.runtime,
+        )
+    )
+    record = json.loads((tmp_path / "relearn" / "done.json").read_text())
+    assert {"transformer.wpe.weight", "transformer.ln_f.bias"} < set(record["trained"])
+    assert not [name for name in record["trained"] if "mlp" in name or "attn" in name]
+    aligned = align_models(
+        AlignConfig(recycled=directory, out=tmp_path / "align", small=config.small, large=config.large, method="knn",
+                    k=3)
+    )
+    tuned = finetune(
+        FinetuneConfig(model=aligned, corpus=stages / "corpus", out=tmp_path / "tuned", stage=stage,
+                       runtime=config.runtime)
+    )
+    model, _ = load_gpt2(tuned)
+    before, _ = load_gpt2(aligned)
+    assert not torch.equal(model.transformer.h[0].mlp.c_fc.weight, before.transformer.h[0].mlp.c_fc.weight)
+
+
+def test_unfreezing_from_the_top_ends_with_everything():
+    assert unfreezing("top", 4) == [[3], [3, 2], [3, 2, 1], "all"]
+    assert unfreezing("all", 4) == ["all"]
+
+
+def test_corpus_of_another_tokenizer_is_named(tmp_path, text, tokenizer, english_models, english_tokenizer):
+    from recycle_gpt2.corpus import build_corpus
+
+    build_corpus([text], tokenizer, tmp_path / "corpus", block=16, shares=(0.8, 0.1, 0.1), progress=False)
+    english_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="vocabulary of 320 tokens but the tokenizer 310"):
+        relearn(
+            RelearnConfig(corpus=tmp_path / "corpus", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out",
+                          model=str(english_models[0]))
+        )
+
+
+def test_out_that_is_no_model_is_not_overwritten(tmp_path, text, english_models):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="no model directory"):
+        recycle(settings(text, english_models, tmp_path / "out"))
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
+    config = runs[1]
+    stages = config.out.with_name("whole.stages")
+
+    def command(out: Path, *more: str) -> list[str]:
+        return [
+            sys.executable, "-m", "recycle_gpt2.cli", "relearn", "--corpus", str(stages / "corpus"), "--tokenizer",
+            str(stages / "tokenizer"), "--out", str(out), "--model", config.small, "--tokens", "1024", "--optimizer",
+            "adamw", "--schedule", "cosine", "--device", "cpu", "--threads", "1", *more,
+        ]
+
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, more in (
+        ("one", ["--batch-size", "4"]),
+        ("two", ["--batch-size", "2", "--devices", "2", "--strategy", "ddp"]),
+    ):
+        done = subprocess.run(command(tmp_path / name, *more), cwd=root, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_gpt2(tmp_path / name / "model")[0].transformer.wte.weight for name in ("one", "two"))
+    assert torch.allclose(one, two, atol=1e-4)
+    records = [json.loads((tmp_path / name / "done.json").read_text()) for name in ("one", "two")]
+    assert records[0]["tokens"] == records[1]["tokens"] == 1024
+    assert records[0]["val_loss"] == pytest.approx(records[1]["val_loss"], abs=1e-3)
