@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from experiments.scenes.graph import (
@@ -19,7 +19,7 @@ from experiments.scenes.graph import (
     change_attribute,
     has_held_out,
 )
-from experiments.scenes.wording import ENGLISH, Wording
+from experiments.scenes.wording import ENGLISH, Noun, Wording
 
 CAPTIONS_PER_VIEW = 5
 
@@ -55,7 +55,13 @@ def caption(
     """
     if detail not in ("some", "full"):
         raise ValueError(f"detail is {detail!r}: use 'some' or 'full'.")
-    full = detail == "full"
+    text = _sentence(scene, camera, rng, detail == "full", wording)
+    for long, short in wording.contractions:
+        text = text.replace(long, short)
+    return text
+
+
+def _sentence(scene: Scene, camera: Camera, rng: random.Random, full: bool, wording: Wording) -> str:
     attributes = [name for name, share in _NAMED_SHARE.items() if full or rng.random() < share]
     groups = _group(scene.objects, attributes, rng)
     phrases = [_phrase(group, attributes, rng, wording) for group in groups]
@@ -118,8 +124,7 @@ def parse(text: str, *, wording: Wording = ENGLISH) -> list[Named]:
         if kind == "number":
             count, named = int(value), {}
         elif kind == "made_of":
-            for i in range(len(found) - latest, len(found)):
-                found[i] = Named(found[i].colour, found[i].shape, value, found[i].size)
+            found[len(found) - latest :] = [replace(thing, material=value) for thing in found[len(found) - latest :]]
         elif kind == "shape":
             latest = count
             thing = Named(named.get("colour"), value, named.get("material"), named.get("size"))
@@ -127,6 +132,8 @@ def parse(text: str, *, wording: Wording = ENGLISH) -> list[Named]:
             count, named = 0, {}
         elif kind == "other":
             count, named, latest = 0, {}, 0
+        elif latest and not count:  # an adjective after its noun
+            found[-latest:] = [replace(thing, **{kind: value}) for thing in found[-latest:]]
         else:
             named[kind] = value
     return found
@@ -155,28 +162,49 @@ def _group(
 
 def _phrase(group: Sequence[SceneObject], attributes: Sequence[str], rng: random.Random, wording: Wording) -> str:
     """For instance "two small red cubes made of metal"."""
-    thing = group[0]
-    words, after = [], ""
+    thing, several = group[0], len(group) > 1
+    before, after = [], []
     if "size" in attributes:
-        words.append(_pick(wording.sizes[thing.size], rng))
-    colour = _pick(wording.colours[thing.colour], rng)
+        before.append(("size", _pick(wording.sizes[thing.size], rng)))
+    colour = ("colour", _pick(wording.colours[thing.colour], rng))
     if "material" not in attributes:
-        words.append(colour)
-    elif len(group) == 1 and rng.random() < 0.2:
-        words.append(colour)
-        after = " " + _pick(wording.made_of[thing.material], rng)
+        before.append(colour)
+    elif not several and rng.random() < 0.2:
+        before.append(colour)
+        after.append(_pick(wording.made_of[thing.material], rng))
     else:
-        material = _pick(wording.materials[thing.material], rng)
-        words.extend((material, colour) if rng.random() < 0.3 else (colour, material))
-    singular, plural = _pick(wording.shapes[thing.shape], rng)
-    words.append(singular if len(group) == 1 else plural)
-    if len(group) > 1:
+        material = ("material", _pick(wording.materials[thing.material], rng))
+        before.extend((material, colour) if rng.random() < 0.3 else (colour, material))
+    noun = _pick(wording.shapes[thing.shape], rng)
+
+    def inflect(adjective: str) -> str:
+        return _inflect(adjective, noun, wording, plural=several)
+
+    words = [inflect(word) for kind, word in before if kind not in wording.after_noun]
+    words.append(noun.plural if several else noun.singular)
+    following = [inflect(word) for kind, word in before if kind in wording.after_noun]
+    words += sorted(following, key=lambda word: " " in word)  # "rosso di gomma": what is a phrase comes last
+    words += map(inflect, after)
+    if several:
         number = wording.numbers[len(group)][0]
-    elif rng.random() < 0.1:
-        number = wording.numbers[1][-1]
+    elif rng.random() < 0.1 and wording.one:
+        number = wording.one
     else:
-        number = wording.article[words[0][0] in "aeiou"]
-    return " ".join((number, *words)) + after
+        number = wording.indefinite(noun.gender, words[0])
+    return " ".join((number, *words))
+
+
+def _definite(thing: SceneObject, wording: Wording) -> str:
+    """For instance "the red cube", for an object that was named before."""
+    noun = wording.shapes[thing.shape][0]
+    colour = _inflect(wording.colours[thing.colour][0], noun, wording, plural=False, definite=True)
+    words = (noun.singular, colour) if "colour" in wording.after_noun else (colour, noun.singular)
+    return wording.definite(noun.gender, words[0]) + " ".join(words)
+
+
+def _inflect(adjective: str, noun: Noun, wording: Wording, *, plural: bool, definite: bool = False) -> str:
+    forms = adjective.split("/")
+    return forms[wording.form(noun.gender, plural, definite)] if len(forms) > 1 else adjective
 
 
 def _relate(
@@ -203,9 +231,8 @@ def _relate(
             first = rng.choice(wording.related[:2]).format(phrases[0], relation, phrases[1])
             name, thing = rng.choice(known)
             place = _pick(wording.relations[name], rng)
-            known_as = wording.definite.format(wording.colours[thing.colour][0], wording.shapes[thing.shape][0][0])
             template = _agree(rng.choice(wording.added), groups[2], wording)
-            return template.format(first, phrases[2], place, known_as)
+            return template.format(first, phrases[2], place, _definite(thing, wording))
     pair = rng.choice(wording.related[:2]).format(phrases[0], relation, phrases[1])
     return f"{phrases[2]}, {wording.conjunction} {pair}"
 
@@ -245,7 +272,7 @@ def _lexicon(wording: Wording) -> dict[str, tuple[str, str]]:
     """Every word or phrase with what it names: "cubes" -> ("shape", "cube")."""
     entries: dict[str, tuple[str, str]] = {}
     for shape, forms in wording.shapes.items():
-        entries.update((word, ("shape", shape)) for pair in forms for word in pair)
+        entries.update((word, ("shape", shape)) for noun in forms for word in (noun.singular, noun.plural))
     tables = {
         "colour": wording.colours,
         "material": wording.materials,
@@ -253,7 +280,8 @@ def _lexicon(wording: Wording) -> dict[str, tuple[str, str]]:
         "size": wording.sizes,
     }
     for kind, table in tables.items():
-        entries.update((word, (kind, value)) for value, words in table.items() for word in words)
+        for value, words in table.items():
+            entries.update((form, (kind, value)) for word in words for form in word.split("/"))
     for number, words in wording.numbers.items():
         entries.update((word, ("number", str(number))) for word in words)
     return entries
