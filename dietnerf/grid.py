@@ -156,12 +156,12 @@ class VoxelGrid(nn.Module):
         box = self._occupied_box()
         level = int(self.level)
         sizes = vertices_along(box[1] - box[0], self.resolutions[level + 1])
-        axes = [torch.linspace(*ends, count, device=box.device) for ends, count in zip(box.T, sizes, strict=True)]
-        rows = int(sizes.prod())
+        counts = sizes.tolist()
+        axes = [torch.linspace(*ends, count, device=box.device) for ends, count in zip(box.T, counts, strict=True)]
         for plane, x in enumerate(axes[0]):  # one plane at a time bounds the memory
             points = torch.cartesian_prod(x[None], axes[1], axes[2])
             corners = self.locate(points)
-            part = slice(plane * (rows // len(axes[0])), (plane + 1) * (rows // len(axes[0])))
+            part = slice(plane * counts[1] * counts[2], (plane + 1) * counts[1] * counts[2])
             for tables in (self.density_tables, self.colour_tables):
                 tables[level + 1].data[part] = interpolate(tables[level], corners)
         self.aabb.copy_(box)
@@ -196,7 +196,7 @@ class VoxelGrid(nn.Module):
 
 def vertices_along(extent: Float[Tensor, " 3"], resolution: int) -> Int[Tensor, " 3"]:
     """How many vertices along each axis give nearly cubic voxels and at most resolution³ vertices."""
-    sizes = (extent * (resolution**3 / extent.prod()) ** (1 / 3)).floor().long().clamp(min=2)
+    sizes = (extent * (resolution**3 / extent.prod()) ** (1 / 3) + 1e-3).floor().long().clamp(min=2)
     while int(sizes.prod()) > resolution**3:  # a flat box, one side of which was raised to 2
         sizes[sizes.argmax()] -= 1
     return sizes

@@ -146,16 +146,14 @@ class FewViewModel(Model):
         low, high = self.scene_box.aabb.to(self.device)
         positions = low + (high - low) * torch.rand(VARIATION_POINTS, 3, device=self.device)
         directions = torch.nn.functional.normalize(torch.randn_like(positions), dim=-1).repeat(4, 1)
-        found = {}
 
         def density_and_colour(points: Float[Tensor, "n 3"]) -> Float[Tensor, "n 4"]:
             outputs = self.field(point_samples(points, directions))
-            found["both"] = torch.cat([outputs[FieldHeadNames.DENSITY], outputs[FieldHeadNames.RGB]], dim=-1)
-            return found["both"][:, :1]
+            return torch.cat([outputs[FieldHeadNames.DENSITY], outputs[FieldHeadNames.RGB]], dim=-1)
 
         distance = VARIATION_DISTANCE * (high - low).mean().item()
-        density = field_variation(density_and_colour, positions, distance)
-        return density, field_variation(lambda points: found["both"][:, 1:], positions, distance)
+        variation = field_variation(density_and_colour, positions, distance)
+        return variation[0], variation[1:].mean()
 
     def render_view(self, rays: RayBundle, chunk: int | None = None) -> dict[str, Tensor]:
         """A whole view with gradients, in chunks under gradient checkpointing.

@@ -78,15 +78,15 @@ def total_variation(grid: Float[Tensor, "x y z c"], voxel: Float[Tensor, " 3"]) 
 
 def field_variation(
     values: Callable[[Tensor], Tensor], positions: Float[Tensor, "n 3"], distance: float
-) -> Float[Tensor, ""]:
-    """The same for any field, by forward differences over `distance` at the given points.
+) -> Float[Tensor, " c"]:
+    """The same of each channel of any field, by forward differences over `distance` at the given points.
 
     Args:
         values: maps points (m, 3) to (m, c).
     """
     steps = torch.cat([torch.zeros(1, 3), distance * torch.eye(3)]).to(positions)
     found = values((positions + steps[:, None]).flatten(0, 1)).unflatten(0, (4, len(positions)))  # (4, n, c)
-    return torch.sqrt((((found[1:] - found[0]) / distance) ** 2).sum(dim=0) + SMOOTHING).mean()
+    return torch.sqrt((((found[1:] - found[0]) / distance) ** 2).sum(dim=0) + SMOOTHING).mean(dim=0)
 
 
 def distortion_loss(

@@ -99,7 +99,8 @@ def test_flat_grids_have_no_variation_and_a_finite_gradient():
 def test_field_variation_is_the_gradients_length(generator):
     slope = torch.tensor([1.0, -2.0, 2.0])
     positions = torch.rand(50, 3, generator=generator)
-    assert field_variation(lambda x: (x @ slope)[:, None], positions, 1e-2) == pytest.approx(3.0, rel=1e-3)
+    found = field_variation(lambda x: torch.stack([x @ slope, 2 * (x @ slope)], dim=1), positions, 1e-2)
+    assert found.tolist() == pytest.approx([3.0, 6.0], rel=1e-3)
 
 
 def test_distortion_is_nerfstudios(generator):

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dietnerf.grid import CELLS, VoxelGrid, vertices_along
+from dietnerf.regularizers import total_variation
+
+BOX = torch.tensor([[-1.0, -2.0, 0.0], [1.0, 2.0, 1.5]])
+
+
+def random_grid(resolutions=(8, 12), harmonics=0) -> VoxelGrid:
+    torch.manual_seed(0)
+    grid = VoxelGrid(BOX, resolutions, harmonics)
+    with torch.no_grad():
+        for table in [*grid.density_tables, *grid.colour_tables]:
+            table.normal_()
+    return grid
+
+
+def naive_lookup(grid, table, point):
+    """Trilinear interpolation by its definition: each vertex weighs by how near it is along every axis."""
+    x, y, z = grid.sizes.tolist()
+    values = table.detach()[: x * y * z].view(x, y, z, -1)
+    scaled = [float((point[a] - grid.aabb[0, a]) / grid.voxel[a]) for a in range(3)]
+    total = 0
+    for i, j, k in itertools.product(range(x), range(y), range(z)):
+        weight = max(0.0, 1 - abs(scaled[0] - i)) * max(0.0, 1 - abs(scaled[1] - j)) * max(0.0, 1 - abs(scaled[2] - k))
+        total = total + weight * values[i, j, k]
+    return total
+
+
+def test_look_up_is_trilinear(generator):
+    grid = random_grid()
+    points = BOX[0] + (BOX[1] - BOX[0]) * torch.rand(6, 3, generator=generator)
+    points = torch.cat([points, BOX])  # the corners of the box belong to it
+    from dietnerf.grid import interpolate
+
+    found = interpolate(grid.colour_tables[0], grid.locate(points))
+    for row, point in zip(found, points, strict=True):
+        torch.testing.assert_close(row, naive_lookup(grid, grid.colour_tables[0], point), atol=1e-4, rtol=0)
+
+
+def test_gradient_of_the_look_up_is_embedding_bags(generator):
+    from dietnerf.grid import interpolate
+
+    grid = random_grid()
+    corners = grid.locate(BOX[0] + (BOX[1] - BOX[0]) * torch.rand(40, 3, generator=generator))
+    target = torch.randn(40, 3, generator=generator)
+    table = grid.colour_tables[0]
+    (fast,) = torch.autograd.grad((interpolate(table, corners) * target).sum(), table)
+    naive = (table[corners.index.long()] * corners.weight[..., None]).sum(dim=1)
+    (slow,) = torch.autograd.grad((naive * target).sum(), table)
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    assert fast.dtype == table.dtype
+
+
+def test_voxels_are_nearly_cubes_and_fit_their_table():
+    for extent in ([1.0, 1.0, 1.0], [1.0, 2.0, 0.5], [10.0, 0.01, 0.01]):
+        sizes = vertices_along(torch.tensor(extent), 20)
+        assert sizes.prod() <= 20**3 and sizes.min() >= 2
+    assert vertices_along(torch.tensor([1.0, 2.0, 0.5]), 20).tolist() == [20, 40, 10]
+
+
+def test_growing_keeps_the_field():
+    grid = random_grid()
+    with torch.no_grad():
+        grid.density_tables[0].add_(6)  # dense everywhere, so the box stays
+    points = BOX[0] + (BOX[1] - BOX[0]) * torch.linspace(0.1, 0.9, 9)[:, None]
+    before, box = grid.density(grid.locate(points)).detach(), grid.aabb.clone()
+    coarse = grid.voxel.clone()
+    grid.grow()
+    assert grid.level == 1 and (grid.voxel < coarse).all()
+    torch.testing.assert_close(grid.aabb, box)
+    vertices = grid.aabb[0] + grid.voxel * torch.tensor([[1, 1, 1], [2, 5, 3]])
+    assert torch.isfinite(grid.density(grid.locate(vertices))).all()
+    after = grid.density(grid.locate(points)).detach()
+    assert (after - before).abs().mean() < 0.25 * before.std()
+
+
+def test_growing_crops_the_box_to_what_is_occupied_and_marching_skips_the_rest():
+    grid = VoxelGrid(torch.tensor([[-1.0] * 3, [1.0] * 3]), (32, 40))
+    with torch.no_grad():
+        line = torch.linspace(-1, 1, 32)
+        distance = torch.cartesian_prod(line, line, line).norm(dim=1, keepdim=True)
+        grid.density_tables[0].copy_(torch.where(distance < 0.4, 8.0, -8.0))
+    grid.grow()
+    assert grid.aabb.abs().max() < 0.6 and grid.aabb.abs().min() > 0.35
+    assert 0.2 < grid.occupied.float().mean() < 0.95
+    origins, directions = torch.tensor([[-4.0, 0.0, 0.0], [-4.0, 3.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]] * 2)
+    near, far = torch.tensor([[3.4], [3.4]]), torch.tensor([[4.6], [3.4]])  # the second misses
+    marched = grid.march(origins, directions, near, far, 0.01, jitter=False)
+    assert (marched.ray == 0).all() and marched.slot.tolist() == list(range(len(marched.slot)))
+    assert marched.middle.min() < 3.65 and marched.middle.max() > 4.35
+    assert (marched.middle.diff() > 0).all()
+    inside = origins[0] + marched.middle[:, None] * directions[0]
+    cell = ((inside - grid.aabb[0]) / (grid.aabb[1] - grid.aabb[0]) * CELLS).long().clamp(0, CELLS - 1)
+    assert grid.occupied[cell[:, 0], cell[:, 1], cell[:, 2]].all()
+
+
+def test_an_empty_grid_keeps_its_box():
+    grid = VoxelGrid(BOX, (8, 12))
+    with torch.no_grad():
+        grid.density_tables[0].fill_(-20.0)
+    grid.grow()
+    torch.testing.assert_close(grid.aabb, BOX)
+    nothing = grid.march(
+        torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 1), torch.ones(1, 1), 0.1, jitter=True
+    )
+    assert len(nothing.ray) == 0
+
+
+def test_variation_is_that_of_the_whole_grid_on_average():
+    grid = random_grid((16, 20))
+    x, y, z = grid.sizes.tolist()
+    whole = total_variation(grid.density_tables[0].detach()[: x * y * z].view(x, y, z, 1), grid.voxel)
+    found = torch.stack([grid.variation()[0].detach() for _ in range(60)]).mean()
+    assert found == pytest.approx(whole.item(), rel=0.05)
+
+
+def test_harmonics_make_colour_depend_on_the_direction():
+    points = torch.zeros(2, 3) + 0.5
+    directions = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    plain, harmonic = random_grid(), random_grid(harmonics=2)
+    colours = plain.colour(plain.locate(points), directions)
+    assert torch.equal(colours[0], colours[1])
+    colours = harmonic.colour(harmonic.locate(points), directions)
+    assert (colours[0] - colours[1]).abs().max() > 1e-3
+    assert harmonic.colour_tables[0].shape[1] == 27

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import SceneBox
+
+from common.checks import UserError
+from dietnerf.losses import compute_losses
+from dietnerf.model import DietGridModelConfig, DietNerfactoModelConfig, DietNeRFModelConfig
+from dietnerf.poses import pose_spherical
+from dietnerf.regularizers import RegularizerConfig
+from dietnerf.semantic import SemanticConfig, ViewSampler
+
+CONFIGS = {
+    "mlp": DietNeRFModelConfig(
+        num_coarse_samples=6,
+        num_importance_samples=8,
+        num_layers=2,
+        layer_width=16,
+        position_bands=4,
+        density_activation="softplus",
+    ),
+    "nerfacto": DietNerfactoModelConfig(
+        num_levels=3,
+        max_res=32,
+        log2_hashmap_size=8,
+        hidden_dim=8,
+        num_proposal_samples_per_ray=(8, 6),
+        num_nerf_samples_per_ray=6,
+    ),
+    "grid": DietGridModelConfig(resolutions=(8, 12), grow_at=(3,)),
+}
+POSES = torch.stack([pose_spherical(theta, -30, 4)[:3] for theta in (0, 60, 120)])
+CAMERAS = Cameras(POSES, fx=10.0, fy=10.0, cx=4.0, cy=4.0, width=8, height=8)
+
+
+def make(name, **changes):
+    torch.manual_seed(0)
+    config = replace(CONFIGS[name], **changes)
+    return config.setup(scene_box=SceneBox(torch.tensor([[-1.5] * 3, [1.5] * 3])), num_train_data=3).train()
+
+
+def batch(channels=3):
+    rays = CAMERAS.generate_rays(camera_indices=1, keep_shape=True).flatten()
+    return {"ray_bundle": rays, "rgb": torch.rand(64, channels, generator=torch.Generator().manual_seed(1))}
+
+
+BASE = {"mlp": {"rgb", "rgb_coarse"}, "nerfacto": {"rgb", "interlevel"}, "grid": {"rgb"}}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "regularizer, term",
+    [
+        ("occlusion", "occlusion"),
+        ("density_variation", "density_variation"),
+        ("colour_variation", "colour_variation"),
+        ("distortion", "distortion"),
+    ],
+)
+def test_every_regularizer_acts_alone_on_every_field_and_scales_with_its_weight(name, regularizer, term):
+    values = []
+    for weight in (1e-2, 2e-2):
+        model = make(name, regularizers=RegularizerConfig(**{regularizer: weight}, occlusion_distance=3.0))
+        torch.manual_seed(5)
+        losses = compute_losses(model, batch(), 0)
+        assert set(losses) == BASE[name] | {term}
+        values.append(float(losses[term]))
+    losses[term].backward()
+    gradients = [p.grad for group in model.get_param_groups().values() for p in group if p.grad is not None]
+    assert any(g.abs().sum() > 0 for g in gradients) or regularizer == "colour_variation" and name == "grid"
+    assert all(torch.isfinite(g).all() for g in gradients)
+    assert values[1] == pytest.approx(2 * values[0], rel=1e-4)
+    assert values[0] > 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rgb_is_the_mean_squared_error(name):
+    model = make(name)
+    torch.manual_seed(5)
+    losses = compute_losses(model, batch(), 1)
+    assert set(losses) == BASE[name]
+    torch.manual_seed(5)
+    expected = (model(batch()["ray_bundle"])["rgb"] - batch()["rgb"]).square().mean()
+    torch.testing.assert_close(losses["rgb"], expected)
+
+
+def test_alpha_is_blended_over_the_background():
+    model, given = make("grid"), batch(4)
+    torch.manual_seed(5)
+    losses = compute_losses(model, given, 1)
+    blended = given["rgb"][:, :3] * given["rgb"][:, 3:] + 1 - given["rgb"][:, 3:]
+    torch.manual_seed(5)
+    expected = (model(batch()["ray_bundle"])["rgb"] - blended).square().mean()
+    torch.testing.assert_close(losses["rgb"], expected)
+    random = make("grid", background_color="random")
+    assert torch.isfinite(compute_losses(random, given, 1)["rgb"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_semantic_loss_comes_on_its_steps_for_coarse_and_fine(name):
+    semantic = SemanticConfig(weight=0.1, every=5, end=10, resolution=8, chunk=20)
+    model = make(name, semantic=semantic)
+    model.set_semantic_targets(torch.rand(3, 3, 8, 8))
+    view = ViewSampler(semantic, CAMERAS)(torch.Generator().manual_seed(0))
+    assert [model.needs_semantic_view(step) for step in (0, 1, 5, 10)] == [True, False, True, False]
+    losses = compute_losses(model, {**batch(), "semantic_view": view}, 5)
+    terms = {"semantic", "semantic_coarse"} if name == "mlp" else {"semantic"}
+    assert set(losses) == BASE[name] | terms
+    assert all(abs(float(losses[term])) <= 0.1 + 1e-5 for term in terms)
+    sum(losses[term] for term in terms).backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.get_param_groups()["fields"])
+    assert not any("semantic" in key for key in model.state_dict())
+    assert set(compute_losses(model, batch(), 10)) == BASE[name]
+
+
+def test_a_semantic_step_without_view_or_targets_is_named():
+    model = make("grid", semantic=SemanticConfig(weight=0.1, resolution=8))
+    with pytest.raises(UserError, match="semantic_view"):
+        compute_losses(model, batch(), 0)
+    view = ViewSampler(model.config.semantic, CAMERAS)()
+    with pytest.raises(UserError, match="set_semantic_targets"):
+        compute_losses(model, {**batch(), "semantic_view": view}, 0)
+
+
+def test_distortion_and_occlusion_of_the_grid_know_where_samples_are():
+    """Packed samples: unused slots have no weight and no length."""
+    model = make("grid")
+    samples = model(batch()["ray_bundle"])["samples"]
+    unused = samples.ends == samples.starts
+    assert (samples.weights[unused] == 0).all() and (samples.density[unused] == 0).all()
+    used = ~unused
+    assert (samples.starts[used] >= (samples.near.expand_as(samples.starts) - 0.2)[used]).all()
+
+
+def test_nerfstudios_own_loss_dict_has_the_same_terms():
+    model = make("mlp", regularizers=RegularizerConfig(distortion=1e-3))
+    given = batch()
+    torch.manual_seed(5)
+    ours = compute_losses(model, given, 1)
+    torch.manual_seed(5)
+    theirs = model.get_loss_dict(model(batch()["ray_bundle"]), {"image": given["rgb"]})
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key])
