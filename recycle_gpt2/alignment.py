@@ -186,7 +186,7 @@ def choose_options(
         generator: of the choice of rows; None always makes the same.
     """
     require_one_of("method", method, METHODS)
-    seed = torch.randint(2**62, (), generator=generator).item() if generator is not None else 0
+    seed = int(torch.randint(2**62, (), generator=generator)) if generator is not None else 0
     if counts is not None:
         _require_weights(counts, len(small_source))
     candidates = [AlignmentOptions()]

@@ -63,13 +63,13 @@ def initialise(
     require_one_of("initialisation", name, INITIALISATIONS)
     num_source, num_target = len(source_tokenizer), len(target_tokenizer)
     _require_rows("source_table", source_table, num_source)
-    for what, given, rows in (
+    for what, given, size in (
         ("source_counts", source_counts, num_source),
         ("target_counts", target_counts, num_target),
         ("auxiliary", auxiliary, num_target),
     ):
-        if given is not None and len(given) != rows:
-            raise UserError(f"{what} has {len(given)} rows but the tokenizer {rows} tokens: make it with that one.")
+        if given is not None and len(given) != size:
+            raise UserError(f"{what} has {len(given)} rows but the tokenizer {size} tokens: make it with that one.")
     source = source_table[:num_source].float()
     if name == "mean":
         return source.mean(0).expand(num_target, -1).clone().to(source_table.dtype)

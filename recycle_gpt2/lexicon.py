@@ -211,8 +211,8 @@ def read_dictionary(path: Path) -> list[tuple[str, str]]:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"dictionary {str(path)!r}, line {line} is not UTF-8: convert the file.") from None
+        number = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"dictionary {str(path)!r}, line {number} is not UTF-8: convert the file.") from None
     pairs = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
