@@ -7,7 +7,10 @@ seconds, not wall seconds, because machines are shared; one thread unless told o
 Keys of the last line: `{strategy}_{precision}_b{batch}_ratio`, times faster than the plain loop in fp32, where `beam`
 is the original's rule (`beam_original`), `beam_mean` our length-normalised beam and `greedy` one beam;
 `..._seconds`, CPU seconds for each caption; `beam_fp32_identical`, share of the plain loop's images whose five captions
-are the same, in order; `..._of_floor`, arithmetic over the matrix rate measured in this run, as a share of the time.
+are the same, in order, and `beam_{bf16,int8}_same_best`, share whose best caption is the same; `int8` is 8-bit integers
+in GPT-2 and bf16 elsewhere; `..._of_floor`, arithmetic over the matrix rate measured in this run, or reading GPT-2's
+weights once a step at the memory bandwidth measured in it (`..._weights_read_seconds`), whichever is longer, as a share
+of the time.
 """
 
 from __future__ import annotations
@@ -77,21 +80,27 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
+def matrix_rate(dtype: torch.dtype, int8: bool = False) -> float:
     """Multiply-adds per CPU second of a large matrix product, in the best layout there is."""
     x, weight = torch.randn(1024, 768).to(dtype), torch.randn(3072, 768).to(dtype)
     with torch.inference_mode():
-        head = Head(weight, packed=can_pack(weight))
+        head = Head(weight, packed=can_pack(weight), int8=int8)
         return 1024 * weight.numel() / cpu_seconds(lambda: list(head.chunks(x)), 5)
 
 
-def multiply_adds(model: ClipCapModel, vision: CLIPVisionModelWithProjection, beams: int) -> float:
-    """Multiply-adds with weights for one caption: ViT over 50 tokens, prefix, and `TOKENS - 1` steps of each beam."""
+def memory_rate() -> float:
+    """Bytes per CPU second that one thread reads from memory, of a table that no cache holds."""
+    table = torch.ones(64 << 20)  # 256 MB
+    return table.numel() * table.element_size() / cpu_seconds(table.sum, 3)
+
+
+def multiply_adds(model: ClipCapModel, vision: CLIPVisionModelWithProjection, beams: int) -> tuple[float, float]:
+    """Multiply-adds with weights for one caption: of ViT (50 tokens), then of the prefix and all steps of all beams."""
     blocks = sum(p.numel() for p in model.gpt2.transformer.h.parameters())
     head = model.gpt2.lm_head.weight.numel()
     image = 50 * sum(p.numel() for p in vision.vision_model.encoder.parameters())
     prefix = model.config.prefix_length * blocks + head
-    return image + prefix + (TOKENS - 1) * beams * (blocks + head)
+    return image, prefix + (TOKENS - 1) * beams * (blocks + head)
 
 
 def main() -> None:
@@ -127,6 +136,7 @@ def main() -> None:
             num_captions=beams,
             max_new_tokens=TOKENS,
             stop_token_ids=[],
+            int8=int8,
         )
         return [[caption.token_ids for caption in captions] for captions in found]
 
@@ -135,10 +145,15 @@ def main() -> None:
     result |= {"plain_beam_seconds": plain_seconds[BEAMS], "plain_greedy_seconds": plain_seconds[1]}
     print(f"plain loop, fp32: beam {plain_seconds[BEAMS]:.2f} s, greedy {plain_seconds[1]:.2f} s a caption", flush=True)
 
-    for precision in ("fp32", "bf16"):
-        dtype = resolve_dtype(precision)
+    bandwidth = memory_rate()
+    result["memory_gb_per_second"] = 1e-9 * bandwidth
+    weights = sum(p.numel() for p in model.gpt2.parameters())
+    int8 = False
+    for precision in ("fp32", "bf16", "int8"):
+        int8 = precision == "int8"
+        dtype = resolve_dtype("bf16" if int8 else precision)
         model, vision = model.to(dtype), vision.to(dtype)
-        rate = matrix_rate(dtype)
+        vision_rate, rate = matrix_rate(dtype), matrix_rate(dtype, int8)
         result[f"{precision}_gflops"] = 2e-9 * rate
         fast(1, "greedy", 1)  # warm up: packs the weights, once for a model
         for batch in batches:
@@ -146,14 +161,21 @@ def main() -> None:
                 beams = 1 if name == "greedy" else BEAMS
 
                 work = partial(fast, batch, strategy, beams)
-                if name == "beam" and precision == "fp32" and batch == max(batches):
-                    same = [a == b for a, b in zip(plain_captions[BEAMS], work(), strict=False)]
-                    result["beam_fp32_identical"] = sum(same) / len(same)
+                if name == "beam" and batch == max(batches):
+                    pairs = list(zip(plain_captions[BEAMS], work(), strict=False))
+                    if precision == "fp32":
+                        result["beam_fp32_identical"] = sum(a == b for a, b in pairs) / len(pairs)
+                    else:
+                        result[f"beam_{precision}_same_best"] = sum(a[0] == b[0] for a, b in pairs) / len(pairs)
                 seconds = cpu_seconds(work, repeats) / batch
                 key = f"{name}_{precision}_b{batch}"
-                floor = multiply_adds(model, vision, beams) / rate
+                image, decoding = multiply_adds(model, vision, beams)
+                size = 1 if int8 else dtype.itemsize
+                moved = TOKENS * weights * size / bandwidth / batch  # every weight is read once a step
+                floor = image / vision_rate + max(decoding / rate, moved)
                 ratio = plain_seconds[beams] / seconds
                 result |= {f"{key}_ratio": ratio, f"{key}_seconds": seconds, f"{key}_of_floor": floor / seconds}
+                result[f"{key}_weights_read_seconds"] = moved
                 print(f"{key}: {seconds:.3f} s a caption, {ratio:.1f}x, {floor / seconds:.0%} of the floor", flush=True)
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
 

@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from clipcap.captioner import Captioner
     from clipcap.model import ClipCapConfig, ClipCapModel
     from clipcap.original import load_original_checkpoint
+    from clipcap.processing import ClipCapProcessor
 
 __version__: str
-__all__ = ["Captioner", "ClipCapConfig", "ClipCapModel", "__version__", "load_original_checkpoint"]
+__all__ = ["Captioner", "ClipCapConfig", "ClipCapModel", "ClipCapProcessor", "__version__", "load_original_checkpoint"]
 
 _HOMES = {
     "Captioner": "clipcap.captioner",
     "ClipCapConfig": "clipcap.model",
     "ClipCapModel": "clipcap.model",
+    "ClipCapProcessor": "clipcap.processing",
     "load_original_checkpoint": "clipcap.original",
 }
 

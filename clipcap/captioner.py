@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from clipcap.decoding import Caption, decode
@@ -22,6 +24,12 @@ from clipcap.model import ClipCapModel
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
 from common.runtime import resolve_device
+
+BATCH_MOST = {"cpu": 32, "cuda": 256}
+"""Images captioned at once when memory does not ask for fewer; more are no faster."""
+BATCH_OPTIONS = ("strategy", "num_beams", "num_captions", "max_new_tokens")
+MEMORY_SHARE = 0.25
+"""Share of the memory that is free which a batch may take."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,14 @@ class Captioner:
         >>> captioner.caption("photo.jpg")
     """
 
-    def __init__(self, model: ClipCapModel, clip: FrozenCLIP, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self,
+        model: ClipCapModel,
+        clip: FrozenCLIP,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        int8: bool = False,
+    ) -> None:
         tokenizer = tokenizer or model.tokenizer
         if tokenizer is None:
             raise UserError("the captioner has no tokenizer: give one, or load it with the name of its GPT-2.")
@@ -54,7 +69,7 @@ class Captioner:
                 f"CLIP {clip.name!r} gives {model.config.inputs} of width {width} but the captioner reads "
                 f"{model.config.clip_width}: use the CLIP it was trained on ({model.config.clip})."
             )
-        self.model, self.clip, self.tokenizer = model.eval(), clip, tokenizer
+        self.model, self.clip, self.tokenizer, self.int8 = model.eval(), clip, tokenizer, int8
 
     @classmethod
     def from_pretrained(
@@ -62,7 +77,7 @@ class Captioner:
         path_or_name: str | os.PathLike[str],
         *,
         device: str | torch.device = "auto",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["int8"] | None = None,
         clip: str | None = None,
     ) -> Captioner:
         """Load a captioner and its backbones.
@@ -70,18 +85,25 @@ class Captioner:
         Args:
             path_or_name: packaged name ("tiny"), directory that `clipcap train` or `clipcap convert` wrote, or hub id.
             device: "auto", "cpu", "cuda", ...
-            dtype: of all weights; None is float32. bfloat16 captions faster.
+            dtype: of all weights; None is float32. bfloat16 captions faster; "int8", on a CPU, faster still: GPT-2's
+                matrix products in 8-bit integers, the rest in bfloat16 where the processor has it.
             clip: where its CLIP is, when not where the captioner's config says.
 
         Raises:
             UserError: the captioner or a backbone cannot be found or does not fit.
         """
         target = resolve_device(device)
+        int8 = dtype == "int8"
+        if int8:
+            if target.type != "cpu":
+                raise UserError(f"dtype is 'int8' on device {str(target)!r}: use it on cpu, or bfloat16 here.")
+            dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        assert dtype is None or isinstance(dtype, torch.dtype)
         model = ClipCapModel.from_pretrained(path_or_name, dtype=dtype, device=target)
         name = clip or model.config.clip
         if name is None:
             raise UserError(f"captioner {str(path_or_name)!r} does not name its CLIP: give it (clip).")
-        return cls(model, load_clip(name, device=target, dtype=dtype))
+        return cls(model, load_clip(name, device=target, dtype=dtype), int8=int8)
 
     def caption(
         self,
@@ -89,18 +111,18 @@ class Captioner:
         *,
         strategy: str = "beam",
         num_captions: int = 1,
-        batch_size: int = 16,
+        batch_size: int | Literal["auto"] | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Any:
         """Captions of images.
 
         Args:
-            images: one image, or several as a list, an array (n, h, w, c) or a generator: paths, PIL images and
+            images: one image, or several as a list, an array (n, h, w, c) or a generator: paths, URLs, PIL images and
                 arrays, mixed as you like (see `clipcap.images.read_image`).
             strategy: "beam", "beam_original", "greedy" or "sample" (see `clipcap.decoding.decode`).
             num_captions: captions for each image.
-            batch_size: images captioned at once.
+            batch_size: images captioned at once; None or "auto" lets the memory decide (`auto_batch_size`).
             progress: show a progress bar.
             options: `stream`'s and `decode`'s.
 
@@ -112,8 +134,7 @@ class Captioner:
             ImageError: an image cannot be read; `stream` can go on with the rest.
             UserError: an option is out of range.
         """
-        one = isinstance(images, str | os.PathLike | Image.Image)
-        one = one or isinstance(images, np.ndarray) and images.ndim < 4
+        one = _is_one(images)
         several: Any = [images] if one else images
         found = self.stream(
             several, strategy=strategy, num_captions=num_captions, batch_size=batch_size, **options
@@ -129,7 +150,7 @@ class Captioner:
         self,
         images: Iterable[ImageSource],
         *,
-        batch_size: int = 16,
+        batch_size: int | Literal["auto"] | None = None,
         on_error: Callable[[ImageError], object] | None = None,
         seed: int = 0,
         **options: Any,
@@ -138,12 +159,15 @@ class Captioner:
 
         Args:
             images: as in `caption`, several.
-            batch_size: images captioned at once.
+            batch_size: images captioned at once; None or "auto" lets the memory decide (`auto_batch_size`).
             on_error: called with the error of an image that cannot be read, which is then left out; None raises it.
             seed: of strategy "sample".
             options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...
         """
+        if batch_size is None or batch_size == "auto":
+            batch_size = self.auto_batch_size(**{k: options[k] for k in BATCH_OPTIONS if k in options})
         require_at_least("batch_size", batch_size, 1)
+        options.setdefault("int8", self.int8)
         options.setdefault("generator", torch.Generator(self.model.device).manual_seed(seed))
         remaining = iter(images)
         while batch := list(islice(remaining, batch_size)):
@@ -162,6 +186,91 @@ class Captioner:
                 texts = [self.text(caption) for caption in captions]
                 yield ImageCaptions(source, texts, [caption.score for caption in captions])
 
+    def auto_batch_size(
+        self, *, strategy: str = "beam", num_beams: int = 5, num_captions: int = 1, max_new_tokens: int = 67
+    ) -> int:
+        """Images to caption at once so that their caches take a quarter of the free memory, and no more than pays."""
+        beams = {"greedy": 1, "sample": num_captions}.get(strategy, num_beams)
+        config, weight = self.model.gpt2.config, self.model.gpt2.get_input_embeddings().weight
+        slots = self.model.config.prefix_length + max(beams, 1) * max(max_new_tokens, 1)
+        cache = 2 * config.n_layer * config.n_embd * slots * weight.element_size()
+        logits = max(beams, 1) * config.vocab_size * 4 * (3 if strategy == "sample" else 1)
+        pixels = 16 * 3 * self.clip.image_size**2 * weight.element_size()  # with what CLIP makes of them on the way
+        fitting = int(MEMORY_SHARE * _free_memory(self.model.device) / (cache + logits + pixels))
+        return max(1, min(fitting, BATCH_MOST.get(self.model.device.type, BATCH_MOST["cpu"])))
+
+    @torch.inference_mode()
+    def log_probability(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        captions: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        mean: bool = False,
+        batch_size: int = 16,
+    ) -> Any:
+        """log p(caption | image) of given captions, their end included: to rank captions, or to find the foil.
+
+        Args:
+            images: one image, or several, as in `caption`.
+            captions: for one image, a text or a list of texts. For several images, one such list for all of them, or
+                a list of texts for each.
+            mean: per token instead of the whole caption, as `ImageCaptions.scores` are; longer captions then compare
+                with shorter ones.
+            batch_size: pairs scored at once.
+
+        Returns:
+            Nats, at most 0: a float for one image and a text; a list as long as the texts for one image; else a list
+            of such lists.
+
+        Raises:
+            ImageError: an image cannot be read.
+            UserError: no caption, an empty or too long one, or another number of lists than images.
+        """
+        require_at_least("batch_size", batch_size, 1)
+        one_image, one_text = _is_one(images), isinstance(captions, str)
+        several: list[Any] = [images] if one_image else list(images)  # type: ignore[arg-type]
+        texts: list[Any] = [captions] if isinstance(captions, str) else list(captions)
+        if not texts:
+            raise UserError("captions is empty: give at least one text.")
+        lists = [texts] * len(several) if isinstance(texts[0], str) else texts
+        if len(lists) != len(several):
+            raise UserError(f"captions has {len(lists)} lists but there are {len(several)} images: give one for each.")
+        pairs = [(row, self._ids(text)) for row, of_image in enumerate(lists) for text in of_image]
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))  # little padding
+        rows = [
+            self.embed([read_image(image) for image in several[i : i + batch_size]])
+            for i in range(0, len(several), batch_size)
+        ]
+        found = [0.0] * len(pairs)
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            ids = torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(pairs[i][1]) for i in batch], batch_first=True, padding_value=-1
+            ).to(self.model.device)
+            kept = ids >= 0
+            embeddings = torch.cat(rows)[[pairs[i][0] for i in batch]]
+            hidden = self.model.hidden(embeddings, ids.clamp(min=0))[kept]
+            logits = self.model.gpt2.get_output_embeddings()(hidden).float()
+            nats = torch.zeros(ids.shape, device=ids.device)
+            nats[kept] = -F.cross_entropy(logits, ids[kept], reduction="none")
+            totals = nats.sum(1) / (kept.sum(1) if mean else 1)
+            for i, total in zip(batch, totals.tolist(), strict=True):
+                found[i] = total
+        values = iter(found)
+        nested = [[next(values) for _ in of_image] for of_image in lists]
+        if not one_image:
+            return nested
+        return nested[0][0] if one_text else nested[0]
+
+    def _ids(self, text: str) -> list[int]:
+        """A caption's tokens with its end token, as in training."""
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"caption {text!r} is empty: give a text.")
+        ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+        ends = self.model.config.eos_token_id
+        stops = [ends] if isinstance(ends, int) else list(ends or [])
+        return ids if not stops or ids[-1] in stops else [*ids, stops[0]]
+
     @torch.inference_mode()
     def embed(self, images: list[Image.Image]) -> Float[Tensor, "b e"] | Float[Tensor, "b n e"]:
         """What the captioner reads of images: CLIP's embeddings, or its patches."""
@@ -171,3 +280,19 @@ class Captioner:
     def text(self, caption: Caption) -> str:
         """A caption's text, without the end token."""
         return self.tokenizer.decode(caption.token_ids, skip_special_tokens=True).strip()
+
+
+def _is_one(images: Any) -> bool:
+    """Whether this is one image rather than several."""
+    return isinstance(images, str | os.PathLike | Image.Image) or isinstance(images, np.ndarray) and images.ndim < 4
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo") as lines:
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 << 30

@@ -1,36 +1,47 @@
-"""The command `clipcap caption`: captions of files and directories as text, JSON or CSV."""
+"""The command `clipcap caption`: captions of files, directories and URLs as text, JSON, CSV or sidecar files."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+from common.checks import UserError, require_at_least
 from common.runtime import RuntimeConfig
+
+Row = dict[str, Any]
+SHEET_MOST = 100
+"""Images on a contact sheet."""
 
 
 @dataclass(frozen=True)
 class CaptionConfig:
     """Caption images.
 
-    Files that cannot be read are skipped and named at the end; the exit code is then 2 if none could be read.
+    Files that cannot be read are skipped and named at the end; the exit code is then 2 if none could be read. With
+    --out, or sidecar files, an interrupted run goes on where it stopped when the same command is given again.
     """
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, or directories that are searched for images."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files, directories that are searched for images, or http(s) URLs."""
     model: str = "tiny"
     """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
-    format: Literal["text", "json", "csv"] = "text"
-    """Output format."""
+    format: Literal["auto", "text", "json", "jsonl", "csv", "sidecar"] = "auto"
+    """Output format; auto goes by the ending of OUT, else text. sidecar writes photo.txt beside photo.jpg, or at the
+    same place under the directory OUT; one that is there already is kept and its image left alone."""
     out: Path | None = None
-    """File to write instead of standard output."""
+    """File to write instead of standard output (sidecar: directory)."""
+    sheet: Path | None = None
+    """Also write a contact sheet, the images above their captions (the first 100), to this .png or .jpg."""
     strategy: Literal["beam", "beam_original", "greedy", "sample"] = "beam"
     """Decoding."""
     num_beams: int = 5
@@ -45,8 +56,10 @@ class CaptionConfig:
     """Sample among the likeliest tokens that hold this much probability (nucleus)."""
     temperature: float = 1.0
     """Temperature of sampling."""
-    batch_size: int = 16
-    """Images captioned at once."""
+    batch_size: int = 0
+    """Images captioned at once; 0 lets the memory decide."""
+    int8: bool = False
+    """Compute GPT-2 in 8-bit integers (CPU only): faster, captions close but not always equal."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -54,14 +67,16 @@ def caption(config: CaptionConfig) -> int:
     """Caption images and print or write the result. Returns an exit code."""
     from tqdm import tqdm
 
-    from clipcap.captioner import Captioner
     from clipcap.images import ImageError, find_images
-    from common.report import write_text
     from common.runtime import resolve_dtype, start
 
+    require_at_least("batch_size", config.batch_size, 0)
+    kind = _format(config)
+    if config.sheet and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"sheet is {str(config.sheet)!r}: give a name that ends in .png or .jpg.")
     device = start(config.runtime)
     paths = find_images(config.images)
-    captioner = Captioner.from_pretrained(config.model, device=device, dtype=resolve_dtype(config.runtime.precision))
+    places = _sidecars(paths, config.out) if kind == "sidecar" else {}
     skipped: list[str] = []
 
     def skip(error: ImageError) -> None:
@@ -71,24 +86,64 @@ def caption(config: CaptionConfig) -> int:
         "strategy": config.strategy,
         "num_captions": config.num_captions,
         "max_new_tokens": config.max_new_tokens,
-        "batch_size": config.batch_size,
         "num_beams": config.num_beams,
         "top_k": config.top_k,
         "top_p": config.top_p,
         "temperature": config.temperature,
         "seed": config.runtime.seed,
     }
-    results = captioner.stream(paths, on_error=skip, **options)
-    bar = tqdm(results, total=len(paths), unit=" images", disable=len(paths) < 2)
-    rows = [
-        {"image": str(result.image), "captions": result.captions, "scores": [round(s, 4) for s in result.scores]}
-        for result in bar
-    ]
-    text = FORMATS[config.format](rows)
-    if config.out:
-        write_text(config.out, text)
-    else:
-        sys.stdout.write(text)
+    journal = None
+    if config.out and kind != "sidecar":
+        if config.out.is_dir():
+            raise UserError(f"output {str(config.out)!r} is a directory: give the path of a file.")
+        settings = options | {"model": config.model, "precision": config.runtime.precision, "int8": config.int8}
+        journal = Journal(config.out.with_name(config.out.name + ".partial"), settings)
+    done: dict[str, Row] = journal.rows if journal else {}
+    remaining = [p for p in paths if _key(p) not in done and not (p in places and places[p].exists())]
+    kept = len(paths) - len(remaining)
+    if kept:
+        what = "sidecar files that are there" if places else "images done before"
+        print(f"going on after {kept} of {len(paths)} {what}", file=sys.stderr)
+
+    def results() -> Iterator[tuple[str, Row]]:
+        if not remaining:
+            return
+        from clipcap.captioner import Captioner
+
+        dtype = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
+        captioner = Captioner.from_pretrained(config.model, device=device, dtype=dtype)
+        found = captioner.stream(remaining, on_error=skip, batch_size=config.batch_size or None, **options)
+        for item in tqdm(found, total=len(remaining), unit=" images", disable=len(remaining) < 2):
+            row = {
+                "image": str(item.image), "captions": item.captions, "scores": [round(s, 4) for s in item.scores]
+            }  # fmt: skip
+            if item.image in places:
+                _write_sidecar(places[item.image], item.captions)
+            if kind == "text" and not config.out:
+                sys.stdout.write(_as_text([row]))
+            yield _key(item.image), row
+
+    with closing(journal or io.StringIO()):
+        for key, row in results():
+            done[key] = row
+            if journal:  # whose rows `done` are
+                journal.add(key, row)
+    if places:  # also those of earlier runs, for the sheet
+        for path in (p for p in paths if _key(p) not in done and places[p].exists()):
+            lines = places[path].read_text(encoding="utf-8").splitlines()
+            done[_key(path)] = {"image": str(path), "captions": lines or [""], "scores": []}
+    rows = [done[key] for key in map(_key, paths) if key in done]
+    if kind in FORMATS and (config.out or kind != "text"):
+        text = FORMATS[kind](rows)
+        if config.out and journal:
+            from common.report import write_text
+
+            write_text(config.out, text)
+            journal.path.unlink(missing_ok=True)
+        else:
+            sys.stdout.write(text)
+    if config.sheet and rows:
+        _write_sheet(config.sheet, rows)
     if skipped:
         print(f"skipped {len(skipped)} of {len(paths)} images:", file=sys.stderr)
         for message in skipped:
@@ -96,15 +151,147 @@ def caption(config: CaptionConfig) -> int:
     return 0 if rows else 2
 
 
-def _as_text(rows: list[dict[str, Any]]) -> str:
+class Journal:
+    """Rows that are done, a line each behind one of settings, so that a run that was stopped loses nothing.
+
+    Raises:
+        UserError: the file was begun with other settings, or is none of these.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.rows = path, dict[str, Row]()
+        header = json.dumps(settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = 0
+        if path.is_file() and path.stat().st_size:
+            with open(path, "rb") as file:
+                self._check(file.readline(), settings)
+                whole = file.tell()
+                for line in file:
+                    try:
+                        key, row = json.loads(line)
+                    except ValueError:  # the line that a killed run did not finish
+                        break
+                    if not line.endswith(b"\n"):
+                        break
+                    self.rows[key] = row
+                    whole += len(line)
+        self.file = open(path, "r+b" if whole else "wb")  # noqa: SIM115, closed by close()
+        self.file.seek(whole)
+        self.file.truncate()
+        if not whole:
+            self._write(header)
+
+    def _check(self, line: bytes, settings: dict[str, Any]) -> None:
+        try:
+            old = json.loads(line)
+            assert isinstance(old, dict)
+        except (ValueError, AssertionError):
+            raise UserError(f"{str(self.path)!r} is not a list of captions begun earlier: delete it.") from None
+        for name, value in settings.items():
+            if old.get(name) != value:
+                raise UserError(
+                    f"{str(self.path)!r} was begun with {name} {old.get(name)!r}, now it is {value!r}: "
+                    f"use the same again, delete it, or give another --out."
+                )
+
+    def add(self, key: str, row: Row) -> None:
+        """Write one row, at once."""
+        self.rows[key] = row
+        self._write(json.dumps([key, row], ensure_ascii=False))
+
+    def _write(self, line: str) -> None:
+        self.file.write(line.encode("utf-8", "surrogateescape") + b"\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file, which stays until the output is written, unless it holds nothing."""
+        self.file.close()
+        if not self.rows:
+            self.path.unlink(missing_ok=True)
+
+
+def _format(config: CaptionConfig) -> str:
+    """The output format, "auto" resolved."""
+    if config.format == "auto":
+        return {".json": "json", ".jsonl": "jsonl", ".csv": "csv"}.get(config.out.suffix if config.out else "", "text")
+    return config.format
+
+
+def _key(path: Path | str) -> str:
+    """What names an image in a journal: its path, and for a file its size and time, so that a new file is new."""
+    try:
+        status = os.stat(path) if isinstance(path, Path) else None
+    except OSError:
+        status = None
+    return f"{path}" if status is None else f"{path}|{status.st_size}|{status.st_mtime_ns}"
+
+
+def _sidecars(paths: list[Path | str], out: Path | None) -> dict[Path | str, Path]:
+    """Where the text file of each image goes: beside it, or at its place under `out`.
+
+    Raises:
+        UserError: two images would share one, or an image is a URL, which has no place.
+    """
+    files = []
+    for path in paths:
+        if isinstance(path, str):
+            raise UserError(f"image {path!r} is a URL, beside which no sidecar can be: choose another format.")
+        files.append(path)
+    top = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    found: dict[Path | str, Path] = {}
+    owners: dict[Path, Path] = {}
+    for file in files:
+        place = file if out is None else out / file.absolute().relative_to(top)
+        place = place.with_suffix(".txt")
+        other = owners.setdefault(place.absolute(), file)
+        if other.absolute() != file.absolute():
+            raise UserError(f"{str(other)!r} and {str(file)!r} would share {str(place)!r}: rename one of them.")
+        found[file] = place
+    return found
+
+
+def _write_sidecar(place: Path, captions: list[str]) -> None:
+    from common.report import write_text
+
+    write_text(place, "".join(f"{text}\n" for text in captions))
+
+
+def _write_sheet(path: Path, rows: list[Row]) -> None:
+    """The first SHEET_MOST images above their best captions."""
+    from clipcap.images import ImageError, read_image
+    from common.report import contact_sheet
+
+    pictures, texts = [], []
+    for row in rows[:SHEET_MOST]:
+        try:
+            picture = read_image(row["image"])
+        except ImageError:  # it has gone since
+            continue
+        picture.thumbnail((384, 384))
+        pictures.append(picture)
+        texts.append(row["captions"][0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    contact_sheet(pictures, texts, columns=min(6, max(2, round(len(pictures) ** 0.5)))).save(temporary)
+    os.replace(temporary, path)
+    if len(rows) > SHEET_MOST:
+        print(f"contact sheet: the first {SHEET_MOST} of {len(rows)} images", file=sys.stderr)
+
+
+def _as_text(rows: list[Row]) -> str:
     return "".join(f"{row['image']}\t{text}\n" for row in rows for text in row["captions"])
 
 
-def _as_json(rows: list[dict[str, Any]]) -> str:
+def _as_json(rows: list[Row]) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 
-def _as_csv(rows: list[dict[str, Any]]) -> str:
+def _as_jsonl(rows: list[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _as_csv(rows: list[Row]) -> str:
     buffer = io.StringIO()
     table = csv.writer(buffer)
     table.writerow(["image", "rank", "caption", "score"])
@@ -114,4 +301,6 @@ def _as_csv(rows: list[dict[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-FORMATS: dict[str, Callable[[list[dict[str, Any]]], str]] = {"text": _as_text, "json": _as_json, "csv": _as_csv}
+FORMATS: dict[str, Callable[[list[Row]], str]] = {
+    "text": _as_text, "json": _as_json, "jsonl": _as_jsonl, "csv": _as_csv
+}  # fmt: skip

@@ -1,12 +1,13 @@
-"""Find image files, and read files, PIL images and arrays as RGB, or say what is wrong with them."""
+"""Find image files, and read files, URLs, PIL images and arrays as RGB, or say what is wrong with them."""
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias, Union
+from typing import BinaryIO, TypeAlias, TypeGuard, Union
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +16,11 @@ from common.checks import UserError, require_file
 from common.clip import to_rgb
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"))
+URL_PREFIXES = ("http://", "https://")
+URL_BYTES = 32 << 20
+"""Largest image that is fetched."""
+URL_SECONDS = 30.0
+"""Longest time that an image's URL may take."""
 ImageSource: TypeAlias = Union[str, "os.PathLike[str]", Image.Image, np.ndarray]
 
 
@@ -26,17 +32,20 @@ def read_image(source: ImageSource) -> Image.Image:
     """An image as 8-bit RGB: first frame, upright by its EXIF tag, over white where it is transparent.
 
     Args:
-        source: path, PIL image, or array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) of integers in [0, 255], 16-bit
-            integers in [0, 65535], or floats in [0, 1].
+        source: path, http(s) URL of a public address, PIL image, or array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4)
+            of integers in [0, 255], 16-bit integers in [0, 65535], or floats in [0, 1].
 
     Raises:
-        ImageError: it is missing, empty, cut short, too large, not an image or not of these shapes.
+        ImageError: it is missing, empty, cut short, too large, cannot be fetched, is not an image or not of these
+            shapes.
     """
     try:
         if isinstance(source, Image.Image):
             return to_rgb(source)
         if isinstance(source, np.ndarray):
             return to_rgb(_from_array(source))
+        if is_url(source):
+            return _decode(io.BytesIO(_fetch(source)), source)
         if isinstance(source, str | os.PathLike):
             return _read_file(require_file(source, "image"))
     except ImageError:
@@ -46,14 +55,23 @@ def read_image(source: ImageSource) -> Image.Image:
     raise ImageError(f"image is a {type(source).__name__}: give a path, a PIL image or a NumPy array.")
 
 
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files as they are given, and every image file inside directories, sorted by path.
+def is_url(source: object) -> TypeGuard[str]:
+    """Whether an image's source is an http(s) URL."""
+    return isinstance(source, str) and source.lower().startswith(URL_PREFIXES)
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
+    """Files and URLs as they are given, and every image file inside directories, sorted by path.
 
     Raises:
         UserError: a directory holds no image, or there is no path.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
+    found: list[Path | str] = []
+    for given in paths:
+        if is_url(given):
+            found.append(given)
+            continue
+        path = Path(given)
         if not path.is_dir():
             found.append(path)
             continue
@@ -69,19 +87,37 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 def _read_file(path: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images below Pillow's limit, and of odd metadata
-            with Image.open(path) as image:
-                return to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"image {str(path)!r} is too large ({error}): scale it down.") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"image {str(path)!r} is not an image that Pillow knows: convert or remove it.") from error
+        with open(path, "rb") as file:
+            return _decode(file, str(path))
     except PermissionError as error:
         raise ImageError(f"image {str(path)!r} may not be read: check its permissions.") from error
+    except OSError as error:
+        raise ImageError(f"image {str(path)!r} cannot be read ({error.strerror or error}): copy it again.") from error
+
+
+def _fetch(url: str) -> bytes:
+    """The bytes at a URL; addresses that are not public are refused, redirects included."""
+    from clipcap.download import Dropped, fetch
+
+    try:
+        return fetch(url, timeout=URL_SECONDS, max_bytes=URL_BYTES)
+    except Dropped as error:
+        raise ImageError(f"image {url!r} cannot be fetched ({error.reason}): check the address.") from error
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images below Pillow's limit, and of odd metadata
+            with Image.open(file) as image:
+                return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image {name!r} is too large ({error}): scale it down.") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"image {name!r} is not an image that Pillow knows: convert or remove it.") from error
     except (UserError, OSError, SyntaxError, ValueError, EOFError) as error:
         reason = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
-        raise ImageError(f"image {str(path)!r} is damaged or cut short ({reason}): copy it again.") from error
+        raise ImageError(f"image {name!r} is damaged or cut short ({reason}): copy it again.") from error
 
 
 def _from_array(values: np.ndarray) -> Image.Image:

@@ -117,6 +117,7 @@ class ClipCapModel(PreTrainedModel):
     main_input_name = "clip_embeddings"
     _no_split_modules = ["GPT2Block"]
     _supports_sdpa = True
+    _clip: Any = None
 
     config: ClipCapConfig
     gpt2: GPT2LMHeadModel
@@ -126,7 +127,6 @@ class ClipCapModel(PreTrainedModel):
         gpt2_config = config.build_gpt2_config()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.datastore: Datastore | None = None
-        object.__setattr__(self, "_clip", None)
         self.mapper = build_mapper(
             config.mapper,
             clip_width=config.clip_width,

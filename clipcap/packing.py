@@ -2,6 +2,9 @@
 
 The plain layout costs a third to a half of the time of a decoding step, whose matrices have few rows. Packed weights
 are a second copy, kept as long as the model lives and made again when its weights change.
+
+As an option the copy is in 8-bit integers (`int8`): weights scaled per output, activations per row as they come, so
+that what a row gives does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -19,22 +22,27 @@ from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
+from common.checks import UserError
+
 ROWS = 64
 """Rows for which oneDNN chooses the layout: those of a few images' beams."""
 CHUNK = 8192
 """Tokens of the vocabulary whose logits exist at once, so that they stay in the processor's cache."""
+TINIEST = 1e-12
+"""Least scale of 8-bit integers, for rows of zeros."""
 
 
 class Head:
     """Next-token logits over the vocabulary in chunks of CHUNK tokens."""
 
-    def __init__(self, table: Float[Tensor, "v d"], *, packed: bool) -> None:
-        self.parts = [_PackedLinear(part, None) if packed else part for part in table.split(CHUNK)]
+    def __init__(self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False) -> None:
+        kind = _Int8Linear if int8 else _PackedLinear
+        self.parts = [kind(part, None) if packed or int8 else part for part in table.split(CHUNK)]
 
     def chunks(self, hidden: Float[Tensor, "... d"]) -> Iterator[Float[Tensor, "... c"]]:
         """Logits (float32) of one chunk after the other."""
         for part in self.parts:
-            yield (part(hidden) if isinstance(part, _PackedLinear) else F.linear(hidden, part)).float()
+            yield (part(hidden) if isinstance(part, nn.Module) else F.linear(hidden, part)).float()
 
 
 class _PackedLinear(nn.Module):
@@ -51,20 +59,61 @@ class _PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight[0], self.bias[0], after, [], algorithm)
 
 
+class _Int8Linear(nn.Module):
+    """x Wᵀ + b in 8-bit integers: x = sₓ·(q - 128) row by row, W = s_w·q output by output, sums in 32 bits.
+
+    GELU (tanh) follows when `gelu` is set.
+    """
+
+    def __init__(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, *, gelu: bool = False) -> None:
+        super().__init__()
+        weight = weight.detach().float()
+        scales = (weight.abs().amax(1) / 127).clamp(min=TINIEST)
+        integers = (weight / scales[:, None]).round().to(torch.int8)
+        self.weight = (torch.ops.onednn.qlinear_prepack(integers, [ROWS, weight.shape[1]]),)
+        self.scales = (scales, torch.zeros(len(scales), dtype=torch.int32))
+        self.bias = (bias if bias is None else bias.detach().float(),)
+        self.gelu = gelu
+
+    def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        rows = x.flatten(0, -2).float()
+        scale = (rows.abs().amax(1, keepdim=True) / 127).clamp_(min=TINIEST)
+        # Unsigned with a zero point: oneDNN has its fast kernels for that, and slow ones for signed activations.
+        integers = (rows / scale).round_().add_(128).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            integers, 1.0, 128, self.weight[0], *self.scales, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y = y.mul_(scale) if self.bias[0] is None else torch.addcmul(self.bias[0], y, scale)
+        return (F.gelu(y, approximate="tanh") if self.gelu else y).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
 # Beside the models, not in them: packed tensors can neither be pickled nor copied, and models must be.
-_PACKED: WeakKeyDictionary[nn.Module, tuple[object, nn.Module, Head]] = WeakKeyDictionary()
+_PACKED: WeakKeyDictionary[nn.Module, dict[bool, tuple[object, nn.Module, Head]]] = WeakKeyDictionary()
 
 
-def decoding_parts(gpt2: GPT2LMHeadModel) -> tuple[nn.Module, Head]:
-    """GPT-2's Transformer and head for inference: packed where that is possible, else its own."""
+def decoding_parts(gpt2: GPT2LMHeadModel, *, int8: bool = False) -> tuple[nn.Module, Head]:
+    """GPT-2's Transformer and head for inference: packed where that is possible, else its own.
+
+    Raises:
+        UserError: `int8` where torch has no kernels for it.
+    """
     weight = gpt2.get_output_embeddings().weight
-    if not can_pack(weight):
+    if int8 and not can_use_int8(weight):
+        raise UserError(f"int8 decoding needs a CPU and torch with oneDNN, not {weight.device}: leave int8 out.")
+    if not int8 and not can_pack(weight):
         return gpt2.transformer, Head(weight, packed=False)
     state = _fingerprint(gpt2)
-    known = _PACKED.get(gpt2)
+    kinds = _PACKED.setdefault(gpt2, {})
+    known = kinds.get(int8)
     if known is None or known[0] != state:
-        known = _PACKED[gpt2] = state, _pack(gpt2.transformer), Head(weight, packed=True)
+        known = kinds[int8] = state, _pack(gpt2.transformer, int8), Head(weight, packed=True, int8=int8)
     return known[1:]
+
+
+def can_use_int8(weight: Tensor) -> bool:
+    """Whether this build of torch multiplies 8-bit integers on the device of this weight."""
+    there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return weight.device.type == "cpu" and there and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -76,17 +125,17 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def _pack(transformer: nn.Module) -> nn.Module:
+def _pack(transformer: nn.Module, int8: bool) -> nn.Module:
     """A copy of the Transformer that shares its tensors, with every Conv1D packed."""
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
-    fused = set()
+    fused, kind = set(), _Int8Linear if int8 else _PackedLinear
     for module in transformer.modules():
         if isinstance(module, GPT2MLP) and isinstance(module.act, NewGELUActivation):
             fused.add(id(module.c_fc))
             memo[id(module.act)] = nn.Identity()
     for module in transformer.modules():
         if isinstance(module, Conv1D):  # (in, out) weights
-            memo[id(module)] = _PackedLinear(module.weight.T, module.bias, gelu=id(module) in fused)
+            memo[id(module)] = kind(module.weight.T, module.bias, gelu=id(module) in fused)
     return copy.deepcopy(transformer, memo).eval()
 
 

@@ -115,3 +115,59 @@ def test_packaged_weights_of_a_changed_size_are_an_error(capsys, photos, model):
     (model / "config.json").write_text(json.dumps(config | {"prefix_length": 5}))
     code, _, err = run(capsys, "caption", photos, "--model", model)
     assert code == 2 and "shape" in err
+
+
+def test_an_interrupted_run_goes_on_and_loses_nothing(capsys, photos, model, tmp_path, monkeypatch):
+    from clipcap.captioner import Captioner
+
+    options = ("--model", model, "--max-new-tokens", 4, "--batch-size", 2)
+    assert run(capsys, "caption", photos, *options, "--out", tmp_path / "whole.jsonl")[0] == 0
+    whole = (tmp_path / "whole.jsonl").read_text()
+    seen, embed = [], Captioner.embed
+
+    def dying(self, images):
+        seen.append(len(images))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return embed(self, images)
+
+    out = tmp_path / "captions.jsonl"
+    monkeypatch.setattr(Captioner, "embed", dying)
+    assert run(capsys, "caption", photos, *options, "--out", out)[0] == 130
+    partial = tmp_path / "captions.jsonl.partial"
+    assert not out.exists() and len(partial.read_text().splitlines()) == 1 + 6
+    with open(partial, "a") as file:
+        file.write('["half a li')  # a run that was killed
+    code, _, err = run(capsys, "caption", photos, *options, "--out", out, "--num-beams", 2)
+    assert code == 2 and "num_beams" in err and partial.exists()
+    monkeypatch.setattr(Captioner, "embed", lambda self, images: (seen.append(len(images)), embed(self, images))[1])
+    seen.clear()
+    code, _, err = run(capsys, "caption", photos, *options, "--out", out)
+    assert code == 0 and "6 of 12" in err and sum(seen) == 6
+    assert out.read_text() == whole and not partial.exists()
+
+
+def test_sidecars_same_names_in_two_folders_and_a_sheet(capsys, model, tmp_path):
+    for folder, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        Image.new("RGB", (30, 20), colour).save(tmp_path / "in" / folder / "x.png")
+    options = ("--model", model, "--max-new-tokens", 4, "--format", "sidecar", "--num-captions", 2)
+    out, sheet = tmp_path / "text", tmp_path / "sheets" / "sheet.png"
+    both = (tmp_path / "in" / "a", tmp_path / "in" / "b")
+    assert run(capsys, "caption", *both, *options, "--out", out, "--sheet", sheet)[0] == 0
+    assert all(len((out / f / "x.txt").read_text().splitlines()) == 2 for f in "ab")
+    with Image.open(sheet) as picture:
+        assert picture.width > 2 * 192 and picture.getpixel((100, 100)) == (255, 0, 0)
+    (out / "a" / "x.txt").write_text("mine\n")
+    code, _, err = run(capsys, "caption", *both, *options, "--out", out)
+    assert code == 0 and "2 of 2" in err and (out / "a" / "x.txt").read_text() == "mine\n"
+    assert run(capsys, "caption", tmp_path / "in", *options)[0] == 0
+    assert (tmp_path / "in" / "a" / "x.txt").exists()
+    Image.new("RGB", (30, 20)).save(tmp_path / "in" / "a" / "x.jpg")
+    code, _, err = run(capsys, "caption", tmp_path / "in", *options)
+    assert code == 2 and "x.jpg" in err and "rename" in err
+
+
+def test_captions_in_8_bits(capsys, photos, model):
+    code, out, _ = run(capsys, "caption", photos, "--model", model, "--max-new-tokens", 4, "--int8")
+    assert code == 0 and len(out.splitlines()) == 12

@@ -1,0 +1,71 @@
+"""Images embedded per CPU second (ViT-B/32, random weights) against the original's way, one image at a time.
+
+Both sides start from preprocessed pixels and give the same embeddings. The original also encodes an image again for
+each of its captions (five in COCO), which is counted apart.
+
+Keys of the last line: `embed_{fp32|bf16}_ratio`, times faster than one image at a time in fp32; `..._seconds`, CPU
+seconds for each image; `..._of_floor`, arithmetic over the matrix rate measured in this run, as a share of the time;
+`..._difference`, largest difference of an embedding of length 1; `embed_{precision}_with_captions_ratio`, the same
+ratio when the plain side encodes an image once per caption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from benchmarks.caption_throughput import cpu_seconds, matrix_rate
+from common.runtime import fork_generators, hardware, resolve_dtype, versions
+
+CAPTIONS = 5
+TOKENS = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="16 images instead of 64, once")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    count, repeats = (16, 1) if arguments.quick else (64, 3)
+    with fork_generators(arguments.seed):
+        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=512)).eval()
+    pixels = torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(arguments.seed))
+    result: dict[str, object] = {"hardware": hardware(), "versions": versions(), "images": count, "captions": CAPTIONS}
+
+    @torch.inference_mode()
+    def embed(batch_size: int) -> Tensor:
+        return torch.cat([vision(pixel_values=p.to(vision.dtype)).image_embeds for p in pixels.split(batch_size)])
+
+    plain_rows = F.normalize(embed(1), dim=-1)  # also the warm-up
+    plain = cpu_seconds(lambda: embed(1), repeats) / count
+    result["plain_seconds"] = plain
+    print(f"one image at a time, fp32: {plain:.4f} s an image", flush=True)
+    arithmetic = TOKENS * sum(p.numel() for p in vision.vision_model.encoder.parameters())
+    for precision in ("fp32", "bf16"):
+        vision = vision.to(resolve_dtype(precision))
+        floor = arithmetic / matrix_rate(vision.dtype)
+        difference = (F.normalize(embed(arguments.batch_size).float(), dim=-1) - plain_rows).abs().max().item()
+        seconds = cpu_seconds(lambda: embed(arguments.batch_size), repeats) / count
+        key = f"embed_{precision}"
+        result |= {
+            f"{key}_ratio": plain / seconds,
+            f"{key}_with_captions_ratio": CAPTIONS * plain / seconds,
+            f"{key}_seconds": seconds,
+            f"{key}_of_floor": floor / seconds,
+            f"{key}_difference": difference,
+        }
+        ratio, share = plain / seconds, floor / seconds
+        print(f"{key}: {seconds:.4f} s an image, {ratio:.2f}x, {share:.0%} of the floor", flush=True)
+    print(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A captioner's processor in transformers' manner: images -> pixels, captions -> token ids, and token ids -> text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from clipcap.images import ImageSource, read_image
+from clipcap.model import PACKAGED, WHAT, ClipCapConfig, ClipCapModel
+from common.checks import UserError
+from common.clip import Preprocess, load_clip
+from common.pretrained import loading, locate
+
+FILE = "processor_config.json"
+
+
+class ClipCapProcessor:
+    """CLIP's preprocessing and GPT-2's tokenizer, without weights.
+
+    Example:
+        >>> processor = ClipCapProcessor.from_pretrained("tiny")
+        >>> model = ClipCapModel.from_pretrained("tiny")
+        >>> ids = model.generate(**processor(images=["photo.jpg"]), num_beams=5)
+        >>> processor.batch_decode(ids)
+    """
+
+    def __init__(self, preprocess: Preprocess, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.preprocess, self.tokenizer = preprocess, tokenizer
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: str | os.PathLike[str], **kwargs: Any) -> ClipCapProcessor:
+        """The processor that `save_pretrained` wrote, or else that of the captioner there.
+
+        Args:
+            path_or_name: packaged name ("tiny"), directory or hub id.
+            kwargs: taken for AutoProcessor's sake, such as `trust_remote_code`.
+
+        Raises:
+            UserError: there is neither, or a backbone of the captioner cannot be found.
+        """
+        source = locate(path_or_name, PACKAGED, WHAT) if _is_captioner(path_or_name) else os.fspath(path_or_name)
+        path = Path(source) / FILE
+        if path.is_file():
+            with loading(source, PACKAGED, WHAT):
+                fields = json.loads(path.read_text(encoding="utf-8"))["image"]
+                fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
+                return cls(Preprocess(**fields), AutoTokenizer.from_pretrained(source))
+        model = ClipCapModel.from_pretrained(path_or_name)
+        if model.config.clip is None or model.tokenizer is None:
+            raise UserError(f"captioner {str(path_or_name)!r} does not name its CLIP and its GPT-2: give a processor.")
+        return cls(load_clip(model.config.clip, device="cpu").preprocess, model.tokenizer)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `processor_config.json` and the tokenizer."""
+        from common.report import write_json
+
+        write_json(
+            Path(save_directory) / FILE, {"processor_class": type(self).__name__, "image": asdict(self.preprocess)}
+        )
+        self.tokenizer.save_pretrained(save_directory)
+
+    def __call__(
+        self, images: ImageSource | Sequence[ImageSource] | None = None, text: str | Sequence[str] | None = None
+    ) -> BatchFeature:
+        """What the model takes: `pixel_values` (b, 3, s, s) of images; `input_ids`, `attention_mask` of captions.
+
+        Raises:
+            UserError: neither images nor text, or an image that cannot be read.
+        """
+        if images is None and text is None:
+            raise UserError("images and text are both None: give one of them.")
+        found: dict[str, Any] = {}
+        if images is not None:
+            several = list(images) if isinstance(images, list | tuple) else [images]
+            found["pixel_values"] = self.preprocess([read_image(image) for image in several])
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            rows = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+            rows = [torch.tensor([*ids, self.tokenizer.eos_token_id]) for ids in rows]
+            pad = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+            found["attention_mask"] = (pad >= 0).long()
+            found["input_ids"] = pad.where(pad >= 0, self.tokenizer.eos_token_id)
+        return BatchFeature(found)
+
+    def decode(self, token_ids: Any) -> str:
+        """A caption's text, without the end token."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+    def batch_decode(self, token_ids: Any) -> list[str]:
+        """The texts of several captions."""
+        return [self.decode(row) for row in token_ids]
+
+
+def _is_captioner(path_or_name: str | os.PathLike[str]) -> bool:
+    """Not a directory that holds a processor alone."""
+    path = Path(path_or_name)
+    return not (path / FILE).is_file() or (path / "config.json").is_file()
+
+
+AutoProcessor.register(ClipCapConfig, ClipCapProcessor, exist_ok=True)

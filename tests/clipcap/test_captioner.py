@@ -1,0 +1,146 @@
+"""Captioner: given captions scored as the naive formula scores them, batch size by memory, URLs, generators, int8."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipcap import Captioner, ClipCapConfig, ClipCapModel
+from clipcap import captioner as module
+from clipcap.images import ImageError, find_images, read_image
+from common.checks import UserError
+from common.clip import load_clip
+from common.pretrained import ASSETS
+
+SCENES = ASSETS / "samples" / "scenes"
+
+
+@pytest.fixture(scope="module")
+def captioner(clip_directory, gpt2_directory) -> Captioner:
+    torch.manual_seed(0)
+    config = ClipCapConfig(clip_width=12, prefix_length=3, gpt2=str(gpt2_directory), clip=str(clip_directory))
+    return Captioner(ClipCapModel.from_backbones(config), load_clip(str(clip_directory), device="cpu"))
+
+
+@torch.no_grad()
+def naive_log_probability(captioner: Captioner, image, text: str) -> list[float]:
+    """The terms log p(token | image, tokens before), each by a forward pass of its own."""
+    ids = [*captioner.tokenizer(text)["input_ids"], captioner.model.config.eos_token_id]
+    prefix = captioner.model.prefix(captioner.embed([read_image(image)]))
+    terms = []
+    for i, token in enumerate(ids):
+        words = captioner.model.gpt2.transformer.wte(torch.tensor([ids[:i]], dtype=torch.long))
+        logits = captioner.model.gpt2(inputs_embeds=torch.cat([prefix, words], 1)).logits[0, -1]
+        terms.append(logits.log_softmax(-1)[token].item())
+    return terms
+
+
+TEXTS = ["the cat", "the bat sat on the mat", "a", "and the hat"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_log_probability_is_the_naive_sum(captioner, photos, batch_size):
+    images = find_images([photos])[:3]
+    expected = [[naive_log_probability(captioner, image, text) for text in TEXTS] for image in images]
+    totals = captioner.log_probability(images, TEXTS, batch_size=batch_size)
+    np.testing.assert_allclose(totals, [[sum(t) for t in row] for row in expected], atol=1e-4)
+    means = captioner.log_probability(images, [TEXTS] * 3, mean=True, batch_size=batch_size)
+    np.testing.assert_allclose(means, [[np.mean(t) for t in row] for row in expected], atol=1e-4)
+    assert captioner.log_probability(images[0], TEXTS[1]) == pytest.approx(totals[0][1], abs=1e-4)
+
+
+def test_ranking_finds_the_caption_among_foils():
+    captioner = Captioner.from_pretrained("tiny", device="cpu")
+    images = sorted(SCENES.glob("*.jpg"))[:6]
+    best = captioner.caption(images, max_new_tokens=30)
+    assert len(set(best)) > 1
+    foils = [" ".join(reversed(text.split())) for text in best]
+    scores = captioner.log_probability(images, [list(pair) for pair in zip(best, foils, strict=True)])
+    assert all(right > wrong for right, wrong in scores)
+    # A caption's own score is the mean log-probability of its text.
+    found = list(captioner.stream(images[:2], max_new_tokens=60))
+    means = captioner.log_probability(images[:2], [f.captions for f in found], mean=True)
+    np.testing.assert_allclose([m[0] for m in means], [f.scores[0] for f in found], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [([], "captions is empty"), (["a", " "], "is empty"), ([["a"], ["b"]], "2 lists"), ("the cat " * 40, "positions")],
+)
+def test_captions_that_cannot_be_scored(captioner, photos, captions, message):
+    with pytest.raises(UserError, match=message):
+        captioner.log_probability([photos / "00.jpg"], captions)
+
+
+def test_batch_size_follows_memory(captioner, monkeypatch, photos):
+    assert captioner.auto_batch_size() == module.BATCH_MOST["cpu"]
+    monkeypatch.setattr(module, "_free_memory", lambda device: 0)
+    assert captioner.auto_batch_size() == 1
+    monkeypatch.setattr(module, "_free_memory", lambda device: 8_000_000)
+    some = captioner.auto_batch_size(max_new_tokens=5)
+    assert 1 <= captioner.auto_batch_size(max_new_tokens=25) < some < module.BATCH_MOST["cpu"]
+    images = find_images([photos])
+    alone = captioner.caption(images, batch_size=1, max_new_tokens=5)
+    assert alone == captioner.caption(images, batch_size="auto", max_new_tokens=5)
+    assert alone == captioner.caption((i for i in images), max_new_tokens=5)
+
+
+def test_streaming_reads_no_further_than_its_batch(captioner, photos):
+    read = []
+
+    def images():
+        for path in find_images([photos]):
+            read.append(path)
+            yield path
+
+    found = captioner.stream(images(), batch_size=2, max_new_tokens=3)
+    next(found)
+    assert len(read) == 2
+
+
+def test_urls(monkeypatch, captioner, photos):
+    from clipcap import download
+
+    asked = []
+
+    def fetch(url, **options):
+        asked.append(options)
+        if "gone" in url:
+            raise download.Dropped("HTTP 404")
+        return (photos / "00.jpg").read_bytes()[: 150 if "cut" in url else None]
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    local = captioner.caption(photos / "00.jpg", max_new_tokens=4)
+    assert captioner.caption("https://example.org/a.jpg", max_new_tokens=4) == local
+    assert asked[0]["max_bytes"] > 0 and not asked[0].get("allow_private")
+    for name, message in (("gone", "HTTP 404"), ("cut", "damaged|not an image")):
+        with pytest.raises(ImageError, match=message):
+            read_image(f"https://example.org/{name}.jpg")
+    assert find_images(["http://a.org//b.png", photos / "00.jpg"]) == ["http://a.org//b.png", photos / "00.jpg"]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/a.jpg", "http://localhost:9/a.jpg", "http://169.254.169.254/a"])
+def test_addresses_that_are_not_public_are_refused(url):
+    with pytest.raises(ImageError, match="not public"):
+        read_image(url)
+
+
+def test_int8_is_close_and_does_not_depend_on_the_batch(clip_directory, gpt2_directory, captioner, photos):
+    images = find_images([photos])
+    captioner_int8 = Captioner(captioner.model, captioner.clip, int8=True)
+    exact = list(captioner.stream(images, max_new_tokens=6, strategy="greedy"))
+    found = list(captioner_int8.stream(images, max_new_tokens=6, strategy="greedy"))
+    same = [(f.scores[0], e.scores[0]) for f, e in zip(found, exact, strict=True) if f.captions == e.captions]
+    assert len(same) > len(images) / 2
+    np.testing.assert_allclose(*zip(*same, strict=True), atol=0.1)
+    assert [f.scores for f in exact] != [f.scores for f in found]
+    alone = list(captioner_int8.stream(images, max_new_tokens=6, strategy="greedy", batch_size=1))
+    assert [f.captions for f in alone] == [f.captions for f in found]
+
+
+def test_arrays_and_pil_images(captioner):
+    array = np.random.default_rng(0).integers(0, 255, (2, 20, 30, 3), dtype=np.uint8)
+    both = captioner.caption(array, max_new_tokens=3)
+    assert both == [captioner.caption(Image.fromarray(a), max_new_tokens=3) for a in array]

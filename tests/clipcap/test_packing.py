@@ -1,0 +1,51 @@
+"""8-bit matrix products beside the exact ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clipcap.packing import Head, _Int8Linear, can_use_int8, decoding_parts
+from common.checks import UserError
+
+pytestmark = pytest.mark.skipif(not can_use_int8(torch.zeros(1)), reason="torch has no 8-bit kernels here")
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_int8_linear_is_the_integer_formula(rows, gelu):
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*s, generator=generator) for s in ((2, rows, 24), (40, 24), (40,)))
+    sx = x.abs().amax(-1, keepdim=True) / 127
+    sw = w.abs().amax(1) / 127
+    expected = (x / sx).round() @ (w / sw[:, None]).round().T * sx * sw + b  # whole numbers, exact in float32
+    expected = F.gelu(expected, approximate="tanh") if gelu else expected
+    found = _Int8Linear(w, b, gelu=gelu)(x)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    exact = F.linear(x, w, b)
+    exact = F.gelu(exact, approximate="tanh") if gelu else exact
+    assert (found - exact).norm() / exact.norm() < 0.02
+
+
+def test_zeros_and_bfloat16():
+    layer = _Int8Linear(torch.randn(8, 16), None)
+    assert not layer(torch.zeros(3, 16)).any()
+    assert layer(torch.ones(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    x = torch.randn(5, 16)
+    head = Head(torch.randn(33, 16), packed=True, int8=True)
+    together = torch.cat(list(head.chunks(x)), -1)
+    loud = torch.cat(list(head.chunks(torch.cat([x, 1000 * x]))), -1)[:5]
+    assert torch.equal(together, loud)
+
+
+def test_int8_needs_a_cpu():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    with pytest.raises(UserError, match="int8"):
+        decoding_parts(model, int8=True)

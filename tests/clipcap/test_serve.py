@@ -1,0 +1,105 @@
+"""The page: driven in a headless Chromium and through gradio's client, with good and bad files, offline."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import pytest
+
+from clipcap import Captioner
+from clipcap.cli import main
+from clipcap.serve import STRATEGIES, build_page, launch
+from common.pretrained import ASSETS
+
+pytest.importorskip("gradio", reason="gradio (extra [serve]) is not installed")
+SCENE = ASSETS / "samples" / "scenes" / "test_000.jpg"
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return Captioner.from_pretrained("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def address(captioner):
+    page = build_page(captioner, max_new_tokens=30)
+    yield launch(page, port=0, max_upload=1, block=False)
+    page.close()
+
+
+def test_a_browser_captions_a_file_and_is_told_of_a_bad_one(address, captioner, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(SCENE.read_bytes()[:200])
+    expected = captioner.caption(SCENE, max_new_tokens=30, num_captions=3)
+    asked = set()
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.on("request", lambda request: asked.add(urlsplit(request.url)))
+        page.goto(address)
+        page.locator("input[type=file]").first.set_input_files(SCENE)
+        page.locator("#caption").click()
+        best = page.locator("#best textarea")
+        sync_api.expect(best).to_have_value(expected[0], timeout=60_000)
+        sync_api.expect(page.locator("#captions")).to_contain_text(expected[2])
+        page.get_by_text("The prefix, as its nearest tokens").click()
+        sync_api.expect(page.locator("#prefix")).to_contain_text("'")
+        page.screenshot(path=tmp_path / "page.png", full_page=True)
+
+        page.goto(address)
+        page.locator("input[type=file]").first.set_input_files(bad)
+        page.locator("#caption").click()
+        sync_api.expect(page.get_by_text("bad.jpg").first).to_be_visible(timeout=30_000)
+        assert "Traceback" not in page.content()
+        browser.close()
+    outside = {url.netloc for url in asked if url.scheme in ("http", "https", "ws", "wss")} - {urlsplit(address).netloc}
+    assert not outside
+
+
+def test_the_client_can_ask_several_times_at_once(address, captioner):
+    client_api = pytest.importorskip("gradio_client")
+    client = client_api.Client(address, verbose=False, analytics_enabled=False)
+
+    def ask(label):
+        return client.predict(client_api.handle_file(SCENE), label, 2, 3, 0.9, 1.0, 0, api_name="/caption")
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, STRATEGIES))
+    for (best, table, prefix), kind in zip(answers, STRATEGIES.values(), strict=True):
+        several = 1 if kind == "greedy" else 2
+        assert len(table["data"]) == several and table["data"][0][1] == best
+        assert len(prefix["data"]) == captioner.model.config.prefix_length
+    assert answers[0][0] == captioner.caption(SCENE, num_beams=3, num_captions=2, max_new_tokens=30)[0]
+    with pytest.raises(Exception, match="choose one of"):
+        ask("Guess")
+
+
+def test_files_above_the_limit_are_refused(address, tmp_path):
+    client_api = pytest.importorskip("gradio_client")
+    large = tmp_path / "large.jpg"
+    large.write_bytes(SCENE.read_bytes() + bytes(2 << 20))
+    client = client_api.Client(address, verbose=False, analytics_enabled=False)
+    with pytest.raises(Exception, match="(?i)size|413|large"):
+        client.predict(client_api.handle_file(large), "Greedy", 1, 1, 0.9, 1.0, 0, api_name="/caption")
+
+
+def test_a_port_in_use_is_one_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert str(port) in error and error.count("\n") == 1
+
+
+def test_gradio_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    assert main(["serve"]) == 2
+    error = capsys.readouterr().err
+    assert "clip-gpt-toolkit[serve]" in error and error.count("\n") == 1
