@@ -333,6 +333,9 @@ def train(config: TrainConfig) -> Path:
     config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "config.yml", yaml.dump(run))
     every = config.val_every or max(1, steps // 4)
+    strategy = config.strategy
+    if config.devices * config.num_nodes > 1 and strategy in ("auto", "ddp"):
+        strategy = "ddp_find_unused_parameters_true"  # a grid's other levels have no gradient
     trainer = build_trainer(
         TrainerConfig(
             max_steps=steps,
@@ -341,7 +344,7 @@ def train(config: TrainConfig) -> Path:
             device=str(device),
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=strategy,
             tensorboard=config.tensorboard,
             progress=config.progress,
         ),

@@ -1,0 +1,84 @@
+"""The command: train, render and evaluate in one go, help, and mistakes as one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from dietnerf.cli import main
+from tests.dietnerf.ball import write_scene
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A grid trained for a few steps through the command."""
+    place = tmp_path_factory.mktemp("cli")
+    scene = write_scene(place / "scene")
+    arguments = ["train", str(scene), "--out", str(place / "run"), "--num-views", "4", "--steps", "4", "--rays", "64"]
+    arguments += ["--no-progress", "--device", "cpu", "--val-views", "0", "--semantic-weight", "0"]
+    assert main(arguments) == 0
+    return place / "run"
+
+
+def test_render_every_path(run, capsys):
+    for path in ("orbit", "interpolate", "test"):
+        assert main(["render", str(run), "--path", path, "--frames", "3", "--size", "8", "--device", "cpu"]) == 0
+        with Image.open(run / f"{path}.gif") as image:
+            assert image.n_frames == 3 and image.size == (16, 8)
+    assert main(["render", str(run), "--format", "png", "--frames", "2", "--no-depth", "--device", "cpu"]) == 0
+    assert len(list((run / "orbit").glob("*.png"))) == 2
+    assert "written to" in capsys.readouterr().out
+
+
+def test_evaluate(run, capsys):
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    record = json.loads((run / "evaluation/results.json").read_text())
+    assert len(record["per_view"]) == 3 and record["held_out_from"] == "transforms_test.json"
+    assert record["scores"]["psnr"] == pytest.approx(sum(row["psnr"] for row in record["per_view"]) / 3)
+    assert (run / "evaluation/views.png").is_file() and "not_measured" in record
+    assert "<table>" in (run / "evaluation/index.html").read_text()
+    assert "PSNR: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["render", "nothing"], "run 'nothing' does not exist"),
+        (["evaluate", "RUN", "--protocol", "paper"], "not as the protocol paper says"),
+        (["render", "RUN", "--frames", "0"], "frames is 0: use at least 1"),
+        (["train", "nothing"], "scene 'nothing' does not exist"),
+        (["train", "SCENE", "--num-views", "9"], "num_views is 9: this scene has 6"),
+        (["train", "SCENE", "--num-views", "1"], "one training view"),
+        (["train", "SCENE", "--view-ids", "0", "99"], "view id 99 is out of range"),
+        (["train", "SCENE", "--steps", "-1"], "steps is -1"),
+        (["train", "SCENE", "--protocol", "paper"], "out of range"),
+        (["paint"], "dietnerf has no command 'paint'"),
+    ],
+)
+def test_mistakes_are_one_line(run, arguments, message, capsys, tmp_path):
+    places = {"RUN": str(run), "SCENE": str(run.parent / "scene")}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    if arguments[0] == "train":
+        arguments += ["--out", str(tmp_path / "run"), "--device", "cpu", "--no-progress"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("train", "render", "evaluate", "consistency"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--num-views" in shown and "--semantic-text" in shown and "SCENE" in shown.upper()
+
+
+def test_without_nerfstudio(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["train", "scene"]) == 2
+    assert "dietnerf needs nerfstudio" in capsys.readouterr().err

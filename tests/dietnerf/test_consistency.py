@@ -1,0 +1,39 @@
+"""Similarity within and across scenes: the pairs, the summary, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dietnerf.cli import main
+from dietnerf.consistency import pair_similarities, plot_similarities, summary
+from tests.dietnerf.ball import write_scene
+
+
+def test_pairs():
+    a = torch.tensor([[1.0, 0], [0, 2], [3, 3]])
+    b = torch.tensor([[0.0, 1], [-1, 0]])
+    found = pair_similarities({"a": a, "b": b})
+    half = 2**-0.5
+    assert torch.allclose(found.within["a"], torch.tensor([0.0, half, half]), atol=1e-6)
+    assert torch.allclose(found.within["b"], torch.tensor([0.0]))
+    assert sorted(found.across.tolist()) == pytest.approx(sorted([0, -1, 1, 0, half, -half]), abs=1e-6)
+    assert summary(found.across)["number"] == 6 and summary(found.across)["most"] == pytest.approx(1)
+    assert len(pair_similarities({"a": a}).across) == 0
+    assert len(plot_similarities(found).axes[0].patches) == 80
+
+
+def test_command(ball_scene, tmp_path, root, capsys):
+    other = write_scene(tmp_path / "other", splits={"train": 2}, size=24)
+    out = tmp_path / "out"
+    arguments = ["consistency", str(ball_scene), str(other), "--out", str(out), "--views", "3", "--device", "cpu"]
+    assert main(arguments) == 0
+    record = json.loads((out / "results.json").read_text())
+    assert record["scenes"]["ball"]["views"] == 3 and record["within"]["number"] == 3 + 1
+    assert record["across"]["number"] == 3 * 2 and record["within"]["most"] <= 1.00001
+    assert (out / "histogram.svg").is_file() and (out / "index.html").is_file()
+    assert "views of one scene" in capsys.readouterr().out
+    assert main(["consistency", str(ball_scene), "--views", "1"]) == 2
+    assert main(["consistency", str(ball_scene), str(ball_scene), str(ball_scene), "--device", "cpu"]) == 2

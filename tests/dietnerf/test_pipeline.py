@@ -1,0 +1,188 @@
+"""nerfstudio's front door: entry points, the pipeline's random view and restart, and ns-train, ns-eval, ns-render."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.checks import UserError
+from dietnerf.methods import Decay, DecayConfig, method_config
+from dietnerf.plugin import load_specification
+from dietnerf.training import TrainConfig, nerfstudio_config
+
+PYTHON = Path(sys.executable).parent
+
+
+def tiny_pipeline(scene: Path, **settings):
+    config = nerfstudio_config(TrainConfig(scene=scene, num_views=4, rays=32, **settings))
+    if config.method_name == "dietnerf-grid":
+        config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (3,)
+    pipeline = config.pipeline.setup(device="cpu", test_mode="val")
+    pipeline.train()
+    return pipeline
+
+
+def test_entry_points_are_specifications():
+    from nerfstudio.plugins.types import MethodSpecification
+
+    found = {point.name: point for point in entry_points(group="nerfstudio.method_configs")}
+    for name in ("dietnerf", "dietnerf-nerfacto", "dietnerf-grid"):
+        specification = found[name].load()
+        assert isinstance(specification, MethodSpecification) and specification.config.method_name == name
+
+
+def test_what_is_broken_breaks_no_other_method(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "dietnerf.methods", None)  # makes its import fail
+    assert load_specification("dietnerf") is None
+    assert "method 'dietnerf' is not available" in capsys.readouterr().err
+
+
+def test_published_schedule():
+    factor = Decay(DecayConfig()).factor
+    assert factor(0) == 1 and factor(500_000) == pytest.approx(0.1) and factor(250_000) == pytest.approx(0.1**0.5)
+    config = method_config("dietnerf")
+    assert config.optimizers["fields"]["optimizer"].lr == 5e-4
+    data, model = config.pipeline.datamanager, config.pipeline.model
+    assert (data.train_num_rays_per_batch, data.rays_from, data.crop_steps, data.crop_fraction) == (1024, "one", 500, 0.5)
+    assert (model.semantic.weight, model.semantic.every, model.semantic.resolution) == (0.1, 10, 168)
+    assert model.semantic.feature == "class_token" and model.semantic.poses == "published"
+    assert (model.num_coarse_samples, model.num_importance_samples) == (64, 128)
+
+
+def test_random_view_on_semantic_steps_alone(ball_scene, monkeypatch):
+    pipeline = tiny_pipeline(ball_scene, semantic_weight=0.1, semantic_resolution=6, semantic_every=4)
+    seen = []
+    monkeypatch.setattr(
+        "dietnerf.pipeline.compute_losses",
+        lambda model, batch, step, generator: seen.append(batch) or {"rgb": torch.tensor(0.01)},
+    )
+    for step in range(6):
+        _, _, metrics = pipeline.get_train_loss_dict(step)
+    views = [batch["semantic_view"] for batch in seen]
+    assert [view is not None for view in views] == [pipeline.model.needs_semantic_view(step) for step in range(6)]
+    assert [view is not None for view in views].count(True) == 2
+    shown = [view for view in views if view is not None]
+    assert shown[0].origins.shape == (6, 6, 3) and not torch.equal(shown[0].origins, shown[1].origins)
+    assert metrics["psnr"] == pytest.approx(20)
+    again = tiny_pipeline(ball_scene, semantic_weight=0.1, semantic_resolution=6, semantic_every=4)
+    again.get_train_loss_dict(4)
+    assert torch.equal(seen[-1]["semantic_view"].origins, shown[1].origins)  # a function of seed and step alone
+
+
+@pytest.mark.parametrize("method", ["grid", "nerfacto", "mlp"])
+def test_losses_fall_to_every_field(ball_scene, method):
+    pipeline = tiny_pipeline(
+        ball_scene, method=method, semantic_weight=0.1, semantic_resolution=4, semantic_every=2, steps=100
+    )
+    groups = pipeline.model.get_param_groups()
+    optimizer = torch.optim.Adam([p for group in groups.values() for p in group], lr=1e-2 if method != "mlp" else 5e-4)
+    first = None
+    for step in range(8):
+        pipeline.model.before_step(step)
+        _, losses, _ = pipeline.get_train_loss_dict(step)
+        assert ("semantic" in losses) == pipeline.model.needs_semantic_view(step)
+        total = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        pipeline.model.after_step(step)
+        first = first or float(losses["rgb"])
+    assert float(losses["rgb"]) < first
+
+
+def test_blank_field_begins_anew_and_says_so(ball_scene, capsys):
+    pipeline = tiny_pipeline(ball_scene)
+    pipeline.config.blank_check = 2
+    forgotten = []
+    pipeline.on_restart = [lambda: forgotten.append(True)]
+    assert not pipeline.is_blank(2) or True
+    with torch.no_grad():
+        for table in pipeline.model.field.density_tables:
+            table.fill_(-100)  # nothing anywhere
+    assert pipeline.is_blank(2)
+    before = [table.clone() for table in pipeline.model.field.density_tables]
+    pipeline.get_train_loss_dict(1)
+    assert pipeline.restarts == 0
+    pipeline.get_train_loss_dict(2)
+    assert pipeline.restarts == 1 and forgotten == [True]
+    assert "the render is blank at step 2: beginning anew from seed 1" in capsys.readouterr().err
+    assert not any(torch.equal(a, b) for a, b in zip(before, pipeline.model.field.density_tables, strict=True))
+    pipeline.config.max_restarts = 1
+    with torch.no_grad():
+        for table in pipeline.model.field.density_tables:
+            table.fill_(-100)
+    with pytest.raises(UserError, match="still blank at step 4 after 1 restarts"):
+        pipeline.get_train_loss_dict(4)
+
+
+def test_background_and_planes_follow_the_scene(ball_scene, tmp_path):
+    from tests.dietnerf.test_data import nerfstudio_scene
+
+    assert tiny_pipeline(ball_scene).model.config.background_color == "white"
+    assert tiny_pipeline(ball_scene, background="black").model.config.background_color == "black"
+    real = tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5))
+    assert real.model.config.background_color == "black" and real.model.config.near_plane == 0.05
+    with pytest.raises(UserError, match="num_devices is 2"):
+        config = nerfstudio_config(TrainConfig(scene=ball_scene))
+        config.pipeline.setup(device="cpu", test_mode="val", world_size=2)
+
+
+def run_command(name: str, *arguments: str, cwd: Path) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [str(PYTHON / name), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def nerfstudio_run(tmp_path_factory, root) -> Path:
+    """Directory of a few steps of `ns-train dietnerf-grid` on the packaged scene."""
+    if not (PYTHON / "ns-train").exists():
+        pytest.skip("ns-train is not installed")
+    place = tmp_path_factory.mktemp("ns")
+    scene = root / "common/assets/samples/multiview"
+    model = "--pipeline.model"
+    run_command(
+        "ns-train", "dietnerf-grid", "--data", str(scene), "--output-dir", str(place), "--vis", "tensorboard",
+        "--machine.device-type", "cpu", "--max-num-iterations", "12", "--pipeline.datamanager.dataparser.image-size", "16",
+        "--pipeline.datamanager.dataparser.num-views", "4", "--pipeline.datamanager.train-num-rays-per-batch", "128",
+        f"{model}.resolutions", "8", "12", f"{model}.grow-at", "5", f"{model}.semantic.weight", "0.01",
+        f"{model}.semantic.resolution", "8", "--timestamp", "now", cwd=place,
+    )  # fmt: skip
+    return place / "multiview/dietnerf-grid/now"
+
+
+@pytest.mark.slow
+def test_ns_train_eval_and_render(nerfstudio_run, tmp_path):
+    assert [path.name for path in (nerfstudio_run / "nerfstudio_models").iterdir()] == ["step-000000011.ckpt"]
+    config = str(nerfstudio_run / "config.yml")
+    run_command("ns-eval", "--load-config", config, "--output-path", str(tmp_path / "scores.json"), cwd=tmp_path)
+    scores = json.loads((tmp_path / "scores.json").read_text())["results"]
+    assert 3 < scores["psnr"] < 40 and 0 < scores["ssim"] <= 1
+    run_command(
+        "ns-render", "dataset", "--load-config", config, "--output-path", str(tmp_path / "frames"),
+        "--rendered-output-names", "rgb", "--image-format", "png", cwd=tmp_path,
+    )  # fmt: skip
+    assert len(list((tmp_path / "frames").rglob("*.png"))) == 16
+
+
+def test_semantic_text_and_priors_reach_the_model(ball_scene):
+    config = nerfstudio_config(
+        TrainConfig(scene=ball_scene, semantic_text="a ball", occlusion=0.5, semantic_hinge=True, near=1.0, far=9.0)
+    )
+    model = config.pipeline.model
+    assert model.semantic.text == "a ball" and model.regularizers.occlusion == 0.5 and model.semantic.hinge
+    assert model.regularizers.density_variation == method_config("dietnerf-grid").pipeline.model.regularizers.density_variation
+    assert (model.near_plane, model.far_plane) == (1.0, 9.0)
+    with pytest.raises(UserError, match="near is 3.0 and far is 2.0"):
+        nerfstudio_config(replace(TrainConfig(scene=ball_scene), near=3.0, far=2.0))

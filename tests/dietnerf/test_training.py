@@ -1,0 +1,189 @@
+"""Lightning's front door: exact resume, both directions of checkpoint exchange, DDP, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.checks import UserError
+from common.runtime import RuntimeConfig
+from dietnerf.methods import method_config
+from dietnerf.scene import Scene
+from dietnerf.training import TrainConfig, train
+from tests.dietnerf.test_pipeline import nerfstudio_run, run_command  # noqa: F401
+
+
+@pytest.fixture
+def small_grid(monkeypatch):
+    """The grid method with 8³ and 12³ voxels."""
+
+    def small(method):
+        config = method_config(method)
+        if method == "dietnerf-grid":
+            config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (1000,)
+            config.pipeline.model.occupancy_every = 4
+        return config
+
+    monkeypatch.setattr("dietnerf.training.method_config", small)
+
+
+def settings(scene: Path, out: Path, **changes) -> TrainConfig:
+    base = TrainConfig(
+        scene=scene, out=out, num_views=4, rays=64, steps=12, semantic_weight=0.01, semantic_resolution=6,
+        semantic_every=5, val_views=1, val_every=6, progress=False, runtime=RuntimeConfig(device="cpu", seed=3),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = (run / "nerfstudio_models").glob("step-*.ckpt")
+    return torch.load(path, weights_only=True)["pipeline"]
+
+
+def test_a_run_and_what_it_leaves(ball_scene, tmp_path, small_grid):
+    run = train(settings(ball_scene, tmp_path / "run"))
+    record = json.loads((run / "training.json").read_text())
+    assert record["steps"] == 12 and len(record["view_ids"]) == 4 and record["restarts"] == 0
+    assert record["images"] == [f"r_{i}.png" for i in record["view_ids"]]
+    assert {path.name for path in run.iterdir()} >= {"config.yml", "last.ckpt", "metrics.csv", "nerfstudio_models"}
+    scene = Scene.load(run, device="cpu")
+    assert scene.step == 11 and scene.training_views.view_ids == tuple(record["view_ids"])
+    pose = scene.held_out_views.cameras.camera_to_worlds[0]
+    picture = scene.render(pose)
+    assert picture.rgb.shape == (16, 16, 3) and picture.depth.shape == (16, 16, 1)
+    assert torch.allclose(scene.render(pose, chunk=7).rgb, picture.rgb, atol=1e-5)
+    assert scene.render(pose, size=8).rgb.shape == (8, 8, 3)
+
+
+def test_resume_is_exact(ball_scene, tmp_path, small_grid):
+    whole = train(settings(ball_scene, tmp_path / "whole"))
+
+    # Stopped after 6 of 12 steps: the same schedule, cut short by an exception as Ctrl-C raises it.
+    from dietnerf.training import FewViewTraining
+
+    after = FewViewTraining.on_train_batch_end
+
+    def stop(module, *arguments):
+        after(module, *arguments)
+        if module.global_step == 7:
+            raise KeyboardInterrupt
+
+    FewViewTraining.on_train_batch_end = stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(ball_scene, tmp_path / "cut"))
+    finally:
+        FewViewTraining.on_train_batch_end = after
+    cut = tmp_path / "cut"
+    assert (cut / "last.ckpt").is_file() and (cut / "nerfstudio_models/step-000000006.ckpt").is_file()
+    train(settings(ball_scene, cut))
+    first, second = weights(whole), weights(cut)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_lightning_run_opens_with_nerfstudio_and_trains_on(ball_scene, tmp_path, small_grid):
+    run = train(settings(ball_scene, tmp_path / "run", semantic_weight=0.0))
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    config, pipeline, path, step = eval_setup(run / "config.yml")
+    assert step == 11 and path == run.resolve() / "nerfstudio_models/step-000000011.ckpt"
+    scene = Scene.load(run, device="cpu")
+    for name, value in pipeline.state_dict().items():
+        assert torch.equal(value.cpu(), scene.pipeline.state_dict()[name])
+    metrics = pipeline.get_average_eval_image_metrics()
+    assert 3 < metrics["psnr"] < 60
+
+    # nerfstudio's trainer goes on from it, with the optimizer's moments
+    config.load_dir, config.vis, config.max_num_iterations = config.get_checkpoint_dir(), "tensorboard", 2
+    config.run_directory = tmp_path / "further"
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    moments = trainer.optimizers.optimizers["fields"].state
+    assert trainer._start_step == 12 and any(float(s["exp_avg_sq"].sum()) > 0 for s in moments.values())
+    assert trainer.optimizers.schedulers["fields"].last_epoch == 12
+    trainer.train_iteration(12)
+
+
+@pytest.mark.slow
+def test_nerfstudio_run_opens_with_ours(nerfstudio_run, tmp_path):  # noqa: F811
+    from dietnerf.cli import main
+
+    scene = Scene.load(nerfstudio_run.parent.parent, device="cpu")  # found below its output directory
+    assert scene.directory == nerfstudio_run and scene.step == 11 and len(scene.training_views) == 4
+    out = tmp_path / "orbit.gif"
+    assert main(["render", str(nerfstudio_run), "--frames", "2", "--out", str(out), "--device", "cpu"]) == 0
+    assert out.is_file()
+    assert main(["evaluate", str(nerfstudio_run), "--every", "8", "--out", str(tmp_path / "e"), "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "e/results.json").read_text())["scores"]["psnr"] > 3
+
+
+@pytest.mark.slow
+def test_lightning_run_opens_with_the_ns_commands(ball_scene, tmp_path, small_grid):
+    run = train(settings(ball_scene, tmp_path / "run", semantic_weight=0.0, val_views=0))
+    run_command("ns-eval", "--load-config", str(run / "config.yml"), "--output-path", "s.json", cwd=tmp_path)
+    assert json.loads((tmp_path / "s.json").read_text())["results"]["psnr"] > 3
+
+
+def test_nerfacto_has_two_groups(ball_scene, tmp_path):
+    run = train(settings(ball_scene, tmp_path / "run", method="nerfacto", steps=3, semantic_weight=0.0, val_views=0))
+    state = torch.load(run / "nerfstudio_models/step-000000002.ckpt", weights_only=True)
+    assert set(state["optimizers"]) == {"fields", "proposal_networks"}
+    assert Scene.load(run, device="cpu").step == 2
+
+
+def test_broken_runs(ball_scene, tmp_path, small_grid):
+    with pytest.raises(UserError, match="does not exist"):
+        Scene.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="has no config.yml"):
+        Scene.load(tmp_path)
+    run = train(settings(ball_scene, tmp_path / "run", steps=2, semantic_weight=0.0, val_views=0))
+    path = next((run / "nerfstudio_models").glob("*.ckpt"))
+    config = yaml.load((run / "config.yml").read_text(), Loader=yaml.Loader)
+    config.pipeline.model.resolutions = (6, 10)
+    whole = (run / "config.yml").read_text()
+    (run / "config.yml").write_text(yaml.dump(config))
+    with pytest.raises(UserError, match="of another field than config.yml says"):
+        Scene.load(run, device="cpu")
+    (run / "config.yml").write_text(whole)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is damaged"):
+        Scene.load(run, device="cpu")
+    path.unlink()
+    with pytest.raises(UserError, match="has no step-"):
+        Scene.load(run, device="cpu")
+
+
+def test_no_memory_names_a_chunk(ball_scene, tmp_path, small_grid, monkeypatch):
+    run = train(settings(ball_scene, tmp_path / "run", steps=2, semantic_weight=0.0, val_views=0))
+    scene = Scene.load(run, device="cpu")
+
+    def fail(camera):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(scene.model, "get_outputs_for_camera", fail)
+    with pytest.raises(UserError, match="no memory for 4096 rays at once: use --chunk 1024"):
+        scene.render(scene.training_views.cameras.camera_to_worlds[0])
+    with pytest.raises(UserError, match="pose: transform_matrix"):
+        scene.render(torch.zeros(4, 4))
+
+
+@pytest.mark.slow
+def test_two_processes(ball_scene, tmp_path):
+    command = [
+        sys.executable, "-m", "dietnerf.cli", "train", str(ball_scene), "--out", str(tmp_path / "run"), "--steps", "3",
+        "--rays", "32", "--devices", "2", "--strategy", "ddp", "--device", "cpu", "--no-progress", "--val-views", "0",
+        "--semantic-weight", "0",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Scene.load(tmp_path / "run", device="cpu").step == 2

@@ -1,0 +1,82 @@
+"""The table of runs: what is there is not run again; means, spreads and gains are as computed by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("nerfstudio")
+
+from common.checks import UserError
+from common.report import Page, write_json
+from common.runtime import RuntimeConfig
+from experiments import demo_scene, dietnerf_synthetic
+from experiments.dietnerf_synthetic import ARMS, Config, gains, main, read_runs, tabulate, training_config
+from tests.dietnerf.ball import write_scene
+
+
+@pytest.fixture
+def few_voxels(monkeypatch):
+    from dietnerf.methods import method_config
+
+    def small(method):
+        config = method_config(method)
+        if method == "dietnerf-grid":
+            config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (2,)
+        return config
+
+    monkeypatch.setattr("dietnerf.training.method_config", small)
+
+
+def record(arm: str, seed: int, psnr: float, views: int = 3) -> dict:
+    return dict(scene="s", size=8, arm=arm, views=views, seed=seed, scores={"psnr": psnr, "ssim": 0.5}, cpu_seconds=2.0)
+
+
+def test_tables():
+    runs = [record("grid", 0, 20.0), record("grid", 1, 22.0), record("grid-clip", 0, 21.0), record("grid-clip", 1, 22.0)]
+    runs.append(record("grid-clip", 7, 99.0))  # has no partner
+    rows = tabulate(runs)
+    assert [row["arm"] for row in rows] == ["grid", "grid-clip"]
+    assert rows[0]["psnr"] == 21 and rows[0]["psnr_spread"] == pytest.approx(2**0.5) and rows[0]["seeds"] == 2
+    (gain,) = gains(runs)
+    assert gain["gain"] == 0.5 and gain["pairs"] == 2 and gain["standard_error"] == pytest.approx(0.5)
+
+
+def test_arms_are_settings(tmp_path):
+    for arm in ARMS:
+        settings = training_config(Config(), tmp_path, 8, arm, 3, 5, tmp_path)
+        assert settings.runtime.seed == 5 and settings.num_views == 3
+    tuned = training_config(Config(steps=100), tmp_path, 8, "dietnerf-tuned", 3, 0, tmp_path)
+    assert tuned.semantic_end == 80 and tuned.semantic_weight == 0.1
+    with pytest.raises(UserError, match="arm is 'best'"):
+        training_config(Config(), tmp_path, 8, "best", 3, 0, tmp_path)
+
+
+def test_runs_are_made_once(tmp_path, few_voxels, monkeypatch, capsys):
+    scene = write_scene(tmp_path / "scene", splits={"train": 4, "test": 3})
+    config = Config(
+        scenes=(scene,), arms=("grid", "grid-clip"), views=(3,), sizes=(0,), seeds=(0,), steps=4, rays=32, resolution=6,
+        out=tmp_path / "out", runtime=RuntimeConfig(device="cpu"),
+    )  # fmt: skip
+    main(config)
+    runs = read_runs(tmp_path / "out")
+    assert {run["arm"] for run in runs} == {"grid", "grid-clip"} and all(run["steps"] == 4 for run in runs)
+    assert len((tmp_path / "out/table.md").read_text().splitlines()) == 4
+    assert (tmp_path / "out/views.png").is_file()
+    monkeypatch.setattr(dietnerf_synthetic, "train", lambda settings: pytest.fail("was run again"))
+    main(config)
+    monkeypatch.undo()
+    main(replace(config, seeds=(0, 1), budget=1e-9))
+    assert "budget" in capsys.readouterr().out and len(read_runs(tmp_path / "out")) == 2
+
+
+def test_demo_section(tmp_path, few_voxels):
+    page = Page("t")
+    found = demo_scene.scene_section(page, tmp_path, device="cpu", steps=4, frames=2, size=16)
+    assert found["scores"]["psnr"] > 0 and len(found["training_views"]) == 8
+    assert json.loads((tmp_path / "scene.json").read_text())["steps"] == 4
+    text = page.html()
+    assert "data:image/gif" in text and text.count("<article") == 8 + 8 and "Cosine similarity" in text
+    write_json(tmp_path / "again.json", found)
