@@ -112,23 +112,8 @@ class _Pairs(Sequence[tuple[int, list[int]]]):
 class BucketedOrder(BatchOrder):
     """Batches of captions of similar length, in random order, so that little of a batch is padding."""
 
-    POOL = 50
-    """Batches whose captions are sorted by length together."""
-
     def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int = 0) -> None:
-        super().__init__(len(lengths), batch_size, seed=seed)
-        self.lengths = np.asarray(lengths)
-
-    def order(self) -> np.ndarray:
-        """A random permutation, sorted by length within pools; then the batches change places."""
-        shuffled = super().order()
-        pool = self.POOL * self.batch_size
-        pools = [shuffled[i : i + pool] for i in range(0, len(shuffled), pool)]
-        ordered = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in pools])
-        whole = len(ordered) // self.batch_size * self.batch_size
-        batches = ordered[:whole].reshape(-1, self.batch_size)
-        mixed = np.random.default_rng((self.seed, self.epoch, 1)).permutation(batches)
-        return np.concatenate([mixed.ravel(), ordered[whole:]])
+        super().__init__(len(lengths), batch_size, seed=seed, lengths=lengths)
 
 
 def collate(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -481,7 +481,7 @@ def train(config: TrainConfig) -> Path:
     steps = config.steps or config.epochs * -(-in_an_epoch // config.accumulate)
 
     monitor = {"auto": "cider" if config.scst else "loss"}.get(config.monitor, config.monitor)
-    callbacks = []
+    callbacks: list[Callback] = []
     if config.val_captions and "val" in data:
         subset = Subset.draw(material.items["val"], material.stores["val"], config.val_captions, config.runtime.seed)
         callbacks.append(

@@ -218,8 +218,9 @@ class RandomState(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("random_state")
-        several = isinstance(saved, list)
-        self._state = saved[trainer.global_rank if len(saved) == trainer.world_size else 0] if several else saved
+        if isinstance(saved, list):
+            saved = saved[trainer.global_rank if len(saved) == trainer.world_size else 0]
+        self._state = saved
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         state = getattr(self, "_state", None)
@@ -370,7 +371,7 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes results and speaks to the user."""
-    return rank_zero_only.rank == 0
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 @contextlib.contextmanager
@@ -455,7 +456,7 @@ class MuonAdamW(LightningModule):
         weight_decay: of matrices, both optimizers'; norms and biases have none.
         betas: AdamW's.
         warmup: steps.
-        clip_gradients: largest norm of the gradient.
+        max_norm: largest norm of the gradient.
     """
 
     def __init__(
@@ -469,12 +470,12 @@ class MuonAdamW(LightningModule):
         weight_decay: float,
         betas: tuple[float, float],
         warmup: int = 100,
-        clip_gradients: float = 1.0,
+        max_norm: float = 1.0,
     ) -> None:
         super().__init__()
         self.model, self.hidden = model, hidden
         self.lr_muon, self.lr_adam, self.weight_decay, self.betas = lr_muon, lr_adam, weight_decay, betas
-        self.warmup, self.total, self.clip_gradients = warmup, total, clip_gradients
+        self.warmup, self.total, self.max_norm = warmup, total, max_norm
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
@@ -498,7 +499,7 @@ class MuonAdamW(LightningModule):
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_gradients)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         for optimizer in optimizers:
             optimizer.step()
         for schedule in schedules:

@@ -268,7 +268,7 @@ class Net(MuonAdamW):
         net.add_module("hidden", nn.Linear(8, 8))
         net.add_module("out", nn.Linear(8, 1))
         super().__init__(net, hidden="hidden.", total=20, lr_muon=0.02, lr_adam=0.01, weight_decay=0.1,
-                         betas=(0.9, 0.98), warmup=4, clip_gradients=0.5)
+                         betas=(0.9, 0.98), warmup=4, max_norm=0.5)
 
     def training_step(self, batch, batch_idx):
         loss = nn.functional.mse_loss(self.model(batch[0]), batch[1])
