@@ -51,9 +51,9 @@ def server():
             if name == "/cut.jpg":
                 return self.answer(200, picture()[:500])
             if name == "/large.jpg":
-                return self.answer(200, picture(size=300))
+                return self.answer(200, picture(size=600))
             if name == "/large-unannounced.jpg":
-                return self.answer(200, picture(size=300), announce=False)
+                return self.answer(200, picture(size=600), announce=False)
             if name == "/redirect.jpg":
                 return self.answer(302, b"", {"Location": "/good.jpg"})
             if name == "/loop.jpg":
