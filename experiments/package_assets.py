@@ -64,7 +64,7 @@ class Config:
     gpt2: Path | None = None
     """Output directory of experiments/train_tiny_gpt2.py, with ngram.json of experiments/ngram_baselines.py."""
     clip: Path | None = None
-    """Output directory of experiments/train_tiny_clip.py, with scores.json of experiments/evaluate_tiny_clip.py."""
+    """Last stage of experiments/tiny_clip_recipe.py, with scores.json of experiments/evaluate_tiny_clip.py."""
     captioner: Path | None = None
     """Run directory of experiments/clipcap_mapper_ablation.py."""
 
@@ -154,14 +154,10 @@ def package_clip(directory: Path) -> None:
             for name, value in values.items()
         }
     record["scores"] = scores
-    command = f"python -m experiments.train_tiny_clip --steps {record['config']['steps']} --out OUT"
-    if record["config"]["init"]:  # it was trained in two runs, the second from the first's weights
-        first = read(Path(record["config"]["init"]) / "training.json")
-        record["cpu_seconds"] += first["cpu_seconds"]
-        command = (
-            f"python -m experiments.train_tiny_clip --steps {first['config']['steps']} --out FIRST && {command} "
-            f"--init FIRST/clip-tiny --runtime.seed {record['config']['runtime']['seed']}"
-        )
+    stage = record
+    while stage["config"]["init"]:  # the weights that each stage of the curriculum began with
+        stage = read(Path(stage["config"]["init"]) / "training.json")
+        record["cpu_seconds"] += stage["cpu_seconds"]
     write_card(
         copy(directory / "clip-tiny", "clip-tiny"),
         record,
@@ -172,7 +168,7 @@ def package_clip(directory: Path) -> None:
         data=f"{record['images']:,} renders by Blender's Cycles (`experiments/render_scenes.py`, seed 0) with captions "
         "generated from their scene graphs; scores on the held-out test split",
         licence="weights: Apache-2.0, as this project; scenes: CC0",
-        command=command,
+        command="python -m experiments.tiny_clip_recipe",
         limits="It has seen eight shapes, eight colours, three materials and two sizes, and no photograph. On anything "
         "else its embeddings mean little. Eight pairs of colour and shape were never shown to it.",
     )

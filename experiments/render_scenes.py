@@ -28,7 +28,7 @@ from experiments.scenes.records import family_records, record_to_json
 if TYPE_CHECKING:
     from experiments.scenes.blender import Renderer
 
-FAMILIES = {"val": 75, "test": 250, "test_unseen": 75, "train": 3000}  # in the order of rendering
+FAMILIES = {"val": 75, "test": 250, "test_unseen": 75, "train": 2400}  # in the order of rendering
 FAMILIES_PER_SHARD = 25
 
 

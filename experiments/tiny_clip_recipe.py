@@ -1,0 +1,57 @@
+"""Train the packaged tiny CLIP again: the whole curriculum, each stage from the weights of the one before.
+
+    python -m experiments.tiny_clip_recipe --scenes out/scenes --out out/clip
+
+First everything at once, which teaches colours, materials and sizes; then single objects with phrases that differ in
+the shape alone, large and then of every size, where shapes are learned in a few hundred steps; then everything again.
+A stage that is finished is not run again, and one that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from common.checks import run_command
+from common.runtime import RuntimeConfig
+from experiments.train_tiny_clip import Config as Stage
+from experiments.train_tiny_clip import main as train
+
+STAGES: tuple[dict[str, Any], ...] = (
+    {"steps": 1300, "phrase_weight": 0.0, "max_shards": 80},
+    {"steps": 700, "phrase_weight": 0.0, "max_shards": 80},
+    {"steps": 200, "phrase_weight": 2.0, "max_shards": 80, "max_objects": 1, "augmentation": 0.3, "zoom_out": 1.036},
+    {"steps": 250, "phrase_weight": 2.0, "max_shards": 80, "max_objects": 1, "augmentation": 0.4, "zoom_out": 1.8},
+    {"steps": 1500, "phrase_weight": 1.5, "max_shards": 94, "augmentation": 0.5},
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The curriculum of the packaged tiny CLIP."""
+
+    scenes: Path = Path("out/scenes")
+    """Directory written by experiments/render_scenes.py."""
+    out: Path = Path("out/clip")
+    """Where the stages go; the model is in the last one's folder clip-tiny."""
+
+
+def main(config: Config) -> None:
+    """Train every stage that is not finished."""
+    before = None
+    for number, settings in enumerate(STAGES):
+        out = config.out / f"stage-{number}"
+        model = out / "clip-tiny"
+        if not (model / "training.json").is_file():
+            print(f"stage {number + 1} of {len(STAGES)}: {settings}")
+            runtime = RuntimeConfig(threads=1, seed=number)
+            train(Stage(scenes=config.scenes, out=out, init=before, runtime=runtime, **settings))
+        before = model
+    print(f"tiny CLIP: {before}; score it with: python -m experiments.evaluate_tiny_clip --clip {before}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
