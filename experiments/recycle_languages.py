@@ -49,10 +49,12 @@ FROZEN = ("frozen English", "frozen shuffled English", "frozen fresh layers")
 WHOLE = ("scratch", "all from English")
 UNFROZEN = "relearned, then unfrozen"
 ARMS = (*FROZEN, UNFROZEN, *WHOLE)
+FRESH = ("frozen fresh layers", "scratch")
+"""Arms that begin as GPT-2's own initialisation does, layers and rows."""
 MAIN = ("frozen English", "frozen shuffled English", "scratch", "all from English")
 RATES: dict[str, tuple[float, ...]] = {
-    **{arm: (3e-3, 1e-2, 3e-2) for arm in FROZEN},
-    **{arm: (5e-3, 1e-2, 2e-2) for arm in WHOLE},
+    **dict.fromkeys(FROZEN, (0.003, 0.01, 0.03)),
+    **dict.fromkeys(WHOLE, (0.005, 0.01, 0.02)),
 }
 """Learning rates tried, of AdamW; Muon's is twice that."""
 PARTS = ("tune", "main", "seeds", "alignment", "data_size", "long", "baselines")
@@ -77,14 +79,14 @@ class Config:
     vocab_size: int = 4096
     """Tokens of the new language's tokenizer."""
     initialisation: str = "focus"
-    """How the new token tables begin (scratch's is random)."""
-    tokens: int = 800_000
+    """How the new token tables begin in English (or shuffled) layers; fresh ones have GPT-2's own initialisation."""
+    tokens: int = 400_000
     """Training tokens of each arm."""
     tune_tokens: int = 150_000
     """Training tokens of each learning rate that is tried."""
-    long_tokens: int = 3_200_000
+    long_tokens: int = 2_400_000
     """Training tokens of the part long."""
-    brief_tokens: int = 150_000
+    brief_tokens: int = 100_000
     """Training tokens of the medium model after its alignment."""
     block: int = 256
     """Tokens in a block."""
@@ -134,20 +136,22 @@ def begin(arm: str, config: Config, language: Language, seed: int) -> GPT2LMHead
     """The model that an arm begins with, and the tensors that it trains first."""
     generator = torch.Generator().manual_seed(seed)
     model, english = load_gpt2("tiny")
-    rows = initialise(
-        "random" if arm == "scratch" else config.initialisation,
-        token_table(model),
-        english,
-        language.tokenizer,
-        generator=generator,
-        auxiliary=language.auxiliary,
-        target_counts=language.train.counts(),
-    )
-    if arm == "scratch":  # GPT-2's own
-        rows = model.config.initializer_range * torch.randn(rows.shape, generator=generator)
+    if arm in FRESH:  # English rows are much too large for fresh layers: a loss of 36 nats
+        shape = len(language.tokenizer), model.config.n_embd
+        rows = model.config.initializer_range * torch.randn(shape, generator=generator)
+    else:
+        rows = initialise(
+            config.initialisation,
+            token_table(model),
+            english,
+            language.tokenizer,
+            generator=generator,
+            auxiliary=language.auxiliary,
+            target_counts=language.train.counts(),
+        )
     if arm == "frozen shuffled English":
         shuffle_weights(model, generator)
-    if arm in ("frozen fresh layers", "scratch"):
+    if arm in FRESH:
         reinitialise_layers(model, generator)
     replace_lexical(model, language.tokenizer, rows)
     train_only(model, layers="all" if arm in WHOLE else ())
@@ -222,7 +226,8 @@ def run_arm(
     records = [
         train_stage(
             model, train, language.valid, directory / "train",
-            stage(config, rate=rate, tokens=first, whole=arm in WHOLE, validations=10 if report else 3), runtime=runtime, progress=False,
+            stage(config, rate=rate, tokens=first, whole=arm in WHOLE, validations=8 if report else 3),
+            runtime=runtime, progress=False,
         )
     ]
     if arm == UNFROZEN:
@@ -245,7 +250,7 @@ def run_arm(
         "train_tokens_available": language.train.num_tokens,
         "val_loss": records[-1].val_loss,
         "stages": [asdict(record) for record in records],
-        "initialisation": "random" if arm == "scratch" else config.initialisation,
+        "initialisation": "GPT-2's own" if arm in FRESH else config.initialisation,
         "vocab_size": len(language.tokenizer),
         "held_out": score_held_out(model, language.tokenizer, language) if report else None,
         "cpu_seconds": round(time.process_time() - begun, 1),

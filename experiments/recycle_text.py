@@ -59,6 +59,9 @@ def write_texts(source: Path, language: str, out: Path, *, second_bytes: int = 2
     text, as many are taken, in the order of a hash, as make up `second_bytes`.
     """
     require_directory(source, "text directory")
+    paths = {split: out / f"{split}.txt" for split in SPLITS}
+    if all(path.exists() for path in paths.values()):
+        return paths
     train, held_out = (read_split(source, language, split) for split in ("train", "valid"))
     others = sorted(
         {text for text in train + held_out if second_genre(text)}, key=lambda t: hashlib.sha256(t.encode()).hexdigest()
@@ -75,7 +78,9 @@ def write_texts(source: Path, language: str, out: Path, *, second_bytes: int = 2
         "test": [text for text in dict.fromkeys(held_out) if not second_genre(text) and text not in known],
         "second": taken,
     }
-    return {split: write_text(out / f"{split}.txt", "\n\n".join(texts) + "\n") for split, texts in parts.items()}
+    for split, texts in parts.items():
+        write_text(paths[split], "\n\n".join(texts) + "\n")
+    return paths
 
 
 def held_out(directory: Path) -> dict[str, list[Document]]:

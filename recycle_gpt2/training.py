@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.checks import UserError, require_at_least
+from common.language import IGNORE
 from common.report import write_json
 from common.runtime import RuntimeConfig
-from common.language import IGNORE
 from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
 from recycle_gpt2.corpus import labels
 from recycle_gpt2.loss import next_token_loss

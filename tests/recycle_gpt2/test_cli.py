@@ -1,0 +1,88 @@
+"""The command: help for everyone, one clear line and exit code 2 for what cannot work."""
+
+from __future__ import annotations
+
+import pytest
+
+from recycle_gpt2.cli import SUBCOMMANDS, main
+
+COMMANDS = "run tokenizer corpus relearn align finetune evaluate sample lexicon judge judge-report".split()
+
+
+def test_every_stage_is_a_command(capsys):
+    assert list(SUBCOMMANDS) == COMMANDS
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"recycle-gpt2 {name}" in printed
+    options = [line for line in printed.splitlines() if line.strip().startswith("│ --")]
+    assert options
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """The one line that the command prints on standard error."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in captured if line.startswith("error: ")]
+    assert len(errors) == 1 and captured[-1] == errors[0]
+    assert "Traceback" not in "\n".join(captured)
+    return errors[0]
+
+
+def run_with(text, models, out, *more: str) -> list[str]:
+    return ["run", "--text", str(text), "--language", "nld", "--small", str(models[0]), "--out", str(out),
+            "--vocab-size", "320", "--shares", "0.8", "0.1", "0.1", "--device", "cpu", *more]
+
+
+def test_empty_binary_and_badly_encoded_files(tmp_path, english_models, capsys):
+    cases = {
+        "empty.txt": (b"", "empty"),
+        "binary.txt": (b"\x00\x01\x02" * 50, "binary"),
+        "latin.txt": ("een zin\nen één meer\n".encode("latin-1"), "line 2"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        error = refused(run_with(tmp_path / name, english_models, tmp_path / "out"), capsys)
+        assert message in error and name in error
+        assert not (tmp_path / "out").exists()
+
+
+def test_vocabulary_larger_than_the_text_supports(text, tmp_path, english_models, capsys):
+    arguments = run_with(text, english_models, tmp_path / "out")
+    arguments[arguments.index("320")] = "30000"
+    assert "vocab_size is 30000 but the text supports" in refused(arguments, capsys)
+
+
+def test_corpus_shorter_than_a_block(tmp_path, english_models, capsys):
+    (tmp_path / "short.txt").write_text("\n\n".join(["de kat en het huis"] + ["een kat"] * 3))
+    arguments = run_with(tmp_path / "short.txt", english_models, tmp_path / "out")
+    arguments[arguments.index("320")] = "257"
+    refused(arguments, capsys)
+
+
+def test_missing_text_model_and_split_of_scores(text, tmp_path, english_models, gpt2_directory, capsys):
+    assert "nowhere" in refused(run_with(tmp_path / "nowhere", english_models, tmp_path / "out"), capsys)
+    missing = (tmp_path / "no-model", None)
+    assert "does not exist" in refused(run_with(text, missing, tmp_path / "out"), capsys)
+    assert "either --text or --corpus" in refused(["evaluate", str(gpt2_directory), "--device", "cpu"], capsys)
+    assert "sampl" in refused(["sampl"], capsys)
+
+
+def test_a_full_disk_is_one_line(text, tmp_path, english_models, capsys, monkeypatch):
+    import errno
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
+
+    monkeypatch.setattr("recycle_gpt2.run.save_tokenizer", full)
+    error = refused(run_with(text, english_models, tmp_path / "out"), capsys)
+    assert "No space left" in error
+    assert not (tmp_path / "out").exists()
