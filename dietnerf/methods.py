@@ -90,7 +90,7 @@ def method_config(method: str) -> FewViewTrainerConfig:
         )
         return _trainer(method, model, lr=1e-2, steps=3000, decay=DecayConfig(steps=3000), rays_from="all")
     model = DietGridModelConfig(
-        regularizers=RegularizerConfig(density_variation=1e-3, colour_variation=1e-3),
+        regularizers=RegularizerConfig(density_variation=1e-4, colour_variation=1e-4),
         semantic=SemanticConfig(poses="sphere"),
     )
     return _trainer(

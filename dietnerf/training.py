@@ -27,6 +27,8 @@ from dietnerf.model import DietGridModelConfig
 from dietnerf.pipeline import FewViewPipeline
 
 METHODS = {"mlp": "dietnerf", "simplified": "simplified-nerf", "nerfacto": "dietnerf-nerfacto", "grid": "dietnerf-grid"}
+GROW_AFTER = 100
+"""A grid's level lasts at least so many steps, however short the run."""
 PRIORS = ("frequency_steps", "occlusion", "density_variation", "colour_variation", "distortion")
 
 
@@ -140,7 +142,8 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     run.max_num_iterations = steps
     data.pyramid_steps = tuple(max(1, round(step * scale)) for step in data.pyramid_steps)
     if isinstance(model, DietGridModelConfig):
-        model.grow_at = tuple(max(1, round(step * scale)) for step in model.grow_at)
+        # Never so early that the coarse grid has found nothing yet to crop to.
+        model.grow_at = tuple(max(GROW_AFTER * i, round(at * scale)) for i, at in enumerate(model.grow_at, start=1))
     for group in run.optimizers.values():
         group["optimizer"].lr = config.lr or group["optimizer"].lr
         if config.method in ("nerfacto", "grid"):
