@@ -151,9 +151,13 @@ class VoxelGrid(nn.Module):
         return found[0], found[1]
 
     @torch.no_grad()
-    def grow(self) -> None:
-        """Crop the box to what is occupied and go on from the same values in the next level."""
-        box = self._occupied_box()
+    def grow(self, crop: bool = True) -> None:
+        """Go on from the same values in the next level, with the box cropped to what is occupied.
+
+        Args:
+            crop: False keeps the box and takes nothing for empty yet.
+        """
+        box = self._occupied_box() if crop else self.aabb.clone()
         level = int(self.level)
         sizes = vertices_along(box[1] - box[0], self.resolutions[level + 1])
         counts = sizes.tolist()
@@ -167,7 +171,8 @@ class VoxelGrid(nn.Module):
         self.aabb.copy_(box)
         self.sizes.copy_(sizes)
         self.level += 1
-        self.occupied.copy_(self._find_occupied())
+        if crop:
+            self.update_occupancy()
 
     @torch.no_grad()
     def update_occupancy(self) -> None:

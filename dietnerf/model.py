@@ -18,7 +18,7 @@ from nerfstudio.fields.density_fields import HashMLPDensityField
 from nerfstudio.fields.nerfacto_field import NerfactoField
 from nerfstudio.model_components.losses import interlevel_loss
 from nerfstudio.model_components.ray_samplers import PDFSampler, ProposalNetworkSampler, UniformSampler
-from nerfstudio.model_components.renderers import AccumulationRenderer, DepthRenderer, RGBRenderer
+from nerfstudio.model_components.renderers import AccumulationRenderer, RGBRenderer
 from nerfstudio.model_components.scene_colliders import AABBBoxCollider, NearFarCollider
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
@@ -96,7 +96,6 @@ class FewViewModel(Model):
         self.collider = NearFarCollider(near_plane=config.near_plane, far_plane=config.far_plane)
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
         self.renderer_accumulation = AccumulationRenderer()
-        self.renderer_depth = DepthRenderer(method="expected")
         self.semantic_loss = None
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
@@ -216,9 +215,18 @@ class FewViewModel(Model):
         rendered = {
             "rgb": self.renderer_rgb(rgb=outputs[FieldHeadNames.RGB], weights=weights),
             "accumulation": self.renderer_accumulation(weights=weights),
-            "depth": self.renderer_depth(weights=weights, ray_samples=samples),
         }
+        starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
+        rendered["depth"] = self._depth(weights[..., 0], starts, ends)
         return rendered, weights
+
+    def _depth(
+        self, weights: Float[Tensor, "r s"], starts: Float[Tensor, "r s"], ends: Float[Tensor, "r s"]
+    ) -> Float[Tensor, "r 1"]:
+        """Expected distance, the background being at the far plane. (Nerfstudio's DepthRenderer leaves the background
+        out and clips to the nearest and farthest sample of all rays, so that its values depend on the chunk.)"""
+        middle = (starts + ends) / 2
+        return self.config.far_plane + (weights * (middle - self.config.far_plane)).sum(dim=-1, keepdim=True)
 
 
 @dataclass
@@ -464,9 +472,10 @@ class DietGridModel(FewViewModel):
     def before_step(self, step: int) -> None:
         """Grow into the next level when its step has come, and look now and then which cells are empty."""
         level = sum(start <= step for start in self.config.grow_at)
+        settled = step >= 2 * self.config.occupancy_every  # before, what is thin may only be unlearnt
         while int(self.field.level) < level:
-            self.field.grow()
-        if step % self.config.occupancy_every == 0 and step >= 2 * self.config.occupancy_every:
+            self.field.grow(crop=settled)
+        if step % self.config.occupancy_every == 0 and settled:
             self.field.update_occupancy()
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
@@ -487,11 +496,10 @@ class DietGridModel(FewViewModel):
         seen = weights.detach()[ray, slot, 0] > VISIBLE_WEIGHT
         colour = grid.colour(corners.of(seen), directions[ray[seen]])
         rgb = origins.new_zeros(*table, 3).index_put((ray[seen], slot[seen]), colour)
-        accumulation = self.renderer_accumulation(weights=weights)
         outputs: dict[str, Any] = {
             "rgb": self.renderer_rgb(rgb=rgb, weights=weights),
-            "accumulation": accumulation,
-            "depth": (weights * (starts + ends)[..., None] / 2).sum(dim=-2) + (1 - accumulation) * far,
+            "accumulation": self.renderer_accumulation(weights=weights),
+            "depth": self._depth(weights[..., 0], starts, ends),
         }
         if self.training:
             outputs["samples"] = Samples(density, weights[..., 0], starts, ends, near)

@@ -121,7 +121,7 @@ def test_the_hinge_asks_for_no_more_than_real_views_have(images):
     only = SemanticLoss(SemanticConfig(weight=0.1, targets=0, hinge=True), images[:1].repeat(2, 1, 1, 1), "cpu")
     met = only(same)
     (gradient,) = torch.autograd.grad(met.sum(), same)
-    assert met == pytest.approx(-1, abs=1e-4) and gradient.abs().max() < 1e-2
+    assert met.item() == pytest.approx(-1, abs=1e-4) and gradient.abs().max() < 1e-2
     with pytest.raises(UserError, match="hinge"):
         SemanticLoss(config, images[:1], "cpu")
 
