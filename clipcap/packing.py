@@ -69,7 +69,7 @@ class _Int8Linear(nn.Module):
         super().__init__()
         weight = weight.detach().float()
         scales = (weight.abs().amax(1) / 127).clamp(min=TINIEST)
-        integers = (weight / scales[:, None]).round().to(torch.int8)
+        integers = (weight / scales[:, None]).round().to(torch.int8).contiguous()  # prepacking heeds no strides
         self.weight = (torch.ops.onednn.qlinear_prepack(integers, [ROWS, weight.shape[1]]),)
         self.scales = (scales, torch.zeros(len(scales), dtype=torch.int32))
         self.bias = (bias if bias is None else bias.detach().float(),)

@@ -14,9 +14,11 @@ pytestmark = pytest.mark.skipif(not can_use_int8(torch.zeros(1)), reason="torch 
 
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_int8_linear_is_the_integer_formula(rows, gelu):
+@pytest.mark.parametrize("transposed", [False, True])  # GPT-2's weights are views of transposed tensors
+def test_int8_linear_is_the_integer_formula(rows, gelu, transposed):
     generator = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(*s, generator=generator) for s in ((2, rows, 24), (40, 24), (40,)))
+    w = w.T.contiguous().T if transposed else w
     sx = x.abs().amax(-1, keepdim=True) / 127
     sw = w.abs().amax(1) / 127
     expected = (x / sx).round() @ (w / sw[:, None]).round().T * sx * sw + b  # whole numbers, exact in float32
@@ -40,6 +42,19 @@ def test_rows_do_not_depend_on_their_neighbours():
     together = torch.cat(list(head.chunks(x)), -1)
     loud = torch.cat(list(head.chunks(torch.cat([x, 1000 * x]))), -1)[:5]
     assert torch.equal(together, loud)
+
+
+@torch.inference_mode()
+def test_a_whole_gpt2_in_int8_is_close():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=99, n_positions=16)).eval()
+    x = torch.randn(3, 9, 64)
+    exact = model(inputs_embeds=x).logits
+    transformer, head = decoding_parts(model, int8=True)
+    found = torch.cat(list(head.chunks(transformer(inputs_embeds=x).last_hidden_state)), -1)
+    assert 1e-5 < (found - exact).norm() / exact.norm() < 0.03
 
 
 def test_int8_needs_a_cpu():
