@@ -52,7 +52,7 @@ def second_genre(text: str) -> bool:
     return len(SECOND.findall(text)) >= 2
 
 
-def write_texts(source: Path, language: str, out: Path, *, second_bytes: int = 200_000) -> dict[str, Path]:
+def write_texts(source: Path, language: str, out: Path, *, second_bytes: int = 80_000) -> dict[str, Path]:
     """Write OUT/train.txt (first genre), OUT/test.txt (the same, held out) and OUT/second.txt (the other genre).
 
     A document is of the second genre from two mentions of its words on. Of its documents, which are in no training

@@ -114,6 +114,8 @@ class Summary:
 
 def with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of `text` after an end token, so that its first token is predicted too."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the model's tokenizer has no end token, after which every text is scored: give it one.")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # no warning about long texts
         return [tokenizer.eos_token_id, *backend.encode(text, add_special_tokens=False).ids]

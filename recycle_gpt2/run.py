@@ -82,6 +82,8 @@ class RunConfig:
     """Length of that training, as a share of relearning."""
     finetune_lr: float = 1e-4
     """Its learning rate."""
+    push_to_hub: str = ""
+    """Upload OUT to this repository (user/name) of the Hugging Face hub when it is finished."""
     stage: StageConfig = field(default_factory=StageConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -115,8 +117,30 @@ class _Scoring:
 def run(config: RunConfig) -> int:
     """`recycle-gpt2 run`: every stage that is not done yet, and say where the model is."""
     directory = recycle(config)
-    print(f"model: {directory}; try: recycle-gpt2 sample {directory}")
+    if leader():
+        if config.push_to_hub:
+            print(f"uploaded: {upload(directory, config.push_to_hub)}")
+        print(f"model: {directory}; try: recycle-gpt2 sample {directory}")
     return 0
+
+
+def upload(directory: Path, repository: str) -> str:
+    """Upload a model's directory to the hub; returns the address.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+        return str(HfApi().upload_folder(folder_path=directory, repo_id=repository))
+    except Exception as error:  # the client's library decides which: no connection, no token, no such name
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{str(directory)!r} could not be uploaded to {repository!r} ({reason}): log in with `hf auth login` and "
+            f"give the same command again; nothing is trained anew."
+        ) from error
 
 
 def recycle(config: RunConfig) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
 DONE = "done.json"
 MODEL = "model"
+TRAINING = "training"
 FREE = ("runtime", "devices", "num_nodes", "strategy", "workers")
 """Settings that do not change what a stage makes (the seed among the runtime's is kept)."""
 Initialisation = Literal["random", "mean", "frequency", "copy", "focus"]
@@ -142,11 +142,12 @@ def once(
         everyone: all processes of distributed training do the work, not only the first.
 
     Raises:
-        UserError: the directory was begun with other settings.
+        UserError: the directory holds training, or a finished stage, of other settings.
     """
     directory = Path(directory)
     done, begun, settings = directory / DONE, directory / "settings.json", settings_of(config)
-    if begun.exists():
+    # Only training leaves something half done that other settings would not fit.
+    if begun.exists() and (done.exists() or (directory / TRAINING).exists()):
         before = json.loads(begun.read_text())
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
@@ -175,19 +176,17 @@ def save_model(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, card: str = ""
 ) -> Path:
     """Write a Hugging Face directory with its tokenizer, whole or not at all; one that is there is replaced."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if card:
-            (Path(partial) / "README.md").write_text(card, encoding="utf-8")
-        for file in Path(partial).iterdir():
-            file.chmod(0o644)
-        os.chmod(partial, 0o755)
-        if directory.exists():
-            shutil.rmtree(directory)
-        shutil.copytree(partial, partial + ".whole")
-    os.replace(partial + ".whole", directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if card:
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    for file in partial.iterdir():
+        file.chmod(0o644)
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(partial, directory)
     return directory
 
 
@@ -208,7 +207,7 @@ def relearn(config: RelearnConfig) -> Path:
         if not config.keep_table:
             replace_lexical(model, tokenizer, new_rows(config, model, english, tokenizer, train))
         train_only(model, positions=config.positions, norms=config.norms)
-        record = train_stage(model, train, valid, config.out / "training", config.stage, runtime=config.runtime)
+        record = train_stage(model, train, valid, config.out / TRAINING, config.stage, runtime=config.runtime)
         if leader():
             save_model(model, tokenizer, config.out / MODEL)
         return described(record)
@@ -320,7 +319,7 @@ def finetune(config: FinetuneConfig) -> Path:
         )
         for number, layers in enumerate(steps, start=1):
             train_only(model, layers=layers)
-            directory = config.out / "training" / (f"step-{number}" if len(steps) > 1 else "")
+            directory = config.out / TRAINING / (f"step-{number}" if len(steps) > 1 else "")
             records.append(train_stage(model, train, valid, directory, part, runtime=config.runtime))
         if leader():
             save_model(model, tokenizer, config.out / MODEL)

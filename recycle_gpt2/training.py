@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.checks import UserError, require_at_least
 from common.language import IGNORE
 from common.report import write_json
-from common.runtime import RuntimeConfig
+from common.runtime import RuntimeConfig, seed_everything
 from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
 from recycle_gpt2.corpus import labels
 from recycle_gpt2.loss import next_token_loss
@@ -351,6 +351,7 @@ def train_stage(
     if len(cast(Sized, valid)) == 0:
         raise UserError("the validation split has 0 blocks: give more text or a larger validation share.")
     planned = plan(num_blocks, block, config)
+    seed_everything(runtime.seed)  # a stage's dropout does not depend on what the process did before it
     model.train()  # Lightning leaves the mode as it is; GPT-2's dropout is its config's
     module = Recycling(model, config, planned, block)
     build_optimizer(model, config)  # its complaints come before anything is written

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+
 import pytest
 
 from recycle_gpt2.cli import SUBCOMMANDS, main
@@ -23,8 +26,12 @@ def test_help_explains_every_option(name, capsys):
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     assert f"recycle-gpt2 {name}" in printed
-    options = [line for line in printed.splitlines() if line.strip().startswith("│ --")]
-    assert options
+    chosen = SUBCOMMANDS[name]
+    config = getattr(importlib.import_module(chosen.module), chosen.config)
+    words = " ".join(printed.replace("│", " ").split())
+    for option in dataclasses.fields(config):  # a flag that is on has only its --no- form
+        name = option.name.replace("_", "-")
+        assert name in ("stage", "runtime", "models", "model") or f"--{name}" in words or f"--no-{name}" in words
 
 
 def refused(arguments: list[str], capsys) -> str:
@@ -58,7 +65,10 @@ def test_empty_binary_and_badly_encoded_files(tmp_path, english_models, capsys):
 def test_vocabulary_larger_than_the_text_supports(text, tmp_path, english_models, capsys):
     arguments = run_with(text, english_models, tmp_path / "out")
     arguments[arguments.index("320")] = "30000"
-    assert "vocab_size is 30000 but the text supports" in refused(arguments, capsys)
+    # A second try, with another value, is not held to the first.
+    for size in ("30000", "20000"):
+        arguments[arguments.index("--vocab-size") + 1] = size
+        assert f"vocab_size is {size} but the text supports" in refused(arguments, capsys)
 
 
 def test_corpus_shorter_than_a_block(tmp_path, english_models, capsys):

@@ -17,9 +17,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
-from recycle_gpt2.run import RunConfig, recycle
-from recycle_gpt2.stages import AlignConfig, FinetuneConfig, RelearnConfig, align_models, finetune, relearn, unfreezing
+from recycle_gpt2.run import RunConfig, recycle, upload
+from recycle_gpt2.stages import (
+    AlignConfig,
+    FinetuneConfig,
+    RelearnConfig,
+    align_models,
+    finetune,
+    relearn,
+    save_model,
+    unfreezing,
+)
 from recycle_gpt2.training import StageConfig
+
+
+def long(test):
+    """Slow, and much slower on a machine that is shared."""
+    return pytest.mark.slow(pytest.mark.timeout(1200)(test))
 
 
 def settings(text: Path, models: tuple[Path, Path], out: Path) -> RunConfig:
@@ -113,7 +127,7 @@ def runs(tmp_path_factory, dutch, english_models) -> tuple[RunConfig, RunConfig]
     return config, whole
 
 
-@pytest.mark.slow
+@long
 def test_killed_in_every_stage_a_run_ends_in_the_same_weights(runs):
     killed, whole = (load_file(config.out / "model.safetensors") for config in runs)
     assert killed.keys() == whole.keys()
@@ -124,7 +138,7 @@ def test_killed_in_every_stage_a_run_ends_in_the_same_weights(runs):
     assert lexicons[0].read_text() == lexicons[1].read_text()
 
 
-@pytest.mark.slow
+@long
 def test_the_model_is_an_ordinary_directory_with_its_tokenizer_and_card(runs):
     config = runs[1]
     model = AutoModelForCausalLM.from_pretrained(config.out)
@@ -141,7 +155,7 @@ def test_the_model_is_an_ordinary_directory_with_its_tokenizer_and_card(runs):
     assert str(config.small) not in card and str(config.out.parent) not in card
 
 
-@pytest.mark.slow
+@long
 def test_training_helped_and_every_stage_has_its_record(runs):
     stages = runs[1].out.with_name("whole.stages")
     scores = json.loads((stages / "evaluate" / "done.json").read_text())["scores"]
@@ -154,7 +168,7 @@ def test_training_helped_and_every_stage_has_its_record(runs):
     assert 0 <= aligned["neighbour_overlap"] <= 1
 
 
-@pytest.mark.slow
+@long
 def test_a_finished_run_trains_nothing_and_other_settings_are_named(runs, monkeypatch):
     config = runs[1]
     monkeypatch.setattr("recycle_gpt2.training.Recycling.training_step", None)
@@ -167,7 +181,26 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_named(runs, monkey
     recycle(replace(config, workers=2, runtime=RuntimeConfig(device="cpu", seed=3, threads=1)))
 
 
-@pytest.mark.slow
+def test_a_model_is_uploaded_with_its_card(monkeypatch, tmp_path):
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            calls.append(name)
+
+        def upload_folder(self, *, folder_path, repo_id):
+            calls.append((folder_path, repo_id))
+            return "address"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert upload(tmp_path, "me/gpt2-nld") == "address"
+    assert calls == ["me/gpt2-nld", (tmp_path, "me/gpt2-nld")]
+    monkeypatch.setattr(Hub, "create_repo", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(UserError, match="nothing is trained anew"):
+        upload(tmp_path, "me/gpt2-nld")
+
+
+@long
 def test_small_and_large_of_other_english_vocabularies_are_refused(runs, tmp_path, gpt2_directory):
     config = runs[1]
     small = load_gpt2(config.small)[0].config.n_embd
@@ -182,7 +215,7 @@ def test_small_and_large_of_other_english_vocabularies_are_refused(runs, tmp_pat
         )
 
 
-@pytest.mark.slow
+@long
 def test_stages_by_themselves(runs, tmp_path):
     """relearn with positions and norms; align by kNN; finetune without a second look at the settings."""
     config = runs[1]
@@ -235,15 +268,18 @@ def test_out_that_is_no_model_is_not_overwritten(tmp_path, text, english_models)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.slow
+@long
 def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
     config = runs[1]
     stages = config.out.with_name("whole.stages")
+    model, english = load_gpt2(config.small)
+    model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = 0.0  # or the processes' would differ
+    small = save_model(model, english, tmp_path / "small")
 
     def command(out: Path, *more: str) -> list[str]:
         return [
             sys.executable, "-m", "recycle_gpt2.cli", "relearn", "--corpus", str(stages / "corpus"), "--tokenizer",
-            str(stages / "tokenizer"), "--out", str(out), "--model", config.small, "--tokens", "1024", "--optimizer",
+            str(stages / "tokenizer"), "--out", str(out), "--model", str(small), "--tokens", "1024", "--optimizer",
             "adamw", "--schedule", "cosine", "--device", "cpu", "--threads", "1", *more,
         ]
 
