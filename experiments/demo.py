@@ -1,12 +1,13 @@
-"""The demo: captions of held-out scenes by the packaged captioner, on one self-contained page.
+"""The demo: captions, a scene from eight photographs and English made into Dutch, on one self-contained page.
 
     python -m experiments.demo
 
-Everything runs on the packaged tiny backbones, offline.
+Everything runs on the packaged tiny backbones, offline, in a few minutes on two cores.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from clipcap.captioner import Captioner
 from clipcap.data import read_dataset
+from clipcap.evaluate import evaluate_captions, evaluation_page
 from clipcap.images import read_image
 from clipcap.interpret import nearest_tokens
 from clipcap.metrics import score_captions
@@ -28,6 +30,7 @@ from common.language import score
 from common.pretrained import ASSETS
 from common.report import Page, contact_sheet, plot_bars, write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
+from experiments.demo_recycling import recycling_section
 from experiments.scenes.captions import looks, parse
 
 SCENES = ASSETS / "samples" / "scenes"
@@ -74,13 +77,17 @@ def same_objects(caption: str, reference: str) -> bool:
 def main(config: Config) -> None:
     """Caption, score, interpret, and write the page."""
     device = start(config.runtime)
+    with_scene = importlib.util.find_spec("nerfstudio") is not None
     steps = Steps(
         [
             "load the backbones and the captioner",
             "caption the sample scenes with beam search",
             "caption them again by greedy decoding and sampling",
             "read prefixes as words",
+            "score the captions",
             "score tiny GPT-2 on a sentence",
+            *(["rebuild a scene from eight photographs (a minute or two)"] if with_scene else []),
+            "recycle English GPT-2 for Dutch (about two minutes)",
             "write the page",
         ]
     )
@@ -118,6 +125,9 @@ def main(config: Config) -> None:
     words = [[tokens[0][0].strip() for tokens in nearest_tokens(captioner.model, prefix)] for prefix in prefixes]
 
     steps.next()
+    found_scores = evaluate_captions(captions, items, clip=captioner.clip, resamples=300)
+
+    steps.next()
     language = []
     for name in ("tiny", "tiny-medium"):
         model, tokenizer = load_gpt2(name, device=device, frozen=True)
@@ -133,8 +143,6 @@ def main(config: Config) -> None:
             }
         )
 
-    steps.next()
-    seconds = time.monotonic() - begun
     clip = card_of("clip-tiny")
     page = Page("CLIP and GPT-2 at work", "What the toolkit makes of its packaged tiny backbones, on this machine")
     page.section(
@@ -180,6 +188,21 @@ def main(config: Config) -> None:
         "A frozen GPT-2 makes the mapper speak in readable tokens less often than one would hope.",
     )
     page.gallery([(paths[i], captions[items[i].image_id], [" ".join(words[i])]) for i in range(len(words))])
+    evaluation_page(found_scores, items, page=page, shown=0)
+    page.command("clipcap evaluate --data common/assets/samples/scenes/dataset.json --model tiny")
+    results: dict[str, Any] = {}
+    if with_scene:
+        from experiments.demo_scene import scene_section
+
+        steps.next()
+        results["scene"] = scene_section(page, config.out, device=device)
+    else:
+        page.note("The part on novel views needs nerfstudio: `pip install 'clip-gpt-toolkit[dietnerf]'`.")
+    steps.next()
+    results["recycling"] = recycling_section(page, config.out, device=device)
+
+    steps.next()
+    seconds = time.monotonic() - begun
     page.section(
         "The backbones", "Trained by this project from a seed; each has a card with its data, licence and scores."
     )
@@ -200,7 +223,9 @@ def main(config: Config) -> None:
         {
             "captions": captions,
             "decoding": table,
+            "caption_scores": found_scores.scores,
             "language": language,
+            **results,
             "seconds": seconds,
             "hardware": hardware(),
             "versions": versions(),
