@@ -30,6 +30,12 @@ PAPER_VIEWS = (26, 86, 2, 55, 75, 93, 16, 73)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG", ".JPEG", ".webp")
 
 
+BLENDER_PLANES = (2.0, 6.0)
+"""Near and far of NeRF's synthetic scenes."""
+UNBOUNDED_PLANES = (0.05, 4.0)
+"""Near and far of scenes whose cameras nerfstudio's parsers scale into [-1, 1]."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """A named way to train and score, so that numbers can be compared."""
@@ -90,13 +96,14 @@ def read_frames(path: Path) -> dict[str, Any]:
     require_file(path, "transforms file")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
         raise UserError(f"transforms file {str(path)!r} is not JSON ({error}): write it again.") from error
     frames = meta.get("frames") if isinstance(meta, dict) else None
     if not isinstance(frames, list) or not frames:
         raise UserError(f"transforms file {str(path)!r} has no frames: give it at least one.")
     for number, frame in enumerate(frames):
-        if not isinstance(frame, dict) or "file_path" not in frame or "transform_matrix" not in frame:
+        named = isinstance(frame, dict) and isinstance(frame.get("file_path"), str)
+        if not named or "transform_matrix" not in frame:
             raise UserError(f"frame {number} of {str(path)!r} lacks file_path or transform_matrix: add them.")
         check_pose(frame["transform_matrix"], f"frame {number} of {str(path)!r}")
     return meta
@@ -110,7 +117,7 @@ def check_pose(matrix: Any, what: str) -> np.ndarray:
     """
     try:
         pose = np.asarray(matrix, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pose = np.zeros(0)
     if pose.shape not in ((4, 4), (3, 4)):
         raise UserError(f"{what}: transform_matrix has shape {pose.shape}: give 4 rows of 4 numbers.")
@@ -134,7 +141,7 @@ def find_image(directory: Path, name: str) -> Path:
     if path.suffix and path.is_file():
         return path
     for suffix in IMAGE_SUFFIXES:
-        if (candidate := path.with_name(path.name + suffix)).is_file():
+        if (candidate := path.parent / (path.name + suffix)).is_file():
             return candidate
     raise UserError(f"image {str(path)!r} does not exist: check file_path in the transforms file.")
 
@@ -339,6 +346,7 @@ class FewViewParser(DataParser):
                 "kind": kind,
                 "size": size,
                 "source": found.metadata.get("source", split),
+                "planes": found.metadata.get("planes", BLENDER_PLANES if kind == "blender" else UNBOUNDED_PLANES),
             },
         )
 
@@ -420,7 +428,12 @@ class FewViewParser(DataParser):
                 found = parser.setup().get_dataparser_outputs("train")
                 found.metadata = {"source": "train"}
             return found
-        except (AssertionError, RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+        except ArithmeticError as error:
+            raise UserError(
+                f"scene {str(self.config.data)!r} cannot be read ({error}): its cameras all stand at one place, or a "
+                f"number is out of range; check the camera matrices."
+            ) from error
+        except (AssertionError, AttributeError, RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"scene {str(self.config.data)!r} cannot be read: {reason}") from error
 
@@ -450,12 +463,15 @@ class FewViewParser(DataParser):
         held_out = np.arange(0, len(paths), 8)
         chosen = np.setdiff1d(np.arange(len(paths)), held_out) if split == "train" else held_out
         factor = width / float(raw[0, 1, 4])
+        near, far = (float(v) * scale for v in (0.9 * table[:, 15].min(), 1.1 * table[:, 16].max()))
+        side = max(1.0, far)  # these scenes lie before the cameras, not between them
         return DataparserOutputs(
             image_filenames=[paths[i] for i in chosen],
             cameras=_cameras(oriented[chosen, :3], float(raw[0, 2, 4]) * factor, width, height),
-            scene_box=SceneBox(aabb=torch.tensor([[-1.0] * 3, [1.0] * 3])),
+            scene_box=SceneBox(aabb=torch.tensor([[-side] * 3, [side] * 3])),
             dataparser_scale=scale,
             dataparser_transform=transform,
+            metadata={"planes": (near, far)},
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.checks import UserError
 from common.runtime import fork_generators
+from dietnerf.data import BLENDER_PLANES
 from dietnerf.losses import Batch, compute_losses
 from dietnerf.model import DietNeRFModelConfig, FewViewModel, FewViewModelConfig
 from dietnerf.rays import FewViewDataManager, FewViewDataManagerConfig
@@ -22,8 +23,6 @@ from dietnerf.semantic import ViewSampler
 
 BLANK = 1e-3
 """A render whose colours spread less than this is blank."""
-UNBOUNDED_PLANES = (0.05, 4.0)
-"""Near and far of scenes whose cameras nerfstudio's parsers scale into [-1, 1]."""
 
 
 @dataclass
@@ -67,7 +66,7 @@ class FewViewPipeline(VanillaPipeline):
             device=device, test_mode=test_mode, world_size=world_size, local_rank=local_rank
         )
         dataset = self.datamanager.train_dataset
-        self._fit_to(dataset.background, dataset.metadata["kind"])
+        self._fit_to(dataset.background, dataset.metadata["planes"])
         self._model_arguments: dict[str, Any] = dict(
             scene_box=dataset.scene_box, num_train_data=len(dataset), metadata=dataset.metadata, device=device
         )
@@ -79,15 +78,15 @@ class FewViewPipeline(VanillaPipeline):
         self.on_restart: list[Callable[[], None]] = []
         self._sampler: ViewSampler | None = None
 
-    def _fit_to(self, background: str, kind: str) -> None:
+    def _fit_to(self, background: str, planes: tuple[float, float]) -> None:
         """Background and planes of the field as the scene has them."""
         model = self.config.model
         if model.background_color != "random":
             model.background_color = "white" if background == "white" else "black"
         elif background == "image":
             raise UserError("background_color is 'random' but the images have no alpha: use white or black.")
-        if kind != "blender" and (model.near_plane, model.far_plane) == (2.0, 6.0):
-            model.near_plane, model.far_plane = UNBOUNDED_PLANES
+        if (model.near_plane, model.far_plane) == BLENDER_PLANES:  # not chosen by the user
+            model.near_plane, model.far_plane = planes
 
     def prepare(self) -> None:
         """Embed the training views and set up random poses, once, when the semantic loss is on."""

@@ -154,7 +154,6 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     parser.view_ids = config.view_ids or (protocol.view_ids if protocol and not config.num_views else ())
     parser.num_views, parser.view_order, parser.view_seed = config.num_views, config.view_order, config.runtime.seed
     parser.image_size = config.image_size or (protocol.image_size if protocol else 0)
-    parser.eval_every = protocol.eval_every if protocol else 1
     parser.background = config.background
     data.train_num_rays_per_batch = config.rays or data.train_num_rays_per_batch
     data.seed = run.pipeline.seed = run.machine.seed = config.runtime.seed

@@ -52,7 +52,7 @@ def test_evaluate(run, capsys):
         (["render", "nothing"], "run 'nothing' does not exist"),
         (["evaluate", "RUN", "--protocol", "paper"], "not as the protocol paper says"),
         (["render", "RUN", "--frames", "0"], "frames is 0: use at least 1"),
-        (["train", "nothing"], "scene 'nothing' does not exist"),
+        (["train", "nothing"], "nothing' does not exist"),
         (["train", "SCENE", "--num-views", "9"], "num_views is 9: this scene has 6"),
         (["train", "SCENE", "--num-views", "1"], "one training view"),
         (["train", "SCENE", "--view-ids", "0", "99"], "view id 99 is out of range"),

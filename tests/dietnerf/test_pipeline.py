@@ -24,7 +24,7 @@ PYTHON = Path(sys.executable).parent
 def tiny_pipeline(scene: Path, **settings):
     config = nerfstudio_config(TrainConfig(scene=scene, num_views=4, rays=32, **settings))
     if config.method_name == "dietnerf-grid":
-        config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (3,)
+        config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (300,)
     pipeline = config.pipeline.setup(device="cpu", test_mode="val")
     pipeline.train()
     return pipeline
@@ -77,25 +77,24 @@ def test_random_view_on_semantic_steps_alone(ball_scene, monkeypatch):
     assert torch.equal(seen[-1]["semantic_view"].origins, shown[1].origins)  # a function of seed and step alone
 
 
-@pytest.mark.parametrize("method", ["grid", "nerfacto", "mlp"])
-def test_losses_fall_to_every_field(ball_scene, method):
-    pipeline = tiny_pipeline(
-        ball_scene, method=method, semantic_weight=0.1, semantic_resolution=4, semantic_every=2, steps=100
-    )
+@pytest.mark.parametrize(("method", "lr"), [("grid", 0.1), ("nerfacto", 1e-2), ("mlp", 5e-4)])
+def test_every_field_learns_given_rays(ball_scene, method, lr):
+    pipeline = tiny_pipeline(ball_scene, method=method, semantic_weight=1e-3, semantic_resolution=4, semantic_every=5)
     groups = pipeline.model.get_param_groups()
-    optimizer = torch.optim.Adam([p for group in groups.values() for p in group], lr=1e-2 if method != "mlp" else 5e-4)
-    first = None
-    for step in range(8):
+    optimizer = torch.optim.Adam([p for group in groups.values() for p in group], lr=lr)
+    same = pipeline.datamanager.next_train(0)
+    pipeline.datamanager.next_train = lambda step: same
+    errors = []
+    for step in range(12):
         pipeline.model.before_step(step)
         _, losses, _ = pipeline.get_train_loss_dict(step)
         assert ("semantic" in losses) == pipeline.model.needs_semantic_view(step)
-        total = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
-        total.backward()
+        torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         pipeline.model.after_step(step)
-        first = first or float(losses["rgb"])
-    assert float(losses["rgb"]) < first
+        errors.append(float(losses["rgb"]))
+    assert sum(errors[-3:]) < sum(errors[:3])
 
 
 def test_blank_field_begins_anew_and_says_so(ball_scene, capsys):
@@ -103,7 +102,6 @@ def test_blank_field_begins_anew_and_says_so(ball_scene, capsys):
     pipeline.config.blank_check = 2
     forgotten = []
     pipeline.on_restart = [lambda: forgotten.append(True)]
-    assert not pipeline.is_blank(2) or True
     with torch.no_grad():
         for table in pipeline.model.field.density_tables:
             table.fill_(-100)  # nothing anywhere
