@@ -29,9 +29,12 @@ MOST_CAPTIONS = 5
 MOST_BEAMS = 10
 KEPT_SECONDS = 3600
 """After this time uploaded files are deleted."""
+# Widths must not follow the content: the tables measure themselves by their columns, and the page would never rest.
 CSS = """
 footer {display: none !important}
-.gradio-container {max-width: 1080px !important; margin: 0 auto !important}
+.gradio-container {width: 100% !important; max-width: 1080px !important; margin: 0 auto !important}
+.gradio-container .column {flex-basis: 320px !important}
+#captions table {font-family: var(--font) !important}
 #title h1 {margin-bottom: 0}
 #best textarea {font-size: 1.35rem; line-height: 1.4; font-weight: 600}
 """
@@ -72,9 +75,7 @@ def build_page(captioner: Captioner, *, max_new_tokens: int = 67, name: str = "t
     ) -> tuple[str, list[list[Any]], list[list[Any]]]:
         if path is None:
             raise gr.Error("Choose an image first.", print_exception=False)
-        kind = STRATEGIES.get(strategy)
-        if kind is None:
-            raise gr.Error(f"Decoding is {strategy!r}: choose one of {', '.join(STRATEGIES)}.", print_exception=False)
+        kind = STRATEGIES[strategy]  # gradio lets no other pass
         options: dict[str, Any] = {"strategy": kind, "num_captions": min(int(count), MOST_CAPTIONS)}
         if kind == "greedy":
             options["num_captions"] = 1
@@ -95,7 +96,7 @@ def build_page(captioner: Captioner, *, max_new_tokens: int = 67, name: str = "t
         captions = [[rank, text, f"{score:.3f}"] for rank, (text, score) in
                     enumerate(zip(found.captions, found.scores, strict=True), 1)]  # fmt: skip
         words = [
-            [position, "  ".join(f"{token!r} {value:.2f}" for token, value in row)]
+            [position, " · ".join(f"{token!r} {value:.2f}" for token, value in row)]
             for position, row in enumerate(tokens, 1)
         ]
         return found.captions[0], captions, words
@@ -118,13 +119,14 @@ def build_page(captioner: Captioner, *, max_new_tokens: int = 67, name: str = "t
             with gr.Column(scale=6):
                 best = gr.Textbox(label="Caption", elem_id="best", lines=2, interactive=False)
                 table = gr.Dataframe(
-                    headers=["", "caption", "nats a token"], label="Captions, best first", interactive=False,
-                    wrap=True, column_widths=["10%", "65%", "25%"], elem_id="captions",
+                    headers=["", "caption", "score"], interactive=False, wrap=True, buttons=[], elem_id="captions",
+                    label="Captions, best first, with their log-probability in nats a token",
+                    column_widths=["10%", "72%", "18%"],
                 )  # fmt: skip
                 with gr.Accordion("The prefix, as its nearest tokens", open=False):
                     prefix = gr.Dataframe(
-                        headers=["position", "tokens with cosine similarity"], show_label=False, interactive=False,
-                        wrap=True, column_widths=["15%", "85%"], elem_id="prefix",
+                        headers=["", "tokens with cosine similarity"], show_label=False, interactive=False, wrap=True,
+                        buttons=[], column_widths=["10%", "90%"], elem_id="prefix",
                     )  # fmt: skip
         inputs = [image, strategy, count, beams, top_p, temperature, seed]
         button.click(caption, inputs, [best, table, prefix], api_name="caption", concurrency_limit=1)

@@ -37,6 +37,8 @@ def test_a_browser_captions_a_file_and_is_told_of_a_bad_one(address, captioner, 
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(SCENE.read_bytes()[:200])
+    large = tmp_path / "large.jpg"
+    large.write_bytes(SCENE.read_bytes() + bytes(2 << 20))
     expected = captioner.caption(SCENE, max_new_tokens=30, num_captions=3)
     asked = set()
     with sync_api.sync_playwright() as playwright:
@@ -58,6 +60,17 @@ def test_a_browser_captions_a_file_and_is_told_of_a_bad_one(address, captioner, 
         page.locator("#caption").click()
         sync_api.expect(page.get_by_text("bad.jpg").first).to_be_visible(timeout=30_000)
         assert "Traceback" not in page.content()
+
+        page.goto(address)
+        page.locator("input[type=file]").first.set_input_files(large)
+        sync_api.expect(page.get_by_text("large.jpg").first).to_be_visible(timeout=30_000)
+        assert "exceed" in page.content()
+
+        page.set_viewport_size({"width": 420, "height": 900})  # a telephone: nothing beside the image, nothing cut off
+        page.goto(address)
+        sync_api.expect(page.locator("#best")).to_be_visible(timeout=30_000)
+        button, table = page.locator("#caption").bounding_box(), page.locator("#captions").bounding_box()
+        assert table["y"] > button["y"] and table["x"] + table["width"] <= 420
         browser.close()
     outside = {url.netloc for url in asked if url.scheme in ("http", "https", "ws", "wss")} - {urlsplit(address).netloc}
     assert not outside
@@ -77,7 +90,7 @@ def test_the_client_can_ask_several_times_at_once(address, captioner):
         assert len(table["data"]) == several and table["data"][0][1] == best
         assert len(prefix["data"]) == captioner.model.config.prefix_length
     assert answers[0][0] == captioner.caption(SCENE, num_beams=3, num_captions=2, max_new_tokens=30)[0]
-    with pytest.raises(Exception, match="choose one of"):
+    with pytest.raises(Exception, match="Guess is not in the list of choices"):
         ask("Guess")
 
 
