@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -148,6 +151,9 @@ class ClipCapModel(PreTrainedModel):
                 f"prefix_length is {self.config.prefix_length}: GPT-2 has {gpt2.config.n_positions} positions, "
                 f"use fewer than that."
             )
+        for block in gpt2.transformer.h:
+            if isinstance(block.mlp.act, NewGELUActivation):  # the same function in one operation instead of eight
+                block.mlp.act = nn.GELU(approximate="tanh")
         self.gpt2, self.tokenizer = gpt2, tokenizer
         if not self.config.tune_gpt2:
             freeze(gpt2)
@@ -341,6 +347,12 @@ class ClipCapModel(PreTrainedModel):
         prompts: Int[Tensor, "b r"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """GPT-2's last hidden states where they predict the caption: K-1 .. K+t-2 of prefix and caption together."""
+        with _attention(self.device):
+            return self._hidden(clip_embeddings, input_ids, attention_mask, prompts)
+
+    def _hidden(
+        self, clip_embeddings: Tensor, input_ids: Tensor, attention_mask: Tensor | None, prompts: Tensor | None
+    ) -> Tensor:
         prefix = self.prefix(clip_embeddings, prompts)
         length, positions = prefix.shape[1], self.gpt2.config.n_positions
         if length + input_ids.shape[1] > positions:
@@ -402,6 +414,12 @@ class ClipCapModel(PreTrainedModel):
             object.__setattr__(self, "_clip", clip)  # beside the model: no weights of its checkpoint
         return encode(clip, pixel_values.to(weight.device), self.config.inputs)  # type: ignore[arg-type]
 
+
+def _attention(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Attention for training in bf16 on a CPU is by plain products: on captions, their backward is 4 times as fast."""
+    if device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 def _absolute(name: str) -> str:

@@ -130,13 +130,17 @@ def _pack(transformer: nn.Module, int8: bool) -> nn.Module:
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
     fused, kind = set(), _Int8Linear if int8 else _PackedLinear
     for module in transformer.modules():
-        if isinstance(module, GPT2MLP) and isinstance(module.act, NewGELUActivation):
+        if isinstance(module, GPT2MLP) and _is_gelu_tanh(module.act):
             fused.add(id(module.c_fc))
             memo[id(module.act)] = nn.Identity()
     for module in transformer.modules():
         if isinstance(module, Conv1D):  # (in, out) weights
             memo[id(module)] = kind(module.weight.T, module.bias, gelu=id(module) in fused)
     return copy.deepcopy(transformer, memo).eval()
+
+
+def _is_gelu_tanh(act: nn.Module) -> bool:
+    return isinstance(act, NewGELUActivation) or isinstance(act, nn.GELU) and act.approximate == "tanh"
 
 
 def _fingerprint(module: nn.Module) -> object:

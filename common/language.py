@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from common.checks import UserError, require_at_least
 
@@ -32,7 +31,8 @@ def chunked_cross_entropy(
 ) -> Float[Tensor, ""]:
     """-log softmax(hidden · tableᵀ)[label], over the positions whose label is not IGNORE.
 
-    Logits exist for `chunk` positions at a time only, also in the backward pass, where they are computed again.
+    Logits exist for `chunk` positions at a time, and once: their gradient, softmax - one-hot, is taken in the forward
+    pass, chunk by chunk, so backward computes none again. Under autocast the products are in its dtype.
 
     Args:
         hidden: final hidden states.
@@ -42,18 +42,54 @@ def chunked_cross_entropy(
         reduction: "mean" over counted positions or "sum".
 
     Returns:
-        Loss in nats; 0 when no position counts.
+        Loss in nats; 0 when no position counts. It can be differentiated once.
     """
     counted = labels != IGNORE
     hidden, labels = hidden[counted], labels[counted]
-
-    def part(h: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy((h @ table.to(h.dtype).T).float(), y, reduction="sum")
-
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total = total + (checkpoint(part, h, y, use_reentrant=False) if torch.is_grad_enabled() else part(h, y))
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    total = _SummedCrossEntropy.apply(hidden, table, labels, chunk, torch.is_grad_enabled())
     return total / max(len(labels), 1) if reduction == "mean" else total
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden · tableᵀ)[label]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, table: Tensor, labels: Tensor, chunk: int, with_gradients: bool
+    ) -> Tensor:
+        wants_hidden, wants_table = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
+        for_hidden, for_table = torch.empty_like(hidden) if wants_hidden else None, None
+        weight = table.to(hidden.dtype)
+        total = torch.zeros((), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for begin in range(0, len(hidden), chunk):
+                h, y = hidden[begin : begin + chunk], labels[begin : begin + chunk, None]
+                logits = (h @ weight.T).float()  # (c, v)
+                norms = logits.logsumexp(-1, keepdim=True)
+                total += (norms - logits.gather(1, y)).sum()
+                if not (wants_hidden or wants_table):
+                    continue
+                slope = logits.sub_(norms).exp_()
+                slope.scatter_add_(1, y, slope.new_full(y.shape, -1))
+                slope = slope.to(h.dtype)
+                if for_hidden is not None:
+                    torch.mm(slope, weight, out=for_hidden[begin : begin + chunk])
+                if wants_table:
+                    part = slope.T @ h
+                    for_table = part.to(table.dtype) if for_table is None else for_table.add_(part)
+        ctx.gradients = [for_hidden, for_table]  # not saved tensors: they are handed on, never shared
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("chunked_cross_entropy can be differentiated once only.")
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if g is None else g.mul_(upstream) for g in gradients), None, None, None)
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def test_import_is_light():
 class FakeCLIP:
     """Stands for `common.clip.FrozenCLIP`: the mean colour of an image, repeated."""
 
-    name, width, patch_width = "fake", 12, 12
+    name, width, patch_width, image_size = "fake", 12, 12, 4
 
     def preprocess(self, images):
         return torch.stack([torch.from_numpy(np.array(i.resize((4, 4))).transpose(2, 0, 1) / 255.0) for i in images]).float()

@@ -148,3 +148,27 @@ def test_loss_in_bf16_is_summed_in_fp32():
     loss = chunked_cross_entropy(hidden, table, labels, chunk=5)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy((hidden @ table.bfloat16().T).float(), labels))
+
+
+def test_loss_under_autocast_is_near_the_exact_one():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 16, generator=generator, requires_grad=True)
+    table = torch.randn(30, 16, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 30, (40,), generator=generator)
+    exact = chunked_cross_entropy(hidden, table, labels)
+    expected = torch.autograd.grad(exact, (hidden, table))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, table, labels, chunk=7)
+    found = torch.autograd.grad(loss, (hidden, table))
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.01) and loss != exact
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() / b.norm() < 0.02
+
+
+def test_a_frozen_table_gets_no_gradient_and_a_second_backward_is_refused():
+    hidden, table = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8)
+    loss = chunked_cross_entropy(hidden, table, torch.arange(6))
+    loss.backward(retain_graph=True)
+    assert hidden.grad is not None and table.grad is None
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
