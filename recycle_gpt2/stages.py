@@ -106,7 +106,9 @@ class FinetuneConfig:
 
 def leader() -> bool:
     """Whether this process writes (the others, of distributed training, wait for what it has written)."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    # Lightning's own launcher sets the first two, torchrun the third, srun the last.
+    ranks = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def wait_for(path: Path) -> None:
