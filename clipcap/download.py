@@ -100,8 +100,8 @@ def read_journal(directory: Path) -> dict[str, Entry]:
                     row = json.loads(line)
                     key = row.pop("key")
                     found[key] = Entry(**row)
-                except (ValueError, KeyError, TypeError, AttributeError):  # the line that a killed run did not finish
-                    continue
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    continue  # the line that a killed run did not finish
     return found
 
 

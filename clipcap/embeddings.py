@@ -571,14 +571,35 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = manifest.get("format", manifest.get("key", {}).get("format"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{str(path)!r} is damaged: delete the store and embed the images again.") from None
     if found != FORMAT:
         raise UserError(
             f"embedding store {str(path.parent)!r} has format {found} instead of {FORMAT}: delete it and embed the "
             f"images again."
         )
+    if not _is_whole(manifest, finished=path.name == "manifest.json"):
+        raise UserError(f"{str(path)!r} is damaged: delete the store and embed the images again.")
     return manifest
+
+
+def _is_whole(manifest: dict[str, Any], *, finished: bool) -> bool:
+    """Whether a manifest has all that is read of it."""
+    rows, per_shard, shape = (manifest.get(name) for name in ("rows", "rows_per_shard", "row_shape"))
+    if shape is None and not finished:  # before the first row
+        shape = [1]
+    return (
+        isinstance(manifest.get("key"), dict)
+        and isinstance(manifest.get("clip"), str)
+        and isinstance(manifest.get("skipped"), dict)
+        and manifest.get("dtype") in ("float16", "float32")
+        and isinstance(rows, int)
+        and rows >= finished
+        and isinstance(per_shard, int)
+        and per_shard >= 1
+        and isinstance(shape, list)
+        and all(isinstance(side, int) and side >= 1 for side in shape)
+    )
 
 
 @contextlib.contextmanager

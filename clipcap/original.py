@@ -116,7 +116,7 @@ def _read(path: Path) -> dict[str, Tensor]:
                 f"and is refused: save its state_dict() alone."
             ) from error
         raise UserError(damaged) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever unpickling a broken file comes upon
         raise UserError(damaged) from error
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]

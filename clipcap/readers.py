@@ -215,6 +215,8 @@ def _load_json(path: Path) -> Any:
         raise UserError(f"caption file {str(path)!r} is not JSON, line {error.lineno}: {error.msg}.") from None
     except RecursionError:
         raise UserError(f"caption file {str(path)!r} is nested too deeply: it is no caption file.") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"caption file {str(path)!r} is not JSON that can be read: {error}.") from None
 
 
 def _read_karpathy(path: Path, data: Any, images: Path | None) -> Iterator[CaptionedImage]:
@@ -228,7 +230,7 @@ def _read_karpathy(path: Path, data: Any, images: Path | None) -> Iterator[Capti
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: no or unknown {error}.") from None
         # The id is the file's name: COCO's cocoid and Flickr's imgid are not in every file.
-        yield CaptionedImage(name, root / row.get("filepath", "") / name, _check_captions(captions, where), split)
+        yield CaptionedImage(name, root / str(row.get("filepath", "")) / name, _check_captions(captions, where), split)
 
 
 def _coco_files(folder: Path) -> list[Path]:
@@ -378,9 +380,9 @@ def _read_table(table: Path, images: Path) -> Iterator[CaptionedImage]:
         texts = text if isinstance(text, list) else [text]
         grouped.setdefault(str(name), []).extend(_check_captions(tuple(map(str, texts)), where))
         if row.get("split"):
-            if row["split"] not in SPLITS:
+            if str(row["split"]) not in SPLITS:
                 raise UserError(f"{where}: split is {row['split']!r}: use train, val or test.")
-            splits[str(name)] = SPLITS[row["split"]]
+            splits[str(name)] = SPLITS[str(row["split"])]
     for name, several in grouped.items():
         yield CaptionedImage(name, images / name, tuple(several), splits.get(name, ""))
 
@@ -399,8 +401,9 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"caption file {str(table)!r}, line {number} is not JSON: {error.msg}.") from None
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
+                raise UserError(f"caption file {str(table)!r}, line {number} is not JSON: {reason}.") from None
             if not isinstance(row, dict):
                 raise UserError(f"caption file {str(table)!r}, line {number} is not a JSON object.")
             yield number, row
@@ -548,6 +551,8 @@ def _captions_of_json(data: bytes, where: str) -> list[str]:
         row = json.loads(_decode(data, where))
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, line {error.lineno} is not JSON: {error.msg}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON that can be read: {error}.") from None
     text = next((row[key] for key in _CAPTION_KEYS if row.get(key)), []) if isinstance(row, dict) else []
     return [str(t) for t in (text if isinstance(text, list) else [text])]
 

@@ -54,7 +54,7 @@ def loading(name: str, packaged: dict[str, Path], what: str) -> Iterator[None]:
         raise UserError(
             f"{what} {name!r}: the weights file is corrupt or cut short ({error}): copy it again."
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # the libraries have many kinds for a file that is damaged or missing
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if Path(name).expanduser().exists():
             raise UserError(f"{what} {name!r} cannot be loaded: {reason}") from error

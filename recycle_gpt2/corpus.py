@@ -512,7 +512,25 @@ def _manifest(directory: Path) -> dict[str, Any]:
     path = Path(directory) / "manifest.json"
     if not path.is_file():
         raise UserError(f"corpus {str(directory)!r} has no manifest.json: build it with `recycle-gpt2 corpus`.")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("format") != FORMAT:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        manifest = None
+    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
         raise UserError(f"corpus {str(directory)!r} is of another version of this program: build it again.")
+    if not isinstance(manifest, dict) or not _is_whole(manifest):
+        raise UserError(f"{str(path)!r} is damaged: remove it and build the corpus again.")
     return manifest
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has all that is read of it."""
+    block, vocab_size, end, shards = (manifest.get(name) for name in ("block", "vocab_size", "end", "shards"))
+    if not all(isinstance(value, int) for value in (block, vocab_size, end)) or not isinstance(shards, list):
+        return False
+    counts = [shard.get(split) if isinstance(shard, dict) else None for shard in shards for split in SPLITS]
+    return (
+        manifest.get("dtype") in ("uint16", "uint32")
+        and 0 <= end < vocab_size  # type: ignore[operator]
+        and all(isinstance(count, int) and count >= 0 for count in counts)
+    )

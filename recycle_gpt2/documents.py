@@ -184,7 +184,7 @@ def _read_jsonl(path: Path, genre: str) -> Iterator[tuple[Document, int]]:
         where = f"text file {str(path)!r}, line {number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
             raise UserError(f"{where} is not JSON ({error}): mend or remove the line.") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise UserError(f'{where} has no "text" that is a string: give one object with it in each line.')

@@ -1,0 +1,113 @@
+"""Good files made bad: JSON with something replaced, removed or doubled, and bytes flipped, cut or put in."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from common.checks import UserError
+
+FUZZ = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+"""The same examples in every run; no file of ours is written beside the tests."""
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.sampled_from([10**30, -(10**30), 10**400, 1e308, float("nan"), float("inf")]),
+    st.sampled_from(["", ".", "/", "..", "../../outside", "/etc/hostname", "a\0b", "\ud800", "x" * 5000, "é" * 300, "nan"]),
+    st.text(max_size=8),
+    st.sampled_from([[], {}, [[]], [{}], {"": None}, [None, 1, "a"]]),
+)
+"""Values that somebody's file may hold where something else belongs."""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of everything inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+@st.composite
+def changed(draw: st.DrawFn, value: Any, junk: st.SearchStrategy[Any] = JUNK) -> Any:
+    """`value` with one to three of its parts replaced, removed or doubled."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        found = list(places(value))
+        if not found:
+            break
+        *above, key = draw(st.sampled_from(found))
+        parent = value
+        for step in above:
+            parent = parent[step]
+        how = draw(st.sampled_from(["replace", "replace", "remove", "double"]))
+        if how == "remove":
+            del parent[key]
+        elif how == "double" and isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[key]))
+        else:
+            parent[key] = draw(junk)
+    return value
+
+
+@st.composite
+def damaged(draw: st.DrawFn, data: bytes) -> bytes:
+    """`data` with bytes flipped, cut off, put in, or nothing left of it."""
+    found = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, max(0, len(found) - 1)))
+        how = draw(st.sampled_from(["flip", "cut", "insert", "deep", "number"]))
+        if how == "flip" and found:
+            found[at] ^= draw(st.integers(1, 255))
+        elif how == "cut":
+            del found[at:]
+        elif how == "insert":
+            found[at:at] = draw(st.binary(max_size=6))
+        elif how == "deep":
+            found[at:at] = b"[" * 20_000
+        else:
+            found[at:at] = b"9" * 5000
+    return bytes(found)
+
+
+def json_text(value: Any) -> bytes:
+    """JSON of any value, half surrogates included."""
+    return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def bad_json(draw: st.DrawFn, value: Any) -> bytes:
+    """JSON of `value` with other parts or other bytes."""
+    if draw(st.booleans()):
+        return json_text(draw(changed(value)))
+    return draw(damaged(json_text(value)))
+
+
+@contextlib.contextmanager
+def only_user_errors() -> Iterator[None]:
+    """Nothing but what the command line turns into one line: a UserError, or the system's own error with its number."""
+    try:
+        yield
+    except UserError as error:
+        assert str(error).strip()
+    except OSError as error:
+        assert error.errno is not None
+
+
+def files_below(root: Path) -> set[str]:
+    """All paths below a directory."""
+    return {str(path.relative_to(root)) for path in root.rglob("*")}

@@ -1,0 +1,135 @@
+"""Checkpoints, model directories and embedding stores, broken: a UserError, no hang, no code run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipcap import ClipCapConfig, ClipCapModel, load_original_checkpoint
+from clipcap.data import CaptionedImage
+from clipcap.embeddings import EmbeddingStore, StoreWriter, build_store
+from common.clip import load_clip
+from common.gpt2 import load_gpt2
+from tests.fuzz.mutations import FUZZ, bad_json, changed, damaged, json_text, only_user_errors
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+SHAPES = [(), (0,), (3,), (0, 3), (2, 2), (7, 5), (1, 2, 3)]
+NUMBERS = st.one_of(st.none(), st.integers(-2, 20), st.text(max_size=4), st.just([]), st.just({}), st.booleans(), st.floats())
+"""For sizes in a config: small, so that what is built from them is."""
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_original_checkpoint_of_other_tensors(kind, tmp_path):
+    weights = torch.load(GOLDEN / f"clipcap_{kind}.pt", weights_only=True)
+    names = sorted(weights)
+
+    @settings(FUZZ, max_examples=30)
+    @given(st.lists(st.tuples(st.sampled_from(names), st.sampled_from(["drop", "shape", "type", "name", "value"]),
+                              st.sampled_from(SHAPES)), min_size=1, max_size=3))  # fmt: skip
+    def check(changes):
+        bad = dict(weights)
+        for name, how, shape in changes:
+            old = bad.pop(name, torch.zeros(2))
+            if how == "shape":
+                bad[name] = torch.zeros(shape)
+            elif how == "type":
+                bad[name] = old.to(torch.int64) if isinstance(old, torch.Tensor) else old
+            elif how == "name":
+                bad[f"{name}.more"] = old
+            elif how == "value":
+                bad[name] = list(shape)
+        torch.save(bad, tmp_path / "bad.pt")
+        with only_user_errors():
+            load_original_checkpoint(tmp_path / "bad.pt", n_head=4)
+
+    check()
+
+
+@settings(FUZZ, max_examples=60)
+@given(damaged((GOLDEN / "clipcap_mlp.pt").read_bytes()[:4000]), st.booleans())
+def test_original_checkpoint_of_other_bytes(tmp_path_factory, data, whole):
+    path = tmp_path_factory.mktemp("bytes") / "bad.pt"
+    path.write_bytes(data + (GOLDEN / "clipcap_mlp.pt").read_bytes()[4000:] if whole else data)
+    with only_user_errors():
+        load_original_checkpoint(path, n_head=4)
+
+
+@pytest.fixture(scope="module")
+def captioner(gpt2_directory, tmp_path_factory):
+    """A captioner that keeps its mapper alone."""
+    directory = tmp_path_factory.mktemp("captioner") / "model"
+    config = ClipCapConfig(gpt2=str(gpt2_directory), clip_width=8, prefix_length=2)
+    ClipCapModel.from_backbones(config).save_pretrained(directory)
+    return directory
+
+
+def test_captioner_config(captioner, tmp_path):
+    good = json.loads((captioner / "config.json").read_text())
+    place = shutil.copytree(captioner, tmp_path / "model")
+
+    @settings(FUZZ, max_examples=40)
+    @given(st.one_of(changed(good, NUMBERS).map(json_text), damaged(json_text(good))))
+    def check(data):
+        (place / "config.json").write_bytes(data)
+        with only_user_errors():
+            ClipCapModel.from_pretrained(place)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_gpt2_directory(gpt2_directory, name, tmp_path):
+    place = shutil.copytree(gpt2_directory, tmp_path / "gpt2")
+    good = (place / name).read_bytes()
+    data = changed(json.loads(good), NUMBERS).map(json_text) if name == "config.json" else damaged(good)
+
+    @settings(FUZZ, max_examples=20)
+    @given(data)
+    def check(data):
+        (place / name).write_bytes(data)
+        with only_user_errors():
+            load_gpt2(place)
+
+    check()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Three images, embedded."""
+    place = tmp_path_factory.mktemp("store")
+    items = []
+    for number in range(3):
+        path = place / f"{number}.png"
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+        items.append(CaptionedImage(f"{number}", path, ("a cat",), "train"))
+    build_store(items, load_clip("tiny", device="cpu"), place / "store")
+    return place / "store"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rows.bin"])
+def test_embedding_store(store, name, tmp_path):
+    place = shutil.copytree(store, tmp_path / "store")
+    good = (place / name).read_bytes()
+    key = json.loads((place / "manifest.json").read_text())["key"]
+
+    @FUZZ
+    @given(bad_json(json.loads(good)) if name.endswith("json") else damaged(good))
+    def check(data):
+        (place / name).write_bytes(data)
+        with only_user_errors():
+            found = EmbeddingStore(place)
+            found.ids  # noqa: B018
+            assert len(found) == len(found.records) and (not len(found) or found[0] is not None)
+            assert "nowhere" not in found
+            assert isinstance(found.skipped, dict)
+        with only_user_errors():
+            StoreWriter(place, key, "tiny").close()
+
+    check()
