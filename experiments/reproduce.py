@@ -292,7 +292,8 @@ def field_costs(arms: dict[str, tuple[int, bool]], scenes: int) -> list[Cost]:
         scoring = 25.0 * 400**2 * samples * 2 * FIELD
         kept = 4096.0 * samples * 256 * 11 * 4 if semantic else 1024.0 * samples * 256 * 11 * 4
         memory = training_memory(semantic * 151e6 + 2 * FIELD, 2 * FIELD, states=2, kept=kept)
-        costs.append(Cost(f"{name}, {scenes} scene{'s' * (scenes > 1)}", scenes * (FIELD_STEPS * step + scoring), memory))
+        phase = f"{name}, {scenes} scene{'s' * (scenes > 1)}"
+        costs.append(Cost(phase, scenes * (FIELD_STEPS * step + scoring), memory))
     return costs
 
 
