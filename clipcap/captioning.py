@@ -110,7 +110,7 @@ def caption(config: CaptionConfig) -> int:
             return
         from clipcap.captioner import Captioner
 
-        dtype = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
+        dtype: Any = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
         captioner = Captioner.from_pretrained(config.model, device=device, dtype=dtype)
         found = captioner.stream(remaining, on_error=skip, batch_size=config.batch_size or None, **options)
         for item in tqdm(found, total=len(remaining), unit=" images", disable=len(remaining) < 2):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +238,7 @@ def _bleu(truths: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]]) 
         dtype=np.float64,
     )
     return {
-        f"BLEU-{n}": Metric(values[n - 1], np.array(per_image[n - 1]), parts, lambda sums, n=n: _bleu_of(sums, n))
+        f"BLEU-{n}": Metric(values[n - 1], np.array(per_image[n - 1]), parts, partial(_bleu_of, n=n))
         for n in range(1, 5)
     }
 
@@ -442,7 +443,7 @@ def sacrebleu_score(candidates: Sequence[str], references: Sequence[Sequence[str
     from sacrebleu.metrics import BLEU
 
     most = max(map(len, references))
-    streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
+    streams: Any = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
     bleu = BLEU(lowercase=True)
     return bleu.corpus_score(list(candidates), streams).score / 100, str(bleu.get_signature())
 

@@ -113,7 +113,7 @@ def decoding_parts(gpt2: GPT2LMHeadModel, *, int8: bool = False) -> tuple[nn.Mod
 def can_use_int8(weight: Tensor) -> bool:
     """Whether this build of torch multiplies 8-bit integers on the device of this weight."""
     there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return weight.device.type == "cpu" and there and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return bool(weight.device.type == "cpu" and there and hasattr(torch.ops.onednn, "qlinear_pointwise"))
 
 
 def can_pack(weight: Tensor) -> bool:

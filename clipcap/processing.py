@@ -79,7 +79,7 @@ class ClipCapProcessor:
             raise UserError("images and text are both None: give one of them.")
         found: dict[str, Any] = {}
         if images is not None:
-            several = list(images) if isinstance(images, list | tuple) else [images]
+            several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
             found["pixel_values"] = self.preprocess([read_image(image) for image in several])
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)

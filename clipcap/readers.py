@@ -284,7 +284,8 @@ def _read_original(path: Path, data: Any, images: Path | None) -> Iterator[Capti
 
 def _read_original_pickle(path: Path) -> Iterator[CaptionedImage]:
     data = read_pickle(path)
-    embeddings, rows = (data.get("clip_embedding"), data.get("captions")) if isinstance(data, dict) else (None, None)
+    embeddings: Any = data.get("clip_embedding") if isinstance(data, dict) else None
+    rows = data.get("captions") if isinstance(data, dict) else None
     if not hasattr(embeddings, "shape") or len(embeddings.shape) != 2 or not isinstance(rows, list):
         raise UserError(
             f"pickle {str(path)!r} is not the original ClipCap's: it needs 'clip_embedding', a tensor (n, e), and "

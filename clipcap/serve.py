@@ -166,7 +166,7 @@ def run(config: ServeConfig) -> int:
     _gradio()  # before the models load
     device = start(config.runtime)
     _free_port(config.host, config.port)
-    dtype = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
+    dtype: Any = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
     captioner = Captioner.from_pretrained(config.model, device=device, dtype=dtype)
     page = build_page(captioner, max_new_tokens=config.max_new_tokens, name=config.model)
     with contextlib.suppress(KeyboardInterrupt):

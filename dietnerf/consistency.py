@@ -115,7 +115,7 @@ def measure(config: ConsistencyConfig) -> dict[str, Any]:
         )
     found = pair_similarities(embeddings)
     everything = torch.cat(list(found.within.values()))
-    record = {
+    record: dict[str, Any] = {
         "config": asdict(config),
         "within": summary(everything),
         "across": summary(found.across) if len(found.across) else None,
@@ -133,10 +133,10 @@ def measure(config: ConsistencyConfig) -> dict[str, Any]:
         "than views of different scenes.",
     )
     page.figure(figure, "Cosine similarity of the embeddings of two views")
-    page.table([{"pairs": "of one scene", **record["within"]}])  # type: ignore[dict-item]
+    page.table([{"pairs": "of one scene", **record["within"]}])
     if record["across"]:
-        page.table([{"pairs": "of different scenes", **record["across"]}])  # type: ignore[dict-item]
-    page.table([{"scene": name, **values} for name, values in record["scenes"].items()])  # type: ignore[attr-defined]
+        page.table([{"pairs": "of different scenes", **record["across"]}])
+    page.table([{"scene": name, **values} for name, values in record["scenes"].items()])
     page.details("configuration, hardware and versions", record)
     page.write(config.out / "index.html")
     return record

@@ -73,6 +73,7 @@ class VoxelGrid(nn.Module):
         self.register_buffer("level", torch.tensor(0))
         self.register_buffer("sizes", vertices_along(aabb[1] - aabb[0], resolutions[0]))
         self.register_buffer("occupied", torch.ones(CELLS, CELLS, CELLS, dtype=torch.bool))
+        self.density_scale: Tensor
         self.register_buffer("density_scale", 64 / (aabb[1] - aabb[0]).mean())
         self.density_shift = math.log(math.expm1(START_OPACITY / 64))
 
@@ -161,7 +162,10 @@ class VoxelGrid(nn.Module):
         level = int(self.level)
         sizes = vertices_along(box[1] - box[0], self.resolutions[level + 1])
         counts = sizes.tolist()
-        axes = [torch.linspace(*ends, count, device=box.device) for ends, count in zip(box.T, counts, strict=True)]
+        axes = [
+            torch.linspace(low, high, count, device=box.device)
+            for low, high, count in zip(*box.tolist(), counts, strict=True)
+        ]
         for plane, x in enumerate(axes[0]):  # one plane at a time bounds the memory
             points = torch.cartesian_prod(x[None], axes[1], axes[2])
             corners = self.locate(points)

@@ -50,7 +50,7 @@ def compute_losses(
 
 def reconstruction_losses(model: FewViewModel, outputs: dict[str, Tensor], rgb: Tensor) -> dict[str, Tensor]:
     """Mean squared error of the colours, and of the coarse network's."""
-    losses = {}
+    losses: dict[str, Tensor] = {}
     for name in ("rgb", "rgb_coarse"):
         if name in outputs:
             rendered, target = model.renderer_rgb.blend_background_for_loss_computation(

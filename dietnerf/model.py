@@ -204,7 +204,7 @@ class FewViewModel(Model):
 
     def _visible_outputs(self, rays: RayBundle) -> dict[str, Tensor]:
         names = ("rgb", "depth", "accumulation")
-        outputs = self.forward(rays)
+        outputs: Any = self.forward(rays)
         return {name: value for name, value in outputs.items() if name.removesuffix("_coarse") in names}
 
     def _composite(
@@ -410,7 +410,7 @@ class DietNerfactoModel(FewViewModel):
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
         if ray_bundle.camera_indices is None:  # the field asks for them, and uses them for appearance only
-            ray_bundle.camera_indices = torch.zeros_like(ray_bundle.nears, dtype=torch.long)
+            ray_bundle.camera_indices = torch.zeros_like(ray_bundle.origins[..., :1], dtype=torch.long)
         densities = [network.density_fn for network in self.proposal_networks]
         samples, weights_list, samples_list = self.proposal_sampler(ray_bundle, density_fns=densities)
         found = self.field(samples)

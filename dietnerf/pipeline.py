@@ -126,7 +126,7 @@ class FewViewPipeline(VanillaPipeline):
 
     def get_training_callbacks(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
         """Also forgets nerfstudio's optimizer state when the field begins anew."""
-        optimizers = attributes.optimizers
+        optimizers: Any = attributes.optimizers
 
         def forget() -> None:
             for optimizer in optimizers.optimizers.values():

@@ -67,7 +67,7 @@ def total_variation(grid: Float[Tensor, "x y z c"], voxel: Float[Tensor, " 3"]) 
         voxel: its size along each axis, in the scene's units, so that the value does not change with the resolution.
     """
     core = grid[:-1, :-1, :-1]
-    squares = SMOOTHING
+    squares = torch.full_like(core, SMOOTHING)
     for axis, size in enumerate(voxel.tolist()):
         shifted = grid.narrow(axis, 1, grid.shape[axis] - 1)
         for other in {0, 1, 2} - {axis}:

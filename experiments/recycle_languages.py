@@ -263,7 +263,7 @@ def run_arm(
     write_json(directory / "result.json", result)
     for folder in ("train", "unfrozen"):
         shutil.rmtree(directory / folder, ignore_errors=True)
-    shown = result["held_out"]
+    shown: Any = result["held_out"]
     scores = ", ".join(f"{split} {found['bits_per_byte']:.4f}" for split, found in shown.items()) if shown else ""
     print(
         f"{time.strftime('%H:%M:%S')} {config.language} {name}: val {result['val_loss']:.4f} {scores} "
@@ -363,7 +363,7 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
             else:
                 rows = initialise("random", tables[1], english, language.tokenizer,
                                   generator=torch.Generator().manual_seed(0))
-                overlap = error = None
+                overlap = error = None  # type: ignore[assignment]
             replace_lexical(model, language.tokenizer, rows)
             record = None
             if tokens:
@@ -373,7 +373,7 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
                     stage(config, rate=rate, tokens=tokens, whole=False, validations=5),
                     runtime=runtime, progress=False,
                 )
-            result = {
+            result: dict[str, Any] = {
                 "method": name,
                 "settings": settings,
                 "tokens": tokens,

@@ -212,8 +212,8 @@ def collate(tokenizer: CLIPTokenizer) -> Callable[[list[dict[str, Any]]], dict[s
     def phrases() -> list[str]:
         template = rng.choice(ENGLISH.alone)
         nouns = [rng.choice(ENGLISH.shapes[shape])[0] for shape in SHAPES]
-        article = dict.fromkeys(COLOURS, ENGLISH.article[0]) | {"orange": ENGLISH.article[1]}
-        return [template.format(f"{article[colour]} {colour} {noun}") for colour in COLOURS for noun in nouns]
+        named = [f"{ENGLISH.indefinite('', colour)} {colour} {noun}" for colour in COLOURS for noun in nouns]
+        return [template.format(phrase) for phrase in named]
 
     def join(items: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = torch.from_numpy(np.concatenate([item["images"] for item in items]))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tyro
@@ -233,12 +233,13 @@ def sample(
     if room < 1:
         raise UserError(f"the prompt has {len(ids) - 1} tokens but the model {model.config.n_positions} positions: "
                         f"shorten the prompt.")
-    how = {
+    how: dict[str, Any] = {
         "greedy": dict(do_sample=False),
         "beam": dict(do_sample=False, num_beams=num_beams),
         "top_k": dict(do_sample=True, top_k=min(top_k, len(tokenizer)), temperature=temperature),
         "nucleus": dict(do_sample=True, top_k=0, top_p=top_p, temperature=temperature),
-    }[strategy]
+    }
+    chosen = how[strategy]
     inputs = torch.tensor([ids], device=model.device)
     end = tokenizer.eos_token_id
     model.eval()
@@ -250,7 +251,7 @@ def sample(
             num_return_sequences=count,
             eos_token_id=end,
             pad_token_id=end,
-            **how,
+            **chosen,
         )
     return [tokenizer.decode(row[1:], skip_special_tokens=True) for row in found]
 

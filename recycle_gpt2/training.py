@@ -374,7 +374,7 @@ def train_stage(
         ),
         directory,
     )
-    loaders = {
+    loaders: dict[str, Any] = {
         "train_dataloaders": ResumableLoader(train, BatchOrder(num_blocks, config.batch_size, seed=runtime.seed)),
         "val_dataloaders": DataLoader(
             valid, batch_sampler=BatchOrder(len(cast(Sized, valid)), config.batch_size, shuffle=False)
