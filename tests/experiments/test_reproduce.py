@@ -165,7 +165,7 @@ def test_recycling_runs_and_goes_on(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(reproduce.LANGUAGES["nld"], "vocab_size", 600)
     text = tmp_path / "data" / "text" / "nld"
     text.mkdir(parents=True)
-    shutil.copy(ASSETS / "samples" / "dutch" / "test.txt.xz", text)
+    shutil.copy(ASSETS / "samples" / "dutch" / "train.txt.xz", text)  # enough that some documents are held out
     config = Config("recycle-dutch", data=tmp_path / "data", weights=weights, out=tmp_path / "out", steps=1,
                     matrix_rate=100, runtime=CPU)  # fmt: skip
     main(config)
