@@ -37,6 +37,8 @@ TOKENS = 20
 BEAMS = 5
 STRATEGIES = {"beam": "beam_original", "beam_mean": "beam", "greedy": "greedy"}
 
+PRECISIONS = ("fp32", "bf16", "int8")
+
 
 def build_models(seed: int) -> tuple[ClipCapModel, CLIPVisionModelWithProjection]:
     """GPT-2 124M behind an MLP mapper with a prefix of 10, and ViT-B/32, with random weights."""
@@ -123,6 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one image in the plain loop and batch 8 only")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32), help="images captioned at once")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=tuple(STRATEGIES), help="decodings")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of our side")
     parser.add_argument("--plain-images", type=int, default=8, help="images that the plain loop captions")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind, of which the fastest counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -133,7 +137,7 @@ def main() -> None:
     batches, plain_images, repeats = arguments.batches, arguments.plain_images, arguments.repeats
     if quick:
         batches, plain_images, repeats = (8,), 1, 1
-    strategies = {k: v for k, v in STRATEGIES.items() if not (quick and k == "beam_mean")}
+    strategies = {k: STRATEGIES[k] for k in arguments.strategies if not (quick and k == "beam_mean")}
 
     model, vision = build_models(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -171,7 +175,7 @@ def main() -> None:
     result["memory_gb_per_second"] = 1e-9 * bandwidth
     weights = sum(p.numel() for p in model.gpt2.parameters())
     int8 = False
-    for precision in ("fp32", "bf16", "int8"):
+    for precision in arguments.precisions:
         int8 = precision == "int8"
         dtype = resolve_dtype("bf16" if int8 else precision)
         model, vision = model.to(dtype), vision.to(dtype)
@@ -182,14 +186,15 @@ def main() -> None:
             for name, strategy in strategies.items():
                 beams = 1 if name == "greedy" else BEAMS
 
+                found: list[list[list[list[int]]]] = []
                 work = partial(fast, batch, strategy, beams)
+                seconds = cpu_seconds(lambda work=work, found=found: found.append(work()), repeats) / batch
                 if name == "beam" and batch == max(batches):
-                    pairs = list(zip(plain_captions[BEAMS], work(), strict=False))
+                    pairs = list(zip(plain_captions[BEAMS], found[-1], strict=False))
                     if precision == "fp32":
                         result["beam_fp32_identical"] = sum(a == b for a, b in pairs) / len(pairs)
                     else:
                         result[f"beam_{precision}_same_best"] = sum(a[0] == b[0] for a, b in pairs) / len(pairs)
-                seconds = cpu_seconds(work, repeats) / batch
                 key = f"{name}_{precision}_b{batch}"
                 image, decoding = multiply_adds(model, vision, beams)
                 size = 1 if int8 else dtype.itemsize

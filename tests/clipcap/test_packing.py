@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clipcap.packing import Head, _Int8Linear, can_use_int8, decoding_parts
+from clipcap.packing import Head, _gelu_tanh, _Int8Linear, can_use_int8, decoding_parts
 from common.checks import UserError
 
 pytestmark = pytest.mark.skipif(not can_use_int8(torch.zeros(1)), reason="torch has no 8-bit kernels here")
@@ -28,6 +28,11 @@ def test_int8_linear_is_the_integer_formula(rows, gelu, transposed):
     exact = F.linear(x, w, b)
     exact = F.gelu(exact, approximate="tanh") if gelu else exact
     assert (found - exact).norm() / exact.norm() < 0.02
+
+
+def test_gelu_is_torchs():
+    x = torch.linspace(-30, 30, 2001)[None]
+    torch.testing.assert_close(_gelu_tanh(x), F.gelu(x, approximate="tanh"), atol=1e-6, rtol=1e-6)
 
 
 def test_zeros_and_bfloat16():
