@@ -300,7 +300,7 @@ def field_costs(arms: dict[str, tuple[int, bool]], scenes: int) -> list[Cost]:
 def recycling_costs(text: Path, vocab_size: int) -> list[Cost]:
     """One pass over the text there, or over a gigabyte where there is none, at 4 bytes a token."""
     size = sum(file.stat().st_size for file in text.rglob("*") if file.is_file()) if text.is_dir() else 0
-    given = f"{size / 1e9:.2f} GB" if size else "a GB of text"
+    given = f"{size / 1e6:,.1f} MB" if size else "a GB of text"
     tokens = (size or 1e9) / 4
     costs = []
     for name, layers, width, heads, share, whole in (
