@@ -1,17 +1,53 @@
-"""Every example of the README runs as it stands, but for those marked as needing real weights."""
+"""Every example of the README and of docs/ runs as it stands, but for those marked as needing real weights or hours."""
 
+import importlib
+import importlib.util
 import re
 import shlex
 
 import pytest
+import tyro
 
 from clipcap.cli import main
 
 MARK = "# needs real weights"
+MARKS = (MARK, "# takes hours")
+PROGRAMS = {"clipcap": "clipcap.cli", "dietnerf": "dietnerf.cli", "recycle-gpt2": "recycle_gpt2.cli"}
+LAUNCHERS = ("srun", "torchrun")
 
 
-def blocks(root, language):
-    return re.findall(rf"```{language}\n(.*?)```", (root / "README.md").read_text(), flags=re.DOTALL)
+def blocks(root, language, page="README.md"):
+    return re.findall(rf"```{language}\n(.*?)```", (root / page).read_text(), flags=re.DOTALL)
+
+
+def pages(root):
+    return [str(path.relative_to(root)) for path in sorted((root / "docs").glob("*.md"))]
+
+
+def lines(block):
+    """The commands of a shell block as lists of words, comments left out."""
+    found = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    return [words for words in found if words]
+
+
+def program(words):
+    """The command's name and arguments, without what launches it; None where it is not one of ours."""
+    if words[0] in LAUNCHERS and "-m" in words:
+        module, *arguments = words[words.index("-m") + 1 :]
+        return next(name for name, place in PROGRAMS.items() if place == module), arguments
+    words = words[1:] if words[0] in LAUNCHERS else words
+    return (words[0], words[1:]) if words[0] in PROGRAMS else None
+
+
+def check_options(name, arguments):
+    """The subcommand exists, and takes these options."""
+    chosen = importlib.import_module(PROGRAMS[name]).SUBCOMMANDS[arguments[0]]
+    config = getattr(importlib.import_module(chosen.module), chosen.config)
+    tyro.cli(config, args=arguments[1:], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+
+
+def has_nerfstudio():
+    return importlib.util.find_spec("nerfstudio") is not None
 
 
 def commands(root):
@@ -53,3 +89,71 @@ def test_every_path_of_the_readme_exists(root, pattern):
     paths = re.findall(pattern, (root / "README.md").read_text(), flags=re.MULTILINE)
     assert paths
     assert [path for path in paths if not (root / path).exists()] == []
+
+
+@pytest.fixture(scope="module")
+def place(root, tmp_path_factory):
+    """A directory with the repository's common/, in which the pages' commands have been run in their order."""
+    place = tmp_path_factory.mktemp("pages")
+    (place / "common").symlink_to(root / "common")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for page in pages(root):
+            for block in blocks(root, "bash", page):
+                if any(mark in block for mark in MARKS):
+                    continue
+                for words in lines(block):
+                    ours = program(words)
+                    if ours is None:
+                        assert words[0] == "make" or words[:2] == ["pip", "install"], (page, words)
+                    elif ours[0] != "dietnerf" or has_nerfstudio():
+                        assert importlib.import_module(PROGRAMS[ours[0]]).main(ours[1]) == 0, (page, words)
+    return place
+
+
+@pytest.mark.slow
+def test_shell_blocks_of_the_pages(place):
+    out = place / "out"
+    assert (out / "mine" / "scores" / "index.html").is_file() and (out / "gpt2-sample" / "README.md").is_file()
+    if has_nerfstudio():
+        assert (out / "dietnerf" / "evaluation" / "results.json").is_file()
+
+
+@pytest.mark.slow
+def test_python_blocks_of_the_pages(root, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    ran = 0
+    for page in pages(root):
+        for block in blocks(root, "python", page):
+            if not any(mark in block for mark in MARKS) and ("dietnerf" not in block or has_nerfstudio()):
+                exec(block, {})
+                ran += 1
+    assert ran and capsys.readouterr().out.strip()
+
+
+def test_marked_blocks_name_commands_and_options_that_exist(root):
+    checked = 0
+    for page in ["README.md", *pages(root)]:
+        for block in blocks(root, "bash", page):
+            if not any(mark in block for mark in MARKS):
+                continue
+            for words in lines(block):
+                ours = program(words)
+                if ours is not None and (ours[0] != "dietnerf" or has_nerfstudio()):
+                    check_options(*ours)
+                elif words[:2] == ["python", "-m"]:
+                    assert importlib.util.find_spec(words[2]), (page, words)
+                    if words[2] == "experiments.reproduce":
+                        from experiments.reproduce import Config
+
+                        tyro.cli(Config, args=words[3:], config=(tyro.conf.OmitArgPrefixes,))
+                checked += 1
+    assert checked >= 20
+
+
+def test_links_of_the_pages(root):
+    for page in pages(root):
+        text = re.sub(r"```.*?```", "", (root / page).read_text(), flags=re.DOTALL)
+        for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (root / "docs" / path).exists(), (page, path)
+        assert "@ESTIMATES@" not in text, page
