@@ -77,6 +77,9 @@ class ClipCapConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         require_one_of("mapper", self.mapper, MAPPERS)
         require_one_of("inputs", self.inputs, INPUTS)
+        for name in ("gpt2", "clip"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise UserError(f"{name} is {value!r}: give a name or a directory as text.")
         if isinstance(self.gpt2_config, GPT2Config):
             self.gpt2_config = self.gpt2_config.to_dict()
         super().__post_init__(**kwargs)

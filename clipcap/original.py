@@ -137,7 +137,9 @@ def _gpt2_sizes(path: Path, weights: dict[str, Tensor], n_head: int) -> dict[str
     if width % n_head:
         raise UserError(f"n_head is {n_head}: use a divisor of this GPT-2's width {width}.")
     layers = {int(m[1]) for k in weights if (m := re.match(r"transformer\.h\.(\d+)\.", k))}
-    inner = weights.get("transformer.h.0.mlp.c_fc.weight")
+    inner = None
+    if "transformer.h.0.mlp.c_fc.weight" in weights:
+        inner = _sides(path, weights, "transformer.h.0.mlp.c_fc.weight")[1]
     end = 50256 if vocabulary > 50256 else None
     return {
         "vocab_size": vocabulary,
@@ -145,7 +147,7 @@ def _gpt2_sizes(path: Path, weights: dict[str, Tensor], n_head: int) -> dict[str
         "n_layer": len(layers),
         "n_head": n_head,
         "n_positions": weights["transformer.wpe.weight"].shape[0],
-        "n_inner": inner.shape[1] if inner is not None and inner.shape[1] != 4 * width else None,
+        "n_inner": inner if inner is not None and inner != 4 * width else None,
         "bos_token_id": end,
         "eos_token_id": end,
     }
@@ -155,15 +157,16 @@ def _mapper_sizes(path: Path, weights: dict[str, Tensor], width: int) -> dict[st
     """The mapper's fields of ClipCapConfig from its weights."""
     sizes: dict[str, Any]
     if "model.0.weight" in weights and "model.2.weight" in weights:
-        out = weights["model.2.weight"].shape[0]
-        sizes = {"mapper": "mlp", "clip_width": weights["model.0.weight"].shape[1], "prefix_length": out // width}
+        out = _sides(path, weights, "model.2.weight")[0]
+        clip_width = _sides(path, weights, "model.0.weight")[1]
+        sizes = {"mapper": "mlp", "clip_width": clip_width, "prefix_length": out // width}
     elif "prefix_const" in weights and "linear.weight" in weights:
-        out, clip_width = weights["linear.weight"].shape
+        out, clip_width = _sides(path, weights, "linear.weight")
         layers = {m[1] for k in weights if (m := re.match(r"transformer\.layers\.(\d+)\.", k))}
         sizes = {
             "mapper": "transformer",
             "clip_width": clip_width,
-            "prefix_length": weights["prefix_const"].shape[0],
+            "prefix_length": _sides(path, weights, "prefix_const")[0],
             "clip_length": out // width,
             "mapper_layers": len(layers),
         }
@@ -172,6 +175,14 @@ def _mapper_sizes(path: Path, weights: dict[str, Tensor], width: int) -> dict[st
     if out % width:
         raise UserError(f"checkpoint {str(path)!r}: its mapper does not fit GPT-2's width {width}: name another GPT-2.")
     return sizes
+
+
+def _sides(path: Path, weights: dict[str, Tensor], name: str) -> tuple[int, int]:
+    """Rows and columns of a matrix."""
+    shape = tuple(weights[name].shape)
+    if len(shape) != 2 or 0 in shape:
+        raise UserError(f"checkpoint {str(path)!r}: {name} has shape {shape}, no matrix: copy it again.")
+    return shape  # type: ignore[return-value]
 
 
 def _load(

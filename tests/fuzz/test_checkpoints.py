@@ -15,6 +15,7 @@ from PIL import Image
 from clipcap import ClipCapConfig, ClipCapModel, load_original_checkpoint
 from clipcap.data import CaptionedImage
 from clipcap.embeddings import EmbeddingStore, StoreWriter, build_store
+from common.checks import UserError
 from common.clip import load_clip
 from common.gpt2 import load_gpt2
 from tests.fuzz.mutations import FUZZ, bad_json, changed, damaged, json_text, only_user_errors
@@ -59,6 +60,17 @@ def test_original_checkpoint_of_other_bytes(tmp_path_factory, data, whole):
     path.write_bytes(data + (GOLDEN / "clipcap_mlp.pt").read_bytes()[4000:] if whole else data)
     with only_user_errors():
         load_original_checkpoint(path, n_head=4)
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("mlp", "clip_project.model.2.weight"), ("transformer", "clip_project.prefix_const"),
+    ("transformer", "clip_project.linear.weight"), ("mlp", "gpt.transformer.h.0.mlp.c_fc.weight"),
+])  # fmt: skip
+def test_a_vector_in_place_of_a_matrix_is_named(kind, name, tmp_path):
+    weights = torch.load(GOLDEN / f"clipcap_{kind}.pt", weights_only=True)
+    torch.save(weights | {name: torch.zeros(3)}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="no matrix"):
+        load_original_checkpoint(tmp_path / "bad.pt", n_head=4)
 
 
 @pytest.fixture(scope="module")
