@@ -61,7 +61,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, table: Tensor, labels: Tensor, chunk: int, with_gradients: bool
     ) -> Tensor:
         wants_hidden, wants_table = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
-        for_hidden, for_table = torch.empty_like(hidden) if wants_hidden else None, None
+        for_hidden: Tensor | None = torch.empty_like(hidden) if wants_hidden else None
+        for_table: Tensor | None = None
         weight = table.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -77,7 +78,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 slope = slope.to(h.dtype)
                 if for_hidden is not None:
                     torch.mm(slope, weight, out=for_hidden[begin : begin + chunk])
-                if wants_table:
+                if wants_table:  # the first part is taken as it is, no zeros of the table's size
                     part = slope.T @ h
                     for_table = part.to(table.dtype) if for_table is None else for_table.add_(part)
         ctx.gradients = [for_hidden, for_table]  # not saved tensors: they are handed on, never shared
