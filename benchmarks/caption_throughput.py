@@ -188,7 +188,11 @@ def main() -> None:
 
                 found: list[list[list[list[int]]]] = []
                 work = partial(fast, batch, strategy, beams)
-                seconds = cpu_seconds(lambda work=work, found=found: found.append(work()), repeats) / batch
+
+                def keep(work: Any = work, found: Any = found) -> None:
+                    found.append(work())
+
+                seconds = cpu_seconds(keep, repeats) / batch
                 if name == "beam" and batch == max(batches):
                     pairs = list(zip(plain_captions[BEAMS], found[-1], strict=False))
                     if precision == "fp32":

@@ -98,14 +98,15 @@ def multiply_adds(model: ClipCapModel, tokens: float) -> float:
     weight where it is trained.
     """
     config = model.config
+    parts: Any = model.mapper
     through = 3 if config.tune_gpt2 else 2
     blocks = sum(p.numel() for p in model.gpt2.transformer.h.parameters())
     head = model.gpt2.lm_head.weight.numel()
     if config.mapper == "mlp":
-        mapper = 3 * sum(p.numel() for p in model.mapper.parameters())
+        mapper = 3 * sum(p.numel() for p in parts.parameters())
     else:
-        each = sum(p.numel() for p in model.mapper.transformer.parameters())
-        mapper = 3 * (each * (config.clip_length + config.prefix_length) + model.mapper.linear.weight.numel())
+        each = sum(p.numel() for p in parts.transformer.parameters())
+        mapper = 3 * (each * (config.clip_length + config.prefix_length) + parts.linear.weight.numel())
     return mapper + through * (blocks * (config.prefix_length + tokens - 1) + head * tokens)
 
 

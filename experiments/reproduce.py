@@ -708,7 +708,8 @@ def two_steps(module: Any, batch: Any, runtime: RuntimeConfig) -> float:
             precision=LIGHTNING_PRECISION[runtime.precision], gradient_clip_val=1.0,  # type: ignore[arg-type]
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[watch],
         )  # fmt: skip
-        trainer.fit(module, DataLoader([batch, batch], batch_size=None))
+        twice: Any = [batch, batch]
+        trainer.fit(module, DataLoader(twice, batch_size=None))
     if trainer.global_step != 2 or watch.loss != watch.loss:
         raise RuntimeError(f"two steps ended after {trainer.global_step} with the loss {watch.loss}")
     return watch.seconds
