@@ -75,7 +75,7 @@ def test_conceptual_has_one_caption_each(options, tmp_path):
 def test_nocaps_by_domain(options, tmp_path):
     clipcap_nocaps.main(clipcap_nocaps.Config(**options, variants=("mlp-tuned",), models=("tiny",)))
     (row,) = rows(tmp_path / "out")
-    assert {"CIDEr in", "CIDEr out", "CIDEr overall"} <= set(row)
+    assert {"CIDEr in", "CIDEr overall"} <= set(row) and {"CIDEr near", "CIDEr out"} & set(row)
     result = json.loads((tmp_path / "out" / "mlp-tuned" / "evaluation-all" / "results.json").read_text())
     counts = {name: part["images"] for name, part in result["domains"].items()}
     assert counts["in"] == 2 and counts["overall"] == 4 and sum(counts.values()) == 8
