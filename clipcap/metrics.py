@@ -444,7 +444,7 @@ def sacrebleu_score(candidates: Sequence[str], references: Sequence[Sequence[str
 
     most = max(map(len, references))
     streams: Any = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
-    bleu = BLEU(lowercase=True)
+    bleu = BLEU(lowercase=True, force=True)  # captions that end in " ." are no mistake
     return bleu.corpus_score(list(candidates), streams).score / 100, str(bleu.get_signature())
 
 
