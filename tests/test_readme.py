@@ -8,8 +8,6 @@ import shlex
 import pytest
 import tyro
 
-from clipcap.cli import main
-
 MARK = "# needs real weights"
 MARKS = (MARK, "# takes hours")
 PROGRAMS = {"clipcap": "clipcap.cli", "dietnerf": "dietnerf.cli", "recycle-gpt2": "recycle_gpt2.cli"}
@@ -21,7 +19,7 @@ def blocks(root, language, page="README.md"):
 
 
 def pages(root):
-    return [str(path.relative_to(root)) for path in sorted((root / "docs").glob("*.md"))]
+    return ["README.md", *(str(path.relative_to(root)) for path in sorted((root / "docs").glob("*.md")))]
 
 
 def lines(block):
@@ -48,32 +46,6 @@ def check_options(name, arguments):
 
 def has_nerfstudio():
     return importlib.util.find_spec("nerfstudio") is not None
-
-
-def commands(root):
-    lines = [line for block in blocks(root, "bash") if MARK not in block for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("clipcap ")]
-
-
-def test_command_line_examples(root, tmp_path, monkeypatch, capsys):
-    found = commands(root)
-    assert len(found) >= 5
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "common").symlink_to(root / "common")  # examples name files of the repository and write to out/
-    for _, *arguments in found:
-        assert main(arguments) == 0, arguments
-    lines = (tmp_path / "out" / "captions.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(list((root / "common/assets/samples/scenes").glob("*.jpg")))
-    assert (tmp_path / "out" / "readme" / "model" / "model.safetensors").is_file()
-    assert "skipped" not in capsys.readouterr().err
-
-
-def test_python_examples(root, monkeypatch, capsys):
-    monkeypatch.chdir(root)
-    [block] = blocks(root, "python")
-    exec(block, {})
-    first, second = capsys.readouterr().out.splitlines()
-    assert len(first.split()) > 2 and second.count(",") >= 3
 
 
 def test_every_make_target_of_the_readme_exists(root):
@@ -114,6 +86,9 @@ def place(root, tmp_path_factory):
 @pytest.mark.slow
 def test_shell_blocks_of_the_pages(place):
     out = place / "out"
+    lines = (out / "captions.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(list((place / "common/assets/samples/scenes").glob("*.jpg")))
+    assert (out / "readme" / "model" / "model.safetensors").is_file()
     assert (out / "mine" / "scores" / "index.html").is_file() and (out / "gpt2-sample" / "README.md").is_file()
     if has_nerfstudio():
         assert (out / "dietnerf" / "evaluation" / "results.json").is_file()
@@ -133,7 +108,7 @@ def test_python_blocks_of_the_pages(root, place, monkeypatch, capsys):
 
 def test_marked_blocks_name_commands_and_options_that_exist(root):
     checked = 0
-    for page in ["README.md", *pages(root)]:
+    for page in pages(root):
         for block in blocks(root, "bash", page):
             if not any(mark in block for mark in MARKS):
                 continue
@@ -155,5 +130,5 @@ def test_links_of_the_pages(root):
     for page in pages(root):
         text = re.sub(r"```.*?```", "", (root / page).read_text(), flags=re.DOTALL)
         for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert (root / "docs" / path).exists(), (page, path)
+            assert (root / page).parent.joinpath(path).exists(), (page, path)
         assert "@ESTIMATES@" not in text, page
