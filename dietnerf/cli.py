@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
+import warnings
 
 from common.commands import Subcommand, run_cli
 
@@ -17,9 +19,16 @@ SUBCOMMANDS = {
 }
 
 
+def silence_nerfstudio() -> None:
+    """Keep back what torch says to nerfstudio's authors about its code."""
+    for message in ("Using a non-tuple sequence", "`torch.jit.script`", "`torch.cuda.amp", "No CUDA runtime"):
+        warnings.filterwarnings("ignore", message=re.escape(message))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command `dietnerf`."""
     given = sys.argv[1:] if arguments is None else arguments
+    silence_nerfstudio()
     if given and given[0] in SUBCOMMANDS and importlib.util.find_spec("nerfstudio") is None:
         print("error: dietnerf needs nerfstudio: pip install 'clip-gpt-toolkit[dietnerf]'.", file=sys.stderr)
         return 2

@@ -192,6 +192,9 @@ def main(config: Config) -> None:
     page.command("clipcap evaluate --data common/assets/samples/scenes/dataset.json --model tiny")
     results: dict[str, Any] = {}
     if with_scene:
+        from dietnerf.cli import silence_nerfstudio
+
+        silence_nerfstudio()
         from experiments.demo_scene import scene_section
 
         steps.next()
