@@ -14,7 +14,7 @@ from recycle_gpt2.corpus import labels
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-LOGITS = {"cpu": 2**22, "cuda": 2**27}
+LOGITS = {"cpu": 2**23, "cuda": 2**27}
 """Logits that exist at once, by kind of device: the larger the vocabulary, the fewer positions in a chunk."""
 
 
@@ -51,15 +51,19 @@ class TiedCrossEntropy(torch.autograd.Function):
                 if for_hidden is not None:
                     for_hidden[begin : begin + step] = slope @ weight
                 if for_table is not None:
-                    for_table += slope.T @ h
-        ctx.save_for_backward(for_hidden, for_table)
+                    if h.dtype == for_table.dtype:
+                        for_table.addmm_(slope.T, h)  # no second table in memory
+                    else:
+                        for_table += slope.T @ h
+        ctx.gradients = for_hidden, for_table
         return total / len(hidden)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        for_hidden, for_table = ctx.saved_tensors
+        for_hidden, for_table = ctx.gradients
+        ctx.gradients = None  # whoever takes them is their only owner, and need not copy
         return (
-            None if for_hidden is None else for_hidden * upstream.to(for_hidden.dtype),
+            None if for_hidden is None else for_hidden.mul_(upstream),
             None if for_table is None else for_table.mul_(upstream),
             None,
         )
