@@ -145,6 +145,7 @@ def test_in_a_browser(config, tmp_path):
         page.click("#human")
         assert page.locator("#text").inner_text() != first
         page.click("#machine")
+        page.wait_for_timeout(500)  # Chromium writes to the disk when it likes
         page.reload()
         assert page.input_value("#judge") == "Ann B." and page.inner_text("#count").startswith("3 / 18 (2)")
         page.click("#back")
