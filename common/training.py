@@ -308,8 +308,10 @@ def build_trainer(
     if config.tensorboard:
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard"))
     saved: list[Callback] = [
-        ModelCheckpoint(directory, filename="best", monitor=monitor, mode=mode, save_top_k=1, save_last=True,
+        ModelCheckpoint(directory, filename="best", monitor=monitor, mode=mode, save_top_k=1,
                         enable_version_counter=False, auto_insert_metric_name=False, save_weights_only=False),
+        # Its own, after the best is known: `save_last=True` writes only when there is a new best.
+        ModelCheckpoint(directory, filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
     ]
     if config.patience:
         saved.append(StopEarly(monitor, mode=mode, patience=config.patience, check_finite=False))

@@ -272,9 +272,6 @@ class Recycling(LightningModule):
         )
 
     def on_validation_end(self) -> None:
-        *before, latest = [point["val_loss"] for point in self.curve]
-        if before and not latest < min(before):  # Lightning writes last.ckpt only together with a new best
-            self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "last.ckpt")
         self._clock = time.monotonic()  # validation is no training time
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -323,3 +323,33 @@ def test_patience_survives_a_resume(tmp_path):
         fit(trainer, module, tmp_path, train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
             val_dataloaders=DataLoader(data, batch_size=6))
         assert (trainer.global_step, len(module.seen)) == (4, seen)
+
+
+class GetsWorse(LightningModule):
+    """A module whose validation loss only rises, and which fails in the middle of the fourth round."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.validated = nn.Parameter(torch.zeros(2)), 0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7:
+            raise RuntimeError("power failure")
+        return (self.weight * batch[0]).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += 1
+        self.log("val/loss", float(self.validated))
+
+
+def test_every_validation_writes_last_and_only_the_better_ones_best(tmp_path):
+    data = TensorDataset(torch.ones(16, 2))
+    trainer = build_trainer(TrainerConfig(max_steps=20, val_every=2, device="cpu", progress=False), tmp_path)
+    loader = ResumableLoader(data, BatchOrder(16, 2))
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit(trainer, GetsWorse(), tmp_path, train_dataloaders=loader, val_dataloaders=DataLoader(data, batch_size=16))
+    steps = {name: torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["global_step"] for name in ("best", "last")}
+    assert steps == {"best": 2, "last": 6}
