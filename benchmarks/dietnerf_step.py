@@ -16,14 +16,13 @@ import argparse
 import json
 import multiprocessing
 import resource
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
+from benchmarks.caption_throughput import cpu_seconds
 from common.pretrained import ASSETS
 from common.runtime import hardware, seed_everything, versions
 from dietnerf.methods import method_config
@@ -32,16 +31,6 @@ EVERY = 10
 RESOLUTION = 168
 RAYS = 1024
 FIELDS = {"published": "dietnerf", "nerfacto": "dietnerf-nerfacto", "grid": "dietnerf-grid"}
-
-
-def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Least CPU seconds of `repeats` runs."""
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        work()
-        times.append(time.process_time() - begin)
-    return min(times)
 
 
 def measure(field: str, *, quick: bool, seed: int) -> dict[str, float]:

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from transformers import GPT2Config
 
 from benchmarks.caption_throughput import cpu_seconds, stock_activation
-from clipcap.data import BucketedOrder, collate
+from clipcap.data import collate
 from clipcap.model import ClipCapConfig, ClipCapModel
 from common.runtime import autocast, fork_generators, hardware, resolve_dtype, versions
+from common.training import BatchOrder
 
 PADDED = 40
 """Length to which the original pads every caption: about the mean of COCO's and ten standard deviations."""
@@ -121,7 +122,7 @@ def main() -> None:
     batch_size, steps = (10, 1) if arguments.quick else (40, arguments.steps)
 
     rng = np.random.default_rng(arguments.seed)
-    lengths = caption_lengths(BucketedOrder.POOL * batch_size, arguments.seed)
+    lengths = caption_lengths(BatchOrder.POOL * batch_size, arguments.seed)
     items = [
         {
             "embedding": torch.from_numpy(rng.standard_normal(512, dtype=np.float32)),
@@ -130,7 +131,7 @@ def main() -> None:
         for length in lengths
     ]
     join = collate(50256)
-    buckets = BucketedOrder(lengths.tolist(), batch_size, seed=arguments.seed).order().reshape(-1, batch_size)
+    buckets = BatchOrder(len(lengths), batch_size, seed=arguments.seed, lengths=lengths).order().reshape(-1, batch_size)
     order = buckets.ravel()
     padded = float(np.mean([lengths[rows].max() for rows in buckets]))
     # Batches whose padded length is nearest to the mean one, so that a few steps stand for an epoch.

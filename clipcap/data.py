@@ -16,14 +16,13 @@ from clipcap.readers import CaptionedImage, read_dataset
 from clipcap.tokens import tokenize
 from common.checks import UserError
 from common.language import IGNORE
-from common.training import BatchOrder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from clipcap.embeddings import EmbeddingStore
 
-__all__ = ["BucketedOrder", "CaptionDataset", "CaptionedImage", "collate", "read_dataset"]
+__all__ = ["CaptionDataset", "CaptionedImage", "collate", "read_dataset"]
 
 
 class CaptionDataset(Dataset[dict[str, Any]]):
@@ -107,13 +106,6 @@ class _Pairs(Sequence[tuple[int, list[int]]]):
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         return map(self.data.pair, range(len(self)))
-
-
-class BucketedOrder(BatchOrder):
-    """Batches of captions of similar length, in random order, so that little of a batch is padding."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int = 0) -> None:
-        super().__init__(len(lengths), batch_size, seed=seed, lengths=lengths)
 
 
 def collate(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:

@@ -78,9 +78,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 slope = slope.to(h.dtype)
                 if for_hidden is not None:
                     torch.mm(slope, weight, out=for_hidden[begin : begin + chunk])
-                if wants_table:  # the first part is taken as it is, no zeros of the table's size
-                    part = slope.T @ h
-                    for_table = part.to(table.dtype) if for_table is None else for_table.add_(part)
+                if not wants_table:
+                    continue
+                if for_table is None:  # the first part is taken as it is, no zeros of the table's size
+                    for_table = (slope.T @ h).to(table.dtype)
+                elif for_table.dtype == h.dtype:  # no second table in memory
+                    for_table.addmm_(slope.T, h)
+                else:
+                    for_table.add_(slope.T @ h)
         ctx.gradients = [for_hidden, for_table]  # not saved tensors: they are handed on, never shared
         return total
 

@@ -19,7 +19,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +26,7 @@ import tyro
 
 from common.checks import UserError, require_at_least, run_command
 from common.report import write_json, write_text
+from common.running_text import RunningText
 
 Language = Literal["eng", "nld", "ita"]
 
@@ -114,7 +114,7 @@ def unpack(archive: Path, directory: Path) -> Path:
     return directory
 
 
-class Paragraphs(HTMLParser):
+class Paragraphs(RunningText):
     """The running text of an HTML page, without navigation, code and tables of contents."""
 
     BREAKS = frozenset(
@@ -124,13 +124,6 @@ class Paragraphs(HTMLParser):
     SKIPPED_CLASS = re.compile(
         r"\b(nav\w*|docnav|toc|footer|debug|sphinxsidebar\w*|related|indexterm|index|headerlink)\b"
     )
-    VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.paragraphs: list[str] = []
-        self._words: list[str] = []
-        self._open: list[tuple[str, bool]] = []  # tags, and whether their text is skipped
 
     @classmethod
     def of(cls, page: str) -> list[str]:
@@ -138,37 +131,11 @@ class Paragraphs(HTMLParser):
         parser = cls()
         parser.feed(page)
         parser.close()
-        parser._end()
+        parser.end_paragraph()
         return parser.paragraphs
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in self.BREAKS:
-            self._end()
-        if tag not in self.VOID:
-            skipped = tag in self.SKIPPED or bool(self.SKIPPED_CLASS.search(dict(attrs).get("class") or ""))
-            self._open.append((tag, skipped or bool(self._open and self._open[-1][1])))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in self.BREAKS:
-            self._end()
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.BREAKS:
-            self._end()
-        for index in range(len(self._open) - 1, -1, -1):
-            if self._open[index][0] == tag:
-                del self._open[index:]
-                break
-
-    def handle_data(self, data: str) -> None:
-        if not (self._open and self._open[-1][1]):
-            self._words.append(data)
-
-    def _end(self) -> None:
-        text = " ".join("".join(self._words).split())
-        self._words.clear()
-        if text:
-            self.paragraphs.append(text)
+    def skips(self, tag: str, attrs: dict[str, str | None]) -> bool:
+        return super().skips(tag, attrs) or bool(self.SKIPPED_CLASS.search(attrs.get("class") or ""))
 
 
 def is_prose(paragraph: str, language: str, min_words: int) -> bool:

@@ -8,11 +8,11 @@ import lzma
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import IO, Any
 
 from common.checks import UserError, require_file
+from common.running_text import RunningText
 
 SUFFIXES: tuple[str, ...] = (".txt", ".jsonl", ".html", ".htm", ".xhtml")
 """Files that are read in a directory; each also with .xz or .gz."""
@@ -195,7 +195,7 @@ def _read_jsonl(path: Path, genre: str) -> Iterator[tuple[Document, int]]:
 
 
 def _read_html(path: Path, genre: str) -> Iterator[tuple[Document, int]]:
-    parser, position = _RunningText(), 0
+    parser, position = _Page(), 0
     for line, _, position in _lines(path):  # noqa: B007
         parser.feed(line + "\n")
     text = parser.finish()
@@ -236,7 +236,7 @@ def _clean(text: str, where: str) -> str:
     return "\n".join(line for line in (part.strip() for part in text.split("\n")) if line)
 
 
-class _RunningText(HTMLParser):
+class _Page(RunningText):
     """The paragraphs of an HTML page, white space collapsed, without scripts, styles, forms and navigation."""
 
     BREAKS = frozenset(
@@ -244,49 +244,16 @@ class _RunningText(HTMLParser):
         " blockquote pre br hr body".split()
     )
     SKIPPED = frozenset("head script style noscript template nav footer title button select textarea svg form".split())
-    VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.paragraphs: list[str] = []
-        self._words: list[str] = []
-        self._open: list[tuple[str, bool]] = []  # tags, and whether their text is skipped
 
     def finish(self) -> str:
         """The text, when all of the page has been fed."""
         self.close()
-        self._end()
+        self.end_paragraph()
         # A character reference such as &#0; or half of a pair has no place in a text.
         text = "\n".join(self.paragraphs)
         return text.encode("utf-8", "ignore").decode("utf-8").replace("\0", "")
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in self.BREAKS:
-            self._end()
         if tag == "body":  # a head that was never closed ends here
             self._open.clear()
-        if tag not in self.VOID:
-            skipped = tag in self.SKIPPED or bool(self._open and self._open[-1][1])
-            self._open.append((tag, skipped))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in self.BREAKS:
-            self._end()
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.BREAKS:
-            self._end()
-        for index in range(len(self._open) - 1, -1, -1):
-            if self._open[index][0] == tag:
-                del self._open[index:]
-                break
-
-    def handle_data(self, data: str) -> None:
-        if not (self._open and self._open[-1][1]):
-            self._words.append(data)
-
-    def _end(self) -> None:
-        text = " ".join("".join(self._words).split())
-        self._words.clear()
-        if text:
-            self.paragraphs.append(text)
+        super().handle_starttag(tag, attrs)

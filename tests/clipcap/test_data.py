@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 
 from clipcap import tokens
-from clipcap.data import BucketedOrder, CaptionDataset, collate, read_dataset
+from clipcap.data import CaptionDataset, collate, read_dataset
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.language import IGNORE
+from common.training import BatchOrder
 
 
 @pytest.fixture
@@ -60,10 +61,10 @@ def test_collate_pads_to_the_longest_and_does_not_label_padding():
 @pytest.mark.parametrize("num", [1, 7, 64, 1003])
 def test_buckets_hold_every_caption_once_and_little_padding(num):
     lengths = np.random.default_rng(0).integers(3, 40, num)
-    order = BucketedOrder(lengths, 8, seed=3)
+    order = BatchOrder(len(lengths), 8, seed=3, lengths=lengths)
     batches = list(order)
     assert sorted(i for batch in batches for i in batch) == list(range(num))
-    assert batches == list(BucketedOrder(lengths, 8, seed=3))
+    assert batches == list(BatchOrder(len(lengths), 8, seed=3, lengths=lengths))
     if num > 1000:
         padded = sum(len(batch) * lengths[batch].max() for batch in batches)
         assert padded < 1.15 * lengths.sum()  # in random order it is about 1.7 times

@@ -9,30 +9,11 @@ from nerfstudio.data.scene_box import SceneBox
 
 from common.checks import UserError
 from dietnerf.losses import compute_losses
-from dietnerf.model import DietGridModelConfig, DietNerfactoModelConfig, DietNeRFModelConfig
 from dietnerf.poses import pose_spherical
 from dietnerf.regularizers import RegularizerConfig
 from dietnerf.semantic import SemanticConfig, ViewSampler
+from tests.dietnerf.fields import CONFIGS
 
-CONFIGS = {
-    "mlp": DietNeRFModelConfig(
-        num_coarse_samples=6,
-        num_importance_samples=8,
-        num_layers=2,
-        layer_width=16,
-        position_bands=4,
-        density_activation="softplus",
-    ),
-    "nerfacto": DietNerfactoModelConfig(
-        num_levels=3,
-        max_res=32,
-        log2_hashmap_size=8,
-        hidden_dim=8,
-        num_proposal_samples_per_ray=(8, 6),
-        num_nerf_samples_per_ray=6,
-    ),
-    "grid": DietGridModelConfig(resolutions=(8, 12), grow_at=(3,)),
-}
 POSES = torch.stack([pose_spherical(theta, -30, 4)[:3] for theta in (0, 60, 120)])
 CAMERAS = Cameras(POSES, fx=10.0, fy=10.0, cx=4.0, cy=4.0, width=8, height=8)
 

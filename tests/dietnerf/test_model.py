@@ -16,33 +16,13 @@ from common.checks import UserError
 from dietnerf.mlp import PublishedField, encode, load_original_mlp, original_encoding_order
 from dietnerf.model import (
     DietGridModelConfig,
-    DietNerfactoModelConfig,
     DietNeRFModelConfig,
     FewViewModel,
     simplified_nerf_config,
 )
 from dietnerf.poses import pose_spherical
 from dietnerf.regularizers import RegularizerConfig
-
-CONFIGS = {
-    "mlp": DietNeRFModelConfig(
-        num_coarse_samples=6,
-        num_importance_samples=8,
-        num_layers=2,
-        layer_width=16,
-        position_bands=4,
-        density_activation="softplus",
-    ),
-    "nerfacto": DietNerfactoModelConfig(
-        num_levels=3,
-        max_res=32,
-        log2_hashmap_size=8,
-        hidden_dim=8,
-        num_proposal_samples_per_ray=(8, 6),
-        num_nerf_samples_per_ray=6,
-    ),
-    "grid": DietGridModelConfig(resolutions=(8, 12), grow_at=(3,)),
-}
+from tests.dietnerf.fields import CONFIGS
 
 
 def make(config) -> FewViewModel:
