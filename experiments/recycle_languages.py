@@ -1,6 +1,7 @@
 """Does English help? GPT-2 recycled for Dutch and Italian against every control (de Vries & Nissim 2021, sec. 4 and 5).
 
-    python -m experiments.recycle_languages --text DIR --language nld --parts tune main seeds alignment data_size long
+    python -m experiments.recycle_languages --text DIR --language nld \
+        --parts baselines tune main seeds alignment medium data_size budgets
 
 DIR holds LANG.train.txt(.xz) and LANG.valid.txt(.xz), made by experiments/build_corpus.py. Every run writes a JSON file
 when it is finished and is not made again; one that was stopped goes on from its checkpoint. Tables are made of the
@@ -53,12 +54,26 @@ FRESH = ("frozen fresh layers", "scratch")
 """Arms that begin as GPT-2's own initialisation does, layers and rows."""
 MAIN = ("frozen English", "frozen shuffled English", "scratch", "all from English")
 RATES: dict[str, tuple[float, ...]] = {
-    **dict.fromkeys(FROZEN, (0.003, 0.01, 0.03)),
-    **dict.fromkeys(WHOLE, (0.01,)),
+    **dict.fromkeys(FROZEN, (0.003, 0.01, 0.03, 0.1)),
+    **dict.fromkeys(WHOLE, (0.005, 0.01, 0.02)),
 }
-"""Learning rates tried, of AdamW; Muon's is twice that. What trains whole has the English models' own."""
-PARTS = ("tune", "main", "seeds", "alignment", "data_size", "long", "baselines")
-SHARES = (0.01, 0.1, 1.0)
+"""Learning rates tried, of AdamW; Muon's is twice that."""
+UNFROZEN_SHARES = (0.25, 0.5, 1.0)
+"""Rates tried after unfreezing, as shares of the best when all trains from English."""
+PARTS = ("tune", "main", "seeds", "alignment", "medium", "data_size", "budgets", "baselines")
+SHARES = (0.01, 0.1)
+METHODS: dict[str, dict[str, Any]] = {
+    "least squares": {"method": "least_squares"},
+    "least squares, chosen options": {"method": "least_squares"},
+    "Procrustes": {"method": "procrustes"},
+    "Procrustes with scale": {"method": "procrustes", "scale": True},
+    "kNN, 1": {"method": "knn", "k": 1},
+    "kNN, 10": {"method": "knn", "k": 10},
+    "random rows": {},
+}
+"""Where the medium model's rows come from, with the arguments of `align`."""
+MEDIUM = ("aligned medium, all", "medium from FOCUS rows, all", "medium from random rows, all")
+"""The larger model with everything trained: rows carried over from the relearned small model, or begun there."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +87,8 @@ class Config:
     out: Path = Path("out/recycle")
     """Where texts, corpora and runs go."""
     parts: tuple[str, ...] = ("baselines", "tune", "main", "seeds")
-    """What to run: baselines, tune, main (seed 0 of every arm), seeds (1, 2 of the main arms), alignment, data_size,
-    long."""
+    """What to run: baselines, tune, main (seed 0 of every arm), seeds (1, 2 of the main arms), alignment (methods),
+    medium (what alignment saves when all trains), data_size (1 and 10 %), budgets (of training tokens)."""
     arms: tuple[str, ...] = ARMS
     """Arms of the part main."""
     vocab_size: int = 4096
@@ -84,8 +99,12 @@ class Config:
     """Training tokens of each arm."""
     tune_tokens: int = 150_000
     """Training tokens of each learning rate that is tried."""
-    long_tokens: int = 1_000_000
-    """Training tokens of the part long."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Rows of the part alignment."""
+    budgets: tuple[int, ...] = (62_500, 1_000_000)
+    """Training tokens of the part budgets, beside --tokens."""
+    budget_arms: tuple[str, ...] = ("all from English", "scratch")
+    """Arms of the part budgets."""
     brief_tokens: int = 50_000
     """Training tokens of the medium model after its alignment."""
     block: int = 256
@@ -135,6 +154,8 @@ def prepare(config: Config) -> Language:
 def begin(arm: str, config: Config, language: Language, seed: int) -> GPT2LMHeadModel:
     """The model that an arm begins with, and the tensors that it trains first."""
     generator = torch.Generator().manual_seed(seed)
+    if arm in MEDIUM:
+        return begin_medium(arm, config, language, generator)
     model, english = load_gpt2("tiny")
     if arm in FRESH:  # English rows are much too large for fresh layers: a loss of 36 nats
         shape = len(language.tokenizer), model.config.n_embd
@@ -155,6 +176,28 @@ def begin(arm: str, config: Config, language: Language, seed: int) -> GPT2LMHead
         reinitialise_layers(model, generator)
     replace_lexical(model, language.tokenizer, rows)
     train_only(model, layers="all" if arm in WHOLE else ())
+    return model
+
+
+def begin_medium(arm: str, config: Config, language: Language, generator: torch.Generator) -> GPT2LMHeadModel:
+    """The larger model with a table of the new language, all of it to be trained."""
+    model, english = load_gpt2("tiny-medium")
+    if arm == MEDIUM[0]:
+        relearned, _ = load_gpt2(language.directory / "runs" / "frozen-English-seed0" / "model", frozen=True)
+        small, _ = load_gpt2("tiny", frozen=True)
+        rows = align(token_table(small), token_table(model), token_table(relearned), method="least_squares")
+    else:
+        rows = initialise(
+            config.initialisation if arm == MEDIUM[1] else "random",
+            token_table(model),
+            english,
+            language.tokenizer,
+            generator=generator,
+            auxiliary=language.auxiliary,
+            target_counts=language.train.counts(),
+        )
+    replace_lexical(model, language.tokenizer, rows)
+    train_only(model, layers="all")
     return model
 
 
@@ -180,6 +223,11 @@ def score_held_out(model: GPT2LMHeadModel, tokenizer: Any, language: Language) -
         split: asdict(summarise(score_documents(model, tokenizer, documents)))
         for split, documents in language.documents.items()
     }
+
+
+def slug(arm: str) -> str:
+    """An arm's name as a folder's."""
+    return arm.replace(" ", "-").replace(",", "")
 
 
 def finished(path: Path) -> dict[str, Any] | None:
@@ -211,8 +259,9 @@ def run_arm(
         keep: keep the model.
     """
     directory = language.directory / "runs" / name
+    asked = {"rate": rate, "unfrozen_rate": unfrozen_rate, "tokens_asked": tokens}
     done = finished(directory / "result.json")
-    if done is not None:
+    if done is not None and all(done.get(key, value) == value for key, value in asked.items()):
         return done
     begun = time.process_time()
     runtime = RuntimeConfig(config.runtime.device, config.runtime.precision, seed, config.runtime.threads)
@@ -226,7 +275,7 @@ def run_arm(
     records = [
         train_stage(
             model, train, language.valid, directory / "train",
-            stage(config, rate=rate, tokens=first, whole=arm in WHOLE, validations=8 if report else 3),
+            stage(config, rate=rate, tokens=first, whole=arm in (*WHOLE, *MEDIUM), validations=8 if report else 3),
             runtime=runtime, progress=False,
         )
     ]
@@ -243,8 +292,7 @@ def run_arm(
         "language": config.language,
         "seed": seed,
         "share": share,
-        "rate": rate,
-        "unfrozen_rate": unfrozen_rate,
+        **asked,
         "tokens": sum(record.tokens for record in records),
         "flops": sum(record.flops for record in records),
         "train_tokens_available": language.train.num_tokens,
@@ -279,10 +327,9 @@ def tuned(arm: str, config: Config, language: Language) -> float:
         return json.loads((config.rates_of / "rates.json").read_text())[arm]
     if len(RATES[arm]) == 1:
         return RATES[arm][0]
-    slug = arm.replace(" ", "-").replace(",", "")
     losses = {
         rate: run_arm(
-            arm, config, language, seed=0, rate=rate, tokens=config.tune_tokens, name=f"tune-{slug}-{rate:g}",
+            arm, config, language, seed=0, rate=rate, tokens=config.tune_tokens, name=f"tune-{slug(arm)}-{rate:g}",
             report=False,
         )["val_loss"]
         for rate in RATES[arm]
@@ -290,11 +337,26 @@ def tuned(arm: str, config: Config, language: Language) -> float:
     return min(losses, key=lambda rate: losses[rate])
 
 
+def tuned_unfrozen(config: Config, language: Language, relearning: float, whole: float) -> float:
+    """The rate after unfreezing with the lowest validation loss, among shares of the best when all trains."""
+    if config.rates_of is not None:
+        return json.loads((config.rates_of / "rates.json").read_text())[UNFROZEN]
+    if len(UNFROZEN_SHARES) == 1:
+        return UNFROZEN_SHARES[0] * whole
+    losses = {
+        share * whole: run_arm(
+            UNFROZEN, config, language, seed=0, rate=relearning, unfrozen_rate=share * whole,
+            tokens=config.tune_tokens, name=f"tune-{slug(UNFROZEN)}-{share * whole:g}", report=False,
+        )["val_loss"]
+        for share in UNFROZEN_SHARES
+    }
+    return min(losses, key=lambda rate: losses[rate])
+
+
 def rates(config: Config, language: Language) -> dict[str, float]:
     """The tuned rate of every arm, written to rates.json."""
     found = {arm: tuned(arm, config, language) for arm in (*FROZEN, *WHOLE)}
-    # What follows relearning is the paper's low rate: a quarter of what is best from a new table.
-    found[UNFROZEN] = found["all from English"] / 2
+    found[UNFROZEN] = tuned_unfrozen(config, language, found["frozen English"], found["all from English"])
     write_json(language.directory / "rates.json", found)
     return found
 
@@ -332,25 +394,16 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
     tables = token_table(small), token_table(large)
     target = token_table(relearned)
     generator = torch.Generator().manual_seed(0)
-    options = choose_options(*tables, method="least_squares", generator=generator)
-    methods: dict[str, dict[str, Any]] = {
-        "least squares": dict(method="least_squares"),
-        "least squares, chosen options": dict(method="least_squares", **options.arguments()),
-        "Procrustes": dict(method="procrustes"),
-        "Procrustes with scale": dict(method="procrustes", scale=True),
-        "kNN, 1": dict(method="knn", k=1),
-        "kNN, 10": dict(method="knn", k=10),
-    }
     runtime = RuntimeConfig(config.runtime.device, config.runtime.precision, 0, config.runtime.threads)
-    for name, settings in {**methods, "random rows": {}}.items():
+    for name in config.methods:
+        settings = METHODS[name]
+        if name == "least squares, chosen options":
+            settings = settings | choose_options(*tables, method="least_squares", generator=generator).arguments()
         budgets = [0, config.brief_tokens]
         if name == "random rows":
             budgets += [2 * config.brief_tokens, 4 * config.brief_tokens]
-        if name == "least squares, chosen options":
-            budgets = [0]
         for tokens in budgets:
-            slug = name.replace(" ", "-").replace(",", "")
-            directory = language.directory / "alignment" / f"{slug}-{tokens}"
+            directory = language.directory / "alignment" / f"{slug(name)}-{tokens}"
             if (directory / "result.json").exists():
                 continue
             begun = time.process_time()
@@ -385,9 +438,6 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
                 "cpu_seconds": round(time.process_time() - begun, 1),
                 "hardware": hardware(),
             }
-            if tokens and name == "Procrustes with scale":
-                model.save_pretrained(directory / "model")
-                language.tokenizer.save_pretrained(directory / "model")
             write_json(directory / "result.json", result)
             shutil.rmtree(directory / "train", ignore_errors=True)
             print(f"{time.strftime('%H:%M:%S')} {config.language} align {name} {tokens}: "
@@ -399,7 +449,11 @@ def main(config: Config) -> None:
     """Run the parts asked for, what is finished excepted."""
     for part in config.parts:
         require_one_of("part", part, PARTS)
+    for method in config.methods:
+        require_one_of("rows", method, METHODS)
     for arm in config.arms:
+        require_one_of("arm", arm, ARMS)
+    for arm in config.budget_arms:
         require_one_of("arm", arm, ARMS)
     require_at_least("tokens", config.tokens, 2)
     start(config.runtime)
@@ -412,14 +466,11 @@ def main(config: Config) -> None:
     best = rates(config, language)
 
     def run(arm: str, name: str, **changes: Any) -> dict[str, Any]:
+        first = {UNFROZEN: "frozen English", **dict.fromkeys(MEDIUM, "all from English")}.get(arm, arm)
         settings = dict(
-            seed=0, tokens=config.tokens, rate=best["frozen English" if arm == UNFROZEN else arm],
-            unfrozen_rate=best[UNFROZEN] if arm == UNFROZEN else 0.0,
+            seed=0, tokens=config.tokens, rate=best[first], unfrozen_rate=best[UNFROZEN] if arm == UNFROZEN else 0.0
         )
         return run_arm(arm, config, language, name=name, **settings | changes)
-
-    def slug(arm: str) -> str:
-        return arm.replace(" ", "-").replace(",", "")
 
     for part in config.parts:
         if part == "main":
@@ -433,14 +484,20 @@ def main(config: Config) -> None:
             run("frozen English", "frozen-English-seed0", keep=True)
             run_alignment(config, language, best["frozen English"])
         if part == "data_size":
-            for share in SHARES[:2]:
+            for share in SHARES:
                 # Few texts are passed over at most ten times.
                 tokens = min(config.tokens, round(10 * share * language.train.num_tokens))
                 for arm in MAIN:
                     run(arm, f"{slug(arm)}-share{share:g}", share=share, tokens=tokens)
-        if part == "long":
-            for arm in ("all from English", "scratch"):
-                run(arm, f"{slug(arm)}-long", tokens=config.long_tokens, keep=True)
+        if part == "medium":
+            run("frozen English", "frozen-English-seed0", keep=True)
+            for arm in MEDIUM:
+                run(arm, f"{slug(arm)}-seed0", keep=True)
+            run(MEDIUM[0], f"{slug(MEDIUM[0])}-{max(config.budgets)}", tokens=max(config.budgets), keep=True)
+        if part == "budgets":
+            for tokens in config.budgets:
+                for arm in config.budget_arms:
+                    run(arm, f"{slug(arm)}-{tokens}", tokens=tokens, keep=tokens == max(config.budgets))
 
 
 if __name__ == "__main__":

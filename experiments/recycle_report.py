@@ -20,7 +20,7 @@ import tyro
 from common.checks import UserError, run_command
 from common.gpt2 import load_gpt2, token_table
 from common.report import plot_lines, write_text
-from experiments.recycle_languages import ARMS
+from experiments.recycle_languages import ARMS, MEDIUM, slug
 from recycle_gpt2.evaluate import sample
 from recycle_gpt2.lexicon import build_lexicon
 
@@ -75,7 +75,7 @@ def main_table(directory: Path, runs: dict[str, dict[str, Any]]) -> list[str]:
         "| second genre, bits/byte |",
         "|---|--:|--:|--:|--:|--:|---|--:|",
     ]
-    for arm in ARMS:
+    for arm in (*ARMS, *MEDIUM):
         group = sorted(groups.get(arm, []), key=lambda run: run["seed"])
         if not group:
             continue
@@ -86,12 +86,6 @@ def main_table(directory: Path, runs: dict[str, dict[str, Any]]) -> list[str]:
             f"| {mean([bits(run) for run in group])} | {interval(one['held_out']['test'])} "
             f"| {mean([bits(run, 'second') for run in group])} |"
         )
-    for name, run in runs.items():
-        if name.endswith("-long"):
-            lines.append(
-                f"| {run['arm']}, longer | 1 | {run['tokens']:,} | {run['flops']:.2e} | {run['rate']:g} "
-                f"| {bits(run):.3f} | {interval(run['held_out']['test'])} | {bits(run, 'second'):.3f} |"
-            )
     path = directory / "baselines.json"
     if path.exists():
         for name, found in json.loads(path.read_text()).items():
@@ -102,12 +96,39 @@ def main_table(directory: Path, runs: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def budgets(runs: dict[str, dict[str, Any]], arm: str) -> dict[int, dict[str, Any]]:
+    """The runs of seed 0 of one arm on all of the text by the tokens that they were asked for."""
+    begin = slug(arm) + "-"
+    found = {int(name[len(begin):]): run for name, run in runs.items()
+             if name.startswith(begin) and name[len(begin):].isdigit()}
+    if found and begin + "seed0" in runs:
+        one = runs[begin + "seed0"]
+        found[one.get("tokens_asked", round(one["tokens"], -4))] = one
+    return dict(sorted(found.items()))
+
+
+def budget_table(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """Bits per byte of both genres at every budget of training tokens."""
+    found = {arm: budgets(runs, arm) for arm in (*ARMS, *MEDIUM)}
+    tokens = sorted({budget for rows in found.values() for budget in rows})
+    if not tokens:
+        return []
+    heads = " | ".join(f"{budget:,} tokens" for budget in tokens)
+    lines = [f"| model | {heads} |", "|---|" + "--:|" * len(tokens)]
+    for arm, rows in found.items():
+        if rows:
+            cells = [f"{bits(rows[b]):.3f}, {bits(rows[b], 'second'):.3f}" if b in rows else "–" for b in tokens]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
+
+
 def tuning_table(runs: dict[str, dict[str, Any]]) -> list[str]:
     """Validation losses of the rates that were tried."""
     lines = ["| arm | rate | tokens | validation nats per token |", "|---|--:|--:|--:|"]
     for name, run in runs.items():
         if name.startswith("tune-"):
-            lines.append(f"| {run['arm']} | {run['rate']:g} | {run['tokens']:,} | {run['val_loss']:.3f} |")
+            rate = f"{run['rate']:g}" + (f", then {run['unfrozen_rate']:g}" if run["unfrozen_rate"] else "")
+            lines.append(f"| {run['arm']} | {rate} | {run['tokens']:,} | {run['val_loss']:.3f} |")
     return lines if len(lines) > 2 else []
 
 
@@ -159,8 +180,10 @@ def figures(language: str, runs: dict[str, dict[str, Any]], docs: Path) -> list[
     lines = []
     for axis, label in (("tokens", "training tokens"), ("flops", "computed training FLOPs")):
         series = {}
+        longest = {slug(arm): (list(budgets(runs, arm)) or [0])[-1] for arm in (*ARMS, *MEDIUM)}
         for name, run in runs.items():
-            if not name.endswith(("-seed0", "-long")):
+            arm = slug(run["arm"])
+            if name not in (f"{arm}-seed0", f"{arm}-{longest[arm]}"):
                 continue
             xs: list[float] = []
             ys: list[float] = []
@@ -169,7 +192,7 @@ def figures(language: str, runs: dict[str, dict[str, Any]], docs: Path) -> list[
                 xs += [before + point[axis] for point in stage["curve"]]
                 ys += [point["val_loss"] / math.log(2) for point in stage["curve"]]
                 before = xs[-1]
-            series[run["arm"] + (", longer" if name.endswith("-long") else "")] = (xs, ys)
+            series[run["arm"] + ("" if name.endswith("-seed0") else ", longer")] = (xs, ys)
         if series:
             figure = plot_lines(series, x=label, y="bits per token, validation", log_x=True)
             path = docs / f"recycling_{language}_{axis}.png"
@@ -181,8 +204,11 @@ def figures(language: str, runs: dict[str, dict[str, Any]], docs: Path) -> list[
 def texts(directory: Path, language: str) -> list[str]:
     """Samples of the best kept models, and the lexicon's surest entries."""
     lines: list[str] = []
-    for name, title in (("all-from-English-long", "all from English, longer"), ("all-from-English-seed0",
-                        "all from English"), ("frozen-English-seed0", "frozen English")):
+    for name, title in (
+        ("aligned-medium-all-1000000", "aligned medium, all, a million tokens"),
+        ("all-from-English-1000000", "all from English, a million tokens"),
+        ("frozen-English-seed0", "frozen English, 250,000 tokens"),
+    ):
         folder = directory / "runs" / name / "model"
         if not folder.is_dir():
             continue
@@ -223,6 +249,7 @@ def main(config: Config) -> None:
                   f"tokens of a vocabulary of {some['vocab_size']:,}.", ""]
         lines += [*main_table(directory, runs), ""]
         for heading, table in (
+            ("Training tokens (bits per byte, same genre and second genre, seed 0)", budget_table(runs)),
             ("Alignment to the medium model (bits per byte, same genre)", alignment_table(directory)),
             ("Size of the text (bits per byte, same genre)", size_table(runs)),
             ("Learning rates", tuning_table(runs)),

@@ -53,10 +53,13 @@ def test_texts_are_split_by_genre_and_none_is_in_two(source, tmp_path):
 def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, monkeypatch):
     monkeypatch.setattr(recycle_languages, "RATES", dict.fromkeys(recycle_languages.RATES, (1e-2,)))
     config = recycle_languages.Config(
-        text=source, out=tmp_path / "out", parts=("baselines", "tune", "main", "alignment", "data_size"),
-        arms=("frozen English", "relearned, then unfrozen"), vocab_size=300, tokens=2000, tune_tokens=600,
-        brief_tokens=600, block=32, runtime=RuntimeConfig(device="cpu", threads=1),
+        text=source, out=tmp_path / "out",
+        parts=("baselines", "tune", "main", "alignment", "medium", "data_size", "budgets"),
+        arms=("frozen English", "relearned, then unfrozen"), methods=("least squares", "random rows"),
+        vocab_size=300, tokens=2000, tune_tokens=600, brief_tokens=600, budgets=(600,), budget_arms=("frozen English",),
+        block=32, runtime=RuntimeConfig(device="cpu", threads=1),
     )
+    monkeypatch.setattr(recycle_languages, "UNFROZEN_SHARES", (0.5,))
     monkeypatch.setattr(recycle_languages, "MAIN", ("frozen English",))
     recycle_languages.main(config)
     runs = recycle_report.read_runs(tmp_path / "out" / "nld")
@@ -66,11 +69,15 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
     assert len(both["stages"]) == 2
     assert abs(both["tokens"] - frozen["tokens"]) < 0.1 * frozen["tokens"]  # matched
     assert runs["frozen-English-share0.01"]["tokens"] <= frozen["tokens"]
+    assert runs["frozen-English-600"]["tokens"] < frozen["tokens"]
+    aligned, random = (runs[f"{rows}-seed0"] for rows in ("aligned-medium-all", "medium-from-random-rows-all"))
+    assert aligned["tokens"] == random["tokens"] == frozen["tokens"]
+    assert aligned["flops"] > frozen["flops"] and aligned["stages"][0]["curve"][0] != random["stages"][0]["curve"][0]
     monkeypatch.setattr(recycle_languages, "train_stage", None)  # nothing is trained again
     recycle_languages.main(config)
     recycle_report.main(recycle_report.Config(out=tmp_path / "out", docs=tmp_path / "docs"))
     page = (tmp_path / "docs" / "recycling_results.md").read_text()
-    for part in ("frozen English", "trigram", "untouched English (tiny)", "Procrustes with scale", "1% of the text"):
+    for part in ("frozen English", "trigram", "untouched English (tiny)", "least squares", "1% of the text", "600 tokens"):
         assert part in page, part
     assert (tmp_path / "docs" / "recycling_nld_tokens.png").is_file()
 
