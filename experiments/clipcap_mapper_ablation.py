@@ -34,6 +34,7 @@ from experiments.scenes.dataset import load_split
 from experiments.scenes.graph import HELD_OUT
 from experiments.scenes.karpathy import export, filename
 from experiments.scenes.records import ViewRecord
+from experiments.scenes.wording import ENGLISH, Wording
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mlp-frozen": {"mapper": "mlp", "tune_gpt2": False},
@@ -95,19 +96,32 @@ def share(flags: Sequence[bool]) -> dict[str, float]:
     }
 
 
-def score_scenes(captions: Mapping[str, str], records: Mapping[str, ViewRecord]) -> dict[str, Any]:
-    """Shares of captions that name everything right, and BLEU-4 and CIDEr, of one split."""
-    right = {key: names_all(text, records[key].scene) for key, text in captions.items()}
+def score_scenes(
+    captions: Mapping[str, str],
+    records: Mapping[str, ViewRecord],
+    *,
+    wording: Wording = ENGLISH,
+    tokenizer: str = "auto",
+) -> dict[str, Any]:
+    """Shares of captions that name everything right, and BLEU-4 and CIDEr, of one split.
+
+    Args:
+        captions: of each image.
+        records: the scene of each image, with its references.
+        wording: the language of both.
+        tokenizer: of BLEU and CIDEr.
+    """
+    right = {key: names_all(text, records[key].scene, wording=wording) for key, text in captions.items()}
     counts = {key: len(records[key].scene.objects) for key in captions}
     result: dict[str, Any] = {
         "all_right": {str(n): share([right[k] for k in captions if counts[k] == n]) for n in (1, 2, 3)},
-        "colours_right": _partial(captions, records, counts, 0),
-        "shapes_right": _partial(captions, records, counts, 1),
+        "colours_right": _partial(captions, records, counts, 0, wording),
+        "shapes_right": _partial(captions, records, counts, 1, wording),
     }
     unseen = [k for k in captions if counts[k] == 1 and records[k].scene.objects[0].look in HELD_OUT]
     if unseen:
         result["one_unseen_object_right"] = share([right[k] for k in unseen])
-    scores = score_captions(captions, {key: list(records[key].captions) for key in captions})
+    scores = score_captions(captions, {key: list(records[key].captions) for key in captions}, tokenizer=tokenizer)
     return result | {
         "bleu_4": scores.bleu[3],
         "cider": scores.cider,
@@ -117,14 +131,21 @@ def score_scenes(captions: Mapping[str, str], records: Mapping[str, ViewRecord])
 
 
 def _partial(
-    captions: Mapping[str, str], records: Mapping[str, ViewRecord], counts: Mapping[str, int], part: int
+    captions: Mapping[str, str],
+    records: Mapping[str, ViewRecord],
+    counts: Mapping[str, int],
+    part: int,
+    wording: Wording,
 ) -> dict[str, dict[str, float]]:
     """The same shares for colours alone (part 0) or shapes alone (part 1)."""
 
     def project(pairs: Any) -> list[str]:
         return sorted(str(pair[part]) for pair in pairs.elements())
 
-    right = {k: project(looks(parse(text))) == project(looks(records[k].scene.objects)) for k, text in captions.items()}
+    right = {
+        key: project(looks(parse(text, wording=wording))) == project(looks(records[key].scene.objects))
+        for key, text in captions.items()
+    }
     return {str(n): share([right[k] for k in captions if counts[k] == n]) for n in (1, 2, 3)}
 
 
