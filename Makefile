@@ -31,7 +31,7 @@ demo: $(STAMP) ## Run the main job on the packaged backbones and write out/demo/
 	@$(PY) -m experiments.demo $(ARGS)
 
 test: lint ## Run the whole gate: ruff, import layers, types, pytest
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # A package that is not written yet is an empty one to the import layers, so that their contracts stand whole.
 lint: $(STAMP) ## Run ruff, import-linter and mypy
