@@ -160,7 +160,7 @@ def write_table(config: Config) -> Path:
         )
     lines += [
         "",
-        f"`python -m experiments.clipcap_beyond --steps {config.steps}` for seeds "
+        f"`python -m experiments.clipcap_beyond --steps {config.steps} --images {config.images}` for seeds "
         f"{', '.join(map(str, sorted({run['seed'] for run in runs})))} (`--runtime.seed`); hardware: "
         f"{runs[-1]['hardware']}; tokenizer of the scores: {runs[-1]['test']['tokenizer']}.",
         "",
