@@ -528,3 +528,9 @@ class FewViewDataset(InputDataset):
     def images(self) -> Float[Tensor, "n h w 3"]:
         """All views, kept from the first use on."""
         return torch.stack([self.load(i)[0] for i in range(len(self))])
+
+    @cached_property
+    def alphas(self) -> Float[Tensor, "n h w 1"]:
+        """Their opacity; only for a scene whose images have alpha."""
+        found = [self.load(i)[1] for i in range(len(self))]
+        return torch.stack([alpha for alpha in found if alpha is not None])

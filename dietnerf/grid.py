@@ -229,7 +229,7 @@ class _Interpolate(torch.autograd.Function):
     def backward(context, gradient: Tensor) -> tuple[Tensor, None, None]:
         index, weight = context.saved_tensors
         flat = index.flatten()
-        columns = [
-            torch.bincount(flat, (weight * column[:, None]).flatten(), context.rows) for column in gradient.unbind(1)
-        ]
-        return torch.stack(columns, dim=1).to(gradient.dtype), None, None
+        found = gradient.new_empty(context.rows, gradient.shape[1])
+        for channel, column in enumerate(gradient.unbind(1)):
+            found[:, channel] = torch.bincount(flat, (weight * column[:, None]).flatten(), context.rows)
+        return found, None, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.checks import UserError
-from dietnerf.regularizers import distortion_loss, occlusion_loss
+from dietnerf.regularizers import depth_smoothness, distortion_loss, occlusion_loss
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.rays import RayBundle
@@ -20,12 +20,16 @@ class _Required(TypedDict):
     ray_bundle: RayBundle
     """Rays of training pixels (r,)."""
     rgb: Tensor
-    """Their colours in [0, 1], (r, 3), or (r, 4) with alpha that is blended over the model's background."""
+    """Their colours in [0, 1], (r, 3) over the model's background, or (r, 4) with alpha that is blended over it."""
 
 
 class Batch(_Required, total=False):
     """What a training step needs."""
 
+    alpha: Tensor | None
+    """Opacity (r, 1) of the pixels whose colours are (r, 3); needed when the model's background is random."""
+    patches: RayBundle
+    """Rays (n, p, p) of patches from random poses; needed when the depth smoothness is on."""
     semantic_view: RayBundle | None
     """Rays of a random view (h, w); needed on steps where `model.needs_semantic_view(step)`."""
 
@@ -34,32 +38,57 @@ def compute_losses(
     model: FewViewModel, batch: Batch, step: int, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
     """The weighted terms of a step, whose sum is minimised: rgb, rgb_coarse, semantic, semantic_coarse, occlusion,
-    density_variation, colour_variation, distortion, interlevel; a term that is off is absent.
+    density_variation, colour_variation, distortion, depth_smoothness, interlevel; a term that is off is absent.
 
     Call `model.before_step(step)` first. `rgb` is the plain mean squared error, so PSNR = -10 log10(rgb).
 
     Raises:
-        UserError: a due semantic step without a view, or without targets.
+        UserError: a due semantic step without a view or targets, a random background without alpha, or a depth
+            smoothness without patches.
     """
     outputs = model(batch["ray_bundle"])
-    losses = reconstruction_losses(model, outputs, batch["rgb"]) | prior_losses(model, outputs)
+    losses = reconstruction_losses(model, outputs, batch["rgb"], batch.get("alpha")) | prior_losses(model, outputs)
+    if model.config.regularizers.depth_smoothness:
+        losses["depth_smoothness"] = patch_loss(model, batch.get("patches"))
     if model.needs_semantic_view(step):
         losses |= semantic_losses(model, batch.get("semantic_view"), generator)
     return losses
 
 
-def reconstruction_losses(model: FewViewModel, outputs: dict[str, Tensor], rgb: Tensor) -> dict[str, Tensor]:
-    """Mean squared error of the colours, and of the coarse network's."""
+def reconstruction_losses(
+    model: FewViewModel, outputs: dict[str, Tensor], rgb: Tensor, alpha: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Mean squared error of the colours, and of the coarse network's; see `Batch` for rgb and alpha."""
+    renderer, rgb = model.renderer_rgb, rgb.to(outputs["rgb"].device)
+    if rgb.shape[-1] == 4:
+        rgb, alpha = renderer.blend_background(rgb), rgb[..., 3:]
+    change = None
+    if model.config.background_color == "random":
+        if alpha is None:
+            raise UserError("background_color is 'random' but the batch has no alpha: use white or black.")
+        own = renderer.get_background_color(renderer.background_color, shape=rgb.shape, device=rgb.device)
+        change = torch.rand_like(rgb) - own
+        rgb = rgb + change * (1 - alpha.to(rgb))
     losses: dict[str, Tensor] = {}
     for name in ("rgb", "rgb_coarse"):
         if name in outputs:
-            rendered, target = model.renderer_rgb.blend_background_for_loss_computation(
-                pred_image=outputs[name],
-                pred_accumulation=outputs[name.replace("rgb", "accumulation")],
-                gt_image=rgb.to(outputs[name].device),
-            )
-            losses[name] = torch.nn.functional.mse_loss(rendered, target)
+            rendered = outputs[name]
+            if change is not None:
+                rendered = rendered + change * (1 - outputs[name.replace("rgb", "accumulation")])
+            losses[name] = torch.nn.functional.mse_loss(rendered, rgb)
     return losses
+
+
+def patch_loss(model: FewViewModel, patches: RayBundle | None) -> Tensor:
+    """The weighted depth smoothness of patches (n, p, p)."""
+    if patches is None:
+        raise UserError("batch has no patches but the depth smoothness is on: add rays of patches from random poses.")
+    found = model(patches.flatten())
+    shape = patches.origins.shape[:-1]
+    smoothness = depth_smoothness(
+        found["depth"].view(shape), found["accumulation"].view(shape), model.config.far_plane
+    )
+    return model.config.regularizers.depth_smoothness * smoothness
 
 
 def prior_losses(model: FewViewModel, outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -63,7 +63,8 @@ class FewViewModelConfig(ModelConfig):
 
     _target: type = field(default_factory=lambda: FewViewModel)
     background_color: Literal["white", "black", "random"] = "white"
-    """Behind the scene. random teaches the field opacity and needs images with alpha."""
+    """Behind the scene. random trains over colours drawn anew for each ray, which teaches the field opacity and needs
+    images with alpha; it renders over the scene's own background."""
     near_plane: float = 2.0
     """Where rays start, in the scene's units (bounded fields: never before their box)."""
     far_plane: float = 6.0
@@ -94,7 +95,10 @@ class FewViewModel(Model):
             raise UserError(f"far_plane is {config.far_plane}: use more than near_plane, {config.near_plane}.")
         check_semantic_config(config.semantic)
         self.collider = NearFarCollider(near_plane=config.near_plane, far_plane=config.far_plane)
-        self.renderer_rgb = RGBRenderer(background_color=config.background_color)
+        behind = config.background_color
+        if behind == "random":
+            behind = self.kwargs.get("metadata", {}).get("background", "white")
+        self.renderer_rgb = RGBRenderer(background_color=behind)
         self.renderer_accumulation = AccumulationRenderer()
         self.semantic_loss = None
 
@@ -133,7 +137,7 @@ class FewViewModel(Model):
         """The terms that need no semantic view, for nerfstudio's own pipeline."""
         from dietnerf.losses import prior_losses, reconstruction_losses
 
-        losses = reconstruction_losses(self, outputs, batch["image"])
+        losses = reconstruction_losses(self, outputs, batch["image"], batch.get("alpha"))
         return losses | prior_losses(self, outputs) if "samples" in outputs else losses
 
     def field_losses(self, outputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from torch import Tensor
@@ -18,7 +19,8 @@ from common.runtime import fork_generators
 from dietnerf.data import BLENDER_PLANES
 from dietnerf.losses import Batch, compute_losses
 from dietnerf.model import DietNeRFModelConfig, FewViewModel, FewViewModelConfig
-from dietnerf.rays import FewViewDataManager, FewViewDataManagerConfig
+from dietnerf.poses import PoseRanges, estimate_ranges, sample_sphere
+from dietnerf.rays import FewViewDataManager, FewViewDataManagerConfig, patch_rays
 from dietnerf.semantic import ViewSampler
 
 BLANK = 1e-3
@@ -77,10 +79,12 @@ class FewViewPipeline(VanillaPipeline):
         self.restarts = 0
         self.on_restart: list[Callable[[], None]] = []
         self._sampler: ViewSampler | None = None
+        self._patch_ranges: PoseRanges | None = None
 
     def _fit_to(self, background: str, planes: tuple[float, float]) -> None:
         """Background and planes of the field as the scene has them."""
         model = self.config.model
+        self.datamanager.with_alpha = model.background_color == "random"
         if model.background_color != "random":
             model.background_color = "white" if background == "white" else "black"
         elif background == "image":
@@ -107,12 +111,23 @@ class FewViewPipeline(VanillaPipeline):
         self.prepare()
         self._look_for_blank(step)
         rays, pixels = self.datamanager.next_train(step)
-        batch: Batch = {"ray_bundle": rays, "rgb": pixels["image"], "semantic_view": None}
+        batch: Batch = {"ray_bundle": rays, "rgb": pixels["image"], "alpha": pixels.get("alpha"), "semantic_view": None}
         generator = self.generator(step, 1)
+        if self.model.config.regularizers.depth_smoothness:
+            batch["patches"] = self._draw_patches(step)
         if self._sampler is not None and self.model.needs_semantic_view(step):
             batch["semantic_view"] = self._sampler(generator)
         losses = compute_losses(self.model, batch, step, generator)
         return {}, losses, {"psnr": -10 * losses["rgb"].detach().clamp(min=1e-12).log10()}
+
+    def _draw_patches(self, step: int) -> RayBundle:
+        """Rays of this step's patches for the depth smoothness."""
+        generator, cameras = self.generator(step, 2), self.datamanager.train_dataset.cameras
+        if self._patch_ranges is None:
+            self._patch_ranges = estimate_ranges(cameras.camera_to_worlds)
+        number = self.model.config.regularizers.depth_patches
+        poses = torch.stack([sample_sphere(self._patch_ranges, generator) for _ in range(number)])
+        return patch_rays(cameras, poses, generator).to(self.device)
 
     def get_eval_loss_dict(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """The squared error on some held-out rays."""

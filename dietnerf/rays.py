@@ -20,6 +20,8 @@ from torch import Tensor
 from common.checks import UserError, require_at_least
 from dietnerf.data import FewViewDataset, FewViewParserConfig
 
+PATCH = 8
+"""Side of a patch for the depth smoothness, in pixels."""
 CACHED_PIXELS = 2**24
 """Rays of at most as many training pixels are kept in memory; those of more are made when drawn."""
 
@@ -80,6 +82,7 @@ class FewViewDataManager(DataManager):
         **kwargs: Any,
     ) -> None:
         self.config, self.device, self.test_mode = config, torch.device(device), test_mode
+        self.with_alpha = False
         self.world_size, self.local_rank = world_size, local_rank
         require_at_least("train_num_rays_per_batch", config.train_num_rays_per_batch, 1)
         if not 0 < config.crop_fraction <= 1:
@@ -129,7 +132,8 @@ class FewViewDataManager(DataManager):
         return 1
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
-        """Rays (r,) and a batch with `image` (r, 3) and `indices` (r, 3): image, row, column."""
+        """Rays (r,) and a batch with `image` (r, 3), `indices` (r, 3): image, row, column, and, where `with_alpha` is
+        set, `alpha` (r, 1)."""
         self.train_count += 1
         images, bundle, cameras = self._stage(self.factor(step))
         generator = torch.Generator().manual_seed(
@@ -148,7 +152,8 @@ class FewViewDataManager(DataManager):
         else:
             coordinates = torch.stack((row, column), dim=-1) + 0.5
             rays = cameras.generate_rays(camera_indices=view[:, None], coords=coordinates)
-        return rays, {"image": images[view, row, column], "indices": indices}
+        colour, alpha = images[view, row, column].split((3, images.shape[-1] - 3), dim=-1)
+        return rays, {"image": colour, "indices": indices} | ({"alpha": alpha} if self.with_alpha else {})
 
     def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """Rays of one held-out view, with their colours."""
@@ -181,10 +186,13 @@ class FewViewDataManager(DataManager):
     def get_param_groups(self) -> dict[str, list[torch.nn.Parameter]]:
         return {}
 
-    def _stage(self, factor: int) -> tuple[Float[Tensor, "n h w 3"], RayBundle | None, Cameras]:
-        """Images, rays (n, h, w) and cameras of a stage of the pyramid; only the last one is kept."""
+    def _stage(self, factor: int) -> tuple[Float[Tensor, "n h w c"], RayBundle | None, Cameras]:
+        """Images (with alpha as a fourth channel where it is asked for), rays (n, h, w) and cameras of a stage of the
+        pyramid; only the last one is kept."""
         if factor not in self._stages:
             images, cameras = self.train_dataset.images, self.train_dataset.cameras.to("cpu")
+            if self.with_alpha:
+                images = torch.cat([images, self.train_dataset.alphas], dim=-1)
             if factor > 1:
                 channels_first = images.permute(0, 3, 1, 2)
                 images = torch.nn.functional.avg_pool2d(channels_first, factor).permute(0, 2, 3, 1).contiguous()
@@ -223,6 +231,30 @@ def join_rays(bundles: Sequence[RayBundle]) -> RayBundle:
     metadata = {key: torch.stack([bundle.metadata[key] for bundle in bundles]) for key in bundles[0].metadata}
     names = ("origins", "directions", "pixel_area", "camera_indices", "nears", "fars", "times")
     return RayBundle(**{name: stack(name) for name in names}, metadata=metadata)
+
+
+def patch_rays(
+    cameras: Cameras, poses: Float[Tensor, "n 3 4"], generator: torch.Generator | None = None
+) -> RayBundle:
+    """Rays (n, PATCH, PATCH) of a random patch of neighbouring pixels at each pose, seen as by the first camera."""
+    number, first = len(poses), cameras[0]
+    seen = Cameras(
+        camera_to_worlds=poses.to(cameras.camera_to_worlds),
+        fx=float(first.fx),
+        fy=float(first.fy),
+        cx=float(first.cx),
+        cy=float(first.cy),
+        width=int(first.width),
+        height=int(first.height),
+        camera_type=cameras.camera_type.flatten()[:1],
+    )
+    places = [max(1, int(side) - PATCH + 1) for side in (first.height, first.width)]
+    corner = torch.stack([torch.randint(count, (number,), generator=generator) for count in places], dim=-1)
+    line = torch.arange(PATCH)
+    offsets = torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1)  # (p, p, 2)
+    pixels = (corner[:, None, None] + offsets).flatten(0, 2) + 0.5
+    index = torch.arange(number).repeat_interleave(PATCH * PATCH)[:, None]
+    return seen.generate_rays(camera_indices=index, coords=pixels).reshape((number, PATCH, PATCH))
 
 
 def draw_pixels(

@@ -1,4 +1,4 @@
-"""Priors for few views: frequency mask, occlusion, total variation, distortion. Each acts alone by its weight."""
+"""Priors for few views: frequency mask, occlusion, total variation, distortion, smooth depth. Each acts alone."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class RegularizerConfig:
     """Weight of the total variation of colour."""
     distortion: float = 0.0
     """Weight of the distortion loss (mip-NeRF 360): compact density along a ray."""
+    depth_smoothness: float = 0.0
+    """Weight of the differences of depth within small patches seen from random poses (RegNeRF)."""
+    depth_patches: int = 8
+    """Such patches a step, of 8 x 8 rays each."""
 
 
 def frequency_mask(
@@ -67,13 +71,13 @@ def total_variation(grid: Float[Tensor, "x y z c"], voxel: Float[Tensor, " 3"]) 
         voxel: its size along each axis, in the scene's units, so that the value does not change with the resolution.
     """
     core = grid[:-1, :-1, :-1]
-    squares = torch.full_like(core, SMOOTHING)
+    squares: Tensor | float = SMOOTHING
     for axis, size in enumerate(voxel.tolist()):
         shifted = grid.narrow(axis, 1, grid.shape[axis] - 1)
         for other in {0, 1, 2} - {axis}:
             shifted = shifted.narrow(other, 0, grid.shape[other] - 1)
-        squares = squares + ((shifted - core) / size) ** 2
-    return torch.sqrt(squares).mean()
+        squares = squares + ((shifted - core) * (1 / size)).square()
+    return torch.as_tensor(squares).sqrt().mean()
 
 
 def field_variation(
@@ -87,6 +91,25 @@ def field_variation(
     steps = torch.cat([torch.zeros(1, 3), distance * torch.eye(3)]).to(positions)
     found = values((positions + steps[:, None]).flatten(0, 1)).unflatten(0, (4, len(positions)))  # (4, n, c)
     return torch.sqrt((((found[1:] - found[0]) / distance) ** 2).sum(dim=0) + SMOOTHING).mean(dim=0)
+
+
+def depth_smoothness(
+    depth: Float[Tensor, "n p p"], accumulation: Float[Tensor, "n p p"], background: float
+) -> Float[Tensor, ""]:
+    """Mean over neighbouring rays of a_i a_j |z_i - z_j| (after Niemeyer et al. 2022, equation 5).
+
+    z is the depth of what is there: (depth - (1 - a) background) / a, a the accumulation. Unlike the original's squares
+    of the rendered depth, pairs count by how opaque both rays are (without a gradient) and edges by their height, so
+    that silhouettes are not worn down.
+
+    Args:
+        depth: with the background at the distance `background`.
+    """
+    opaque = accumulation.detach()
+    surface = (depth - (1 - accumulation) * background) / accumulation.clamp(min=1e-3)
+    down = opaque[:, 1:] * opaque[:, :-1] * (surface[:, 1:] - surface[:, :-1]).abs()
+    right = opaque[:, :, 1:] * opaque[:, :, :-1] * (surface[:, :, 1:] - surface[:, :, :-1]).abs()
+    return (down.mean() + right.mean()) / 2
 
 
 def distortion_loss(

@@ -8,8 +8,9 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import SceneBox
 
 from common.checks import UserError
-from dietnerf.losses import compute_losses
+from dietnerf.losses import compute_losses, reconstruction_losses
 from dietnerf.poses import pose_spherical
+from dietnerf.rays import PATCH, patch_rays
 from dietnerf.regularizers import RegularizerConfig
 from dietnerf.semantic import SemanticConfig, ViewSampler
 from tests.dietnerf.fields import CONFIGS
@@ -70,6 +71,50 @@ def test_rgb_is_the_mean_squared_error(name):
     torch.manual_seed(5)
     expected = (model(batch()["ray_bundle"])["rgb"] - batch()["rgb"]).square().mean()
     torch.testing.assert_close(losses["rgb"], expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_depth_smoothness_acts_alone_on_every_field_and_scales_with_its_weight(name):
+    poses = torch.stack([pose_spherical(theta, -50, 4)[:3] for theta in (20, 80)])
+    patches, values = patch_rays(CAMERAS, poses, torch.Generator().manual_seed(0)), []
+    for weight in (1e-2, 2e-2):
+        model = make(name, regularizers=RegularizerConfig(depth_smoothness=weight))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        torch.manual_seed(5)
+        losses = compute_losses(model, {**batch(), "patches": patches}, 0)
+        assert set(losses) == BASE[name] | {"depth_smoothness"}
+        values.append(float(losses["depth_smoothness"]))
+    losses["depth_smoothness"].backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.get_param_groups()["fields"])
+    assert values[1] == pytest.approx(2 * values[0], rel=1e-4) and values[0] > 0
+    with pytest.raises(UserError, match="no patches"):
+        compute_losses(model, batch(), 0)
+
+
+def test_patches_are_neighbouring_pixels_of_the_cameras_frame():
+    poses = POSES[:2]
+    rays = patch_rays(CAMERAS, poses, torch.Generator().manual_seed(0))
+    assert rays.origins.shape == (2, PATCH, PATCH, 3)
+    for number in range(2):  # the frame is as large as the patch, so all of it is seen
+        frame = CAMERAS.generate_rays(camera_indices=number, keep_shape=True)
+        torch.testing.assert_close(rays.directions[number], frame.directions)
+        torch.testing.assert_close(rays.origins[number], frame.origins)
+
+
+def test_a_random_background_teaches_opacity():
+    """Alpha is right and the colour too, whatever the background: only then is the loss zero for all draws."""
+    model = make("grid", background_color="random")
+    outputs = {"rgb": torch.rand(9, 3), "accumulation": torch.rand(9, 1)}
+    found = reconstruction_losses(model, outputs, outputs["rgb"], outputs["accumulation"])
+    assert found["rgb"] < 1e-12
+    white = reconstruction_losses(model, {**outputs, "accumulation": torch.ones(9, 1)}, outputs["rgb"], torch.zeros(9, 1))
+    assert white["rgb"] > 0.05  # an opaque white wall in place of nothing
+    with pytest.raises(UserError, match="no alpha"):
+        reconstruction_losses(model, outputs, outputs["rgb"])
+    empty = torch.zeros(1, 2, 1)
+    assert (model.renderer_rgb(rgb=torch.zeros(1, 2, 3), weights=empty) == 1).all()  # renders stay white
 
 
 def test_alpha_is_blended_over_the_background():

@@ -77,6 +77,29 @@ def test_random_view_on_semantic_steps_alone(ball_scene, monkeypatch):
     assert torch.equal(seen[-1]["semantic_view"].origins, shown[1].origins)  # a function of seed and step alone
 
 
+def test_random_background_and_patches_reach_the_losses(ball_scene, monkeypatch):
+    pipeline = tiny_pipeline(ball_scene, background="random", depth_smoothness=0.1)
+    seen = []
+    monkeypatch.setattr(
+        "dietnerf.pipeline.compute_losses",
+        lambda model, batch, step, generator: seen.append(batch) or {"rgb": torch.tensor(0.01)},
+    )
+    for step in (3, 4, 3):
+        pipeline.get_train_loss_dict(step)
+    data = pipeline.datamanager
+    view, row, column = data.next_train(3)[1]["indices"].unbind(-1)
+    torch.testing.assert_close(seen[0]["alpha"], data.train_dataset.alphas[view, row, column])
+    torch.testing.assert_close(seen[0]["rgb"], data.train_dataset.images[view, row, column])
+    first, other, again = (batch["patches"].origins for batch in seen)
+    assert first.shape == (8, 8, 8, 3) and torch.equal(first, again) and not torch.equal(first, other)
+    assert pipeline.model.renderer_rgb.background_color == "white"
+    with pytest.raises(UserError, match="no alpha"):
+        photographs = nerfstudio_config(TrainConfig(scene=ball_scene, num_views=4))
+        photographs.pipeline.datamanager.dataparser.background = "image"
+        photographs.pipeline.model.background_color = "random"
+        photographs.pipeline.setup(device="cpu", test_mode="val")
+
+
 @pytest.mark.parametrize(("method", "lr"), [("grid", 0.1), ("nerfacto", 1e-2), ("mlp", 5e-4)])
 def test_every_field_learns_given_rays(ball_scene, method, lr):
     pipeline = tiny_pipeline(ball_scene, method=method, semantic_weight=1e-3, semantic_resolution=4, semantic_every=5)

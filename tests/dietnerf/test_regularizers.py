@@ -8,6 +8,7 @@ from nerfstudio.field_components.encodings import NeRFEncoding
 from nerfstudio.model_components.losses import lossfun_distortion
 
 from dietnerf.regularizers import (
+    depth_smoothness,
     distortion_loss,
     field_variation,
     frequency_mask,
@@ -117,3 +118,26 @@ def test_distortion_is_least_when_density_is_compact():
     assert distortion_loss(compact, edges[:, :-1], edges[:, 1:]) < 0.2 * distortion_loss(
         spread, edges[:, :-1], edges[:, 1:]
     )
+
+
+def test_depth_smoothness_is_the_naive_mean_over_neighbours(generator):
+    depth, alpha = 2 + torch.rand(2, 3, 3, generator=generator), 0.2 + 0.8 * torch.rand(2, 3, 3, generator=generator)
+    surface = (depth - (1 - alpha) * 6.0) / alpha
+    pairs = []
+    for n in range(2):
+        for i in range(3):
+            for j in range(3):
+                for k, m in ((i + 1, j), (i, j + 1)):
+                    if k < 3 and m < 3:
+                        height = abs(float(surface[n, i, j] - surface[n, k, m]))
+                        pairs.append(float(alpha[n, i, j] * alpha[n, k, m]) * height)
+    assert depth_smoothness(depth, alpha, 6.0) == pytest.approx(sum(pairs) / len(pairs), rel=1e-4)
+
+
+def test_depth_smoothness_leaves_silhouettes_and_planes_alone():
+    depth = torch.full((1, 4, 4), 6.0)  # background
+    depth[:, :, :2] = 3.0
+    alpha = (depth < 6).float()
+    assert depth_smoothness(depth, alpha, 6.0) == 0
+    alpha = torch.ones_like(depth)
+    assert depth_smoothness(depth, alpha, 6.0) > 0.4
