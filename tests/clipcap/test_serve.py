@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -116,3 +117,13 @@ def test_gradio_that_is_not_there_is_one_line(monkeypatch, capsys):
     assert main(["serve"]) == 2
     error = capsys.readouterr().err
     assert "clip-gpt-toolkit[serve]" in error and error.count("\n") == 1
+
+
+def test_a_small_soak_of_good_and_bad_files(address):
+    from benchmarks.serve_soak import kinds, soak
+
+    found = soak(address, os.getpid(), total=20, clients=4, every=10)
+    assert found["unexpected_answers"] == {} and found["hung"] == 0
+    assert found["requests"] == 20 == sum(part["requests"] for part in found["kinds"].values())
+    assert set(found["kinds"]) == {kind.name for kind in kinds()} and len(found["curve"]) == 3
+    assert 0 < found["p50_seconds"] <= found["p95_seconds"] < 60
