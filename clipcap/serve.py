@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,10 @@ def build_page(captioner: Captioner, *, max_new_tokens: int = 67, name: str = "t
         UserError: gradio is not installed.
     """
     gr = _gradio()
+    # One thread for all requests: each thread of gradio's would keep the memory of its largest image for itself.
+    worker = ThreadPoolExecutor(1, thread_name_prefix="caption")
 
-    def caption(
+    def answer(
         path: str | None, strategy: str, count: float, beams: float, top_p: float, temperature: float, seed: float
     ) -> tuple[str, list[list[Any]], list[list[Any]]]:
         if path is None:
@@ -100,6 +103,11 @@ def build_page(captioner: Captioner, *, max_new_tokens: int = 67, name: str = "t
             for position, row in enumerate(tokens, 1)
         ]
         return found.captions[0], captions, words
+
+    def caption(
+        path: str | None, strategy: str, count: float, beams: float, top_p: float, temperature: float, seed: float
+    ) -> tuple[str, list[list[Any]], list[list[Any]]]:
+        return worker.submit(answer, path, strategy, count, beams, top_p, temperature, seed).result()
 
     with gr.Blocks(title="clipcap", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown(f"# clipcap\nDrop an image and see what the captioner **{name}** says of it.", elem_id="title")
