@@ -116,6 +116,34 @@ def test_every_packaged_file_is_in_the_wheel(root, project):
                 assert path.suffix == ".py", path
 
 
+def test_the_wheel_and_the_sdist_hold_what_is_needed(root, tmp_path, monkeypatch):
+    """The build backend's own lists: code and assets in the wheel, and beside them in the sdist what tests and docs are."""
+    from setuptools import Distribution
+
+    monkeypatch.chdir(root)
+    distribution = Distribution({"script_name": "setup.py"})
+    distribution.parse_config_files()
+    distribution.get_command_obj("egg_info").egg_base = str(tmp_path)
+    build = distribution.get_command_obj("build_py")
+    build.build_lib = "lib"
+    build.ensure_finalized()
+    wheel = {str(Path(name).relative_to("lib")) for name in build.get_outputs(include_bytecode=False)}
+    assets = {str(p.relative_to(root)) for p in (root / "common" / "assets").rglob("*") if p.is_file()}
+    code = {str(p.relative_to(root)) for room in ROOMS[:5] for p in (root / room).rglob("*.py")}
+    assert code | assets <= wheel
+    assert not [name for name in wheel if name.split("/")[0] not in ROOMS[:5]]
+    sdist = set((tmp_path / "clip_gpt_toolkit.egg-info" / "SOURCES.txt").read_text().splitlines())
+    wanted = {"Makefile", "requirements.lock", "CHANGELOG.md", "LICENSE", "tests/conftest.py", "docs/licences.md"}
+    assert code | assets | wanted <= sdist
+    assert not [name for name in sdist if name.startswith(("out/", ".venv")) or "__pycache__" in name]
+
+
+def test_the_version_is_the_same_everywhere(root, project):
+    version = project["project"]["version"]
+    assert re.search(rf"^version: {re.escape(version)}$", (root / "CITATION.cff").read_text(), re.M)
+    assert (root / "CHANGELOG.md").read_text().splitlines()[2] == f"## {version}"
+
+
 def test_lock_has_names_and_versions_only(root):
     for line in (root / "requirements.lock").read_text().splitlines():
         assert re.fullmatch(r"[a-z0-9._-]+==[\w.+!]+( ; [^/@]+)?", line), line
