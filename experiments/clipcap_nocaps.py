@@ -104,15 +104,17 @@ def main(config: Config) -> None:
             rows.append({"captioner": f"{name}, published"} | {f"CIDEr {d}": v for d, v in PUBLISHED[name].items()})
     text = ["CIDEr times 100 with 95% intervals over the images; document frequencies of all images."]
     if config.small:
-        text.append("Rendered scenes and the packaged tiny backbones: not comparable with the published table. Domains:")
-        text.append("in, no pair of colour and shape that training never showed; near, some; out, all (often one object).")
+        text += [
+            "Rendered scenes and the packaged tiny backbones: not comparable with the published table. Domains:",
+            "in, no pair of colour and shape that training never showed; near, some; out, all (often one object).",
+        ]
     write_table(
         setting,
         "nocaps, in small" if config.small else "nocaps, validation",
         text,
         ("captioner", *(f"CIDEr {domain}" for domain in DOMAINS), "images"),
         rows,
-        command=" ".join(["python -m experiments.clipcap_nocaps", *(("--models", *config.models) if config.models else ())]),
+        command=" ".join(["python -m experiments.clipcap_nocaps", *["--models"][: len(config.models)], *config.models]),
         tokenizer=tokenizer,
     )
 
