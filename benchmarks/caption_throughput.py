@@ -31,8 +31,10 @@ from transformers.activations import NewGELUActivation
 
 from clipcap.decoding import decode
 from clipcap.model import ClipCapConfig, ClipCapModel
-from clipcap.packing import Head, can_pack
+from clipcap.packing import Head
+from common.packing import can_pack
 from common.runtime import fork_generators, hardware, resolve_dtype, versions
+from common.vision import packed_vision
 
 TOKENS = 20
 BEAMS = 5
@@ -103,7 +105,7 @@ def matrix_rate(dtype: torch.dtype, int8: bool = False) -> float:
     """Multiply-adds per CPU second of a large matrix product, in the best layout there is."""
     x, weight = torch.randn(1024, 768).to(dtype), torch.randn(3072, 768).to(dtype)
     with torch.inference_mode():
-        head = Head(weight, packed=can_pack(weight), int8=int8)
+        head = Head(weight, packed=can_pack(weight.device, dtype), int8=int8)
         return 1024 * weight.numel() / cpu_seconds(lambda: list(head.chunks(x)), 5)
 
 
@@ -147,7 +149,13 @@ def main() -> None:
 
     @torch.no_grad()
     def embed(images: Tensor) -> Tensor:
-        return vision(pixel_values=images.to(vision.dtype)).image_embeds
+        return vision(pixel_values=images).image_embeds
+
+    @torch.no_grad()
+    def embed_packed(images: Tensor) -> Tensor:
+        """As `clipcap.embeddings.encode` does it."""
+        packed = packed_vision(vision, model.dtype)
+        return packed(images)[1] if packed is not None else embed(images.to(vision.dtype))
 
     plain_captions: dict[int, list[list[list[int]]]] = {}
 
@@ -158,7 +166,7 @@ def main() -> None:
     def fast(batch: int, strategy: str, beams: int) -> list[list[list[int]]]:
         found = decode(
             model,
-            embed(pixels[:batch]),
+            embed_packed(pixels[:batch]),
             strategy=strategy,
             num_captions=beams,
             max_new_tokens=TOKENS,

@@ -161,10 +161,12 @@ class EmbeddingStore:
 
 
 def encode(clip: FrozenCLIP, pixels: Float[Tensor, "b 3 s s"], inputs: Inputs) -> Float[Tensor, "b ..."]:
-    """The mapper's input for preprocessed images: the embedding (b, e) or the patch features (b, p, w)."""
-    if inputs == "patches":
-        return clip.encode_image_features(pixels).patches
-    return clip.encode_images(pixels)
+    """The mapper's input for preprocessed images: the embedding (b, e) or the patch features (b, p, w).
+
+    No gradients flow; on a CPU the encoder is packed (`FrozenCLIP.encode_image_features`).
+    """
+    features = clip.encode_image_features(pixels, packed=True)
+    return features.patches if inputs == "patches" else features.embedding
 
 
 def build_store(
@@ -226,8 +228,8 @@ def build_store(
                     writer.append(batch.names, batch.rows, batch.sources)
                 done += len(batch.names) + len(batch.skipped)
                 progress(done)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it handed a batch over
+            if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise UserError(
                 f"a worker was killed after {done} of {len(items)} images (memory may have run out): the embeddings "
@@ -251,7 +253,7 @@ def build_store(
 def fingerprint(clip: FrozenCLIP) -> str:
     """Hash of a CLIP's weights (a sample of every tensor), the same wherever its files are and who loads them."""
     digests = []
-    for value in clip._backbone.state_dict().values():
+    for value in clip.backbone.state_dict().values():
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
         digests.append(hashlib.sha256(str(tuple(value.shape)).encode() + sample.tobytes()).hexdigest())
@@ -463,7 +465,7 @@ def _encoded(
         skipped = {name: reason for name, source, reason in found if source is None}
         rows = None
         if pixels is not None:
-            with torch.no_grad(), autocast(clip.device, precision):
+            with autocast(clip.device, precision):
                 rows = encode(clip, pixels, inputs).float().cpu().numpy()
             if not np.isfinite(rows).all():
                 raise UserError(f"{clip.name!r} gives NaN or infinity for images like {names[0]!r}.")

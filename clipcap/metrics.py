@@ -422,7 +422,7 @@ def measure_clip(
         seen = []
         for begin in range(0, len(images), batch_size):
             batch = [read_image(image) for image in images[begin : begin + batch_size]]
-            seen.append(_rows(clip.encode_images(clip.preprocess(batch))))
+            seen.append(_rows(clip.encode_images(clip.preprocess(batch), packed=True)))
             progress(begin + len(batch))
     table = np.concatenate(encoded)
     scores, with_references = clip_scores(

@@ -1,7 +1,6 @@
-"""GPT-2 packed for decoding on a CPU: weights in the blocked layout of oneDNN's matrix kernels, GELU fused into them.
+"""GPT-2 packed for decoding on a CPU (`common.packing`), GELU inside the matrix kernels.
 
-The plain layout costs a third to a half of the time of a decoding step, whose matrices have few rows. Packed weights
-are a second copy, kept as long as the model lives and made again when its weights change.
+Packed weights are a second copy, kept as long as the model lives and made again when its weights change.
 
 As an option the copy is in 8-bit integers (`int8`): weights scaled per output, activations per row as they come, so
 that what a row gives does not depend on the rows beside it.
@@ -24,9 +23,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
 from common.checks import UserError
+from common.packing import ROWS, PackedLinear, can_pack, weights_state
 
-ROWS = 64
-"""Rows for which oneDNN chooses the layout: those of a few images' beams."""
 CHUNK = 8192
 """Tokens of the vocabulary whose logits exist at once, so that they stay in the processor's cache."""
 TINIEST = 1e-12
@@ -37,27 +35,13 @@ class Head:
     """Next-token logits over the vocabulary in chunks of CHUNK tokens."""
 
     def __init__(self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False) -> None:
-        kind = _Int8Linear if int8 else _PackedLinear
+        kind = _Int8Linear if int8 else PackedLinear
         self.parts = [kind(part, None) if packed or int8 else part for part in table.split(CHUNK)]
 
     def chunks(self, hidden: Float[Tensor, "... d"]) -> Iterator[Float[Tensor, "... c"]]:
         """Logits (float32) of one chunk after the other."""
         for part in self.parts:
             yield (part(hidden) if isinstance(part, nn.Module) else F.linear(hidden, part)).float()
-
-
-class _PackedLinear(nn.Module):
-    """x Wᵀ + b, and GELU (tanh) of it when `gelu` is set."""
-
-    def __init__(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, *, gelu: bool = False) -> None:
-        super().__init__()
-        self.weight = (torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS),)
-        self.bias = (bias,)  # tuples hide both from parameters() and state_dict()
-        self.gelu = gelu
-
-    def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        after, algorithm = ("gelu", "tanh") if self.gelu else ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight[0], self.bias[0], after, [], algorithm)
 
 
 class _Int8Linear(nn.Module):
@@ -108,9 +92,9 @@ def decoding_parts(gpt2: GPT2LMHeadModel, *, int8: bool = False) -> tuple[nn.Mod
     weight = gpt2.get_output_embeddings().weight
     if int8 and not can_use_int8(weight):
         raise UserError(f"int8 decoding needs a CPU and torch with oneDNN, not {weight.device}: leave int8 out.")
-    if not int8 and not can_pack(weight):
+    if not int8 and not can_pack(weight.device, weight.dtype):
         return gpt2.transformer, Head(weight, packed=False)
-    state = _fingerprint(gpt2)
+    state = weights_state(gpt2)
     kinds = _PACKED.setdefault(gpt2, {})
     known = kinds.get(int8)
     if known is None or known[0] != state:
@@ -124,37 +108,24 @@ def can_use_int8(weight: Tensor) -> bool:
     return bool(weight.device.type == "cpu" and there and hasattr(torch.ops.onednn, "qlinear_pointwise"))
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether this build of torch packs weights like this one."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
-
-
 def _pack(transformer: nn.Module, int8: bool) -> nn.Module:
     """A copy of the Transformer that shares its tensors, with every Conv1D packed."""
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
-    fused, kind = set(), _Int8Linear if int8 else _PackedLinear
+    fused = set()
     for module in transformer.modules():
         if isinstance(module, GPT2MLP) and _is_gelu_tanh(module.act):
             fused.add(id(module.c_fc))
             memo[id(module.act)] = nn.Identity()
     for module in transformer.modules():
         if isinstance(module, Conv1D):  # (in, out) weights
-            memo[id(module)] = kind(module.weight.T, module.bias, gelu=id(module) in fused)
+            weight, bias, gelu = module.weight.T, module.bias, id(module) in fused
+            memo[id(module)] = (
+                _Int8Linear(weight, bias, gelu=gelu)
+                if int8
+                else PackedLinear(weight, bias, activation="gelu_tanh" if gelu else "none")
+            )
     return copy.deepcopy(transformer, memo).eval()
 
 
 def _is_gelu_tanh(act: nn.Module) -> bool:
     return isinstance(act, NewGELUActivation) or isinstance(act, nn.GELU) and act.approximate == "tanh"
-
-
-def _fingerprint(module: nn.Module) -> object:
-    """Differs after the weights have changed: by training (tensor versions) or behind torch's back (samples)."""
-    seen = []
-    for p in module.parameters():
-        samples = p.detach().flatten()[:: max(1, p.numel() // 61)].float().sum().item()
-        seen.append((p.data_ptr(), 0 if p.is_inference() else p._version, samples))
-    return seen

@@ -209,12 +209,27 @@ class FrozenCLIP(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self._backbone.parameters()).dtype
 
-    def encode_images(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"]:
-        """Embeddings, not normalised, of what `preprocess` gave. Gradients reach `pixels` when it asks for them."""
-        return self.encode_image_features(pixels).embedding
+    @property
+    def backbone(self) -> nn.Module:
+        """The two towers as their library holds them: to be read, for this module hides them from all training."""
+        return self._backbone
 
-    def encode_image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
+    def encode_images(self, pixels: Float[Tensor, "b 3 s s"], *, packed: bool = False) -> Float[Tensor, "b e"]:
+        """Embeddings, not normalised, of what `preprocess` gave. Gradients reach `pixels` when it asks for them.
+
+        Args:
+            pixels: of images.
+            packed: as in `encode_image_features`.
+        """
+        return self.encode_image_features(pixels, packed=packed).embedding
+
+    def encode_image_features(self, pixels: Float[Tensor, "b 3 s s"], *, packed: bool = False) -> ImageFeatures:
         """The embeddings together with the class token and patches that they are made from.
+
+        Args:
+            pixels: of images.
+            packed: without gradients, and on a CPU by a second copy of the vision tower's weights that is faster there
+                (`common.vision`); where there is none (a GPU, open_clip's towers), by the tower itself.
 
         Raises:
             UserError: `pixels` has another shape than (b, 3, s, s).
@@ -224,7 +239,10 @@ class FrozenCLIP(nn.Module):
             raise UserError(
                 f"pixels has shape {tuple(pixels.shape)}: {self.name!r} needs (b, 3, {size}, {size}); use preprocess."
             )
-        return self._backbone.image_features(pixels.to(self.device, self.dtype))
+        if not packed:
+            return self._backbone.image_features(pixels.to(self.device, self.dtype))
+        with torch.no_grad():
+            return self._backbone.packed_image_features(pixels.to(self.device, self.dtype))
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "b e"]:
@@ -269,6 +287,10 @@ class _Backbone(nn.Module, ABC):
     @abstractmethod
     def image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures: ...
 
+    def packed_image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
+        """`image_features` by a copy that is for inference alone, where there is one."""
+        return self.image_features(pixels)
+
     @abstractmethod
     def text_embeddings(self, texts: list[str]) -> Float[Tensor, "b e"]: ...
 
@@ -284,6 +306,17 @@ class _HuggingFace(_Backbone):
         vision = self.model.vision_model(pixel_values=pixels)
         tokens = vision.last_hidden_state  # (b, 1 + n, w)
         return ImageFeatures(tokens[:, 0], tokens[:, 1:], self.model.visual_projection(vision.pooler_output))
+
+    def packed_image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
+        from common.vision import packed_vision
+
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else pixels.dtype
+        vision = packed_vision(self.model, dtype)
+        if vision is None:
+            return self.image_features(pixels)
+        with torch.autocast("cpu", enabled=False):  # all is in `dtype` already
+            tokens, embedding = vision(pixels)
+        return ImageFeatures(tokens[:, 0], tokens[:, 1:], embedding)
 
     def text_embeddings(self, texts: list[str]) -> Float[Tensor, "b e"]:
         length = self.model.config.text_config.max_position_embeddings

@@ -262,9 +262,31 @@ def test_gradients_reach_the_images_and_stay_off_the_weights(tiny):
     images = torch.rand(2, 3, 20, 30, requires_grad=True)
     clip.encode_images(clip.preprocess(images)).square().sum().backward()
     assert images.grad[..., 5:25].abs().min() > 0  # the crop keeps the middle 20 columns
-    assert all(parameter.grad is None for parameter in clip._backbone.parameters())
+    assert all(parameter.grad is None for parameter in clip.backbone.parameters())
     assert not clip.encode_images(clip.preprocess(images.detach())).requires_grad
     assert not clip.encode_texts(TEXTS).requires_grad
+
+
+def test_packed_features_are_the_same_without_gradients(tiny, tmp_path):
+    clip = load_clip(tiny, device="cpu")
+    pixels = torch.randn(3, 3, 32, 32, requires_grad=True)
+    expected = clip.encode_image_features(pixels)
+    found = clip.encode_image_features(pixels, packed=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        assert not ours.requires_grad and theirs.requires_grad
+    assert torch.equal(clip.encode_images(pixels, packed=True), found.embedding)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = clip.encode_images(pixels, packed=True)
+    assert half.dtype == torch.bfloat16 and (half.float() - found.embedding).norm() < 0.02 * found.embedding.norm()
+    expected.embedding.sum().backward()  # as before
+    assert pixels.grad.abs().sum() > 0 and not list(nn.Sequential(clip).state_dict())
+    path = tmp_path / "vit.pt"
+    torch.save(open_clip.create_model("tiny-vit").state_dict(), path)
+    other = load_clip(f"open_clip:tiny-vit/{path}", device="cpu")  # has none
+    found, expected = other.encode_images(pixels, packed=True), other.encode_images(pixels)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not found.requires_grad and expected.requires_grad
 
 
 def test_white_pixels_keep_their_gradient():
@@ -361,17 +383,17 @@ def test_a_training_step_around_it_changes_nothing(tiny):
     outer = Outer().train().requires_grad_(True)
     assert [name for name, _ in outer.named_parameters()] == ["head.weight", "head.bias"]
     assert list(outer.state_dict()) == ["head.weight", "head.bias"]
-    assert not any(module.training for module in outer.clip._backbone.modules())
+    assert not any(module.training for module in outer.clip.backbone.modules())
     assert not outer.clip.training
 
-    before = {key: value.clone() for key, value in outer.clip._backbone.state_dict().items()}
+    before = {key: value.clone() for key, value in outer.clip.backbone.state_dict().items()}
     optimizer = torch.optim.AdamW([*outer.parameters(), *outer.clip.parameters()], lr=0.1, weight_decay=0.1)
     outer.head(outer.clip.encode_images(torch.randn(2, 3, 32, 32, requires_grad=True))).sum().backward()
     optimizer.step()
-    after = outer.clip._backbone.state_dict()
+    after = outer.clip.backbone.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    for parameter in outer.clip._backbone.parameters():
+    for parameter in outer.clip.backbone.parameters():
         assert not parameter.requires_grad
         assert parameter.grad is None
     outer.load_state_dict(outer.state_dict())  # strict
