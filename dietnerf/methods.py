@@ -30,6 +30,7 @@ DESCRIPTIONS = {
     "dietnerf": "DietNeRF: the published MLP with the semantic consistency loss (for a GPU).",
     "dietnerf-nerfacto": "DietNeRF's losses on nerfacto's proposal sampling and hash grid.",
     "dietnerf-grid": "DietNeRF's losses on a dense voxel grid with total variation: minutes on a CPU.",
+    "small-nerf": "DietNeRF's losses on an MLP that is small enough for minutes on a CPU.",
     "simplified-nerf": "The paper's Simplified NeRF baseline: no semantic loss, no fine network.",
 }
 
@@ -84,6 +85,19 @@ def method_config(method: str) -> FewViewTrainerConfig:
     if method == "simplified-nerf":
         # nerfstudio's commands look a run's method up by its name, and know the entry points alone.
         return _trainer("dietnerf", simplified_nerf_config(), lr=5e-5, steps=200_000, decay=DecayConfig())
+    if method == "small-nerf":
+        model = DietNeRFModelConfig(
+            num_layers=4,
+            layer_width=64,
+            num_coarse_samples=24,
+            num_importance_samples=24,
+            position_bands=5,
+            direction_bands=2,
+            density_activation="softplus",
+            semantic=SemanticConfig(weight=0.1, poses="sphere"),
+        )
+        decay = DecayConfig(steps=1000)
+        return _trainer("dietnerf", model, lr=3e-3, steps=1000, decay=decay, rays_from="all", rays=512)
     if method == "dietnerf-nerfacto":
         model = DietNerfactoModelConfig(
             regularizers=RegularizerConfig(distortion=0.002), semantic=SemanticConfig(poses="sphere")

@@ -98,7 +98,9 @@ class FewViewPipeline(VanillaPipeline):
         if self._sampler is None and model.config.semantic.weight:
             images = self.datamanager.train_dataset.images.permute(0, 3, 1, 2)
             model.set_semantic_targets(images.to(self.device))
-            self._sampler = ViewSampler(model.config.semantic, self.datamanager.train_dataset.cameras.to(self.device))
+            assert model.semantic_loss is not None
+            cameras, size = self.datamanager.train_dataset.cameras.to(self.device), model.semantic_loss.encoder.size
+            self._sampler = ViewSampler(model.config.semantic, cameras, size)
 
     def generator(self, step: int, purpose: int) -> torch.Generator:
         """Random numbers of this step."""

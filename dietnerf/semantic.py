@@ -47,7 +47,7 @@ class SemanticConfig:
     end: int = 0
     """First step without it, from where on the images alone train (MSE fine-tuning); 0 means never."""
     resolution: int = 168
-    """Side of the rendered view, in pixels; it is then resized to what the encoder sees."""
+    """Side of the rendered view, in pixels, never more than what the encoder sees and it is then resized to."""
     targets: int = 1
     """Training views compared with in a step; 0 means all."""
     hinge: bool = False
@@ -151,7 +151,7 @@ def load_encoder(name: str, *, random_weights: bool = False, device: str | torch
 
     clip = load_clip(name, device=target)
     if random_weights:
-        _draw_weights(clip._backbone)  # its one owner hides it from training, which this is not
+        _draw_weights(clip.backbone)  # its one owner hides it from training, which this is not
     return Encoder(
         name,
         clip.image_size,
@@ -236,9 +236,15 @@ class ViewSampler:
     coarser camera, and the pixels tile the frame.)
     """
 
-    def __init__(self, config: SemanticConfig, cameras: Cameras) -> None:
-        """Args: cameras: the training cameras (n,), never a held-out one."""
+    def __init__(self, config: SemanticConfig, cameras: Cameras, encoder_size: int | None = None) -> None:
+        """Views for a loss.
+
+        Args:
+            cameras: the training cameras (n,), never a held-out one.
+            encoder_size: side of what the encoder sees; more pixels than that are not rendered.
+        """
         self.config = config
+        self.resolution = min(config.resolution, encoder_size or config.resolution)
         self.cameras = cameras
         self.poses = cameras.camera_to_worlds.detach().cpu()
         if config.poses == "interpolate" and len(self.poses) < 2:
@@ -251,7 +257,7 @@ class ViewSampler:
             pose = sample_interpolated(self.poses, generator)
         else:
             pose = sample_sphere(self.ranges, generator)
-        return square_camera(self.cameras, pose, self.config.resolution)
+        return square_camera(self.cameras, pose, self.resolution)
 
     def __call__(self, generator: torch.Generator | None = None) -> RayBundle:
         """Its rays, shape (resolution, resolution): what a batch holds as "semantic_view"."""

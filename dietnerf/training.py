@@ -26,7 +26,13 @@ from dietnerf.metrics import psnr
 from dietnerf.model import DietGridModelConfig
 from dietnerf.pipeline import FewViewPipeline
 
-METHODS = {"mlp": "dietnerf", "simplified": "simplified-nerf", "nerfacto": "dietnerf-nerfacto", "grid": "dietnerf-grid"}
+METHODS = {
+    "mlp": "dietnerf",
+    "mlp-small": "small-nerf",
+    "simplified": "simplified-nerf",
+    "nerfacto": "dietnerf-nerfacto",
+    "grid": "dietnerf-grid",
+}
 GROW_AFTER = 100
 """A grid's level lasts at least so many steps, however short the run."""
 PRIORS = ("frequency_steps", "occlusion", "density_variation", "colour_variation", "distortion", "depth_smoothness")
@@ -44,8 +50,9 @@ class TrainConfig:
     """Directory of the scene."""
     out: Path = Path("out/dietnerf")
     """Where the run goes; give it to dietnerf render and evaluate, or OUT/config.yml to the ns- commands."""
-    method: Literal["mlp", "simplified", "nerfacto", "grid"] = "grid"
-    """mlp (the published field, for a GPU), simplified (the paper's baseline), nerfacto (hash grid), grid (voxels)."""
+    method: Literal["mlp", "mlp-small", "simplified", "nerfacto", "grid"] = "grid"
+    """mlp (the published field, for a GPU), mlp-small (a small one, for a CPU), simplified (the paper's baseline),
+    nerfacto (hash grid), grid (voxels)."""
     protocol: Literal["none", "paper", "standard"] = "none"
     """paper: the 8 training views, image size and test views of the publication."""
     num_views: int = 0
@@ -84,7 +91,7 @@ class TrainConfig:
     semantic_end: int = 0
     """First step without it (then MSE fine-tuning); 0 is never."""
     semantic_resolution: int = 168
-    """Side of the rendered view in pixels."""
+    """Side of the rendered view in pixels, at most what the encoder sees."""
     semantic_targets: int = 1
     """Training views compared with in a step; 0 is all."""
     semantic_hinge: bool = False
@@ -149,7 +156,7 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
         model.grow_at = tuple(max(GROW_AFTER * i, round(at * scale)) for i, at in enumerate(model.grow_at, start=1))
     for group in run.optimizers.values():
         group["optimizer"].lr = config.lr or group["optimizer"].lr
-        if config.method in ("nerfacto", "grid"):
+        if config.method in ("mlp-small", "nerfacto", "grid"):
             group["scheduler"].steps = steps
     protocol = PROTOCOLS.get(config.protocol)
     parser = data.dataparser

@@ -33,23 +33,36 @@ ARMS: dict[str, dict[str, Any]] = {
     "simplified": dict(method="simplified", semantic_weight=0.0),
     "dietnerf": dict(method="mlp", semantic_weight=0.1, semantic_poses="published"),
     "dietnerf-random": dict(method="mlp", semantic_weight=0.1, semantic_poses="published", semantic_random=True),
+    "mlp-small": dict(method="mlp-small", semantic_weight=0.0),
+    "mlp-small-clip": dict(method="mlp-small", semantic_weight=0.1),
+    "mlp-small-random": dict(method="mlp-small", semantic_weight=0.1, semantic_random=True),
+    "mlp-small-clip-weak": dict(method="mlp-small", semantic_weight=0.01),
+    "mlp-small-random-weak": dict(method="mlp-small", semantic_weight=0.01, semantic_random=True),
     "nerfacto": dict(method="nerfacto", semantic_weight=0.0),
     "nerfacto-clip": dict(method="nerfacto", semantic_weight=0.01, semantic_hinge=True, semantic_augment=True),
+    "nerfacto-random": dict(
+        method="nerfacto", semantic_weight=0.01, semantic_random=True, semantic_hinge=True, semantic_augment=True
+    ),
     "grid": dict(semantic_weight=0.0),
     "grid-plain": dict(semantic_weight=0.0, density_variation=0.0, colour_variation=0.0),
     "grid-occlusion": dict(semantic_weight=0.0, occlusion=0.01),
     "grid-distortion": dict(semantic_weight=0.0, distortion=0.01),
+    "grid-depth": dict(semantic_weight=0.0, depth_smoothness=0.01),
+    "grid-background": dict(semantic_weight=0.0, background="random"),
     "grid-clip-strong": dict(semantic_weight=0.1),
     "grid-clip": dict(semantic_weight=0.01),
     "grid-clip-weak": dict(semantic_weight=0.001),
     "grid-hinge": dict(semantic_weight=0.01, semantic_hinge=True),
     "grid-augment": dict(semantic_weight=0.01, semantic_augment=True),
     "grid-hinge-augment": dict(semantic_weight=0.01, semantic_hinge=True, semantic_augment=True),
+    "grid-text": dict(semantic_weight=0.01, semantic_feature="embedding"),
     "grid-random": dict(semantic_weight=0.01, semantic_random=True),
     "grid-random-augment": dict(semantic_weight=0.01, semantic_random=True, semantic_hinge=True, semantic_augment=True),
 }
 """What each row of the table changes. Names that end in -random are the control: an encoder with random weights whose
-gradient has the norm that the trained encoder's would have."""
+gradient has the norm that the trained encoder's would have; in -text, --text becomes one more target."""
+BASELINES = {"grid": "grid", "nerfacto": "nerfacto", "mlp-small": "mlp-small", "dietnerf": "nerf"}
+"""The row without a semantic loss that each row, by the beginning of its name, is compared with."""
 FINE_TUNED = "-tuned"
 """An arm's name with this ending drops the semantic loss for the last fifth of the steps (the paper's MSE tuning)."""
 SCORES = ("psnr", "psnr_farthest", "psnr_foreground", "ssim", "similarity")
@@ -81,6 +94,8 @@ class Config:
     """Side of the semantic loss's renders."""
     encoder: str = "tiny"
     """Encoder of the semantic loss."""
+    text: str = ""
+    """What the scene shows, for arms that end in -text."""
     second_encoder: str = ""
     """CLIP that scores similarity and is in no loss."""
     budget: float = 0.0
@@ -114,6 +129,10 @@ def training_config(config: Config, scene: Path, size: int, arm: str, views: int
         runtime=replace(config.runtime, seed=seed),
     )
     chosen = replace(chosen, **ARMS[name])
+    if name.endswith("-text"):
+        if not config.text:
+            raise UserError(f"arm {arm!r} needs a description: give --text.")
+        chosen = replace(chosen, semantic_text=config.text)
     if arm.endswith(FINE_TUNED):
         from dietnerf.training import nerfstudio_config
 
@@ -181,11 +200,12 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def gains(runs: list[dict[str, Any]], baseline: str = "grid") -> list[dict[str, Any]]:
-    """PSNR of each arm less the baseline's with the same scene, size, views and seed: mean and standard error."""
+def gains(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """PSNR of each arm less its baseline's with the same scene, size, views and seed: mean and standard error."""
     found = {(r["scene"], r["size"], r["views"], r["seed"], r["arm"]): r["scores"]["psnr"] for r in runs}
     paired: dict[tuple[Any, ...], list[float]] = {}
     for (scene, size, views, seed, arm), value in found.items():
+        baseline = next((value for name, value in BASELINES.items() if arm.startswith(name)), None)
         other = found.get((scene, size, views, seed, baseline))
         if arm != baseline and other is not None:
             paired.setdefault((scene, size, views, arm), []).append(value - other)
@@ -217,7 +237,7 @@ def write_tables(out: Path) -> list[dict[str, Any]]:
     page.section("Scores", "Means over seeds; PSNR in dB.")
     page.table([{k: v for k, v in row.items() if not k.endswith("_spread")} for row in rows])
     if differences:
-        page.section("Against no semantic loss", "PSNR less that of `grid` with the same views and seed.")
+        page.section("Against no semantic loss", "PSNR less that of the same field with the same views and seed.")
         page.table(differences)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
@@ -267,7 +287,8 @@ def main(config: Config) -> None:
     for number, (scene, size, arm, views, seed) in enumerate(todo, start=1):
         name = f"{arm}_v{views}_s{seed}"
         path = config.out / "runs" / scene.name / str(size) / f"{name}.json"
-        settings = training_config(config, scene, size, arm, views, seed, config.out / "work" / scene.name / name)
+        work = config.out / "work" / scene.name / str(size) / name
+        settings = training_config(config, scene, size, arm, views, seed, work)
         if path.exists():
             continue
         if config.budget and time.process_time() - begun > 60 * config.budget:

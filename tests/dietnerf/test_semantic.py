@@ -212,6 +212,8 @@ def test_random_views_are_never_a_training_view_and_repeat_with_their_generator(
 
 def test_random_views_cover_the_whole_frame(cameras):
     """The original's jittered render covers 84 or 56 percent of the frame; ours tiles it, at any resolution."""
+    sampler = ViewSampler(SemanticConfig(weight=0.1, resolution=168), cameras, encoder_size=12)
+    assert sampler().origins.shape == (12, 12, 3)  # more than the encoder sees would be lost
     for resolution in (7, 16, 168):
         view = ViewSampler(SemanticConfig(weight=0.1, resolution=resolution), cameras).camera(
             torch.Generator().manual_seed(0)

@@ -40,14 +40,19 @@ def test_tables():
     rows = tabulate(runs)
     assert [row["arm"] for row in rows] == ["grid", "grid-clip"]
     assert rows[0]["psnr"] == 21 and rows[0]["psnr_spread"] == pytest.approx(2**0.5) and rows[0]["seeds"] == 2
-    (gain,) = gains(runs)
+    runs += [record("mlp-small", 0, 15.0, views=4), record("mlp-small-clip", 0, 16.0, views=4)]  # its own baseline
+    gain, small = gains(runs)
+    assert small["arm"] == "mlp-small-clip" and small["gain"] == 1.0 and small["standard_error"] is None
     assert gain["gain"] == 0.5 and gain["pairs"] == 2 and gain["standard_error"] == pytest.approx(0.5)
 
 
 def test_arms_are_settings(tmp_path):
     for arm in ARMS:
-        settings = training_config(Config(), tmp_path, 8, arm, 3, 5, tmp_path)
+        settings = training_config(Config(text="a still life"), tmp_path, 8, arm, 3, 5, tmp_path)
         assert settings.runtime.seed == 5 and settings.num_views == 3
+        assert bool(settings.semantic_text) == arm.endswith("-text")
+    with pytest.raises(UserError, match="give --text"):
+        training_config(Config(), tmp_path, 8, "grid-text", 3, 5, tmp_path)
     tuned = training_config(Config(steps=100), tmp_path, 8, "dietnerf-tuned", 3, 0, tmp_path)
     assert tuned.semantic_end == 80 and tuned.semantic_weight == 0.1
     with pytest.raises(UserError, match="arm is 'best'"):
