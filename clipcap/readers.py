@@ -54,6 +54,7 @@ def read_dataset(
     val_share: float = 0.1,
     skip_missing: bool = False,
     format: Format = "auto",
+    need_images: bool = True,
 ) -> list[CaptionedImage]:
     """Read captioned images; the layout is told from the content.
 
@@ -80,6 +81,7 @@ def read_dataset(
         val_share: share of the images held out for validation where the source names no splits (by a hash of the id).
         skip_missing: leave out captions whose image is not there, instead of an error.
         format: the layout, where it should not be guessed.
+        need_images: False reads captions whose images were never there, too; an item's `path` may then be nowhere.
 
     Raises:
         UserError: a file cannot be read (the row is named), an image is missing, or nothing is left.
@@ -88,7 +90,7 @@ def read_dataset(
     require_one_of("format", format, get_args(Format))
     if images is not None:
         require_directory(images, "image directory")
-    found = list(_read(source, images, format))
+    found = list(_read(source, images, format, need_images))
     if not found:
         raise UserError(f"{str(source)!r} holds no captioned image: see `clipcap train --help` for the layouts.")
     seen: set[str] = set()
@@ -96,7 +98,7 @@ def read_dataset(
         if item.image_id in seen:
             raise UserError(f"{str(source)!r}: image id {item.image_id!r} occurs twice: make the ids distinct.")
         seen.add(item.image_id)
-    missing = [item for item in found if not item.path.is_file()]
+    missing = [item for item in found if not item.path.is_file()] if need_images else []
     if missing and not skip_missing:
         raise UserError(
             f"{str(source)!r} names {len(missing)} images that are not there, the first {str(missing[0].path)!r}: "
@@ -116,7 +118,7 @@ def _hash_share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
-def _read(source: Path, images: Path | None, format: Format) -> Iterator[CaptionedImage]:
+def _read(source: Path, images: Path | None, format: Format, need_images: bool) -> Iterator[CaptionedImage]:
     if format == "auto":
         format = _guess(source)
     if format in ("folder", "imagefolder", "datasets"):
@@ -124,17 +126,17 @@ def _read(source: Path, images: Path | None, format: Format) -> Iterator[Caption
     elif format not in ("webdataset", "coco"):
         require_file(source, "caption file")
     if format == "datasets":
-        return _read_saved(source, images)
+        return _read_saved(source, images, need_images)
     if format == "webdataset":
-        return _read_shards(source, images)
+        return _read_shards(source, images, need_images)
     if format == "imagefolder":
-        return _read_split_folders(source)
+        return _read_split_folders(source, need_images)
     if format == "folder":
-        return _read_folder(source, images or source)
+        return _read_folder(source, images or source, need_images)
     if format == "table":
         return _read_table(source, images or source.parent)
     if format == "conceptual":
-        return _read_conceptual(source, images)
+        return _read_conceptual(source, images, need_images)
     if format == "flickr8k":
         return _read_flickr8k(source, images)
     if format == "original-pickle":
@@ -145,7 +147,7 @@ def _read(source: Path, images: Path | None, format: Format) -> Iterator[Caption
     if format == "auto":
         format = _guess_json(source, data)
     if format == "original":
-        return _read_original(source, data, images)
+        return _read_original(source, data, images, need_images)
     if format == "karpathy":
         return _read_karpathy(source, data, images)
     return _read_coco(source, data, images, domains=format == "nocaps")
@@ -172,17 +174,34 @@ def _guess(source: Path) -> Format:
         return "original-pickle"
     if suffix == ".json":
         return "auto"
-    first = next((line for _, line in _lines(source) if line.strip()), "")
+    first = _first_line(source)
+    found = _guess_line(first)
+    if found is None:
+        raise UserError(
+            f"caption file {str(source)!r} is of no layout that is known (its first line: {first[:60]!r}): name the "
+            f"layout with format, one of {', '.join(get_args(Format)[1:])}."
+        )
+    return found
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether this is a text file of no layout: captions alone, one a line."""
+    return path.suffix.lower() == ".txt" and path.is_file() and _guess_line(_first_line(path)) is None
+
+
+def _first_line(path: Path) -> str:
+    return next((line for _, line in _lines(path) if line.strip()), "")
+
+
+def _guess_line(first: str) -> Format | None:
+    """The layout of a file by its first line."""
     if _FLICKR_LINE.fullmatch(first):
         return "flickr8k"
     if "\t" in first and (_URL.search(first) or set(first.lower().split("\t")) == {"caption", "url"}):
         return "conceptual"
     if {field.strip().lower() for field in first.split(",")} & set(_IMAGE_KEYS):
         return "table"
-    raise UserError(
-        f"caption file {str(source)!r} is of no layout that is known (its first line: {first[:60]!r}): name the layout "
-        f"with format, one of {', '.join(get_args(Format)[1:])}."
-    )
+    return None
 
 
 def _guess_json(path: Path, data: Any) -> Format:
@@ -265,13 +284,16 @@ def _read_coco(path: Path, data: Any, images: Path | None, *, domains: bool = Fa
             yield CaptionedImage(name, _place(name, roots, folders), kept, split, str(row.get("domain", "")))
 
 
-def _read_original(path: Path, data: Any, images: Path | None) -> Iterator[CaptionedImage]:
+def _read_original(path: Path, data: Any, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
     _require_keys(path, "", _list(path, data, ""), ("image_id", "caption"), distinct=False)
     roots = [images] if images else [path.parent / "images", path.parent, path.parent.parent]
     for image_id, captions in _grouped(path, data).items():
         try:
             number = int(image_id)
         except ValueError:
+            if not need_images:
+                yield CaptionedImage(image_id, roots[0] / image_id, captions, "")
+                continue
             raise UserError(
                 f"caption file {str(path)!r}: image_id {image_id!r} is no COCO number, so its file is not known: "
                 f"use a layout that names files."
@@ -347,12 +369,15 @@ def _place(name: str, roots: Sequence[Path], folders: Sequence[str]) -> Path:
 # Lines: tables, Flickr8k, Conceptual Captions
 
 
-def _read_folder(folder: Path, images: Path) -> Iterator[CaptionedImage]:
+def _read_folder(folder: Path, images: Path, need_images: bool) -> Iterator[CaptionedImage]:
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if table is not None:
         yield from _read_table(table, images)
         return
     files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not need_images:
+        known = {file.with_suffix(".txt") for file in files}
+        files += [text.with_suffix("") for text in sorted(images.rglob("*.txt")) if text not in known]
     if not files:
         raise UserError(f"folder {str(images)!r} holds no image: put images and captions in it.")
     for file in files:
@@ -362,10 +387,10 @@ def _read_folder(folder: Path, images: Path) -> Iterator[CaptionedImage]:
             yield CaptionedImage(str(file.relative_to(images)), file, captions, "")
 
 
-def _read_split_folders(folder: Path) -> Iterator[CaptionedImage]:
+def _read_split_folders(folder: Path, need_images: bool) -> Iterator[CaptionedImage]:
     for name, split in SPLITS.items():
         if (folder / name).is_dir():
-            for item in _read_folder(folder / name, folder / name):
+            for item in _read_folder(folder / name, folder / name, need_images):
                 yield replace(item, image_id=f"{name}/{item.image_id}", split=split)
 
 
@@ -452,12 +477,12 @@ def conceptual_rows(path: Path) -> Iterator[tuple[int, str, str]]:
         yield number, _check_captions([fields[1 - column]], where)[0], fields[column].strip()
 
 
-def _read_conceptual(path: Path, images: Path | None) -> Iterator[CaptionedImage]:
+def _read_conceptual(path: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
     from clipcap.download import read_journal, url_key
 
     directory = images or path.parent
     journal = read_journal(directory)
-    if not journal:
+    if not journal and need_images:
         raise UserError(
             f"{str(directory)!r} holds nothing that `clipcap download {path} --out DIR` wrote: download first, and "
             f"give DIR with --images."
@@ -467,16 +492,16 @@ def _read_conceptual(path: Path, images: Path | None) -> Iterator[CaptionedImage
         grouped.setdefault(url_key(url), []).append(caption)
     for key, captions in grouped.items():
         entry = journal.get(key)
-        if entry is None:  # not tried yet
-            yield CaptionedImage(key, directory / "images" / key, tuple(captions), "")
-        elif entry.file:
+        if entry is not None and entry.file:
             yield CaptionedImage(key, directory / entry.file, tuple(captions), "")
+        elif entry is None or not need_images:  # not tried yet, or dropped
+            yield CaptionedImage(key, directory / "images" / key, tuple(captions), "")
 
 
 # Images inside other files: data sets on disk, tars
 
 
-def _read_saved(source: Path, images: Path | None) -> Iterator[CaptionedImage]:
+def _read_saved(source: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
     from datasets import DatasetDict, Image, load_from_disk
 
     try:
@@ -490,20 +515,20 @@ def _read_saved(source: Path, images: Path | None) -> Iterator[CaptionedImage]:
             raise UserError(f"data set {str(source)!r}: split is {name!r}: use train, val or test.")
         image_key = next((key for key, feature in part.features.items() if isinstance(feature, Image)), None)
         caption_key = next((key for key in _CAPTION_KEYS if key in part.features), None)
-        if image_key is None or caption_key is None:
+        if caption_key is None or image_key is None and need_images:
             raise UserError(
                 f"data set {str(source)!r} has the columns {', '.join(part.features)}: it needs one of images, and "
                 f"one named {_CAPTION_KEYS[0]!r} or {_CAPTION_KEYS[1]!r}."
             )
-        for number, row in enumerate(part.cast_column(image_key, Image(decode=False))):
+        for number, row in enumerate(part.cast_column(image_key, Image(decode=False)) if image_key else part):
             where = f"data set {str(source)!r}, {name or 'row'} {number}"
-            text, image = row[caption_key], row[image_key]
+            text, image = row[caption_key], row[image_key] if image_key else None
             captions = _check_captions([str(t) for t in (text if isinstance(text, list) else [text]) if t], where)
             image_id = f"{name or 'row'}-{number:08}"
-            if image is None:
+            if image is None and need_images:
                 raise UserError(f"{where}: it has no image.")
-            path = Path(image["path"]) if image["path"] else root
-            if image["bytes"]:
+            path = Path(image["path"]) if image and image["path"] else root
+            if image and image["bytes"]:
                 path = root / f"{image_id}{_suffix(image['bytes'], where)}"
                 _write_once(path, image["bytes"])
             yield CaptionedImage(image_id, path, captions, SPLITS[name] if name else "")
@@ -519,7 +544,7 @@ def _suffix(data: bytes, where: str) -> str:
         raise UserError(f"{where}: its image is not one that Pillow knows: leave the row out.") from None
 
 
-def _read_shards(source: Path, images: Path | None) -> Iterator[CaptionedImage]:
+def _read_shards(source: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
     from braceexpand import braceexpand
 
     shards = sorted(source.glob("*.tar")) if source.is_dir() else [Path(name) for name in braceexpand(str(source))]
@@ -542,6 +567,8 @@ def _read_shards(source: Path, images: Path | None) -> Iterator[CaptionedImage]:
                 texts[key] = [line for line in _decode(data, where).split("\n") if line.strip()]
             elif suffix == ".json" and key not in texts:
                 texts[key] = _captions_of_json(data, where)
+        if not need_images:
+            files |= {key: root / key for key in texts if key not in files}
         for key, path in files.items():
             captions = _check_captions(texts.get(key, []), f"tar {str(shard)!r}, sample {key!r}")
             yield CaptionedImage(f"{shard.stem}/{key}", path, captions, "")

@@ -20,7 +20,7 @@ from clipcap.data import CaptionDataset, CaptionedImage, collate
 from clipcap.embeddings import EmbeddingStore, build_store
 from clipcap.lora import add_lora, merge_lora
 from clipcap.model import ClipCapConfig, ClipCapModel
-from clipcap.readers import Format, read_dataset
+from clipcap.readers import Format, is_plain_text, read_dataset
 from clipcap.retrieval import Datastore, PromptedDataset, number_images
 from clipcap.scst import (
     CorpusCider,
@@ -64,7 +64,7 @@ class TrainConfig:
     """
 
     data: Path
-    """Captions with their images; with --text-only also a .txt file with a caption a line."""
+    """Captions with their images; with --text-only also captions without them, or a .txt file with a caption a line."""
     images: Path | None = None
     """Directory of the images, when they are not beside the captions."""
     out: Path = Path("out/captioner")
@@ -316,10 +316,16 @@ def read_material(config: TrainConfig, clip: FrozenCLIP) -> Material:
     Raises:
         UserError: nothing to train on, or anything in the data that cannot be read.
     """
-    if config.text_only and config.data.suffix == ".txt":
+    if config.text_only and config.format == "auto" and is_plain_text(config.data):
         items = read_captions(config.data)
     else:
-        items = read_dataset(config.data, images=config.images, skip_missing=config.skip_missing, format=config.format)
+        items = read_dataset(
+            config.data,
+            images=config.images,
+            skip_missing=config.skip_missing,
+            format=config.format,
+            need_images=not config.text_only,
+        )
     by_split = {split: [item for item in items if item.split == split] for split in ("train", "val")}
     if not by_split["train"]:
         raise UserError(f"{str(config.data)!r} has nothing in its train split: check its 'split' fields.")

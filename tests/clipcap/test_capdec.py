@@ -1,6 +1,7 @@
 """Text-only training: the noise, the store of captions' embeddings, and a run without any image."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from clipcap import Captioner
 from clipcap.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
 from clipcap.readers import CaptionedImage
-from clipcap.training import Captioning, TrainConfig, train
+from clipcap.training import Captioning, TrainConfig, read_material, train
 from common.checks import UserError
 from common.clip import load_clip
 from common.runtime import RuntimeConfig
@@ -65,6 +66,24 @@ def test_store_goes_on_where_it_stopped(tmp_path, clip_directory):
     assert torch.equal(store[store.row("1.jpg#3")], torch.from_numpy(store.array[3].astype(np.float32)))
     other = build_text_store(items[:3], clip, tmp_path / "store")
     assert len(other) == 3 and other.array.shape == (3, 12)
+
+
+@pytest.mark.parametrize("layout", ["karpathy", "flickr8k"])
+def test_captions_of_a_layout_need_no_images(tmp_path, photos, clip_directory, layout):
+    data = photos / "dataset.json"
+    for image in [*photos.glob("*.jpg"), *photos.glob("*.png")]:
+        image.unlink()
+    if layout == "flickr8k":
+        data = photos / "Flickr8k.token.txt"
+        data.write_text("".join(f"{n}.jpg#0\ta cat on mat {n}\n" for n in range(30)))
+    config = TrainConfig(data=data, out=tmp_path / "run", text_only=True, clip=str(clip_directory))
+    material = read_material(config, load_clip(str(clip_directory), device="cpu"))
+    texts = [item.captions[0] for item in material.items["train"]]
+    assert texts[0] == ("the cat and the hat" if layout == "karpathy" else "a cat on mat 0")
+    assert len(texts) == 16 if layout == "karpathy" else 20 < len(texts) < 30
+    assert material.width == 12 and len(material.stores["train"]) >= len(texts)
+    with pytest.raises(UserError, match="that are not there"):
+        read_material(replace(config, text_only=False), load_clip(str(clip_directory), device="cpu"))
 
 
 @pytest.mark.parametrize("with_images", [False, True])

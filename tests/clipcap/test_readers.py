@@ -4,13 +4,14 @@ import io
 import json
 import pickle
 import tarfile
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from clipcap.readers import Format, read_dataset
+from clipcap.readers import Format, is_plain_text, read_dataset
 from common.checks import UserError
 
 
@@ -214,6 +215,55 @@ def original_pickle(folder, rows, protocol=None):
     path = folder / "oscar_split_ViT-B_32_train.pkl"
     path.write_bytes(pickle.dumps({"clip_embedding": torch.randn(3, 4), "captions": rows}, protocol))
     return path
+
+
+def without_images(folder, name):
+    """Two captions, "one" and "two", in a layout whose images were never there."""
+    names, texts = ("x.jpg", "y.jpg"), ("one", "two")
+    rows = [{"file_name": n, "caption": t} for n, t in zip(names, texts, strict=True)]
+    if name == "karpathy":
+        return karpathy(folder, [row(n, captions=(t,)) for n, t in zip(names, texts, strict=True)])
+    if name in ("coco", "nocaps"):
+        domain = {"domain": "in-domain"} if name == "nocaps" else {}
+        images = [{"id": i, "file_name": n} | domain for i, n in enumerate(names)]
+        notes = [{"id": i, "image_id": i, "caption": t} for i, t in enumerate(texts)]
+        (folder / "all.json").write_text(json.dumps({"images": images, "annotations": notes}))
+        return folder / "all.json"
+    if name == "original":
+        return original(folder, [{"image_id": i, "caption": t} for i, t in zip((7, "beach"), texts, strict=True)])
+    if name == "conceptual":
+        (folder / "cc.tsv").write_text("".join(f"{t}\thttps://images.example/{t}.jpg\n" for t in texts))
+        return folder / "cc.tsv"
+    if name == "flickr8k":
+        (folder / "Flickr8k.token.txt").write_text("".join(f"{n}#0\t{t}\n" for n, t in zip(names, texts, strict=True)))
+        return folder / "Flickr8k.token.txt"
+    if name == "datasets":
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_list(rows).save_to_disk(str(folder / "saved"))
+        return folder / "saved"
+    if name == "webdataset":
+        return tar(folder / "0.tar", [("a.txt", b"one"), ("b.json", b'{"caption": "two"}')])
+    inner = folder / "inner"
+    place = inner / "train" if name == "imagefolder" else inner
+    place.mkdir(parents=True)
+    if name == "folder":
+        for n, t in zip("ab", texts, strict=True):
+            (inner / f"{n}.txt").write_text(t)
+        return inner
+    (place / "captions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return inner / "captions.jsonl" if name == "table" else inner
+
+
+@pytest.mark.parametrize("name", [n for n in get_args(Format)[1:] if n != "original-pickle"])
+def test_captions_without_images(folder, name):
+    source = without_images(folder, name)
+    with pytest.raises(UserError):
+        read_dataset(source, format=name)
+    items = read_dataset(source, format=name, need_images=False)
+    assert [item.captions for item in items] == [("one",), ("two",)]
+    assert not any(item.path.is_file() for item in items)
+    assert not is_plain_text(source)
+    assert read_dataset(source, need_images=False) == items
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -458,7 +508,5 @@ def test_text_that_is_not_utf8_names_its_line(folder, name):
 
 def test_every_format_is_read_by_some_test():
     """A layout that is offered by name must be one that `read_dataset` explains."""
-    from typing import get_args
-
     assert all(f"| {name} |" in (read_dataset.__doc__ or "") for name in get_args(Format) if name != "auto")
     assert np.unique(get_args(Format)).size == len(get_args(Format))
