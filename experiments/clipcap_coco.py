@@ -13,18 +13,8 @@ from dataclasses import dataclass
 import tyro
 
 from common.checks import require_one_of, run_command
-from experiments.clipcap_tables import (
-    VARIANTS,
-    TableConfig,
-    cell,
-    cpu_minutes,
-    prepare,
-    run_captioner,
-    score_captioner,
-    write_table,
-)
+from experiments.clipcap_tables import METRICS, VARIANTS, TableConfig, paper_rows, prepare, write_table
 
-METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "CLIPScore", "RefCLIPScore")
 PUBLISHED = {
     "transformer-frozen": {"BLEU-4": "33.53", "METEOR": "27.45", "CIDEr": "113.08", "SPICE": "21.05"},
     "mlp-tuned": {"BLEU-4": "32.15", "METEOR": "27.1", "CIDEr": "108.35", "SPICE": "20.12"},
@@ -44,14 +34,7 @@ def main(config: Config) -> None:
     for name in config.variants:
         require_one_of("variant", name, tuple(VARIANTS))
     setting = prepare("clipcap_coco", config, epochs=10, layout="Karpathy's dataset_coco.json, with --images")
-    rows, tokenizer = [], ""
-    for name in config.variants:
-        found = score_captioner(setting, run_captioner(setting, name, **VARIANTS[name]), name)
-        tokenizer = found.tokenizer
-        minutes = cpu_minutes(setting.out / name)
-        rows.append({"captioner": name} | {m: cell(found, m) for m in METRICS} | {"CPU min": minutes})
-        if not config.small:
-            rows.append({"captioner": f"{name}, published"} | PUBLISHED[name])
+    rows, tokenizer = paper_rows(setting, config.variants, PUBLISHED)
     text = ["Scores times 100 with 95% intervals over the test images."]
     if config.small:
         text.append("Rendered scenes and the packaged tiny backbones: not comparable with the published COCO table.")

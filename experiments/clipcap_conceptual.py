@@ -19,19 +19,16 @@ from clipcap.data import read_dataset
 from common.checks import UserError, require_one_of, run_command
 from common.report import write_json
 from experiments.clipcap_tables import (
+    METRICS,
     VARIANTS,
     Setting,
     TableConfig,
-    cell,
-    cpu_minutes,
     last_split,
+    paper_rows,
     prepare,
-    run_captioner,
-    score_captioner,
     write_table,
 )
 
-METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "CLIPScore", "RefCLIPScore")
 PUBLISHED = {
     "transformer-frozen": {"ROUGE-L": "25.12", "CIDEr": "71.82"},
     "mlp-tuned": {"ROUGE-L": "26.71", "CIDEr": "87.26"},
@@ -79,15 +76,9 @@ def main(config: Config) -> None:
     split = "all"
     if config.test is None:
         split = last_split(setting.data, setting.images, skip_missing=config.skip_missing)
-    rows, tokenizer = [], ""
-    for name in config.variants:
-        model = run_captioner(setting, name, **VARIANTS[name])
-        found = score_captioner(setting, model, name, data=config.test, images=config.test_images, split=split)
-        tokenizer = found.tokenizer
-        minutes = cpu_minutes(setting.out / name)
-        rows.append({"captioner": name} | {m: cell(found, m) for m in METRICS} | {"CPU min": minutes})
-        if not config.small:
-            rows.append({"captioner": f"{name}, published"} | PUBLISHED[name])
+    rows, tokenizer = paper_rows(
+        setting, config.variants, PUBLISHED, data=config.test, images=config.test_images, split=split
+    )
     text = [f"Scores times 100 with 95% intervals over the images of split {split}, one reference each."]
     if config.small:
         text.append("Rendered scenes and the packaged tiny backbones: not comparable with the published table.")

@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mlp-tuned": {"mapper": "mlp", "tune_gpt2": True},
 }
 """The paper's two captioners (Mokady et al. 2021, sec. 3)."""
+METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "CLIPScore", "RefCLIPScore")
 PUBLISHED_CLIP, PUBLISHED_GPT2 = "openai/clip-vit-base-patch32", "gpt2"
 
 
@@ -159,6 +160,31 @@ def score_captioner(
             runtime=setting.config.runtime,
         )
     )
+
+
+def paper_rows(
+    setting: Setting, variants: Sequence[str], published: Mapping[str, Mapping[str, str]], **scored: Any
+) -> tuple[list[dict[str, str]], str]:
+    """Train and score the paper's captioners.
+
+    Args:
+        setting: of the table.
+        variants: names in VARIANTS.
+        published: their published scores, which stand below ours at full size.
+        scored: what `score_captioner` is to score, when not the setting's test split.
+
+    Returns:
+        The table's rows, and the tokenizer of the scores.
+    """
+    rows, tokenizer = [], ""
+    for name in variants:
+        found = score_captioner(setting, run_captioner(setting, name, **VARIANTS[name]), name, **scored)
+        tokenizer = found.tokenizer
+        minutes = cpu_minutes(setting.out / name)
+        rows.append({"captioner": name} | {m: cell(found, m) for m in METRICS} | {"CPU min": minutes})
+        if not setting.config.small:
+            rows.append({"captioner": f"{name}, published"} | dict(published[name]))
+    return rows, tokenizer
 
 
 def last_split(data: Path, images: Path | None, *, skip_missing: bool) -> str:

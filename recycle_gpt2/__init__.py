@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from common.exports import lazy_exports
 
 if TYPE_CHECKING:
     from recycle_gpt2.alignment import align
@@ -26,32 +27,17 @@ __all__ = [
     "train_tokenizer",
 ]
 
-_HOMES = {
-    "TokenBlocks": "recycle_gpt2.corpus",
-    "align": "recycle_gpt2.alignment",
-    "build_corpus": "recycle_gpt2.corpus",
-    "initialise": "recycle_gpt2.lexical",
-    "read_documents": "recycle_gpt2.corpus",
-    "replace_lexical": "recycle_gpt2.lexical",
-    "score": "recycle_gpt2.evaluate",
-    "train_only": "recycle_gpt2.lexical",
-    "train_tokenizer": "recycle_gpt2.tokenizer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import torch and transformers only when something that needs them is asked for."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    if name == "__version__":
-        from importlib import metadata
-
-        try:
-            return metadata.version("clip-gpt-toolkit")
-        except metadata.PackageNotFoundError:
-            return "0+source"
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "TokenBlocks": "recycle_gpt2.corpus",
+        "align": "recycle_gpt2.alignment",
+        "build_corpus": "recycle_gpt2.corpus",
+        "initialise": "recycle_gpt2.lexical",
+        "read_documents": "recycle_gpt2.corpus",
+        "replace_lexical": "recycle_gpt2.lexical",
+        "score": "recycle_gpt2.evaluate",
+        "train_only": "recycle_gpt2.lexical",
+        "train_tokenizer": "recycle_gpt2.tokenizer",
+    },
+)
