@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import tyro
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_at_least, require_one_of
+from common.pretrained import CAPTION_LANGUAGES
 from common.runtime import RuntimeConfig
 
 Row = dict[str, Any]
@@ -35,6 +36,8 @@ class CaptionConfig:
     """Image files, directories that are searched for images, or http(s) URLs."""
     model: str = "tiny"
     """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
+    language: str | None = None
+    """Language of the captions, in place of --model: eng or nld (Dutch), each with a packaged captioner."""
     format: Literal["auto", "text", "json", "jsonl", "csv", "sidecar"] = "auto"
     """Output format; auto goes by the ending of OUT, else text. sidecar writes photo.txt beside photo.jpg, or at the
     same place under the directory OUT; one that is there already is kept and its image left alone."""
@@ -74,6 +77,7 @@ def caption(config: CaptionConfig) -> int:
     kind = _format(config)
     if config.sheet and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"sheet is {str(config.sheet)!r}: give a name that ends in .png or .jpg.")
+    model = _model(config)
     device = start(config.runtime)
     paths = find_images(config.images)
     places = _sidecars(paths, config.out) if kind == "sidecar" else {}
@@ -96,7 +100,7 @@ def caption(config: CaptionConfig) -> int:
     if config.out and kind != "sidecar":
         if config.out.is_dir():
             raise UserError(f"output {str(config.out)!r} is a directory: give the path of a file.")
-        settings = options | {"model": config.model, "precision": config.runtime.precision, "int8": config.int8}
+        settings = options | {"model": model, "precision": config.runtime.precision, "int8": config.int8}
         journal = Journal(config.out.with_name(config.out.name + ".partial"), settings)
     done: dict[str, Row] = journal.rows if journal else {}
     remaining = [p for p in paths if _key(p) not in done and not (p in places and places[p].exists())]
@@ -111,7 +115,7 @@ def caption(config: CaptionConfig) -> int:
         from clipcap.captioner import Captioner
 
         dtype: Any = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
-        captioner = Captioner.from_pretrained(config.model, device=device, dtype=dtype)
+        captioner = Captioner.from_pretrained(model, device=device, dtype=dtype)
         found = captioner.stream(remaining, on_error=skip, batch_size=config.batch_size or None, **options)
         for item in tqdm(found, total=len(remaining), unit=" images", disable=len(remaining) < 2):
             row = {
@@ -209,6 +213,20 @@ class Journal:
         self.file.close()
         if not self.rows:
             self.path.unlink(missing_ok=True)
+
+
+def _model(config: CaptionConfig) -> str:
+    """The captioner, that of the language where one is given.
+
+    Raises:
+        UserError: an unknown language, or a captioner beside it.
+    """
+    if config.language is None:
+        return config.model
+    require_one_of("language", config.language, tuple(CAPTION_LANGUAGES))
+    if config.model != CaptionConfig.model:
+        raise UserError(f"language {config.language!r} and model {config.model!r} are given together: choose one.")
+    return CAPTION_LANGUAGES[config.language]
 
 
 def _format(config: CaptionConfig) -> str:

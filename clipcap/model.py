@@ -27,9 +27,9 @@ from common import gpt2 as gpt2_backbones
 from common.checks import UserError, require_one_of
 from common.gpt2 import freeze, load_gpt2
 from common.language import IGNORE, chunked_cross_entropy
-from common.pretrained import ASSETS, loading, locate, require_reachable
+from common.pretrained import CAPTIONERS, loading, locate, require_reachable
 
-PACKAGED = {"tiny": ASSETS / "captioner-tiny"}
+PACKAGED = CAPTIONERS
 WHAT = "captioner"
 INPUTS = ("embedding", "patches")
 MAPPERS = ("mlp", "transformer")

@@ -79,7 +79,7 @@ class Config:
     """Directory written by experiments/render_scenes.py; the few packaged scenes when it is not there."""
     images: int = 4800
     """Training images that are 100%, five captions each."""
-    steps: int = 400
+    steps: int = 300
     """Training steps of each run; fewer where validation says so."""
     batch_size: int = 64
     """Captions in a step."""

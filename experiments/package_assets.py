@@ -1,6 +1,7 @@
 """Copy trained backbones and the captioner into `common/assets`, each with its record and a card.
 
 python -m experiments.package_assets --gpt2 out/gpt2 --clip out/clip --captioner out/ablation/RUN
+python -m experiments.package_assets --language-captioner out/clipcap_languages/nld/RUN
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 
 import tyro
 
-from common.checks import UserError, run_command
-from common.pretrained import ASSETS
+from common.checks import UserError, require_one_of, run_command
+from common.pretrained import ASSETS, CAPTION_LANGUAGES, CAPTIONERS
 from common.report import write_json, write_text
 
+LANGUAGES = {"nld": "Dutch", "ita": "Italian"}
 WEIGHTS = (
     "config.json",
     "generation_config.json",
@@ -67,6 +69,8 @@ class Config:
     """Last stage of experiments/tiny_clip_recipe.py, with scores.json of experiments/evaluate_tiny_clip.py."""
     captioner: Path | None = None
     """Run directory of experiments/clipcap_mapper_ablation.py."""
+    language_captioner: Path | None = None
+    """Run directory of experiments/clipcap_languages.py, fine-tuned, which is then the captioner of its language."""
 
 
 def read(path: Path) -> Any:
@@ -205,8 +209,51 @@ def package_captioner(directory: Path) -> None:
     )
 
 
+def package_language_captioner(directory: Path) -> None:
+    """A captioner in another language, on a recycled GPT-2; weights as float16.
+
+    Raises:
+        UserError: the language has no packaged captioner, or GPT-2 was frozen, which would have to be packaged too.
+    """
+    from clipcap.model import ClipCapModel
+
+    training, found = read(directory / "training.json"), read(directory / "result.json")
+    language, title = found["language"], LANGUAGES[found["language"]]
+    require_one_of("language", language, tuple(CAPTION_LANGUAGES))
+    target = CAPTIONERS[CAPTION_LANGUAGES[language]]
+    model = ClipCapModel.from_pretrained(directory / "model")
+    if not model.config.saves_gpt2:
+        raise UserError(f"{str(directory)!r} has a frozen GPT-2 in another directory: package a fine-tuned one.")
+    model.config.gpt2 = None  # its weights are in the captioner
+    model.half().save_pretrained(target)
+    shares = found["scores"]["all_right"]
+    scores = {f"{n} objects, all colours and shapes right": part["share"] for n, part in shares.items()}
+    scores |= {"all of them": found["fully_right"], "BLEU-4": found["scores"]["bleu_4"]}
+    scores |= {"CIDEr": found["scores"]["cider"]}
+    write_card(
+        target,
+        training | {"scores": scores, "cpu_seconds": found["cpu_seconds"]},
+        title=f"{target.name}: ClipCap in {title} on a recycled GPT-2",
+        what=f"Captions in {title}: mapper {model.config.mapper}, prefix of {model.config.prefix_length}, and "
+        f"gpt2-tiny recycled for {title} (`{found['gpt2']}` of `experiments/recycle_languages.py`), fine-tuned.",
+        parameters=sum(p.numel() for p in model.parameters()),
+        data=f"{found['captions']:,} captions of the tiny CLIP's training scenes in {title}, written from their scene "
+        f"graphs; scores on {found['images']['test']} held-out scenes. GPT-2: {title} documentation of LibreOffice, "
+        "GIMP and Debian (`python -m experiments.build_corpus` makes such a corpus)",
+        licence="weights: Apache-2.0, as this project; scenes: CC0. Text: LibreOffice's help (MPL-2.0), GIMP's manual "
+        "(GFDL), Debian's manuals (GPL)",
+        command=f"python -m experiments.clipcap_languages --language {language} --models {found['model']} --modes "
+        f"{found['mode']} --shares {found['share']:g} --seeds {found['seed']} --steps {found['steps']} --images "
+        f"{found['images']['train']}",
+        limits="It describes rendered scenes of one to three objects, and calls everything else such a scene. Its "
+        "words are those of the captions and of manuals, with their biases; it is no translator.",
+    )
+
+
 def main(config: Config) -> None:
     """Package each directory that is given."""
+    if config.language_captioner:
+        package_language_captioner(config.language_captioner)
     if config.gpt2:
         package_gpt2(config.gpt2)
     if config.clip:

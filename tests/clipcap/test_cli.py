@@ -117,6 +117,26 @@ def test_packaged_weights_of_a_changed_size_are_an_error(capsys, photos, model):
     assert code == 2 and "shape" in err
 
 
+def test_captions_in_dutch(capsys, photos):
+    from common.pretrained import ASSETS, CAPTION_LANGUAGES, CAPTIONERS
+    from experiments.scenes.captions import parse
+    from experiments.scenes.wording import DUTCH
+
+    scene = ASSETS / "samples" / "scenes" / "test_000.jpg"
+    code, out, _ = run(capsys, "caption", scene, "--language", "nld", "--strategy", "greedy")
+    named = parse(out.split("\t")[1], wording=DUTCH)
+    assert code == 0 and named and all(thing.colour and thing.shape for thing in named)
+    english = [run(capsys, "caption", scene, "--strategy", "greedy", *more)[1] for more in ((), ("--language", "eng"))]
+    assert english[0] == english[1] != out
+    for arguments, said in ((("--language", "dutch"), "eng, nld"), (("--language", "nld", "--model", "x/y"), "'x/y'")):
+        code, _, err = run(capsys, "caption", scene, *arguments)
+        assert code == 2 and said in err and err.count("\n") == 1
+    assert set(CAPTION_LANGUAGES.values()) == set(CAPTIONERS)
+    for folder in CAPTIONERS.values():
+        assert (folder / "README.md").is_file() and (folder / "model.safetensors").stat().st_size < 6e6
+        assert not json.loads((folder / "config.json").read_text())["gpt2"] or folder.name == "captioner-tiny"
+
+
 def test_an_interrupted_run_goes_on_and_loses_nothing(capsys, photos, model, tmp_path, monkeypatch):
     from clipcap.captioner import Captioner
 
