@@ -98,11 +98,12 @@ class _Norm(nn.Module):
     def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype, *, factor: float = 1.0) -> None:
         super().__init__()
         kept = dtype if factor == 1 else torch.float32  # a scaled weight would be rounded once more
-        self.tensors = tuple((factor * value.detach().float()).to(kept) for value in (norm.weight, norm.bias))
+        self.tensors = [(factor * value.detach().float()).to(kept) for value in (norm.weight, norm.bias)]
         self.eps = norm.eps
 
     def forward(self, x: Float[Tensor, "... w"]) -> Float[Tensor, "... w"]:
-        return F.layer_norm(x, x.shape[-1:], *self.tensors, self.eps)
+        weight, bias = self.tensors
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
