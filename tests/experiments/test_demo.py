@@ -1,0 +1,92 @@
+"""The demo's page, made small and opened in a headless Chromium as on a telephone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+
+from common.runtime import RuntimeConfig
+from experiments.demo import Config, Steps, spread, write_demo
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The whole page, of six scenes and a few training steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        which = shutil.which
+        patch.setattr(shutil, "which", lambda name: None if name == "java" else which(name))  # seconds for METEOR
+        if importlib.util.find_spec("nerfstudio") is not None:
+            from dietnerf.methods import method_config
+
+            def small(method):
+                config = method_config(method)
+                config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (2,)
+                return config
+
+            patch.setattr("dietnerf.training.method_config", small)
+        return write_demo(
+            Config(out=tmp_path_factory.mktemp("demo"), runtime=RuntimeConfig(device="cpu")),
+            images=6,
+            scene={"steps": 4, "frames": 2, "size": 16},
+            recycling={"tokens": 4000, "brief_tokens": 2000, "documents": 60},
+        )
+
+
+def test_the_page_has_every_part_and_says_what_was_run(page):
+    text = page.read_text()
+    for heading in ("Three applications", "Captions in Dutch", "What a prefix says", "recycled for Dutch", "What was run"):
+        assert heading in text, heading
+    assert "clipcap caption common/assets/samples/scenes/test_000.jpg --language nld" in text
+    results = json.loads((page.parent / "results.json").read_text())
+    assert set(results["captions"]) == set(results["dutch"]["captions"]) and len(results["captions"]) == 6
+    assert [step["seconds"] >= 0 for step in results["steps"]] and results["steps"][5]["step"] == "caption them in Dutch"
+    assert all(step["step"] in text for step in results["steps"])
+
+
+def test_a_telephone_shows_it_whole_without_errors(page):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    errors, asked = [], []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 390, "height": 844})
+        view.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+        view.on("pageerror", lambda error: errors.append(str(error)))
+        view.on("request", lambda request: asked.append(request.url) if not request.url.startswith("data:") else None)
+        view.goto(page.as_uri(), wait_until="load")
+        broken = view.evaluate(
+            "Promise.all([...document.images].map(image => {"
+            "image.loading = 'eager'; return image.decode().then(() => null, () => image.alt); }))"  # lazy ones never come
+        )
+        images = view.evaluate("document.images.length")
+        widths = view.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+        small = view.evaluate(
+            "[...document.querySelectorAll('p, td, h3, figcaption')].filter(e => e.innerText.trim() && "
+            "parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.innerText.slice(0, 40))"
+        )
+        browser.close()
+    assert errors == [] and asked == [page.as_uri()]
+    assert images > 20 and [alt for alt in broken if alt is not None] == []
+    assert widths[0] <= widths[1] == 390
+    assert small == []
+
+
+def test_shown_images_are_spread_over_the_numbers_of_objects():
+    counts = {f"{n}{i}": n for n in (1, 2, 3) for i in range(24)}
+    chosen = spread(counts, 12)
+    assert len(chosen) == 12 and [sum(counts[key] == n for key in chosen) for n in (1, 2, 3)] == [4, 4, 4]
+    assert spread({"a": 2, "b": 1}, 12) == ["b", "a"]
+
+
+def test_steps_say_what_comes_next(capsys):
+    steps = Steps(["one", "two"])
+    steps.next()
+    steps.next()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("[1/2]") and first.endswith("one, then two") and second.endswith(" s  two")
+    assert [row["step"] for row in steps.table()] == ["one"]
