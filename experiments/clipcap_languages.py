@@ -204,7 +204,7 @@ def run(job: Run, config: Config, scenes: Scenes) -> dict[str, Any]:
     """Train and score one captioner, unless its result is there.
 
     Raises:
-        UserError: its result is there, of other settings.
+        UserError: it was begun with other settings or weights.
     """
     directory = config.out / config.language / job.name
     weights = Path(PACKAGED.get(job.gpt2, job.gpt2)) / "model.safetensors"
@@ -222,15 +222,17 @@ def run(job: Run, config: Config, scenes: Scenes) -> dict[str, Any]:
         "images": {split: len(part) for split, part in scenes.records.items()},
     }
     path = directory / "result.json"
-    if path.exists():
-        done = json.loads(path.read_text())
-        changed = [name for name, value in settings.items() if done.get(name) != value]
+    for file in (directory / "settings.json", path):
+        before = json.loads(file.read_text()) if file.exists() else settings
+        changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
             raise UserError(
-                f"{str(directory)!r} was run with {changed[0]} {done.get(changed[0])!r}, now it is "
+                f"{str(directory)!r} was begun with {changed[0]} {before.get(changed[0])!r}, now it is "
                 f"{settings[changed[0]]!r}: give another --out, or delete it."
             )
-        return done
+    if path.exists():
+        return json.loads(path.read_text())
+    write_json(directory / "settings.json", settings)
     begun = time.process_time()
     runtime = RuntimeConfig(config.runtime.device, config.runtime.precision, job.seed, config.runtime.threads)
     chosen = take_share(scenes.records["train"], job.share, job.seed)
@@ -261,12 +263,12 @@ def run(job: Run, config: Config, scenes: Scenes) -> dict[str, Any]:
     captions = dict(zip(tests, caption_images(model, rows), strict=True))
     scores = score_scenes(captions, tests, wording=WORDINGS[config.language], tokenizer="words")
     shares = scores["all_right"].values()
-    record = json.loads((directory / "training.json").read_text())
+    training = json.loads((directory / "training.json").read_text())
     result = settings | {
-        "captions": record["captions"]["train"],
-        "steps_done": record["steps"],
+        "captions": training["captions"]["train"],
+        "steps_done": training["steps"],
         "gpt2_parameters": sum(p.numel() for p in model.gpt2.parameters()),
-        "trained_parameters": record["trained_parameters"],
+        "trained_parameters": training["trained_parameters"],
         "fully_right": sum(part["share"] * part["images"] for part in shares if part["images"]) / len(tests),
         "scores": scores,
         "cpu_seconds": round(time.process_time() - begun, 1),

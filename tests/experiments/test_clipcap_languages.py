@@ -97,7 +97,7 @@ def test_two_languages_to_the_page(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(clipcap_languages, "train", lambda config: pytest.fail("trained again"))
     main(dutch)
-    with pytest.raises(UserError, match="was run with steps 2, now it is 3"):
+    with pytest.raises(UserError, match="was begun with steps 2, now it is 3"):
         main(Config(**options | {"steps": 3}, modes=("fine-tuned",), shares=(1.0,)))
     for change, said in (({"modes": ("x",)}, "mode is 'x'"), ({"shares": (2.0,)}, "share is 2"), ({"steps": 0}, "steps")):
         with pytest.raises(UserError, match=said):
