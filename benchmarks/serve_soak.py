@@ -137,8 +137,8 @@ def ask(address: str, kind: Kind) -> str | None:
         if kind.expected == "left":
             return "left"
         event = ""
-        for line in answer.iter_lines(decode_unicode=True):
-            name, _, value = line.partition(": ")
+        for raw in answer.iter_lines():
+            name, _, value = raw.decode().partition(": ")
             if name == "event":
                 event = value
             elif name == "data" and event == "error":

@@ -30,6 +30,8 @@ MOST_CAPTIONS = 5
 MOST_BEAMS = 10
 KEPT_SECONDS = 3600
 """After this time uploaded files are deleted."""
+SESSIONS = 64
+"""Visits that gradio keeps a state of, 40 kB each, of which the page uses nothing; its own choice is 10,000."""
 # Widths must not follow the content: the tables measure themselves by their columns, and the page would never rest.
 CSS = """
 footer {display: none !important}
@@ -161,6 +163,7 @@ def launch(
     page.launch(
         server_name=host, server_port=port, max_file_size=max_upload << 20, prevent_thread_lock=True, quiet=True,
         share=False, inbrowser=False, max_threads=8, theme=theme, css=CSS,
+        state_session_capacity=SESSIONS,
     )  # fmt: skip
     address = f"http://{host}:{port}"
     if block:
