@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from common.checks import UserError
+from common.report import write_json
 from common.runtime import RuntimeConfig
 from experiments import clipcap_coco, clipcap_conceptual, clipcap_nocaps, clipcap_photographs, clipcap_prefix_length
 from experiments.clipcap_tables import SCENES, small_data
@@ -116,3 +117,20 @@ def test_missing_data_is_said_first(tmp_path):
         clipcap_coco.main(clipcap_coco.Config(small=True, variants=("x",)))
     assert small_data(tmp_path, tmp_path) == (SCENES, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_few_test_scenes_are_chosen_evenly(tmp_path, monkeypatch):
+    from experiments.scenes import karpathy
+
+    for split in ("train", "val", "test", "test_unseen"):
+        (tmp_path / f"{split}-00000.npy").touch()
+    rows = [{"split": "train", "filename": "a.png"}, *({"split": "test", "filename": f"{n}.png"} for n in range(10))]
+
+    def export(scenes, out, splits):
+        return write_json(out / "dataset.json", {"images": rows})
+
+    monkeypatch.setattr(karpathy, "export", export)
+    path, _ = small_data(tmp_path, tmp_path / "out", 5)
+    assert [row["filename"] for row in json.loads(path.read_text())["images"]] == [
+        "a.png", "0.png", "2.png", "4.png", "6.png", "8.png"
+    ]
