@@ -1,7 +1,7 @@
 """Does English help? GPT-2 recycled for Dutch and Italian against every control (de Vries & Nissim 2021, sec. 4 and 5).
 
     python -m experiments.recycle_languages --text DIR --language nld \
-        --parts baselines tune main seeds alignment medium data_size budgets
+        --parts baselines tune main seeds alignment medium data_size budgets initialisations
 
 DIR holds LANG.train.txt(.xz) and LANG.valid.txt(.xz), made by experiments/build_corpus.py. Every run writes a JSON file
 when it is finished and is not made again; one that was stopped goes on from its checkpoint. Tables are made of the
@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,7 @@ from recycle_gpt2.alignment import align, choose_options, held_out_error, neighb
 from recycle_gpt2.corpus import Document, TokenBlocks, build_corpus, read_documents
 from recycle_gpt2.evaluate import document_score, score_documents, summarise, with_end
 from recycle_gpt2.lexical import (
+    INITIALISATIONS,
     cooccurrence_embeddings,
     initialise,
     reinitialise_layers,
@@ -60,7 +61,7 @@ RATES: dict[str, tuple[float, ...]] = {
 """Learning rates tried, of AdamW; Muon's is twice that."""
 UNFROZEN_SHARES = (0.25, 0.5, 1.0)
 """Rates tried after unfreezing, as shares of the best when all trains from English."""
-PARTS = ("tune", "main", "seeds", "alignment", "medium", "data_size", "budgets", "baselines")
+PARTS = ("tune", "main", "seeds", "alignment", "medium", "data_size", "budgets", "initialisations", "baselines")
 SHARES = (0.01, 0.1)
 METHODS: dict[str, dict[str, Any]] = {
     "least squares": {"method": "least_squares"},
@@ -88,7 +89,8 @@ class Config:
     """Where texts, corpora and runs go."""
     parts: tuple[str, ...] = ("baselines", "tune", "main", "seeds")
     """What to run: baselines, tune, main (seed 0 of every arm), seeds (1, 2 of the main arms), alignment (methods),
-    medium (what alignment saves when all trains), data_size (1 and 10 %), budgets (of training tokens)."""
+    medium (what alignment saves when all trains), data_size (1 and 10 %), budgets (of training tokens),
+    initialisations (of rows)."""
     arms: tuple[str, ...] = ARMS
     """Arms of the part main."""
     vocab_size: int = 4096
@@ -99,6 +101,8 @@ class Config:
     """Training tokens of each arm."""
     tune_tokens: int = 150_000
     """Training tokens of each learning rate that is tried."""
+    initialisations: tuple[str, ...] = INITIALISATIONS
+    """Of the part initialisations."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Rows of the part alignment."""
     budgets: tuple[int, ...] = (62_500, 1_000_000)
@@ -494,6 +498,13 @@ def main(config: Config) -> None:
             for arm in MEDIUM:
                 run(arm, f"{slug(arm)}-seed0", keep=True)
             run(MEDIUM[0], f"{slug(MEDIUM[0])}-{max(config.budgets)}", tokens=max(config.budgets), keep=True)
+        if part == "initialisations":
+            for name in config.initialisations:
+                if name != config.initialisation:
+                    run_arm(
+                        "frozen English", replace(config, initialisation=name), language, seed=0, tokens=config.tokens,
+                        rate=best["frozen English"], name=f"frozen-English-from-{name}",
+                    )
         if part == "budgets":
             for tokens in config.budgets:
                 for arm in config.budget_arms:

@@ -122,6 +122,19 @@ def budget_table(runs: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def initialisation_table(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """Where the rows of the frozen arm began."""
+    found = {run["initialisation"]: run for name, run in runs.items() if name.startswith("frozen-English-from-")}
+    if not found:
+        return []
+    if "frozen-English-seed0" in runs:
+        found[runs["frozen-English-seed0"]["initialisation"]] = runs["frozen-English-seed0"]
+    lines = ["| rows begin as | tokens | same genre | second genre |", "|---|--:|--:|--:|"]
+    for name, run in sorted(found.items(), key=lambda item: bits(item[1])):
+        lines.append(f"| {name} | {run['tokens']:,} | {bits(run):.3f} | {bits(run, 'second'):.3f} |")
+    return lines
+
+
 def tuning_table(runs: dict[str, dict[str, Any]]) -> list[str]:
     """Validation losses of the rates that were tried."""
     lines = ["| arm | rate | tokens | validation nats per token |", "|---|--:|--:|--:|"]
@@ -252,6 +265,7 @@ def main(config: Config) -> None:
             ("Training tokens (bits per byte, same genre and second genre, seed 0)", budget_table(runs)),
             ("Alignment to the medium model (bits per byte, same genre)", alignment_table(directory)),
             ("Size of the text (bits per byte, same genre)", size_table(runs)),
+            ("Initialisations (frozen English layers, seed 0, bits per byte)", initialisation_table(runs)),
             ("Learning rates", tuning_table(runs)),
         ):
             if table:

@@ -54,8 +54,8 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
     monkeypatch.setattr(recycle_languages, "RATES", dict.fromkeys(recycle_languages.RATES, (1e-2,)))
     config = recycle_languages.Config(
         text=source, out=tmp_path / "out",
-        parts=("baselines", "tune", "main", "alignment", "medium", "data_size", "budgets"),
-        arms=("frozen English", "relearned, then unfrozen"), methods=("least squares", "random rows"),
+        parts=("baselines", "tune", "main", "alignment", "medium", "data_size", "budgets", "initialisations"),
+        arms=("frozen English", "relearned, then unfrozen"), methods=("least squares", "random rows"), initialisations=("copy",),
         vocab_size=300, tokens=2000, tune_tokens=600, brief_tokens=600, budgets=(600,), budget_arms=("frozen English",),
         block=32, runtime=RuntimeConfig(device="cpu", threads=1),
     )
@@ -77,7 +77,7 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
     recycle_languages.main(config)
     recycle_report.main(recycle_report.Config(out=tmp_path / "out", docs=tmp_path / "docs"))
     page = (tmp_path / "docs" / "recycling_results.md").read_text()
-    for part in ("frozen English", "trigram", "untouched English (tiny)", "least squares", "1% of the text", "600 tokens"):
+    for part in ("frozen English", "trigram", "untouched English (tiny)", "least squares", "1% of the text", "600 tokens", "| copy |"):
         assert part in page, part
     assert (tmp_path / "docs" / "recycling_nld_tokens.png").is_file()
 
