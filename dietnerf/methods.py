@@ -94,7 +94,7 @@ def method_config(method: str) -> FewViewTrainerConfig:
             position_bands=5,
             direction_bands=2,
             density_activation="softplus",
-            semantic=SemanticConfig(weight=0.1, poses="sphere"),
+            semantic=SemanticConfig(poses="sphere"),
         )
         decay = DecayConfig(steps=1000)
         return _trainer("dietnerf", model, lr=3e-3, steps=1000, decay=decay, rays_from="all", rays=512)

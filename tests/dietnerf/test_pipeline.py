@@ -25,6 +25,8 @@ def tiny_pipeline(scene: Path, **settings):
     config = nerfstudio_config(TrainConfig(scene=scene, num_views=4, rays=32, **settings))
     if config.method_name == "dietnerf-grid":
         config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (300,)
+    if config.method_name == "dietnerf":
+        config.pipeline.model.num_coarse_samples, config.pipeline.model.num_importance_samples = 16, 16
     pipeline = config.pipeline.setup(device="cpu", test_mode="val")
     pipeline.train()
     return pipeline
@@ -100,7 +102,7 @@ def test_random_background_and_patches_reach_the_losses(ball_scene, monkeypatch)
         photographs.pipeline.setup(device="cpu", test_mode="val")
 
 
-@pytest.mark.parametrize(("method", "lr"), [("grid", 0.1), ("nerfacto", 1e-2), ("mlp", 5e-4)])
+@pytest.mark.parametrize(("method", "lr"), [("grid", 0.1), ("nerfacto", 1e-2), ("mlp", 5e-4), ("mlp-small", 3e-3)])
 def test_every_field_learns_given_rays(ball_scene, method, lr):
     pipeline = tiny_pipeline(ball_scene, method=method, semantic_weight=1e-3, semantic_resolution=4, semantic_every=5)
     groups = pipeline.model.get_param_groups()
