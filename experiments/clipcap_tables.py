@@ -48,7 +48,7 @@ class TableConfig:
     """Directory that gets a copy of the table (and figure), such as docs."""
     steps: int = 0
     """Training steps of each captioner, when not 0, instead of the paper's epochs (800 with --small)."""
-    test_images: int = 0
+    scored_images: int = 0
     """With --small: scenes of the test split that are scored, evenly chosen; all when 0."""
     resamples: int = 1000
     """Resamples of the images for the 95% intervals."""
@@ -92,7 +92,7 @@ def prepare(name: str, config: TableConfig, *, epochs: int, layout: str) -> Sett
     if config.small:
         recipe = {"steps": 800, "batch_size": 64, "lr": 2e-3, "warmup": 100, "mapper_layers": 4, "mapper_heads": 4}
         recipe |= {"val_every": 250, "val_captions": 0}
-        data, images = (data, images) if data else small_data(config.scenes, out / "data", config.test_images)
+        data, images = (data, images) if data else small_data(config.scenes, out / "data", config.scored_images)
     elif data is None:
         raise UserError(f"there is no data: give --data, {layout}, or --small for the packaged backbones and scenes.")
     assert data is not None
@@ -112,17 +112,17 @@ def prepare(name: str, config: TableConfig, *, epochs: int, layout: str) -> Sett
     )
 
 
-def small_data(scenes: Path, out: Path, test_images: int = 0) -> tuple[Path, Path | None]:
+def small_data(scenes: Path, out: Path, scored_images: int = 0) -> tuple[Path, Path | None]:
     """Captioned scenes with the splits train, val and test: the rendered ones when they are there, or the samples."""
     if not all(any(scenes.glob(f"{split}-*.npy")) for split in ("train", "val", "test", "test_unseen")):
         return SCENES, None
     from experiments.scenes.karpathy import export
 
     path = export(scenes, out, ("train", "val", "test", "test_unseen"))
-    if test_images:
+    if scored_images:
         content = json.loads(path.read_text(encoding="utf-8"))
         tests = [row for row in content["images"] if row["split"] == "test"]
-        count = min(test_images, len(tests))
+        count = min(scored_images, len(tests))
         chosen = [tests[number * len(tests) // count] for number in range(count)]
         content["images"] = [row for row in content["images"] if row["split"] != "test"] + chosen
         write_json(path, content)
@@ -236,7 +236,7 @@ def write_table(
     """Write the table as Markdown and JSON to the run's directory, and to `docs` where asked; returns its path."""
     config = setting.config
     changed = f" --steps {config.steps}" if config.steps else ""
-    changed += f" --test-images {config.test_images}" if config.small and config.test_images else ""
+    changed += f" --scored-images {config.scored_images}" if config.small and config.scored_images else ""
     lines = [
         f"# {title}",
         "",

@@ -454,7 +454,7 @@ def main(config: Config) -> None:
     for part in config.parts:
         require_one_of("part", part, PARTS)
     for method in config.methods:
-        require_one_of("rows", method, METHODS)
+        require_one_of("rows", method, tuple(METHODS))
     for arm in config.arms:
         require_one_of("arm", arm, ARMS)
     for arm in config.budget_arms:
