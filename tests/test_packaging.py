@@ -116,6 +116,7 @@ def test_every_packaged_file_is_in_the_wheel(root, project):
                 assert path.suffix == ".py", path
 
 
+@pytest.mark.filterwarnings("ignore")  # setuptools' warnings are of classes that cannot be handed to another process
 def test_the_wheel_and_the_sdist_hold_what_is_needed(root, tmp_path, monkeypatch):
     """The build backend's own lists: code and assets in the wheel, and beside them in the sdist what tests and docs are."""
     from setuptools import Distribution
