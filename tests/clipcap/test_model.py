@@ -17,6 +17,7 @@ from clipcap import ClipCapConfig, ClipCapModel
 from clipcap.captioner import Captioner
 from clipcap.images import ImageError, find_images, read_image
 from common.checks import UserError
+from common.clip import ImageFeatures
 from common.language import IGNORE
 
 GPT2 = dict(vocab_size=53, n_embd=16, n_layer=2, n_head=2, n_positions=40)
@@ -263,8 +264,9 @@ class FakeCLIP:
     def preprocess(self, images):
         return torch.stack([torch.from_numpy(np.array(i.resize((4, 4))).transpose(2, 0, 1) / 255.0) for i in images]).float()
 
-    def encode_images(self, pixels):
-        return pixels.mean((2, 3)).repeat(1, 4)
+    def encode_image_features(self, pixels, *, packed=False):
+        colour = pixels.mean((2, 3)).repeat(1, 4)
+        return ImageFeatures(colour, colour[:, None], colour)
 
 
 @pytest.fixture
