@@ -68,13 +68,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for begin in range(0, len(hidden), chunk):
                 h, y = hidden[begin : begin + chunk], labels[begin : begin + chunk, None]
-                logits = (h @ weight.T).float()  # (c, v)
-                norms = logits.logsumexp(-1, keepdim=True)
-                total += (norms - logits.gather(1, y)).sum()
+                logits = (h @ weight.T).float()  # (c, v), from here on the only matrix of its size
+                wanted, top = logits.gather(1, y), logits.amax(-1, keepdim=True)
+                slope = logits.sub_(top).exp_()
+                sums = slope.sum(-1, keepdim=True)
+                total += (sums.log() + top - wanted).sum()
                 if not (wants_hidden or wants_table):
                     continue
-                slope = logits.sub_(norms).exp_()
-                slope.scatter_add_(1, y, slope.new_full(y.shape, -1))
+                slope.div_(sums).scatter_add_(1, y, slope.new_full(y.shape, -1))
                 slope = slope.to(h.dtype)
                 if for_hidden is not None:
                     torch.mm(slope, weight, out=for_hidden[begin : begin + chunk])
