@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -23,7 +22,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
 from common.checks import UserError
-from common.packing import ROWS, PackedLinear, can_pack, weights_state
+from common.packing import ROWS, PackedCopies, PackedLinear, can_pack
 
 CHUNK = 8192
 """Tokens of the vocabulary whose logits exist at once, so that they stay in the processor's cache."""
@@ -80,7 +79,7 @@ def _gelu_tanh(x: Float[Tensor, "n o"]) -> Float[Tensor, "n o"]:
 
 
 # Beside the models, not in them: packed tensors can neither be pickled nor copied, and models must be.
-_PACKED: WeakKeyDictionary[nn.Module, dict[bool, tuple[object, nn.Module, Head]]] = WeakKeyDictionary()
+_PACKED: PackedCopies[tuple[nn.Module, Head]] = PackedCopies()
 
 
 def decoding_parts(gpt2: GPT2LMHeadModel, *, int8: bool = False) -> tuple[nn.Module, Head]:
@@ -94,12 +93,9 @@ def decoding_parts(gpt2: GPT2LMHeadModel, *, int8: bool = False) -> tuple[nn.Mod
         raise UserError(f"int8 decoding needs a CPU and torch with oneDNN, not {weight.device}: leave int8 out.")
     if not int8 and not can_pack(weight.device, weight.dtype):
         return gpt2.transformer, Head(weight, packed=False)
-    state = weights_state(gpt2)
-    kinds = _PACKED.setdefault(gpt2, {})
-    known = kinds.get(int8)
-    if known is None or known[0] != state:
-        known = kinds[int8] = state, _pack(gpt2.transformer, int8), Head(weight, packed=True, int8=int8)
-    return known[1:]
+    return _PACKED.get(
+        gpt2, int8, lambda: (_pack(gpt2.transformer, int8), Head(weight, packed=True, int8=int8))
+    )
 
 
 def can_use_int8(weight: Tensor) -> bool:

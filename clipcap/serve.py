@@ -7,6 +7,7 @@ import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,10 +107,9 @@ def build_page(captioner: Captioner, *, max_new_tokens: int = 67, name: str = "t
         ]
         return found.captions[0], captions, words
 
-    def caption(
-        path: str | None, strategy: str, count: float, beams: float, top_p: float, temperature: float, seed: float
-    ) -> tuple[str, list[list[Any]], list[list[Any]]]:
-        return worker.submit(answer, path, strategy, count, beams, top_p, temperature, seed).result()
+    @wraps(answer)
+    def caption(*inputs: Any) -> tuple[str, list[list[Any]], list[list[Any]]]:
+        return worker.submit(answer, *inputs).result()
 
     with gr.Blocks(title="clipcap", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown(f"# clipcap\nDrop an image and see what the captioner **{name}** says of it.", elem_id="title")

@@ -194,25 +194,20 @@ class FrozenCLIP(nn.Module):
     @property
     def width(self) -> int:
         """Width of embeddings (e)."""
-        return self._backbone.width
+        return self.backbone.width
 
     @property
     def patch_width(self) -> int:
         """Width of the vision tower's features (w)."""
-        return self._backbone.patch_width
+        return self.backbone.patch_width
 
     @property
     def device(self) -> torch.device:
-        return next(self._backbone.parameters()).device
+        return next(self.backbone.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self._backbone.parameters()).dtype
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The two towers as their library holds them: to be read, for this module hides them from all training."""
-        return self._backbone
+        return next(self.backbone.parameters()).dtype
 
     def encode_images(self, pixels: Float[Tensor, "b 3 s s"], *, packed: bool = False) -> Float[Tensor, "b e"]:
         """Embeddings, not normalised, of what `preprocess` gave. Gradients reach `pixels` when it asks for them.
@@ -240,9 +235,9 @@ class FrozenCLIP(nn.Module):
                 f"pixels has shape {tuple(pixels.shape)}: {self.name!r} needs (b, 3, {size}, {size}); use preprocess."
             )
         if not packed:
-            return self._backbone.image_features(pixels.to(self.device, self.dtype))
+            return self.backbone.image_features(pixels.to(self.device, self.dtype))
         with torch.no_grad():
-            return self._backbone.packed_image_features(pixels.to(self.device, self.dtype))
+            return self.backbone.packed_image_features(pixels.to(self.device, self.dtype))
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "b e"]:
@@ -255,7 +250,7 @@ class FrozenCLIP(nn.Module):
             raise UserError(f"texts is the string {texts!r}: give a list of strings.")
         if not len(texts):
             raise UserError("texts is empty: give at least one text.")
-        return self._backbone.text_embeddings(list(texts))
+        return self.backbone.text_embeddings(list(texts))
 
     def train(self, mode: bool = True) -> FrozenCLIP:
         """Stays in eval mode."""
@@ -266,12 +261,13 @@ class FrozenCLIP(nn.Module):
         return self
 
     @property
-    def _backbone(self) -> _Backbone:
+    def backbone(self) -> _Backbone:
+        """The two towers as their library holds them: to be read, for this module hides them from all training."""
         return self._unregistered[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCLIP:
         """What `.to()`, `.cuda()`, `.bfloat16()`, ... call, also from a module around this one."""
-        self._backbone._apply(fn)
+        self.backbone._apply(fn)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

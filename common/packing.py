@@ -6,7 +6,9 @@ second copy; they can neither be pickled, copied nor differentiated, so they sta
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Hashable
+from typing import Generic, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 ROWS = 64
 """Rows for which oneDNN chooses the layout."""
+Packed = TypeVar("Packed")
 Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
 _POST_OPERATIONS: dict[Activation, tuple[str, str]] = {
     "none": ("none", ""),
@@ -59,3 +62,28 @@ def weights_state(module: nn.Module) -> object:
         samples = p.detach().flatten()[:: max(1, p.numel() // 61)].float().sum().item()
         seen.append((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, samples))
     return seen
+
+
+class PackedCopies(Generic[Packed]):
+    """Packed copies beside their models, each made once, and again when the weights have changed."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[object, Packed]]] = WeakKeyDictionary()
+
+    def get(
+        self, model: nn.Module, kind: Hashable, make: Callable[[], Packed], *, of: nn.Module | None = None
+    ) -> Packed:
+        """The copy of one kind.
+
+        Args:
+            model: as long as it lives, its copies are kept.
+            kind: tells a model's copies from each other.
+            make: packs.
+            of: the part of the model whose weights are packed; all of it when not given.
+        """
+        state = weights_state(model if of is None else of)
+        kinds = self._known.setdefault(model, {})
+        known = kinds.get(kind)
+        if known is None or known[0] != state:
+            known = kinds[kind] = state, make()
+        return known[1]

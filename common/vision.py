@@ -7,14 +7,13 @@ unpacked layout's cost, the passes of quick GELU over memory, and the convolutio
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.packing import PackedLinear, can_pack, weights_state
+from common.packing import PackedCopies, PackedLinear, can_pack
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPVisionModelWithProjection
@@ -111,7 +110,7 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 # Beside the models, not in them: packed tensors can neither be pickled nor copied, and models must be.
-_PACKED: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[object, PackedVision]]] = WeakKeyDictionary()
+_PACKED: PackedCopies[PackedVision] = PackedCopies()
 
 
 def packed_vision(clip: CLIPModel | CLIPVisionModelWithProjection, dtype: torch.dtype) -> PackedVision | None:
@@ -123,9 +122,4 @@ def packed_vision(clip: CLIPModel | CLIPVisionModelWithProjection, dtype: torch.
     activation = clip.vision_model.config.hidden_act
     if not can_pack(weight.device, dtype) or activation not in ("quick_gelu", "gelu"):
         return None
-    state = weights_state(clip.vision_model)
-    kinds = _PACKED.setdefault(clip, {})
-    known = kinds.get(dtype)
-    if known is None or known[0] != state:
-        known = kinds[dtype] = state, PackedVision(clip, dtype)
-    return known[1]
+    return _PACKED.get(clip, dtype, lambda: PackedVision(clip, dtype), of=clip.vision_model)

@@ -75,7 +75,7 @@ def test_class_token_is_before_the_final_norm_and_projection(images):
     found = encoder(images)
     squeezed = F.interpolate(images, (clip.image_size,) * 2, mode="bicubic", antialias=True)
     pixels = (squeezed - torch.tensor(clip.mean)[:, None, None]) / torch.tensor(clip.std)[:, None, None]
-    hidden = clip._backbone.model.vision_model(pixel_values=pixels).last_hidden_state
+    hidden = clip.backbone.model.vision_model(pixel_values=pixels).last_hidden_state
     torch.testing.assert_close(found["class_token"], hidden[:, 0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found["patches"], hidden[:, 1:], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found["embedding"], clip.encode_images(pixels), atol=1e-4, rtol=1e-4)
