@@ -37,12 +37,12 @@ from common.report import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments.clipcap_mapper_ablation import caption_images, score_scenes
 from experiments.clipcap_tables import VARIANTS, markdown
+from experiments.recycle_text import LANGUAGES
 from experiments.scenes.dataset import load_split, shard_files
 from experiments.scenes.karpathy import SAMPLES, captioned_in, packaged_records, save_images, write_dataset
 from experiments.scenes.records import ViewRecord
 from experiments.scenes.wording import WORDINGS
 
-LANGUAGES = {"nld": "Dutch", "ita": "Italian"}
 MODES = {"fine-tuned": "mlp-tuned", "frozen": "transformer-frozen"}
 """What the page says -> variant of the paper."""
 MODELS = {

@@ -24,6 +24,7 @@ from common.ngram import WittenBell
 from common.pretrained import ASSETS
 from common.report import Page, plot_bars, plot_lines, write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
+from experiments.recycle_text import surest_new_words
 from recycle_gpt2.alignment import align, choose_options, held_out_error
 from recycle_gpt2.corpus import TokenBlocks, build_corpus, read_documents
 from recycle_gpt2.evaluate import sample, score_documents, summarise, with_end
@@ -141,9 +142,7 @@ def recycle_sample(
         }
         for prompt in PROMPTS
     }
-    known = english_tokenizer.get_vocab()  # a word that is also an English token began as that token
-    new = [entry for entry in lexicon if len(entry.word) > 3 and "Ġ" + entry.word not in known]
-    best = sorted(new, key=lambda entry: -entry.scores[0])
+    best = surest_new_words(lexicon, english_tokenizer)
     return {
         "bits_per_byte": scores,
         "curves": curves,

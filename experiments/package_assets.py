@@ -17,8 +17,8 @@ import tyro
 from common.checks import UserError, require_one_of, run_command
 from common.pretrained import ASSETS, CAPTION_LANGUAGES, CAPTIONERS
 from common.report import write_json, write_text
+from experiments.recycle_text import LANGUAGES
 
-LANGUAGES = {"nld": "Dutch", "ita": "Italian"}
 WEIGHTS = (
     "config.json",
     "generation_config.json",

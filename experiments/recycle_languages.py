@@ -155,6 +155,25 @@ def prepare(config: Config) -> Language:
     return Language(directory, tokenizer, train, valid, held_out(directory), torch.from_numpy(np.load(path)))
 
 
+def first_rows(
+    initialisation: str,
+    model: GPT2LMHeadModel,
+    english: PreTrainedTokenizerFast,
+    language: Language,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Rows of the new language, made of an English model's."""
+    return initialise(
+        initialisation,
+        token_table(model),
+        english,
+        language.tokenizer,
+        generator=generator,
+        auxiliary=language.auxiliary,
+        target_counts=language.train.counts(),
+    )
+
+
 def begin(arm: str, config: Config, language: Language, seed: int) -> GPT2LMHeadModel:
     """The model that an arm begins with, and the tensors that it trains first."""
     generator = torch.Generator().manual_seed(seed)
@@ -165,15 +184,7 @@ def begin(arm: str, config: Config, language: Language, seed: int) -> GPT2LMHead
         shape = len(language.tokenizer), model.config.n_embd
         rows = model.config.initializer_range * torch.randn(shape, generator=generator)
     else:
-        rows = initialise(
-            config.initialisation,
-            token_table(model),
-            english,
-            language.tokenizer,
-            generator=generator,
-            auxiliary=language.auxiliary,
-            target_counts=language.train.counts(),
-        )
+        rows = first_rows(config.initialisation, model, english, language, generator)
     if arm == "frozen shuffled English":
         shuffle_weights(model, generator)
     if arm in FRESH:
@@ -191,14 +202,8 @@ def begin_medium(arm: str, config: Config, language: Language, generator: torch.
         small, _ = load_gpt2("tiny", frozen=True)
         rows = align(token_table(small), token_table(model), token_table(relearned), method="least_squares")
     else:
-        rows = initialise(
-            config.initialisation if arm == MEDIUM[1] else "random",
-            token_table(model),
-            english,
-            language.tokenizer,
-            generator=generator,
-            auxiliary=language.auxiliary,
-            target_counts=language.train.counts(),
+        rows = first_rows(
+            config.initialisation if arm == MEDIUM[1] else "random", model, english, language, generator
         )
     replace_lexical(model, language.tokenizer, rows)
     train_only(model, layers="all")
@@ -418,8 +423,7 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
                 overlap = neighbour_overlap(target, rows)
                 error = held_out_error(*tables, generator=torch.Generator().manual_seed(0), **settings)
             else:
-                rows = initialise("random", tables[1], english, language.tokenizer,
-                                  generator=torch.Generator().manual_seed(0))
+                rows = first_rows("random", large, english, language, torch.Generator().manual_seed(0))
                 overlap = error = None  # type: ignore[assignment]
             replace_lexical(model, language.tokenizer, rows)
             record = None

@@ -21,10 +21,10 @@ from common.checks import UserError, run_command
 from common.gpt2 import load_gpt2, token_table
 from common.report import plot_lines, write_text
 from experiments.recycle_languages import ARMS, MEDIUM, slug
+from experiments.recycle_text import LANGUAGES, surest_new_words
 from recycle_gpt2.evaluate import sample
 from recycle_gpt2.lexicon import build_lexicon
 
-NAMES = {"nld": "Dutch", "ita": "Italian"}
 PROMPTS = {
     "nld": ("Klik op", "In dit dialoogvenster", "U kunt een tabel"),
     "ita": ("Fate clic su", "In questa finestra", "Potete inserire"),
@@ -210,7 +210,7 @@ def figures(language: str, runs: dict[str, dict[str, Any]], docs: Path) -> list[
             figure = plot_lines(series, x=label, y="bits per token, validation", log_x=True)
             path = docs / f"recycling_{language}_{axis}.png"
             figure.savefig(path, dpi=110)
-            lines.append(f"![{NAMES[language]}: loss against {label}]({path.name})")
+            lines.append(f"![{LANGUAGES[language]}: loss against {label}]({path.name})")
     return lines
 
 
@@ -235,9 +235,7 @@ def texts(directory: Path, language: str) -> list[str]:
             entries = build_lexicon(
                 token_table(model), tokenizer, token_table(english), english_tokenizer, k=3, words=800
             )
-            known = english_tokenizer.get_vocab()
-            new = [e for e in entries if len(e.word) > 3 and "Ġ" + e.word not in known]
-            new.sort(key=lambda entry: -entry.scores[0])
+            new = surest_new_words(entries, english_tokenizer)
             lines += ["", "| word (not an English token) | nearest English words |", "|---|---|"]
             lines += [f"| {entry.word} | {', '.join(entry.candidates)} |" for entry in new[:20]]
     return lines
@@ -249,7 +247,7 @@ def main(config: Config) -> None:
              "[recycling.md](recycling.md) for what was done and what it says.", ""]
     config.docs.mkdir(parents=True, exist_ok=True)
     some: dict[str, Any] = {}
-    for language, title in NAMES.items():
+    for language, title in LANGUAGES.items():
         directory = config.out / language
         runs = read_runs(directory)
         if not runs:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import lzma
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
 
 from common.checks import UserError, require_directory
 from common.report import write_text
 from recycle_gpt2.corpus import Document
+from recycle_gpt2.lexicon import Entry
 
+LANGUAGES = {"nld": "Dutch", "ita": "Italian"}
 STOP_WORDS = {
     "eng": "the of and to is you this with that are be for it will your can not which from".split(),
     "nld": "de het een van en te is dat voor met op wordt kunt die zijn als niet om bij of dit deze u".split(),
@@ -91,3 +96,12 @@ def held_out(directory: Path) -> dict[str, list[Document]]:
         ]
         for split in SPLITS[1:]
     }
+
+
+def surest_new_words(
+    entries: Iterable[Entry], english_tokenizer: PreTrainedTokenizerFast
+) -> list[Entry]:
+    """Entries of more than three letters that are no English token (those began as that token), surest first."""
+    known = english_tokenizer.get_vocab()
+    new = [entry for entry in entries if len(entry.word) > 3 and "Ġ" + entry.word not in known]
+    return sorted(new, key=lambda entry: -entry.scores[0])
