@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import logging
 import random
 import signal
@@ -256,6 +257,28 @@ class KeepLast(Callback):
         trainer.save_checkpoint(self.path)
 
 
+class KeepMetrics(Callback):
+    """Puts the rows that an interrupted run wrote back into `metrics.csv`, which Lightning's logger begins anew."""
+
+    def __init__(self, logger: CSVLogger) -> None:
+        self.logger = logger
+        path = Path(logger.log_dir) / "metrics.csv"
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with open(path, newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            before = [row for row in self.rows if row.get("step") and int(row["step"]) < checkpoint["global_step"]]
+            # A row has no value for what was logged at other steps.
+            self.logger.experiment.metrics[:0] = [{k: v for k, v in row.items() if v} for row in before]
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # What rows are numbered by; Lightning takes some restarts for a step.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 class StopOnNaN(Callback):
     """Ends a run whose loss is no longer a number, before it is written to a checkpoint."""
 
@@ -304,10 +327,12 @@ def build_trainer(
     for name in ("clip_gradients", "patience"):
         require_at_least(name, getattr(config, name), 0)
     device = resolve_device(config.device)
-    loggers: list[Logger] = [CSVLogger(directory, name="", version="")]
+    table = CSVLogger(directory, name="", version="")
+    loggers: list[Logger] = [table]
     if config.tensorboard:
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard"))
     saved: list[Callback] = [
+        KeepMetrics(table),
         ModelCheckpoint(directory, filename="best", monitor=monitor, mode=mode, save_top_k=1,
                         enable_version_counter=False, auto_insert_metric_name=False, save_weights_only=False),
         # Its own, after the best is known: `save_last=True` writes only when there is a new best.

@@ -126,7 +126,9 @@ class Regression(LightningModule):
         x, y = batch
         self.seen.append(y.flatten().tolist())
         factor = self.at(self.global_step)
-        return nn.functional.mse_loss(self.net(x), y) * (1.0 if factor is None else factor)
+        loss = nn.functional.mse_loss(self.net(x), y) * (1.0 if factor is None else factor)
+        self.log("train/loss", loss)
+        return loss
 
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
@@ -168,6 +170,23 @@ def test_resume_is_exact(tmp_path, whole, stops):
     resumed = train(tmp_path, 18, seed=200)
     assert seen + resumed.seen == whole.seen
     assert same(resumed, whole)
+
+
+def test_a_resumed_run_keeps_the_rows_of_its_metrics(tmp_path):
+    def interrupt_at(stop: int):
+        def interrupt(step: int) -> None:
+            if step == stop:
+                raise KeyboardInterrupt
+
+        return interrupt
+
+    for stop in (5, 12, 17):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "resumed", 30, interrupt_at(stop))
+    for directory in ("whole", "resumed", "resumed"):  # the last time nothing is left to do
+        train(tmp_path / directory, 30)
+    whole, resumed = ((tmp_path / name / "metrics.csv").read_text() for name in ("whole", "resumed"))
+    assert resumed == whole and len(whole.splitlines()) == 1 + 3 + 15  # every tenth step, every second one's validation
 
 
 class Killed(Exception):
