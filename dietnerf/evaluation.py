@@ -40,6 +40,8 @@ class EvaluateConfig:
     SSIM (Gaussian window) and LPIPS."""
     every: int = 0
     """Score every so manieth held-out view; 0 is the protocol's number."""
+    first: int = 0
+    """Place of the first one that is scored: choose settings on some views, report scores of others."""
     out: Path | None = None
     """Directory of the results; RUN/evaluation when not given."""
     chunk: int = 0
@@ -69,6 +71,7 @@ def score_scene(
     *,
     protocol: str = "standard",
     every: int = 0,
+    first: int = 0,
     chunk: int = 0,
     metrics: MetricsConfig | None = None,
     progress: bool = True,
@@ -87,7 +90,9 @@ def score_scene(
                 f"this run was trained on views {trained} at width {width}, not as the protocol paper says "
                 f"({chosen.view_ids} at {chosen.image_size}): train with --protocol paper, or use standard."
             )
-    ids = list(range(0, len(views), stride))
+    ids = list(range(first, len(views), stride))
+    if not ids:
+        raise UserError(f"first is {first}, but there are {len(views)} held-out views: use less.")
     renderings, truths, alphas = [], [], []
     for i in tqdm(ids, desc="rendering held-out views", unit=" views", disable=not progress):
         renderings.append(scene.render_camera(views.cameras[i : i + 1], chunk=chunk))
@@ -127,10 +132,16 @@ def score_scene(
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a run and write results.json, views.png and index.html; returns what results.json holds."""
-    require_at_least("every", config.every, 0)
+    for name in ("every", "first"):
+        require_at_least(name, getattr(config, name), 0)
     scene = Scene.load(config.run, device=config.device, data=config.data)
     found = score_scene(
-        scene, protocol=config.protocol, every=config.every, chunk=config.chunk, metrics=config.metrics
+        scene,
+        protocol=config.protocol,
+        every=config.every,
+        first=config.first,
+        chunk=config.chunk,
+        metrics=config.metrics,
     )
     out = config.out or scene.directory / "evaluation"
     record = {"config": asdict(config), **found.record}

@@ -27,7 +27,8 @@ class Batch(_Required, total=False):
     """What a training step needs."""
 
     alpha: Tensor | None
-    """Opacity (r, 1) of the pixels whose colours are (r, 3); needed when the model's background is random."""
+    """Opacity (r, 1) of the pixels whose colours are (r, 3); the silhouette's truth, and needed when the model's
+    background is random."""
     patches: RayBundle
     """Rays (n, p, p) of patches from random poses; needed when the depth smoothness is on."""
     semantic_view: RayBundle | None
@@ -37,8 +38,9 @@ class Batch(_Required, total=False):
 def compute_losses(
     model: FewViewModel, batch: Batch, step: int, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """The weighted terms of a step, whose sum is minimised: rgb, rgb_coarse, semantic, semantic_coarse, occlusion,
-    density_variation, colour_variation, distortion, depth_smoothness, interlevel; a term that is off is absent.
+    """The weighted terms of a step, whose sum is minimised: rgb, rgb_coarse, silhouette, silhouette_coarse, semantic,
+    semantic_coarse, occlusion, density_variation, colour_variation, distortion, depth_smoothness, interlevel; a term
+    that is off is absent.
 
     Call `model.before_step(step)` first. `rgb` is the plain mean squared error, so PSNR = -10 log10(rgb).
 
@@ -58,7 +60,8 @@ def compute_losses(
 def reconstruction_losses(
     model: FewViewModel, outputs: dict[str, Tensor], rgb: Tensor, alpha: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Mean squared error of the colours, and of the coarse network's; see `Batch` for rgb and alpha."""
+    """Mean squared error of the colours and, weighted, of the opacity, and the coarse network's; see `Batch` for rgb
+    and alpha."""
     renderer, rgb = model.renderer_rgb, rgb.to(outputs["rgb"].device)
     if rgb.shape[-1] == 4:
         rgb, alpha = renderer.blend_background(rgb), rgb[..., 3:]
@@ -76,6 +79,12 @@ def reconstruction_losses(
             if change is not None:
                 rendered = rendered + change * (1 - outputs[name.replace("rgb", "accumulation")])
             losses[name] = torch.nn.functional.mse_loss(rendered, rgb)
+    weight = model.config.regularizers.silhouette
+    if weight and alpha is not None:
+        for name in ("accumulation", "accumulation_coarse"):
+            if name in outputs:
+                error = torch.nn.functional.mse_loss(outputs[name], alpha.to(outputs[name]))
+                losses[name.replace("accumulation", "silhouette")] = weight * error
     return losses
 
 

@@ -84,7 +84,8 @@ class FewViewPipeline(VanillaPipeline):
     def _fit_to(self, background: str, planes: tuple[float, float]) -> None:
         """Background and planes of the field as the scene has them."""
         model = self.config.model
-        self.datamanager.with_alpha = model.background_color == "random"
+        with_silhouette = bool(model.regularizers.silhouette) and background != "image"
+        self.datamanager.with_alpha = model.background_color == "random" or with_silhouette
         if model.background_color != "random":
             model.background_color = "white" if background == "white" else "black"
         elif background == "image":

@@ -1,4 +1,4 @@
-"""Priors for few views: frequency mask, occlusion, total variation, distortion, smooth depth. Each acts alone."""
+"""Priors for few views: frequency mask, occlusion, total variation, distortion, depth, silhouette. Each acts alone."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class RegularizerConfig:
     """Weight of the distortion loss (mip-NeRF 360): compact density along a ray."""
     depth_smoothness: float = 0.0
     """Weight of the differences of depth within small patches seen from random poses (RegNeRF)."""
+    silhouette: float = 0.0
+    """Weight of the squared difference between opacity and the images' alpha, where images have it (the mask loss of
+    Yariv et al. 2020)."""
     depth_patches: int = 8
     """Such patches a step, of 8 x 8 rays each."""
 

@@ -35,7 +35,15 @@ METHODS = {
 }
 GROW_AFTER = 100
 """A grid's level lasts at least so many steps, however short the run."""
-PRIORS = ("frequency_steps", "occlusion", "density_variation", "colour_variation", "distortion", "depth_smoothness")
+PRIORS = (
+    "frequency_steps",
+    "occlusion",
+    "density_variation",
+    "colour_variation",
+    "distortion",
+    "depth_smoothness",
+    "silhouette",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,11 @@ class TrainConfig:
     """Learning rate; 0 is the method's own."""
     rays: int = 0
     """Rays a step; 0 is the method's own number."""
+    resolutions: tuple[int, ...] = ()
+    """Of the grid, the cube root of the number of voxels, level by level; left out, the method's own."""
+    harmonics: int | None = None
+    """Of the grid, the degree of the spherical harmonics of colour (0 is the same from all sides); left out, the
+    method's own."""
     near: float = 0.0
     """Where rays start; 0 suits the layout of the scene."""
     far: float = 0.0
@@ -116,6 +129,9 @@ class TrainConfig:
     """Weight of the distortion loss; left out, the method's own."""
     depth_smoothness: float | None = None
     """Weight of the depth's differences in patches seen from random poses; left out, the method's own."""
+    silhouette: float | None = None
+    """Weight of the difference between opacity and the images' alpha; left out, the method's own, where the images
+    have alpha."""
     val_views: int = 2
     """Held-out views that are looked at during training; 0 looks at none."""
     val_every: int = 0
@@ -152,8 +168,14 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     run.max_num_iterations = steps
     data.pyramid_steps = tuple(max(1, round(step * scale)) for step in data.pyramid_steps)
     if isinstance(model, DietGridModelConfig):
+        model.harmonics = model.harmonics if config.harmonics is None else config.harmonics
+        if config.resolutions:
+            model.grow_at = spread_levels(model.grow_at, len(config.resolutions))
+            model.resolutions = config.resolutions
         # Never so early that the coarse grid has found nothing yet to crop to.
         model.grow_at = tuple(max(GROW_AFTER * i, round(at * scale)) for i, at in enumerate(model.grow_at, start=1))
+    elif config.resolutions or config.harmonics is not None:
+        raise UserError(f"resolutions and harmonics are the grid's, but method is {config.method!r}: leave them out.")
     for group in run.optimizers.values():
         group["optimizer"].lr = config.lr or group["optimizer"].lr
         if config.method in ("mlp-small", "nerfacto", "grid"):
@@ -197,6 +219,13 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     run.experiment_name, run.timestamp = config.out.name or "run", "run"
     run.machine.device_type = "cuda" if torch.cuda.is_available() and config.runtime.device != "cpu" else "cpu"
     return run
+
+
+def spread_levels(grow_at: Sequence[int], levels: int) -> tuple[int, ...]:
+    """Steps at which each further level starts, when there are more or fewer levels: over the same span, evenly."""
+    if levels - 1 == len(grow_at):
+        return tuple(grow_at)
+    return tuple(round(grow_at[-1] * i / (levels - 1)) for i in range(1, levels))
 
 
 class FewViewTraining(LightningModule):
@@ -342,6 +371,8 @@ def train(config: TrainConfig) -> Path:
     run = nerfstudio_config(config)
     held_out_looks = config.val_views if config.val_views else 0
     module = FewViewTraining(run)
+    if config.silhouette and module.pipeline.datamanager.train_dataset.background == "image":
+        raise UserError(f"silhouette is {config.silhouette:g} but the images have no alpha: leave it out.")
     held_out = len(module.pipeline.datamanager.eval_dataset)
     stride = max(1, held_out // max(1, held_out_looks))
     looks = list(range(0, held_out, stride))[:held_out_looks]

@@ -11,18 +11,20 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
+import yaml
 from PIL import Image
 
 from common.checks import UserError, require_at_least, run_command
 from common.pretrained import ASSETS
 from common.report import Page, contact_sheet, plot_lines, write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
+from dietnerf.cli import silence_nerfstudio
 from dietnerf.evaluation import score_scene
 from dietnerf.metrics import MetricsConfig
 from dietnerf.scene import Scene
@@ -61,6 +63,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """What each row of the table changes. Names that end in -random are the control: an encoder with random weights whose
 gradient has the norm that the trained encoder's would have; in -text, --text becomes one more target."""
+CHANGE = "+"
+"""grid+lr=0.3+rays=4096 is the arm grid with these settings of dietnerf train."""
 BASELINES = {"grid": "grid", "nerfacto": "nerfacto", "mlp-small": "mlp-small", "dietnerf": "nerf"}
 """The row without a semantic loss that each row, by the beginning of its name, is compared with."""
 FINE_TUNED = "-tuned"
@@ -75,7 +79,7 @@ class Config:
     scenes: tuple[Path, ...] = (ASSETS / "samples" / "multiview",)
     """Directories of scenes."""
     arms: tuple[str, ...] = ("grid", "grid-plain", "grid-clip", "grid-hinge-augment", "grid-random-augment")
-    """Rows of the table."""
+    """Rows of the table; with changes such as grid+lr=0.3."""
     views: tuple[int, ...] = (3, 4, 8)
     """Numbers of training views, chosen far from each other."""
     view_ids: tuple[int, ...] = ()
@@ -90,6 +94,8 @@ class Config:
     """Rays a step; 0 is each method's own number."""
     eval_every: int = 1
     """Score every so manieth held-out view."""
+    eval_first: int = 0
+    """The first one: settings are chosen on other views than those that are reported."""
     resolution: int = 64
     """Side of the semantic loss's renders."""
     encoder: str = "tiny"
@@ -111,7 +117,8 @@ def training_config(config: Config, scene: Path, size: int, arm: str, views: int
     Raises:
         UserError: an arm that does not exist.
     """
-    name = arm.removesuffix(FINE_TUNED)
+    base, *changes = arm.split(CHANGE)
+    name = base_arm(arm)
     if name not in ARMS:
         raise UserError(f"arm is {arm!r}: choose of {', '.join(ARMS)}, each also with {FINE_TUNED}.")
     chosen = TrainConfig(
@@ -129,15 +136,27 @@ def training_config(config: Config, scene: Path, size: int, arm: str, views: int
         runtime=replace(config.runtime, seed=seed),
     )
     chosen = replace(chosen, **ARMS[name])
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in {field.name for field in fields(TrainConfig)} or not value:
+            raise UserError(f"arm {arm!r}: {change!r} is no setting of dietnerf train, such as lr=0.3.")
+        parsed = yaml.safe_load(value)
+        setting: Any = {key: tuple(parsed) if isinstance(parsed, list) else parsed}
+        chosen = replace(chosen, **setting)
     if name.endswith("-text"):
         if not config.text:
             raise UserError(f"arm {arm!r} needs a description: give --text.")
         chosen = replace(chosen, semantic_text=config.text)
-    if arm.endswith(FINE_TUNED):
+    if base.endswith(FINE_TUNED):
         from dietnerf.training import nerfstudio_config
 
         chosen = replace(chosen, semantic_end=round(0.8 * nerfstudio_config(chosen).max_num_iterations))
     return chosen
+
+
+def base_arm(arm: str) -> str:
+    """The row of `ARMS` that an arm comes from."""
+    return arm.split(CHANGE)[0].removesuffix(FINE_TUNED)
 
 
 def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +168,7 @@ def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str,
     found = score_scene(
         scene,
         every=config.eval_every,
+        first=config.eval_first,
         metrics=MetricsConfig(second_encoder=config.second_encoder),
         progress=False,
     )
@@ -187,7 +207,7 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((run["scene"], run["size"], run["views"], run["arm"]), []).append(run)
     rows = []
     order = list(ARMS)
-    for key in sorted(groups, key=lambda k: (k[0], k[1], k[2], order.index(k[3].removesuffix(FINE_TUNED)), k[3])):
+    for key in sorted(groups, key=lambda k: (*k[:3], order.index(base_arm(k[3])), k[3])):
         group = groups[key]
         row: dict[str, Any] = dict(zip(("scene", "size", "views", "arm"), key, strict=True)) | {"seeds": len(group)}
         for name in SCORES:
@@ -273,6 +293,7 @@ def _with_spread(row: dict[str, Any], name: str) -> str:
 def main(config: Config) -> None:
     for name in ("budget", "steps", "rays"):
         require_at_least(name, getattr(config, name), 0)
+    silence_nerfstudio()
     start(config.runtime)
     begun = time.process_time()
     numbers = (len(config.view_ids),) if config.view_ids else config.views

@@ -117,6 +117,22 @@ def test_a_random_background_teaches_opacity():
     assert (model.renderer_rgb(rgb=torch.zeros(1, 2, 3), weights=empty) == 1).all()  # renders stay white
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_silhouette_is_the_squared_difference_of_opacity_and_alpha(name):
+    model, given = make(name, regularizers=RegularizerConfig(silhouette=0.5)), batch(4)
+    torch.manual_seed(5)
+    losses = compute_losses(model, given, 0)
+    terms = {"silhouette", "silhouette_coarse"} if name == "mlp" else {"silhouette"}
+    assert {term for term in losses if term.startswith("silhouette")} == terms
+    torch.manual_seed(5)
+    opacity = model(given["ray_bundle"])["accumulation"]
+    torch.testing.assert_close(losses["silhouette"], 0.5 * (opacity - given["rgb"][:, 3:]).square().mean())
+    apart = given | {"rgb": given["rgb"][:, :3], "alpha": given["rgb"][:, 3:]}
+    torch.manual_seed(5)
+    torch.testing.assert_close(compute_losses(model, apart, 0)["silhouette"], losses["silhouette"])
+    assert not any(n.startswith("silhouette") for n in compute_losses(model, batch(), 0))  # no alpha, no truth
+
+
 def test_alpha_is_blended_over_the_background():
     model, given = make("grid"), batch(4)
     torch.manual_seed(5)

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from common.checks import UserError
+from common.runtime import RuntimeConfig
 from dietnerf.methods import Decay, DecayConfig, method_config
 from dietnerf.plugin import load_specification
-from dietnerf.training import TrainConfig, nerfstudio_config
+from dietnerf.training import TrainConfig, nerfstudio_config, train
 
 PYTHON = Path(sys.executable).parent
 
@@ -158,6 +159,33 @@ def test_background_and_planes_follow_the_scene(ball_scene, tmp_path):
         config.pipeline.setup(device="cpu", test_mode="val", world_size=2)
 
 
+def test_the_silhouette_is_learnt_where_images_have_alpha(ball_scene, tmp_path):
+    """On by default for the grid; photographs have none, and asking for it there is an error."""
+    from tests.dietnerf.test_data import nerfstudio_scene
+
+    scene = nerfstudio_scene(tmp_path / "s", 5)
+    assert "silhouette" not in tiny_pipeline(scene).get_train_loss_dict(0)[1]
+    with pytest.raises(UserError, match=r"silhouette is 0\.5 but the images have no alpha: leave it out"):
+        train(TrainConfig(scene=scene, out=tmp_path / "run", silhouette=0.5, runtime=RuntimeConfig(device="cpu")))
+    wrong = {}
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        pipeline = tiny_pipeline(ball_scene, silhouette=weight)
+        optimizer = torch.optim.Adam(pipeline.model.parameters(), lr=0.3)
+        for step in range(100):
+            pipeline.model.before_step(step)
+            losses = pipeline.get_train_loss_dict(step)[1]
+            assert ("silhouette" in losses) == bool(weight)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+        held_out = pipeline.datamanager.eval_dataset
+        with torch.no_grad():
+            found = pipeline.model.eval().get_outputs_for_camera(held_out.cameras[:1])["accumulation"]
+        wrong[weight] = (found - held_out.load(0)[1]).abs().mean()
+    assert wrong[1.0] < 0.8 * wrong[0.0], wrong
+
+
 def run_command(name: str, *arguments: str, cwd: Path) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     done = subprocess.run(
@@ -209,3 +237,13 @@ def test_semantic_text_and_priors_reach_the_model(ball_scene):
     assert (model.near_plane, model.far_plane) == (1.0, 9.0)
     with pytest.raises(UserError, match="near is 3.0 and far is 2.0"):
         nerfstudio_config(replace(TrainConfig(scene=ball_scene), near=3.0, far=2.0))
+
+
+def test_levels_of_the_grid_are_spread_over_the_same_steps(ball_scene):
+    model = nerfstudio_config(TrainConfig(scene=ball_scene, steps=2000, resolutions=(8, 12, 16, 24), harmonics=2)).pipeline.model
+    assert model.resolutions == (8, 12, 16, 24) and model.harmonics == 2
+    usual = nerfstudio_config(TrainConfig(scene=ball_scene, steps=2000)).pipeline.model
+    assert model.grow_at[-1] == usual.grow_at[-1] and len(model.grow_at) == 3 and list(model.grow_at) == sorted(model.grow_at)
+    assert nerfstudio_config(TrainConfig(scene=ball_scene, resolutions=(20,))).pipeline.model.grow_at == ()
+    with pytest.raises(UserError, match=r"resolutions and harmonics are the grid's"):
+        nerfstudio_config(TrainConfig(scene=ball_scene, method="nerfacto", resolutions=(8, 12)))
