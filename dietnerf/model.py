@@ -435,7 +435,7 @@ class DietGridModelConfig(FewViewModelConfig):
     """A dense voxel grid, coarse to fine."""
 
     _target: type = field(default_factory=lambda: DietGridModel)
-    resolutions: tuple[int, ...] = (32, 64, 96)
+    resolutions: tuple[int, ...] = (32, 64, 128)
     """Cube root of the number of voxels, level by level."""
     grow_at: tuple[int, ...] = (300, 900)
     """Steps at which the next level starts; one fewer than the levels."""

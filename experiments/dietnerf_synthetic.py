@@ -195,6 +195,17 @@ def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str,
     return record
 
 
+def require_same_settings(path: Path, settings: TrainConfig) -> None:
+    """Raise UserError when a finished run was made with other settings than are asked for now."""
+    before = json.loads(path.read_text())["config"]
+    for name, value in json.loads(json.dumps(asdict(settings), default=str)).items():
+        if name in before and name not in ("scene", "out", "resume", "progress", "runtime") and before[name] != value:
+            raise UserError(
+                f"{str(path)!r} was made with {name} {before[name]!r}, now it is {value!r}: give another --out, or "
+                f"delete it."
+            )
+
+
 def read_runs(out: Path) -> list[dict[str, Any]]:
     """Records of all runs that are there."""
     return [json.loads(path.read_text()) for path in sorted((out / "runs").glob("**/*.json"))]
@@ -221,11 +232,13 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gains(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """PSNR of each arm less its baseline's with the same scene, size, views and seed: mean and standard error."""
+    """PSNR of each arm less its baseline's, all else being equal: mean and standard error."""
     found = {(r["scene"], r["size"], r["views"], r["seed"], r["arm"]): r["scores"]["psnr"] for r in runs}
     paired: dict[tuple[Any, ...], list[float]] = {}
     for (scene, size, views, seed, arm), value in found.items():
-        baseline = next((value for name, value in BASELINES.items() if arm.startswith(name)), None)
+        _, *changes = arm.split(CHANGE)
+        beginning = next((value for name, value in BASELINES.items() if arm.startswith(name)), "")
+        baseline = CHANGE.join([beginning, *changes])
         other = found.get((scene, size, views, seed, baseline))
         if arm != baseline and other is not None:
             paired.setdefault((scene, size, views, arm), []).append(value - other)
@@ -311,6 +324,7 @@ def main(config: Config) -> None:
         work = config.out / "work" / scene.name / str(size) / name
         settings = training_config(config, scene, size, arm, views, seed, work)
         if path.exists():
+            require_same_settings(path, settings)
             continue
         if config.budget and time.process_time() - begun > 60 * config.budget:
             print(f"the budget of {config.budget:g} CPU minutes is spent: {len(todo) - number + 1} runs are left.")

@@ -41,7 +41,11 @@ def test_tables():
     assert [row["arm"] for row in rows] == ["grid", "grid-clip"]
     assert rows[0]["psnr"] == 21 and rows[0]["psnr_spread"] == pytest.approx(2**0.5) and rows[0]["seeds"] == 2
     runs += [record("mlp-small", 0, 15.0, views=4), record("mlp-small-clip", 0, 16.0, views=4)]  # its own baseline
-    gain, small = gains(runs)
+    # Changed alike, so it is compared with the changed one.
+    runs += [record("grid+lr=0.3", 0, 23.0), record("grid-clip+lr=0.3", 0, 26.0)]
+    gain, changed, small = gains(runs)
+    assert changed["arm"] == "grid-clip+lr=0.3" and changed["gain"] == 3.0
+    assert [row["arm"] for row in tabulate(runs)][:2] == ["grid", "grid+lr=0.3"]
     assert small["arm"] == "mlp-small-clip" and small["gain"] == 1.0 and small["standard_error"] is None
     assert gain["gain"] == 0.5 and gain["pairs"] == 2 and gain["standard_error"] == pytest.approx(0.5)
 
@@ -55,6 +59,11 @@ def test_arms_are_settings(tmp_path):
         training_config(Config(), tmp_path, 8, "grid-text", 3, 5, tmp_path)
     tuned = training_config(Config(steps=100), tmp_path, 8, "dietnerf-tuned", 3, 0, tmp_path)
     assert tuned.semantic_end == 80 and tuned.semantic_weight == 0.1
+    changed = training_config(Config(), tmp_path, 8, "grid-clip+lr=0.2+resolutions=[8, 12]", 3, 0, tmp_path)
+    assert (changed.lr, changed.resolutions, changed.semantic_weight) == (0.2, (8, 12), 0.01)
+    for arm in ("grid+speed=3", "grid+lr"):
+        with pytest.raises(UserError, match="is no setting of dietnerf train"):
+            training_config(Config(), tmp_path, 8, arm, 3, 0, tmp_path)
     with pytest.raises(UserError, match="arm is 'best'"):
         training_config(Config(), tmp_path, 8, "best", 3, 0, tmp_path)
 
