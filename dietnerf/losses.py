@@ -112,9 +112,9 @@ def prior_losses(model: FewViewModel, outputs: dict[str, Tensor]) -> dict[str, T
     if config.density_variation or config.colour_variation:
         density, colour = model.variation()
         if config.density_variation:
-            losses["density_variation"] = config.density_variation * density
+            losses["density_variation"] = config.density_variation / model.num_train_data * density
         if config.colour_variation:
-            losses["colour_variation"] = config.colour_variation * colour
+            losses["colour_variation"] = config.colour_variation / model.num_train_data * colour
     return losses
 
 

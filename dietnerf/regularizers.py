@@ -15,7 +15,10 @@ SMOOTHING = 1e-8
 
 @dataclass(frozen=True)
 class RegularizerConfig:
-    """Weights of the priors; 0 switches one off."""
+    """Weights of the priors; 0 switches one off.
+
+    Those of total variation are divided by the number of training views: a prior says less, the more is seen.
+    """
 
     frequency_steps: int = 0
     """Steps over which the positional encoding's bands appear, lowest first (FreeNeRF); 0: all from the start."""

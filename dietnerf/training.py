@@ -122,9 +122,9 @@ class TrainConfig:
     occlusion: float | None = None
     """Weight of density near the camera; left out, the method's own."""
     density_variation: float | None = None
-    """Weight of the total variation of density; left out, the method's own."""
+    """Weight of the total variation of density, over the number of views; left out, the method's own."""
     colour_variation: float | None = None
-    """Weight of the total variation of colour; left out, the method's own."""
+    """Weight of the total variation of colour, over the number of views; left out, the method's own."""
     distortion: float | None = None
     """Weight of the distortion loss; left out, the method's own."""
     depth_smoothness: float | None = None

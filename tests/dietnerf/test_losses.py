@@ -53,13 +53,26 @@ def test_every_regularizer_acts_alone_on_every_field_and_scales_with_its_weight(
         torch.manual_seed(5)
         losses = compute_losses(model, batch(), 0)
         assert set(losses) == BASE[name] | {term}
-        values.append(float(losses[term]))
+        values.append(float(losses[term].detach()))
     losses[term].backward()
     gradients = [p.grad for group in model.get_param_groups().values() for p in group if p.grad is not None]
     assert any(g.abs().sum() > 0 for g in gradients)
     assert all(torch.isfinite(g).all() for g in gradients)
     assert values[1] == pytest.approx(2 * values[0], rel=1e-4)
     assert values[0] > 0
+
+
+def test_total_variation_weighs_less_the_more_views_there_are():
+    losses = []
+    for views in (3, 12):
+        torch.manual_seed(0)
+        config = replace(CONFIGS["grid"], regularizers=RegularizerConfig(density_variation=1.0, colour_variation=1.0))
+        model = config.setup(scene_box=SceneBox(torch.tensor([[-1.5] * 3, [1.5] * 3])), num_train_data=views).train()
+        for p in model.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+        losses.append(compute_losses(model, batch(), 0))
+    for name in ("density_variation", "colour_variation"):
+        assert float(losses[0][name].detach()) == pytest.approx(4 * float(losses[1][name].detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
