@@ -58,6 +58,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "grid-augment": dict(semantic_weight=0.01, semantic_augment=True),
     "grid-hinge-augment": dict(semantic_weight=0.01, semantic_hinge=True, semantic_augment=True),
     "grid-text": dict(semantic_weight=0.01, semantic_feature="embedding"),
+    "grid-random-weak": dict(semantic_weight=0.001, semantic_random=True),
     "grid-random": dict(semantic_weight=0.01, semantic_random=True),
     "grid-random-augment": dict(semantic_weight=0.01, semantic_random=True, semantic_hinge=True, semantic_augment=True),
 }
