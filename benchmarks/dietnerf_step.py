@@ -32,6 +32,7 @@ from benchmarks.caption_throughput import cpu_seconds
 from common.pretrained import ASSETS
 from common.report import write_json
 from common.runtime import hardware, seed_everything, versions
+from dietnerf.cli import silence_nerfstudio
 from dietnerf.methods import method_config
 
 EVERY = 10
@@ -139,6 +140,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and rays")
     parser.add_argument("--docs", type=Path, help="directory that gets dietnerf_step.json")
     given = parser.parse_args(arguments)
+    silence_nerfstudio()
     result: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "every": EVERY}
     found = {}
     for field in FIELDS:
