@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.math import components_from_spherical_harmonics
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,6 +77,8 @@ class VoxelGrid(nn.Module):
         self.density_scale: Tensor
         self.register_buffer("density_scale", 64 / (aabb[1] - aabb[0]).mean())
         self.density_shift = math.log(math.expm1(START_OPACITY / 64))
+        self._cameras: Cameras | None = None
+        self._min_views = 1
 
     @property
     def voxel(self) -> Float[Tensor, " 3"]:
@@ -178,21 +181,44 @@ class VoxelGrid(nn.Module):
         if crop:
             self.update_occupancy()
 
+    def keep_to(self, cameras: Cameras, min_views: int) -> None:
+        """From the next look at what is occupied on, leave empty what fewer than `min_views` cameras see.
+
+        Nothing says how far away a thing is that one camera alone sees, so that paint close to that camera explains
+        its picture as well as the thing itself.
+        """
+        self._cameras, self._min_views = cameras, min(min_views, len(cameras))
+
     @torch.no_grad()
-    def update_occupancy(self) -> None:
-        """Look anew which cells hold something."""
-        self.occupied.copy_(self._find_occupied())
+    def update_occupancy(self, *, settled: bool = True) -> None:
+        """Look anew which cells hold something.
+
+        Args:
+            settled: False takes everything that cameras see for occupied, as densities say nothing yet.
+        """
+        self.occupied.copy_(self._find_occupied() if settled else self._seen())
+
+    def _middles(self) -> list[Float[Tensor, " c"]]:
+        """Where the middles of the cells lie along each axis."""
+        lines = [torch.linspace(low, high, CELLS + 1, device=low.device) for low, high in self.aabb.T]
+        return [(line[1:] + line[:-1]) / 2 for line in lines]
+
+    def _seen(self) -> Bool[Tensor, "c c c"]:
+        """Cells that enough cameras see."""
+        if self._cameras is None or self._min_views < 2:
+            return torch.ones_like(self.occupied)
+        points = torch.cartesian_prod(*self._middles())
+        return (views_of(points, self._cameras) >= self._min_views).view(self.occupied.shape)
 
     def _find_occupied(self) -> Bool[Tensor, "c c c"]:
-        """Cells whose density, or a neighbour's, is not negligible."""
-        points = [torch.linspace(low, high, CELLS + 1, device=low.device) for low, high in self.aabb.T]
-        middles = [(line[1:] + line[:-1]) / 2 for line in points]
+        """Cells that enough cameras see and whose density, or a neighbour's, is not negligible."""
+        middles = self._middles()
         found = [
             self.density(self.locate(torch.cartesian_prod(x[None], middles[1], middles[2]))).view(CELLS, CELLS)
             for x in middles[0]
         ]
         opacity = 1 - torch.exp(-torch.stack(found) * self.voxel.max())
-        return F.max_pool3d(opacity[None], 3, stride=1, padding=1)[0] > EMPTY_OPACITY
+        return (F.max_pool3d(opacity[None], 3, stride=1, padding=1)[0] > EMPTY_OPACITY) & self._seen()
 
     def _occupied_box(self) -> Float[Tensor, "2 3"]:
         """The box around the occupied cells; the present one when there are none."""
@@ -201,6 +227,21 @@ class VoxelGrid(nn.Module):
             return self.aabb.clone()
         cell = (self.aabb[1] - self.aabb[0]) / CELLS
         return torch.stack([self.aabb[0] + cells.amin(0) * cell, self.aabb[0] + (cells.amax(0) + 1) * cell])
+
+
+def views_of(points: Float[Tensor, "n 3"], cameras: Cameras) -> Int[Tensor, " n"]:
+    """How many cameras have each point in their frame (lens distortion left out)."""
+    count = torch.zeros(len(points), dtype=torch.int32, device=points.device)
+    for number in range(len(cameras)):
+        camera = cameras[number].to(points.device)
+        rotation, position = camera.camera_to_worlds[:, :3], camera.camera_to_worlds[:, 3]
+        right, up, back = ((points - position) @ rotation).unbind(-1)
+        depth = -back  # cameras look along -z
+        column = camera.fx * right / depth + camera.cx
+        row = camera.cy - camera.fy * up / depth
+        inside = (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)
+        count += inside & (depth > 0)
+    return count
 
 
 def vertices_along(extent: Float[Tensor, " 3"], resolution: int) -> Int[Tensor, " 3"]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import Frustums, RayBundle, RaySamples
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
@@ -109,6 +110,9 @@ class FewViewModel(Model):
     def set_semantic_targets(self, images: Float[Tensor, "n 3 h w"]) -> None:
         """Embed the training views, in [0, 1] over the background. Call once when the semantic weight is not 0."""
         self.semantic_loss = SemanticLoss(self.config.semantic, images, self.device)
+
+    def set_cameras(self, cameras: Cameras) -> None:
+        """The training cameras of a scene whose images have alpha, for fields that leave unseen space empty."""
 
     def needs_semantic_view(self, step: int) -> bool:
         """Whether this step's batch must hold a semantic view."""
@@ -445,6 +449,8 @@ class DietGridModelConfig(FewViewModelConfig):
     """Samples along a ray for each voxel that it crosses."""
     occupancy_every: int = 100
     """Steps between two looks at which cells are empty."""
+    min_views: int = 2
+    """What fewer training cameras see stays empty, where images have alpha; 1 lets one camera suffice."""
 
 
 class DietGridModel(FewViewModel):
@@ -464,6 +470,7 @@ class DietGridModel(FewViewModel):
             require_at_least("resolutions", resolution, 4)
         require_at_least("harmonics", config.harmonics, 0)
         require_at_least("occupancy_every", config.occupancy_every, 1)
+        require_at_least("min_views", config.min_views, 1)
         if config.harmonics > 4:
             raise UserError(f"harmonics is {config.harmonics}: use at most 4.")
         if not config.steps_per_voxel > 0:
@@ -479,8 +486,11 @@ class DietGridModel(FewViewModel):
         settled = step >= 2 * self.config.occupancy_every  # before, what is thin may only be unlearnt
         while int(self.field.level) < level:
             self.field.grow(crop=settled)
-        if step % self.config.occupancy_every == 0 and settled:
-            self.field.update_occupancy()
+        if step % self.config.occupancy_every == 0:
+            self.field.update_occupancy(settled=settled)
+
+    def set_cameras(self, cameras: Cameras) -> None:
+        self.field.keep_to(cameras, self.config.min_views)
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
         grid, origins, directions = self.field, ray_bundle.origins, ray_bundle.directions

@@ -76,6 +76,7 @@ class FewViewPipeline(VanillaPipeline):
         self.model.to(device)
         # An empty marker of the device: never in a loss, which DDP would wait for.
         self.model.device_indicator_param.requires_grad_(False)
+        self._show_cameras(self.model)
         self.restarts = 0
         self.on_restart: list[Callable[[], None]] = []
         self._sampler: ViewSampler | None = None
@@ -92,6 +93,11 @@ class FewViewPipeline(VanillaPipeline):
             raise UserError("background_color is 'random' but the images have no alpha: use white or black.")
         if (model.near_plane, model.far_plane) == BLENDER_PLANES:  # not chosen by the user
             model.near_plane, model.far_plane = planes
+
+    def _show_cameras(self, model: FewViewModel) -> None:
+        dataset = self.datamanager.train_dataset
+        if dataset.background != "image":  # of a photograph's background, one camera may see a part alone
+            model.set_cameras(dataset.cameras)
 
     def prepare(self) -> None:
         """Embed the training views and set up random poses, once, when the semantic loss is on."""
@@ -180,6 +186,7 @@ class FewViewPipeline(VanillaPipeline):
         with fork_generators(seed):
             fresh = self.config.model.setup(**self._model_arguments)
         fresh.to(self.device)
+        self._show_cameras(fresh)
         fresh.before_step(step)
         found = dict(fresh.named_parameters())
         with torch.no_grad():

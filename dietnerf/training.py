@@ -85,6 +85,9 @@ class TrainConfig:
     harmonics: int | None = None
     """Of the grid, the degree of the spherical harmonics of colour (0 is the same from all sides); left out, the
     method's own."""
+    min_views: int | None = None
+    """Of the grid, how many training cameras must see what is not empty, where images have alpha; left out, the
+    method's own."""
     near: float = 0.0
     """Where rays start; 0 suits the layout of the scene."""
     far: float = 0.0
@@ -169,13 +172,16 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     data.pyramid_steps = tuple(max(1, round(step * scale)) for step in data.pyramid_steps)
     if isinstance(model, DietGridModelConfig):
         model.harmonics = model.harmonics if config.harmonics is None else config.harmonics
+        model.min_views = model.min_views if config.min_views is None else config.min_views
         if config.resolutions:
             model.grow_at = spread_levels(model.grow_at, len(config.resolutions))
             model.resolutions = config.resolutions
         # Never so early that the coarse grid has found nothing yet to crop to.
         model.grow_at = tuple(max(GROW_AFTER * i, round(at * scale)) for i, at in enumerate(model.grow_at, start=1))
-    elif config.resolutions or config.harmonics is not None:
-        raise UserError(f"resolutions and harmonics are the grid's, but method is {config.method!r}: leave them out.")
+    elif config.resolutions or config.harmonics is not None or config.min_views is not None:
+        raise UserError(
+            f"resolutions, harmonics and min_views are the grid's, but method is {config.method!r}: leave them out."
+        )
     for group in run.optimizers.values():
         group["optimizer"].lr = config.lr or group["optimizer"].lr
         if config.method in ("mlp-small", "nerfacto", "grid"):

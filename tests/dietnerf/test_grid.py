@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+from nerfstudio.cameras.cameras import Cameras
 
-from dietnerf.grid import CELLS, VoxelGrid, vertices_along
+from dietnerf.grid import CELLS, VoxelGrid, vertices_along, views_of
+from dietnerf.poses import pose_spherical
 from dietnerf.regularizers import total_variation
 
 BOX = torch.tensor([[-1.0, -2.0, 0.0], [1.0, 2.0, 1.5]])
@@ -133,3 +135,45 @@ def test_harmonics_make_colour_depend_on_the_direction():
     colours = harmonic.colour(harmonic.locate(points), directions)
     assert (colours[0] - colours[1]).abs().max() > 1e-3
     assert harmonic.colour_tables[0].shape[1] == 27
+
+
+def two_cameras() -> Cameras:
+    """From the side and from above, 20 x 12 pixels."""
+    poses = torch.stack([pose_spherical(30, 0, 4)[:3], pose_spherical(120, -80, 3)[:3]])
+    return Cameras(poses, fx=30.0, fy=24.0, cx=11.0, cy=5.0, width=20, height=12)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_camera_sees_what_lies_on_its_rays(number):
+    cameras = two_cameras()
+    own = cameras[number : number + 1]
+    rays = cameras.generate_rays(camera_indices=number, keep_shape=True).flatten()
+    assert (views_of(rays.origins + 2.5 * rays.directions, own) == 1).all()
+    assert (views_of(rays.origins - 2.5 * rays.directions, own) == 0).all()
+    for corner, seen in (((0.1, 0.1), 1), ((11.9, 19.9), 1), ((-0.1, 5.0), 0), ((12.1, 5.0), 0), ((5.0, 20.1), 0), ((5.0, -0.1), 0)):
+        ray = cameras.generate_rays(camera_indices=number, coords=torch.tensor(corner))  # row, column
+        assert views_of((ray.origins + 3 * ray.directions)[None].view(1, 3), own).tolist() == [seen], corner
+
+
+def test_what_one_camera_sees_stays_empty():
+    cameras, grid = two_cameras(), random_grid()
+    with torch.no_grad():
+        for table in grid.density_tables:
+            table.fill_(50.0)
+    grid.update_occupancy()
+    assert grid.occupied.all()  # no cameras are known
+    for wanted in (2, 5):  # there are only two
+        grid.keep_to(cameras, wanted)
+        grid.update_occupancy(settled=False)
+        cell = (BOX[1] - BOX[0]) / CELLS
+        middles = [BOX[0, a] + cell[a] * (torch.arange(CELLS) + 0.5) for a in range(3)]
+        expected = (views_of(torch.cartesian_prod(*middles), cameras) == 2).view(CELLS, CELLS, CELLS)
+        assert torch.equal(grid.occupied, expected) and 0.02 < expected.float().mean() < 0.9
+        grid.update_occupancy()
+        assert torch.equal(grid.occupied, expected)
+    grid.grow()
+    cells = expected.nonzero()
+    torch.testing.assert_close(grid.aabb[0], BOX[0] + cells.amin(0) * cell)
+    grid.keep_to(cameras, 1)
+    grid.update_occupancy()
+    assert grid.occupied.all()

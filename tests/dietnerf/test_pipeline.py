@@ -152,7 +152,12 @@ def test_background_and_planes_follow_the_scene(ball_scene, tmp_path):
 
     assert tiny_pipeline(ball_scene).model.config.background_color == "white"
     assert tiny_pipeline(ball_scene, background="black").model.config.background_color == "black"
+    cut_out = tiny_pipeline(ball_scene, min_views=4)
+    cut_out.model.before_step(0)
+    assert not cut_out.model.field.occupied.all()  # corners of the box that not all four cameras see
     real = tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5))
+    real.model.before_step(0)
+    assert real.model.field.occupied.all()  # a photograph has a background, which one camera may see alone
     assert real.model.config.background_color == "black" and real.model.config.near_plane == 0.05
     with pytest.raises(UserError, match="num_devices is 2"):
         config = nerfstudio_config(TrainConfig(scene=ball_scene))
@@ -245,5 +250,5 @@ def test_levels_of_the_grid_are_spread_over_the_same_steps(ball_scene):
     usual = nerfstudio_config(TrainConfig(scene=ball_scene, steps=2000)).pipeline.model
     assert model.grow_at[-1] == usual.grow_at[-1] and len(model.grow_at) == 3 and list(model.grow_at) == sorted(model.grow_at)
     assert nerfstudio_config(TrainConfig(scene=ball_scene, resolutions=(20,))).pipeline.model.grow_at == ()
-    with pytest.raises(UserError, match=r"resolutions and harmonics are the grid's"):
+    with pytest.raises(UserError, match=r"resolutions, harmonics and min_views are the grid's"):
         nerfstudio_config(TrainConfig(scene=ball_scene, method="nerfacto", resolutions=(8, 12)))
