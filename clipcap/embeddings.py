@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -231,6 +232,8 @@ def build_store(
         except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it handed a batch over
             if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
+            # While its frames hold the loader, torch raises this again whenever another child process ends.
+            traceback.clear_frames(error.__traceback__)
             raise UserError(
                 f"a worker was killed after {done} of {len(items)} images (memory may have run out): the embeddings "
                 f"so far are kept; run it again, with fewer workers or smaller batches."

@@ -287,7 +287,10 @@ def write_tables(out: Path) -> list[dict[str, Any]]:
     pictures = [(path, json.loads(path.with_suffix(".json").read_text())) for path in (out / "runs").glob("**/*.png")]
     pictures = [(p, r) for p, r in sorted(pictures, key=lambda pair: str(pair[0])) if r["seed"] == 0][:24]
     if pictures:
-        titles = [f"{r['arm']}, {r['views']} views: {r['scores']['psnr']:.2f} dB" for _, r in pictures]
+        titles = [
+            f"{r['arm'].replace(CHANGE, ' ' + CHANGE)}, {r['views']} views: {r['scores']['psnr']:.2f} dB"
+            for _, r in pictures
+        ]
         sheet = contact_sheet([Image.open(p) for p, _ in pictures], titles, columns=6, size=200)
         sheet.save(out / "views.png")
         page.section("Pictures", "Held-out photographs to the left, renders to the right; seed 0.")
