@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import tyro
 
-from common.checks import UserError, require_at_least, require_one_of
+from common.checks import UserError, require_at_least, require_one_of, require_same_settings
 from common.pretrained import CAPTION_LANGUAGES
 from common.runtime import RuntimeConfig
 
@@ -192,12 +192,7 @@ class Journal:
             assert isinstance(old, dict)
         except (ValueError, AssertionError):
             raise UserError(f"{str(self.path)!r} is not a list of captions begun earlier: delete it.") from None
-        for name, value in settings.items():
-            if old.get(name) != value:
-                raise UserError(
-                    f"{str(self.path)!r} was begun with {name} {old.get(name)!r}, now it is {value!r}: "
-                    f"use the same again, delete it, or give another --out."
-                )
+        require_same_settings(self.path, old, settings, "use the same again, delete it, or give another --out")
 
     def add(self, key: str, row: Row) -> None:
         """Write one row, at once."""

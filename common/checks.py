@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -44,6 +45,20 @@ def require_one_of(name: str, value: str, choices: tuple[str, ...] | list[str]) 
     """Raise UserError when `value` is not among `choices`."""
     if value not in choices:
         raise UserError(f"{name} is {value!r}: choose one of {', '.join(choices)}.")
+
+
+def require_same_settings(
+    place: str | os.PathLike[str],
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    cure: str = "give another --out, or delete it",
+) -> None:
+    """Raise UserError when what lies at `place` was begun with other settings than are asked for now."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{str(place)!r} was begun with {name} {before.get(name)!r}, now it is {value!r}: {cure}."
+            )
 
 
 def run_command(command: Callable[[], int | None]) -> int:

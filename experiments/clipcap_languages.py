@@ -30,7 +30,7 @@ from clipcap.data import CaptionedImage
 from clipcap.embeddings import EmbeddingStore, build_store
 from clipcap.model import ClipCapModel
 from clipcap.training import TrainConfig, train
-from common.checks import UserError, require_at_least, require_one_of, run_command
+from common.checks import UserError, require_at_least, require_one_of, require_same_settings, run_command
 from common.clip import load_clip
 from common.gpt2 import PACKAGED
 from common.report import write_json, write_text
@@ -223,13 +223,8 @@ def run(job: Run, config: Config, scenes: Scenes) -> dict[str, Any]:
     }
     path = directory / "result.json"
     for file in (directory / "settings.json", path):
-        before = json.loads(file.read_text()) if file.exists() else settings
-        changed = [name for name, value in settings.items() if before.get(name) != value]
-        if changed:
-            raise UserError(
-                f"{str(directory)!r} was begun with {changed[0]} {before.get(changed[0])!r}, now it is "
-                f"{settings[changed[0]]!r}: give another --out, or delete it."
-            )
+        if file.exists():
+            require_same_settings(directory, json.loads(file.read_text()), settings)
     if path.exists():
         return json.loads(path.read_text())
     write_json(directory / "settings.json", settings)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from common.checks import UserError, require_directory
+from common.checks import UserError, require_directory, require_same_settings
 from common.gpt2 import load_gpt2, token_table
 from common.report import write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
@@ -150,14 +150,8 @@ def once(
     done, begun, settings = directory / DONE, directory / "settings.json", settings_of(config)
     # Only training leaves something half done that other settings would not fit.
     if begun.exists() and (done.exists() or (directory / TRAINING).exists()):
-        before = json.loads(begun.read_text())
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
-            name = changed[0]
-            raise UserError(
-                f"{str(directory)!r} was begun with {name} {before.get(name)!r}, now it is {settings[name]!r}: use "
-                f"the same settings, delete the directory, or give another."
-            )
+        cure = "use the same settings, delete the directory, or give another"
+        require_same_settings(directory, json.loads(begun.read_text()), settings, cure)
     if done.exists():
         return json.loads(done.read_text())
     if leader():
