@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import tyro
 import yaml
 from PIL import Image
 
-from common.checks import UserError, require_at_least, run_command
+from common.checks import UserError, require_at_least, require_same_settings, run_command
 from common.pretrained import ASSETS
 from common.report import Page, contact_sheet, plot_lines, write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
@@ -119,7 +119,7 @@ def training_config(config: Config, scene: Path, size: int, arm: str, views: int
         UserError: an arm that does not exist.
     """
     base, *changes = arm.split(CHANGE)
-    name = base_arm(arm)
+    name = base.removesuffix(FINE_TUNED)
     if name not in ARMS:
         raise UserError(f"arm is {arm!r}: choose of {', '.join(ARMS)}, each also with {FINE_TUNED}.")
     chosen = TrainConfig(
@@ -139,7 +139,7 @@ def training_config(config: Config, scene: Path, size: int, arm: str, views: int
     chosen = replace(chosen, **ARMS[name])
     for change in changes:
         key, _, value = change.partition("=")
-        if key not in {field.name for field in fields(TrainConfig)} or not value:
+        if key not in TrainConfig.__dataclass_fields__ or not value:
             raise UserError(f"arm {arm!r}: {change!r} is no setting of dietnerf train, such as lr=0.3.")
         parsed = yaml.safe_load(value)
         setting: Any = {key: tuple(parsed) if isinstance(parsed, list) else parsed}
@@ -184,6 +184,7 @@ def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str,
         "cpu_seconds_with_scoring": round(time.process_time() - cpu, 1),
         "seconds": round(time.perf_counter() - wall, 1),
         "config": asdict(settings),
+        "scoring": scoring(config),
         "hardware": hardware(),
         "versions": versions(),
     }
@@ -196,15 +197,18 @@ def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str,
     return record
 
 
-def require_same_settings(path: Path, settings: TrainConfig) -> None:
-    """Raise UserError when a finished run was made with other settings than are asked for now."""
-    before = json.loads(path.read_text())["config"]
-    for name, value in json.loads(json.dumps(asdict(settings), default=str)).items():
-        if name in before and name not in ("scene", "out", "resume", "progress", "runtime") and before[name] != value:
-            raise UserError(
-                f"{str(path)!r} was made with {name} {before[name]!r}, now it is {value!r}: give another --out, or "
-                f"delete it."
-            )
+def require_same_run(path: Path, config: Config, settings: TrainConfig) -> None:
+    """Raise UserError when a finished run was trained or scored with other settings than are asked for now."""
+    record = json.loads(path.read_text())
+    before = record["config"] | record.get("scoring", {})
+    now = json.loads(json.dumps(asdict(settings) | scoring(config), default=str))
+    same = before.keys() - {"scene", "out", "resume", "progress", "runtime"}  # older runs lack later settings
+    require_same_settings(path, before, {name: value for name, value in now.items() if name in same})
+
+
+def scoring(config: Config) -> dict[str, Any]:
+    """What the scores of a run depend on, beside its training."""
+    return {name: getattr(config, name) for name in ("eval_every", "eval_first", "second_encoder")}
 
 
 def read_runs(out: Path) -> list[dict[str, Any]]:
@@ -328,7 +332,7 @@ def main(config: Config) -> None:
         work = config.out / "work" / scene.name / str(size) / name
         settings = training_config(config, scene, size, arm, views, seed, work)
         if path.exists():
-            require_same_settings(path, settings)
+            require_same_run(path, config, settings)
             continue
         if config.budget and time.process_time() - begun > 60 * config.budget:
             print(f"the budget of {config.budget:g} CPU minutes is spent: {len(todo) - number + 1} runs are left.")

@@ -81,6 +81,9 @@ def test_runs_are_made_once(tmp_path, few_voxels, monkeypatch, capsys):
     assert (tmp_path / "out/views.png").is_file()
     monkeypatch.setattr(dietnerf_synthetic, "train", lambda settings: pytest.fail("was run again"))
     main(config)
+    for name, changed in (("steps 4, now it is 6", {"steps": 6}), ("eval_every 1, now it is 2", {"eval_every": 2})):
+        with pytest.raises(UserError, match=f"was begun with {name}"):
+            main(replace(config, **changed))
     monkeypatch.undo()
     main(replace(config, seeds=(0, 1), budget=1e-9))
     assert "budget" in capsys.readouterr().out and len(read_runs(tmp_path / "out")) == 2
