@@ -524,6 +524,11 @@ class FewViewDataset(InputDataset):
         """white, black or image."""
         return self._dataparser_outputs.metadata["background"]
 
+    @property
+    def has_alpha(self) -> bool:
+        """Whether the images have alpha, and it is used."""
+        return self.background != "image"
+
     @cached_property
     def images(self) -> Float[Tensor, "n h w 3"]:
         """All views, kept from the first use on."""

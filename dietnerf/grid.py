@@ -232,8 +232,9 @@ class VoxelGrid(nn.Module):
 def views_of(points: Float[Tensor, "n 3"], cameras: Cameras) -> Int[Tensor, " n"]:
     """How many cameras have each point in their frame (lens distortion left out)."""
     count = torch.zeros(len(points), dtype=torch.int32, device=points.device)
+    cameras = cameras.to(points.device)
     for number in range(len(cameras)):
-        camera = cameras[number].to(points.device)
+        camera = cameras[number]
         rotation, position = camera.camera_to_worlds[:, :3], camera.camera_to_worlds[:, 3]
         right, up, back = ((points - position) @ rotation).unbind(-1)
         depth = -back  # cameras look along -z

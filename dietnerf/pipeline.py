@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.checks import UserError
 from common.runtime import fork_generators
-from dietnerf.data import BLENDER_PLANES
+from dietnerf.data import BLENDER_PLANES, FewViewDataset
 from dietnerf.losses import Batch, compute_losses
 from dietnerf.model import DietNeRFModelConfig, FewViewModel, FewViewModelConfig
 from dietnerf.poses import PoseRanges, estimate_ranges, sample_sphere
@@ -68,7 +68,7 @@ class FewViewPipeline(VanillaPipeline):
             device=device, test_mode=test_mode, world_size=world_size, local_rank=local_rank
         )
         dataset = self.datamanager.train_dataset
-        self._fit_to(dataset.background, dataset.metadata["planes"])
+        self._fit_to(dataset)
         self._model_arguments: dict[str, Any] = dict(
             scene_box=dataset.scene_box, num_train_data=len(dataset), metadata=dataset.metadata, device=device
         )
@@ -82,21 +82,21 @@ class FewViewPipeline(VanillaPipeline):
         self._sampler: ViewSampler | None = None
         self._patch_ranges: PoseRanges | None = None
 
-    def _fit_to(self, background: str, planes: tuple[float, float]) -> None:
+    def _fit_to(self, dataset: FewViewDataset) -> None:
         """Background and planes of the field as the scene has them."""
         model = self.config.model
-        with_silhouette = bool(model.regularizers.silhouette) and background != "image"
+        with_silhouette = bool(model.regularizers.silhouette) and dataset.has_alpha
         self.datamanager.with_alpha = model.background_color == "random" or with_silhouette
         if model.background_color != "random":
-            model.background_color = "white" if background == "white" else "black"
-        elif background == "image":
+            model.background_color = "white" if dataset.background == "white" else "black"
+        elif not dataset.has_alpha:
             raise UserError("background_color is 'random' but the images have no alpha: use white or black.")
         if (model.near_plane, model.far_plane) == BLENDER_PLANES:  # not chosen by the user
-            model.near_plane, model.far_plane = planes
+            model.near_plane, model.far_plane = dataset.metadata["planes"]
 
     def _show_cameras(self, model: FewViewModel) -> None:
         dataset = self.datamanager.train_dataset
-        if dataset.background != "image":  # of a photograph's background, one camera may see a part alone
+        if dataset.has_alpha:  # of a photograph's background, one camera may see a part alone
             model.set_cameras(dataset.cameras)
 
     def prepare(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ from dietnerf.methods import DESCRIPTIONS, FewViewTrainerConfig, method_config
 from dietnerf.metrics import psnr
 from dietnerf.model import DietGridModelConfig
 from dietnerf.pipeline import FewViewPipeline
+from dietnerf.regularizers import RegularizerConfig
 
 METHODS = {
     "mlp": "dietnerf",
@@ -35,15 +36,6 @@ METHODS = {
 }
 GROW_AFTER = 100
 """A grid's level lasts at least so many steps, however short the run."""
-PRIORS = (
-    "frequency_steps",
-    "occlusion",
-    "density_variation",
-    "colour_variation",
-    "distortion",
-    "depth_smoothness",
-    "silhouette",
-)
 
 
 @dataclass(frozen=True)
@@ -219,7 +211,8 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
         text=config.semantic_text,
         chunk=config.chunk,
     )
-    given = {name: getattr(config, name) for name in PRIORS if getattr(config, name) is not None}
+    priors = {prior.name: getattr(config, prior.name, None) for prior in fields(RegularizerConfig)}
+    given: dict[str, Any] = {name: value for name, value in priors.items() if value is not None}
     model.regularizers = replace(model.regularizers, **given)
     run.run_directory = config.out.resolve()
     run.experiment_name, run.timestamp = config.out.name or "run", "run"
@@ -377,7 +370,7 @@ def train(config: TrainConfig) -> Path:
     run = nerfstudio_config(config)
     held_out_looks = config.val_views if config.val_views else 0
     module = FewViewTraining(run)
-    if config.silhouette and module.pipeline.datamanager.train_dataset.background == "image":
+    if config.silhouette and not module.pipeline.datamanager.train_dataset.has_alpha:
         raise UserError(f"silhouette is {config.silhouette:g} but the images have no alpha: leave it out.")
     held_out = len(module.pipeline.datamanager.eval_dataset)
     stride = max(1, held_out // max(1, held_out_looks))
