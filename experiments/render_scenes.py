@@ -33,12 +33,19 @@ FAMILIES_PER_SHARD = 25
 
 
 def main() -> None:
-    """Render every missing shard, or the packaged samples."""
+    """Render every missing shard, the packaged samples, or the packaged still life at another resolution."""
     options = _parse_options()
     if options.samples:
         from experiments.scenes.samples import write_samples
 
         write_samples(options.seed)
+        return
+    if options.still_life:
+        from experiments.scenes.samples import write_multiview
+
+        if options.still_life.exists():
+            raise SystemExit(f"{str(options.still_life)!r} exists: give a directory that does not.")
+        write_multiview(options.still_life, options.seed, resolution=options.resolution)
         return
     options.output.mkdir(parents=True, exist_ok=True)
     if options.workers > 1:
@@ -65,6 +72,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=96, help="pixels")
     parser.add_argument("--render-samples", type=int, default=8, help="light paths a pixel")
     parser.add_argument("--samples", action="store_true", help="write the packaged samples instead")
+    parser.add_argument("--still-life", type=Path, metavar="DIRECTORY", help="write the scene for dietnerf instead")
     parser.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--of-workers", type=int, default=1, help=argparse.SUPPRESS)
     return parser.parse_args()
