@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import logging
 import random
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.checks import UserError, require_at_least, require_file
+from common.checks import UserError, require_at_least, require_file, require_same_settings
 from common.runtime import resolve_device
 
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -66,11 +68,13 @@ class BatchOrder(Sampler[list[int]]):
 
     Every index occurs exactly once per epoch over all processes, which all get as many batches; the last batches of an
     epoch may be short, or longer by one where the rest is not enough for every process. What the processes take
-    together in a step is what one process would take with a `batch_size` as many times as large.
+    together in a step is what one process would take with a `batch_size` as many times as large. An epoch is a whole
+    number of optimizer steps: its last step has as many batches as the others, of fewer items.
 
     Args:
         num_items: items in the data set.
         batch_size: of each process.
+        accumulate: batches of an optimizer step.
         seed: of the order.
         shuffle: another order in every epoch; False takes the items as they come.
         rank, world: this process and their number; None asks torch.distributed when batches are made.
@@ -85,6 +89,7 @@ class BatchOrder(Sampler[list[int]]):
         num_items: int,
         batch_size: int,
         *,
+        accumulate: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         rank: int | None = None,
@@ -92,10 +97,12 @@ class BatchOrder(Sampler[list[int]]):
         lengths: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         require_at_least("batch size", batch_size, 1)
-        self.num_items, self.batch_size, self.seed, self.shuffle = num_items, batch_size, seed, shuffle
+        require_at_least("accumulate", accumulate, 1)
+        self.num_items, self.batch_size, self.accumulate = num_items, batch_size, accumulate
+        self.seed, self.shuffle = seed, shuffle
         self._rank, self._world, self.epoch = rank, world, 0
         self.lengths = None if lengths is None else np.asarray(lengths)
-        if num_items < (world or 1):
+        if num_items < (world or 1) * accumulate:
             raise self._too_few()
 
     @property
@@ -136,16 +143,20 @@ class BatchOrder(Sampler[list[int]]):
 
     def _ends(self) -> list[int]:
         """Where the batches of all processes together end in the order."""
-        if self.num_items < self.world:
+        least = self.accumulate * self.world
+        if self.num_items < least:
             raise self._too_few()
-        step = self.batch_size * self.world
+        step = self.batch_size * least
         ends = list(range(step, self.num_items, step))
-        if ends and self.num_items - ends[-1] < self.world:
+        if ends and self.num_items - ends[-1] < least:
             ends.pop()
-        return [*ends, self.num_items]
+        ends = [0, *ends, self.num_items]
+        parts = range(1, self.accumulate + 1)
+        return [i + (j - i) * part // self.accumulate for i, j in pairwise(ends) for part in parts]
 
     def _too_few(self) -> UserError:
-        return UserError(f"dataset has {self.num_items} items for {self.world} processes: give at least one to each.")
+        needed = f"{self.world} processes" + (f" of {self.accumulate} batches a step" if self.accumulate > 1 else "")
+        return UserError(f"dataset has {self.num_items} items for {needed}: give at least one to each.")
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches())
@@ -188,12 +199,12 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
         """Where the run stands: the epoch and the batches of it that were handed out."""
         return {"epoch": self.order.epoch, "done": self._done}
 
-    def take_back(self) -> None:
-        """Count the last batch that was handed out as not done."""
-        if not self._done:  # it was an epoch's last
+    def take_back(self, batches: int) -> None:
+        """Count the last `batches` that were handed out, which are of one epoch, as not done."""
+        if not self._done and batches:  # the last was an epoch's last
             self.order.epoch -= 1
             self._done = len(self.order)
-        self._done -= 1
+        self._done -= batches
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to where `state_dict` was taken."""
@@ -201,16 +212,25 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
 
 
 class RandomState(Callback):
-    """Saves the random generators of Python, NumPy and torch, of every process, in checkpoints and restores them."""
+    """Saves the random generators of Python, NumPy and torch, of every process, in checkpoints and restores them.
+
+    A checkpoint has them as they were after the last step or validation that was finished.
+    """
+
+    _saved: dict[str, Any] | None = None
+    _finished: dict[str, Any] | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._finished = _generators()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._finished = _generators()
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        numpy_name, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
-        own = {
-            "python": random.getstate(),
-            "numpy": (numpy_name, torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)), *numpy_rest),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        own = self._finished or _generators()
         checkpoint["random_state"] = own
         if trainer.world_size > 1:
             states: list[Any] = [None] * trainer.world_size
@@ -221,40 +241,102 @@ class RandomState(Callback):
         saved = checkpoint.get("random_state")
         if isinstance(saved, list):
             saved = saved[trainer.global_rank if len(saved) == trainer.world_size else 0]
-        self._state = saved
+        self._saved = saved
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        state = getattr(self, "_state", None)
-        if state is None:
-            return
-        random.setstate(state["python"])
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-        torch.set_rng_state(state["torch"].cpu())
-        if state["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-        self._state = None
+        if self._saved is not None:
+            _restore(self._saved)
+        self._finished = _generators()
+
+
+def _generators() -> dict[str, Any]:
+    """The states of this process's random generators."""
+    numpy_name, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy_name, torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)), *numpy_rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    """Put this process's random generators into `state`."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    for device in range(min(len(state["cuda"]), torch.cuda.device_count())):  # there may be fewer GPUs than before
+        torch.cuda.set_rng_state(state["cuda"][device].cpu(), device)
+
+
+class KeepBest(ModelCheckpoint):
+    """Writes `best.ckpt`; it knows how good that one is also where the directory was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = {**state_dict, "dirpath": self.dirpath}
+        for name in ("best_model_path", "kth_best_model_path"):
+            here[name] = self._moved(state_dict[name])
+        here["best_k_models"] = {self._moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(here)
+
+    def _moved(self, path: str) -> str:
+        return str(Path(self.dirpath or "") / Path(path).name) if path else path
 
 
 class KeepLast(Callback):
-    """Writes `last.ckpt` at the end of a run, and when Ctrl-C ends it earlier."""
+    """Writes `last.ckpt` after every validation, at the end of a run, and when Ctrl-C ends it earlier.
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "last.ckpt"
+    Args:
+        directory: where it is written.
+        every: batches after which it is written where there is no validation.
+    """
+
+    def __init__(self, directory: Path, every: int) -> None:
+        self.path, self.every = directory / "last.ckpt", every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not any(trainer.num_val_batches) and (trainer.fit_loop.total_batch_idx + 1) % self.every == 0:
+            trainer.save_checkpoint(self.path)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         trainer.save_checkpoint(self.path)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, KeyboardInterrupt) or not trainer.training:
+        if not isinstance(exception, KeyboardInterrupt) or not (trainer.training or trainer.validating):
             return
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-        loader = trainer.train_dataloader
-        if progress.current.ready > progress.current.processed and isinstance(loader, ResumableLoader):
-            loader.take_back()  # the batch that was being trained on
-        for counts in (progress.current, progress.total):  # or the next validations come one batch early
-            counts.ready = counts.started = counts.completed = counts.processed
+        epoch: Any = trainer.fit_loop.epoch_loop
+        if trainer.validating:  # it comes again, from its beginning
+            for counts in (epoch.val_loop.batch_progress.current, epoch.val_loop.batch_progress.total):
+                counts.ready = counts.started = 1
+                counts.processed = counts.completed = 0
+        else:
+            self._back_to_the_last_step(trainer)
         trainer.save_checkpoint(self.path)
+
+    def _back_to_the_last_step(self, trainer: Trainer) -> None:
+        """Batches whose gradients the optimizer has not taken yet come again."""
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        done = progress.current.processed
+        if done < trainer.num_training_batches:
+            done -= done % trainer.accumulate_grad_batches
+        undone = progress.current.processed - done
+        if isinstance(trainer.train_dataloader, ResumableLoader):
+            trainer.train_dataloader.take_back(progress.current.ready - done)
+        for counts in (progress.current, progress.total):  # or the next validations come early
+            counts.ready = counts.started = counts.completed = counts.processed = counts.processed - undone
+
+
+class KeepSettings(Callback):
+    """Writes into checkpoints what the run was asked for, which `require_same_run` compares."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = dict(settings)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["settings"] = self.settings
 
 
 class KeepMetrics(Callback):
@@ -317,9 +399,19 @@ def build_trainer(
     *,
     monitor: str = "val/loss",
     mode: str = "min",
+    settings: Mapping[str, Any] | None = None,
     callbacks: list[Callback] | None = None,
 ) -> Trainer:
-    """A Trainer that writes `last.ckpt`, `best.ckpt`, `metrics.csv` and TensorBoard logs in `directory`."""
+    """A Trainer that writes `last.ckpt`, `best.ckpt`, `metrics.csv` and TensorBoard logs in `directory`.
+
+    Args:
+        config: length, place and scale.
+        directory: where everything goes.
+        monitor: what the best is the best in, at a validation.
+        mode: "min" or "max".
+        settings: what another run in the same directory must have been asked for to be gone on with.
+        callbacks: further ones.
+    """
     if config.max_steps < 0 and config.max_epochs < 0:
         raise UserError("max_steps and max_epochs are both -1: set one of them.")
     for name in ("devices", "num_nodes", "accumulate", "val_every"):
@@ -333,11 +425,13 @@ def build_trainer(
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard"))
     saved: list[Callback] = [
         KeepMetrics(table),
-        ModelCheckpoint(directory, filename="best", monitor=monitor, mode=mode, save_top_k=1,
-                        enable_version_counter=False, auto_insert_metric_name=False, save_weights_only=False),
+        KeepBest(directory, filename="best", monitor=monitor, mode=mode, save_top_k=1,
+                 enable_version_counter=False, auto_insert_metric_name=False, save_weights_only=False),
         # Its own, after the best is known: `save_last=True` writes only when there is a new best.
         ModelCheckpoint(directory, filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
     ]
+    if settings is not None:
+        saved.append(KeepSettings(settings))
     if config.patience:
         saved.append(StopEarly(monitor, mode=mode, patience=config.patience, check_finite=False))
     bars: list[Callback] = [ProgressBar(refresh_rate=5)] if config.progress else []
@@ -367,7 +461,7 @@ def _trainer(
         enable_progress_bar=config.progress,
         enable_model_summary=False,
         logger=loggers,
-        callbacks=[RandomState(), StopOnNaN(), *callbacks, KeepLast(directory)],
+        callbacks=[RandomState(), StopOnNaN(), *callbacks, KeepLast(directory, config.val_every)],
     )
 
 
@@ -383,7 +477,7 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
     last = directory / "last.ckpt"
     source = str(last) if resume and last.exists() else None
     if source:
-        _require_readable(last)
+        _read_checkpoint(last)
     try:
         with _quiet(), _interruptible(trainer):
             trainer.fit(module, **loaders, ckpt_path=source, weights_only=source is None)
@@ -394,6 +488,22 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
                 f"use the settings it was written with, or another output directory."
             ) from error
         raise
+
+
+def settings_of(config: Any, free: Collection[str]) -> dict[str, Any]:
+    """The fields of a configuration but those that are `free` to differ, in JSON's own types, and its seed."""
+    fields = json.loads(json.dumps(asdict(config), default=str))
+    seed = fields.pop("runtime")["seed"]
+    return {name: value for name, value in fields.items() if name not in free} | {"seed": seed}
+
+
+def require_same_run(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UserError when the run in `directory` was begun with other `settings` (see `build_trainer`)."""
+    last = directory / "last.ckpt"
+    if last.exists():
+        before = _read_checkpoint(last).get("settings", settings)  # older ones have none
+        cure = "use the same again, --no-resume to begin anew, or another --out"
+        require_same_settings(directory, before, settings, cure)
 
 
 def is_first_process() -> bool:
@@ -418,11 +528,11 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _require_readable(path: Path) -> None:
-    """Raise UserError when a checkpoint is damaged."""
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, its tensors left on the disk; UserError when it is damaged."""
     require_file(path, "checkpoint")
     try:
-        torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     except Exception as error:  # whatever unpickling a broken file comes upon
         raise UserError(
             f"checkpoint {str(path)!r} is damaged ({type(error).__name__}): delete it to begin anew, "

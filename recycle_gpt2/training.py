@@ -200,6 +200,7 @@ class Recycling(LightningModule):
         self.seconds = 0.0
         self.curve: list[dict[str, float]] = []
         self._train_nats: list[Tensor] = []
+        self._pending: list[tuple[int, Tensor]] = []  # of batches whose gradients were not taken yet
         self._valid: list[tuple[Tensor, int]] = []
         self._plateau: dict[str, Any] | None = None
 
@@ -235,8 +236,7 @@ class Recycling(LightningModule):
 
     def training_step(self, batch: Int[Tensor, "b t"], batch_idx: int) -> Tensor:
         loss = next_token_loss(self.model, batch)
-        self.tokens += batch.numel() * self.trainer.world_size
-        self._train_nats.append(loss.detach())
+        self._pending.append((batch.numel() * self.trainer.world_size, loss.detach()))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -244,28 +244,34 @@ class Recycling(LightningModule):
         now = time.monotonic()
         elapsed = max(now - self._clock, 1e-9)
         self.seconds, self._clock = self.seconds + elapsed, now
+        if (batch_idx + 1) % self.config.accumulate == 0:
+            self.tokens += sum(tokens for tokens, _ in self._pending)
+            self._train_nats += [nats for _, nats in self._pending]
+            self._pending = []
         self.log("tokens/s", batch.numel() * self.trainer.world_size / elapsed, prog_bar=True)
         self.log("tokens", float(self.tokens))
 
     def validation_step(self, batch: Int[Tensor, "b t"], batch_idx: int) -> None:
         count = int((labels(batch, self.model.config.eos_token_id)[:, 1:] != IGNORE).sum())
-        self._valid.append((next_token_loss(self.model, batch).double() * count, count))
+        self._valid.append((next_token_loss(self.model, batch), count))
 
     def on_validation_epoch_end(self) -> None:
-        sums = torch.stack([torch.stack([nats.cpu(), torch.tensor(float(n)).double()]) for nats, n in self._valid])
-        totals = cast(Tensor, self.trainer.strategy.reduce(sums.sum(0).to(self.device), reduce_op="sum"))
+        sums = torch.tensor([[float(nats) * n, n] for nats, n in self._valid], dtype=torch.float64).sum(0)
+        if self.device.type == "mps":  # which has no float64
+            sums = sums.float()
+        totals = cast(Tensor, self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum"))
         loss = float(totals[0] / totals[1])
         self._valid = []
         self.log("val/loss", loss, prog_bar=True, rank_zero_only=False)
         self._meet_plateau(loss)
-        train = torch.stack(self._train_nats).mean().item() if self._train_nats else math.nan
+        train = torch.stack([nats.cpu() for nats in self._train_nats]).mean().item() if self._train_nats else math.nan
         self._train_nats = []
         self.curve.append(
             {
                 "step": self.trainer.global_step,
                 "tokens": self.tokens,
                 "flops": self.tokens * self.flops_per_token,
-                "seconds": round(self.seconds + time.monotonic() - self._clock, 3),
+                "seconds": round(self.seconds, 3),
                 "train_loss": train,
                 "val_loss": loss,
             }
@@ -321,6 +327,7 @@ def train_stage(
     config: StageConfig,
     *,
     runtime: RuntimeConfig,
+    order: int = 0,
     progress: bool = True,
 ) -> StageRecord:
     """Train the tensors of `model` that ask for a gradient and leave the best weights in it.
@@ -334,6 +341,7 @@ def train_stage(
         directory: where checkpoints, logs and `stage.json` go.
         config: length and optimizer.
         runtime: device, precision and seed of the order.
+        order: of the blocks; stages with other numbers see other blocks first.
         progress: show a bar with the loss and tokens per second.
 
     Raises:
@@ -375,7 +383,12 @@ def train_stage(
         directory,
     )
     loaders: dict[str, Any] = {
-        "train_dataloaders": ResumableLoader(train, BatchOrder(num_blocks, config.batch_size, seed=runtime.seed)),
+        "train_dataloaders": ResumableLoader(
+            train,
+            BatchOrder(
+                num_blocks, config.batch_size, accumulate=config.accumulate, seed=runtime.seed + 1_000_003 * order
+            ),
+        ),
         "val_dataloaders": DataLoader(
             valid, batch_sampler=BatchOrder(len(cast(Sized, valid)), config.batch_size, shuffle=False)
         ),

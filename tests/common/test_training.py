@@ -20,6 +20,7 @@ from common.training import (
     TrainerConfig,
     build_trainer,
     fit,
+    require_same_run,
     warmup_cosine,
     warmup_linear,
 )
@@ -109,13 +110,14 @@ def test_loader_goes_on_where_it_stopped(stop):
 
 
 class Regression(LightningModule):
-    """A small network with dropout; `at` acts before a step is computed."""
+    """A small network with dropout; `at` acts before a step is computed, `at_validation` before it is validated."""
 
-    def __init__(self, at=lambda step: None) -> None:
+    def __init__(self, at=lambda step: None, at_validation=lambda step: None) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
-        self.at = at
+        self.at, self.at_validation = at, at_validation
         self.seen: list[list[float]] = []
+        self.validated: list[int] = []
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -131,22 +133,31 @@ class Regression(LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
+        self.at_validation(self.global_step)
         self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+        if batch_idx == 1:
+            self.validated.append(self.global_step)
 
 
-def train(directory: Path, steps: int, at=lambda step: None, *, val_every: int = 2, seed: int = 0) -> Regression:
-    """Up to `steps` steps over 21 items in batches of 3: seven batches in an epoch."""
+def train(
+    directory: Path, steps: int, at=lambda step: None, at_validation=lambda step: None, *, val_every: int = 2,
+    accumulate: int = 1, validate: bool = True, seed: int = 0,
+) -> Regression:
+    """Up to `steps` steps over 21 items in batches of 3: seven batches in an epoch, eight of two to a step."""
     torch.manual_seed(seed)
-    module = Regression(at)
+    module = Regression(at, at_validation)
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(21, 4))).float()
     data = TensorDataset(x, torch.arange(21.0)[:, None])
-    config = TrainerConfig(max_steps=steps, val_every=val_every, device="cpu", progress=False, tensorboard=False)
+    config = TrainerConfig(
+        max_steps=steps, val_every=val_every * accumulate, accumulate=accumulate, device="cpu", progress=False,
+        tensorboard=False,
+    )
     fit(
         build_trainer(config, directory),
         module,
         directory,
-        train_dataloaders=ResumableLoader(data, BatchOrder(21, 3)),
-        val_dataloaders=DataLoader(data, batch_size=21),
+        train_dataloaders=ResumableLoader(data, BatchOrder(21, 3, accumulate=accumulate)),
+        val_dataloaders=DataLoader(data, batch_size=11) if validate else None,
     )
     return module
 
@@ -221,6 +232,76 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path, whole, val_every):
     assert resumed.seen == whole.seen[5:]  # the batch that was interrupted comes again
     if val_every == 2:
         assert same(resumed, whole)
+
+
+@pytest.mark.parametrize("at", [4, 14])  # within an epoch, and at the end of one
+def test_ctrl_c_during_validation(tmp_path, whole, at):
+    def interrupt(step: int) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 18, at_validation=interrupt)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == at
+    resumed = train(tmp_path, 18, seed=200)
+    assert same(resumed, whole) and resumed.seen == whole.seen[at:]
+    assert resumed.validated == list(range(at, 19, 2))  # what was interrupted is validated, once
+
+
+def test_steps_of_several_batches_are_whole_and_validated_to_the_last(tmp_path):
+    whole = train(tmp_path / "whole", 12, accumulate=2, val_every=3)
+    assert whole.validated == [3, 6, 9, 12] and len(whole.seen) == 24
+
+    def interrupt(step: int) -> None:
+        if step == 5:
+            seen.append(step)
+            if len(seen) == 2:  # the first of its two batches is done
+                raise KeyboardInterrupt
+
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", 12, interrupt, accumulate=2, val_every=3)
+    resumed = train(tmp_path / "stopped", 12, accumulate=2, val_every=3, seed=200)
+    assert resumed.seen == whole.seen[10:] and same(resumed, whole)
+
+
+def test_without_validation_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    def die(step: int) -> None:
+        if step == 9:
+            raise Killed
+
+    whole = train(tmp_path / "whole", 12, validate=False, val_every=4)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", 12, die, validate=False, val_every=4)
+    resumed = train(tmp_path / "killed", 12, validate=False, val_every=4, seed=200)
+    assert resumed.seen == whole.seen[8:] and same(resumed, whole)
+
+
+def test_a_moved_run_knows_its_best(tmp_path):
+    data = TensorDataset(torch.ones(16, 2))
+
+    def go(directory: Path, steps: int) -> None:
+        trainer = build_trainer(TrainerConfig(max_steps=steps, val_every=2, device="cpu", progress=False), directory)
+        module = GetsWorse()
+        module.validated = steps
+        fit(trainer, module, directory, train_dataloaders=ResumableLoader(data, BatchOrder(16, 2)),
+            val_dataloaders=DataLoader(data, batch_size=16))
+
+    go(tmp_path / "here", 4)
+    (tmp_path / "here").rename(tmp_path / "there")
+    go(tmp_path / "there", 6)
+    assert torch.load(tmp_path / "there/best.ckpt", weights_only=False)["global_step"] == 2
+
+
+def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
+    data = TensorDataset(torch.zeros(6, 4), torch.zeros(6, 1))
+    config = TrainerConfig(max_steps=2, val_every=1, device="cpu", progress=False, tensorboard=False)
+    trainer = build_trainer(config, tmp_path, settings={"lr": 0.1, "width": 4})
+    require_same_run(tmp_path, {"lr": 0.1})  # nothing is there yet
+    fit(trainer, Regression(), tmp_path, train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)))
+    require_same_run(tmp_path, {"lr": 0.1, "width": 4})
+    with pytest.raises(UserError, match=r"was begun with lr 0\.1, now it is 0\.2: use the same again, --no-resume"):
+        require_same_run(tmp_path, {"lr": 0.2, "width": 4})
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint_before(tmp_path):
@@ -372,3 +453,16 @@ def test_every_validation_writes_last_and_only_the_better_ones_best(tmp_path):
         fit(trainer, GetsWorse(), tmp_path, train_dataloaders=loader, val_dataloaders=DataLoader(data, batch_size=16))
     steps = {name: torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["global_step"] for name in ("best", "last")}
     assert steps == {"best": 2, "last": 6}
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("accumulate", [2, 8])
+@pytest.mark.parametrize("num_items", [24, 25, 100, 131])
+def test_an_epoch_is_whole_steps(num_items, accumulate, world):
+    orders = [BatchOrder(num_items, 2, accumulate=accumulate, rank=rank, world=world) for rank in range(world)]
+    batches = [order.batches() for order in orders]
+    assert {len(of_rank) for of_rank in batches} == {len(orders[0])} and len(orders[0]) % accumulate == 0
+    assert sorted(i for of_rank in batches for batch in of_rank for i in batch) == list(range(num_items))
+    assert all(1 <= len(batch) <= 3 for of_rank in batches for batch in of_rank)
+    with pytest.raises(UserError, match=f"{accumulate - 1} items for 1 processes of {accumulate} batches"):
+        BatchOrder(accumulate - 1, 2, accumulate=accumulate, world=1)

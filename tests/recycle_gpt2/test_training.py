@@ -145,6 +145,36 @@ def test_plan_ends_with_a_validation(epochs, tokens, every):
     assert wanted <= found.steps <= math.ceil(wanted) + found.steps / found.val_every
 
 
+@pytest.mark.parametrize("count, accumulate, epochs", [(10, 2, 2), (40, 8, 4), (9, 3, 1)])
+def test_a_stage_of_accumulated_batches_is_validated_at_its_end(model, tmp_path, count, accumulate, epochs):
+    train_only(model)
+    config = StageConfig(epochs=epochs, batch_size=2, accumulate=accumulate, val_every=2)
+    planned = plan(count, BLOCK, config)
+    record = train_stage(model, blocks(count), blocks(4, 1), tmp_path, config, runtime=RUNTIME, progress=False)
+    steps = [point["step"] for point in record.curve]
+    assert steps == list(range(planned.val_every, planned.steps + 1, planned.val_every))
+    assert record.tokens == record.curve[-1]["tokens"] > 0
+    assert record.seconds == pytest.approx(record.curve[-1]["seconds"], abs=0.06)  # validation is no training time
+
+
+def test_stages_of_another_order_see_other_blocks_first(model, tmp_path, monkeypatch):
+    seen: dict[int, list[list[int]]] = {}
+    original = Recycling.training_step
+
+    def spy(self, batch, batch_idx):
+        seen[order].append(sorted(row[0].item() for row in batch))
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Recycling, "training_step", spy)
+    train_only(model)
+    numbered = Blocks(torch.arange(1, 25)[:, None].expand(24, BLOCK).clone())
+    for order in (0, 1):
+        seen[order] = []
+        train_stage(model, numbered, blocks(4, 1), tmp_path / str(order), StageConfig(epochs=0.5, batch_size=4),
+                    runtime=RUNTIME, order=order, progress=False)
+    assert len(seen[0]) == len(seen[1]) == 3 and seen[0] != seen[1]
+
+
 @pytest.mark.parametrize("optimizer, schedule", [("amsgrad", "plateau"), ("adamw", "cosine"), ("muon", "cosine")])
 def test_resume_ends_in_the_same_weights(model, tmp_path, monkeypatch, optimizer, schedule):
     train_only(model, layers="all")
