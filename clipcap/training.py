@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from common.clip import FrozenCLIP, load_clip
 from common.gpt2 import load_gpt2
 from common.language import IGNORE
 from common.report import write_json
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, hardware, own_gpu, start, versions
 from common.training import (
     BatchOrder,
     ResumableLoader,
@@ -44,10 +45,17 @@ from common.training import (
     build_trainer,
     fit,
     is_first_process,
+    require_same_run,
+    settings_of,
     warmup_cosine,
     warmup_linear,
 )
 
+FREE = (
+    "data", "images", "out", "embeddings", "format", "skip_missing", "epochs", "steps", "val_every", "val_captions",
+    "val_beams", "monitor", "patience", "resume", "devices", "num_nodes", "strategy",
+)  # fmt: skip
+"""Settings that may be others when a run is gone on with; its captions must be the same wherever they are."""
 SCHEDULES: dict[str, Callable[[int, int], Callable[[int], float]]] = {"cosine": warmup_cosine, "linear": warmup_linear}
 
 
@@ -76,7 +84,7 @@ class TrainConfig:
     skip_missing: bool = False
     """Leave out captions whose image is missing, instead of stopping."""
     init: Path | None = None
-    """Trained captioner to go on from; its sizes, CLIP and GPT-2 are then used."""
+    """Trained captioner to go on from; its sizes, CLIP and GPT-2, frozen or not, are then used."""
     clip: str = "tiny"
     """CLIP: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path."""
     gpt2: str = "tiny"
@@ -310,8 +318,8 @@ class Material:
         return int(self.stores["train"].array.shape[-1])
 
 
-def read_material(config: TrainConfig, clip: FrozenCLIP) -> Material:
-    """Read the captions and encode images, or with --text-only captions, once.
+def read_items(config: TrainConfig) -> dict[str, list[CaptionedImage]]:
+    """The captions by split.
 
     Raises:
         UserError: nothing to train on, or anything in the data that cannot be read.
@@ -329,6 +337,11 @@ def read_material(config: TrainConfig, clip: FrozenCLIP) -> Material:
     by_split = {split: [item for item in items if item.split == split] for split in ("train", "val")}
     if not by_split["train"]:
         raise UserError(f"{str(config.data)!r} has nothing in its train split: check its 'split' fields.")
+    return by_split
+
+
+def encode_items(config: TrainConfig, by_split: dict[str, list[CaptionedImage]], clip: FrozenCLIP) -> Material:
+    """Encode images, or with --text-only captions, once."""
     directory = config.embeddings or config.out / "embeddings"
     directory.parent.mkdir(parents=True, exist_ok=True)
     if not config.text_only:
@@ -336,14 +349,21 @@ def read_material(config: TrainConfig, clip: FrozenCLIP) -> Material:
         stores = {split: store for split, part in by_split.items() if part}
         datastore = _build_datastore(by_split["train"], store, config, clip) if config.retrieval else None
         return Material(by_split, stores, datastore, store.skipped)
-    by_split["train"] = one_item_a_caption(by_split["train"])
-    if by_split["val"] and all(item.path.is_file() for item in by_split["val"]):  # judged on images all the same
-        texts = _embed_texts(by_split["train"], clip, directory)
-        images = embed_with_progress(by_split["val"], config, clip, directory / "val")
-        return Material(by_split, {"train": texts, "val": images}, skipped=images.skipped)
-    by_split["val"] = one_item_a_caption(by_split["val"])
-    texts = _embed_texts(by_split["train"] + by_split["val"], clip, directory)
-    return Material(by_split, {split: texts for split, part in by_split.items() if part})
+    train, val = one_item_a_caption(by_split["train"]), by_split["val"]
+    if val and all(item.path.is_file() for item in val):  # judged on images all the same
+        texts = _embed_texts(train, clip, directory)
+        images = embed_with_progress(val, config, clip, directory / "val")
+        return Material({"train": train, "val": val}, {"train": texts, "val": images}, skipped=images.skipped)
+    val = one_item_a_caption(val)
+    texts = _embed_texts(train + val, clip, directory)
+    return Material({"train": train, "val": val}, {"train": texts} | ({"val": texts} if val else {}))
+
+
+def _settings(config: TrainConfig, items: list[CaptionedImage]) -> dict[str, Any]:
+    """What a run that goes on must have in common with its beginning."""
+    digest = hashlib.sha256("\0".join(text for item in items for text in (item.image_id, *item.captions)).encode())
+    captions = f"{sum(len(item.captions) for item in items)} with hash {digest.hexdigest()[:12]}"
+    return settings_of(config, FREE) | {"captions": captions}
 
 
 def _build_datastore(
@@ -423,7 +443,12 @@ def _resolve_init(config: TrainConfig) -> TrainConfig:
     if saved is None or saved.model_type != "clipcap":
         raise UserError(f"init {str(config.init)!r} is no trained captioner: give the directory `model` of a run.")
     plain = TrainConfig(data=config.data)
-    taken: dict[str, Any] = {}
+    taken: dict[str, Any] = {"tune_gpt2": config.tune_gpt2 or saved.tune_gpt2}
+    if config.text_only and not saved.normalize_embeddings:
+        raise UserError(
+            f"init {str(config.init)!r} reads embeddings of any length and text_only trains on those of length 1: give "
+            f"a captioner trained with --text-only or --normalize-embeddings."
+        )
     for name in ("mapper", "inputs", "prefix_length", "clip_length", "mapper_layers", "mapper_heads", "clip", "gpt2",
                  "normalize_embeddings"):
         ours, theirs = getattr(config, name), getattr(saved, name)
@@ -472,7 +497,11 @@ def train(config: TrainConfig) -> Path:
     _check(config)
     config = _resolve_init(config)
     device = start(config.runtime)
-    material = read_material(config, load_clip(config.clip, device=config.runtime.device))
+    items = read_items(config)
+    settings = _settings(config, items["train"])
+    if config.resume:
+        require_same_run(config.out, settings)
+    material = encode_items(config, items, load_clip(config.clip, device=own_gpu(device)))
     model = build_model(config, material)
     assert model.tokenizer is not None
     longest = min(config.max_tokens, model.gpt2.config.n_positions - model.config.prefix_length)
@@ -484,9 +513,9 @@ def train(config: TrainConfig) -> Path:
     }
     pairs, join, world = _training_pairs(config, material, model, data["train"]), _join(model), _world(config)
     lengths = None if config.scst else data["train"].lengths
-    options: dict[str, Any] = {"seed": config.runtime.seed, "lengths": lengths}
+    options: dict[str, Any] = {"seed": config.runtime.seed, "lengths": lengths, "accumulate": config.accumulate}
     in_an_epoch = len(BatchOrder(len(pairs), config.batch_size, rank=0, world=world, **options))
-    steps = config.steps or config.epochs * -(-in_an_epoch // config.accumulate)
+    steps = config.steps or config.epochs * in_an_epoch // config.accumulate
 
     monitor = {"auto": "cider" if config.scst else "loss"}.get(config.monitor, config.monitor)
     callbacks: list[Callback] = []
@@ -513,8 +542,9 @@ def train(config: TrainConfig) -> Path:
             patience=config.patience if "val" in data else 0,
         ),
         config.out,
-        monitor=f"val/{monitor}" if "val" in data else "train/loss",
+        monitor=f"val/{monitor}",
         mode="max" if monitor == "cider" else "min",
+        settings=settings,
         callbacks=callbacks,
     )
     module = _build_module(config, material, model, steps, longest)
@@ -526,8 +556,11 @@ def train(config: TrainConfig) -> Path:
         )
     }
     if "val" in data:
-        order = BatchOrder(len(data["val"]), config.batch_size, shuffle=False)
-        loaders["val_dataloaders"] = DataLoader(data["val"], batch_sampler=order, collate_fn=join)
+        known: Any = data["val"]
+        if model.datastore is not None:
+            known = _with_prompts(known, "val", config, material, model.datastore)
+        order = BatchOrder(len(known), config.batch_size, shuffle=False)
+        loaders["val_dataloaders"] = DataLoader(known, batch_sampler=order, collate_fn=join)
     begun = time.process_time()
     fit(trainer, module, config.out, resume=config.resume, **loaders)
     cpu_seconds = time.process_time() - begun
@@ -535,14 +568,17 @@ def train(config: TrainConfig) -> Path:
     directory = config.out / "model"
     if not is_first_process():
         return directory
-    best = config.out / "best.ckpt"
-    if best.is_file():
-        weights = torch.load(best, map_location="cpu", weights_only=False)["state_dict"]
-        module.load_state_dict(weights, strict=False)
+    if "val" in data:
+        best = torch.load(config.out / "best.ckpt", map_location="cpu", weights_only=False)
+        module.load_state_dict(best["state_dict"], strict=False)
+    else:
+        print(f"{str(config.data)!r} has no validation split: the last weights are kept", file=sys.stderr)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if config.lora:
         merge_lora(model)
     model.float().eval().save_pretrained(directory)
+    if not trainer.callback_metrics:  # all its steps were made before
+        return directory
     write_json(
         config.out / "training.json",
         {
@@ -569,18 +605,24 @@ def _world(config: TrainConfig) -> int:
 
 def _training_pairs(config: TrainConfig, material: Material, model: ClipCapModel, plain: CaptionDataset) -> Any:
     """What the training batches are made of: captions, captions with prompts, or images with references."""
-    store = material.stores["train"]
     if config.scst:
-        return ReferencedImages(material.items["train"], store)
-    if model.datastore is None:
-        return plain
-    kept = [item for item in material.items["train"] if item.image_id in store]
-    rows = [store[store.row(item.image_id)] for item in kept]
-    numbers, prompts = torch.tensor(number_images(rows)), []
-    with _bar(len(rows), "retrieving captions", " images") as bar:
+        return ReferencedImages(material.items["train"], material.stores["train"])
+    return plain if model.datastore is None else _with_prompts(plain, "train", config, material, model.datastore)
+
+
+def _with_prompts(
+    plain: CaptionDataset, split: str, config: TrainConfig, material: Material, datastore: Datastore
+) -> PromptedDataset:
+    """The items of a split with captions of other images: to images of the training split, theirs are unknown."""
+    store = material.stores[split]
+    rows = [store[store.row(item.image_id)] for item in material.items[split] if item.image_id in store]
+    numbers = torch.tensor(number_images(rows)) if split == "train" else None
+    prompts = []
+    with _bar(len(rows), f"retrieving captions for {split} images", " images") as bar:
         for begin in range(0, len(rows), 256):
             part = torch.stack(rows[begin : begin + 256])
-            prompts.append(model.datastore.prompts(part, config.retrieval, numbers[begin : begin + 256]).int())
+            own = None if numbers is None else numbers[begin : begin + 256]
+            prompts.append(datastore.prompts(part, config.retrieval, own).int())
             bar.update(len(part))
     return PromptedDataset(plain, rows, torch.cat(prompts))
 

@@ -53,6 +53,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
+def own_gpu(device: torch.device) -> torch.device:
+    """With its number when it is a GPU: of several processes on a machine, each has its own."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return torch.device("cuda", number % torch.cuda.device_count())
+
+
 def resolve_dtype(precision: str) -> torch.dtype:
     """torch.float32 for "fp32", torch.bfloat16 for "bf16"."""
     require_one_of("precision", precision, PRECISIONS)

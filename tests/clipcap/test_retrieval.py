@@ -131,6 +131,6 @@ def test_run(photos, clip_directory, roomy_gpt2, tmp_path, monkeypatch, tokenize
     with pytest.raises(UserError, match="datastore"):
         ClipCapModel.from_pretrained(tmp_path / "again")
     with pytest.raises(UserError, match="retrieval is 15 but only 14"):
-        train(replace(config, retrieval=15))
+        train(replace(config, retrieval=15, out=tmp_path / "more"))
     with pytest.raises(UserError, match="retrieval is 40: .* of GPT-2's 160 positions"):
-        train(replace(config, retrieval=40))
+        train(replace(config, retrieval=40, out=tmp_path / "more"))

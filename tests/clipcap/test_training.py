@@ -139,10 +139,45 @@ def test_settings_that_cannot_work_are_one_line(config, changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_other_sizes_is_named(config):
-    train(replace(config, steps=2, val_every=1))
-    with pytest.raises(UserError, match=r"last\.ckpt.*does not fit"):
-        train(replace(config, mapper_layers=2))
+def test_a_run_goes_on_with_its_own_settings_and_captions_alone(config, photos):
+    directory = train(replace(config, steps=2, val_every=1))
+    before, record = weights(directory), (config.out / "training.json").read_text()
+    for name, value in {"mapper_layers": 2, "lr": 0.5, "clip_gradients": 2.0}.items():
+        with pytest.raises(UserError, match=f"was begun with {name} .*, now it is {value}: use the same again"):
+            train(replace(config, **{name: value}))
+    train(replace(config, steps=2, val_every=1))  # it is finished
+    assert (config.out / "training.json").read_text() == record
+    assert all(torch.equal(before[name], value) for name, value in weights(directory).items())
+    data = json.loads((photos / "dataset.json").read_text())
+    data["images"][0]["sentences"][0]["raw"] = "the dog sat"
+    (photos / "dataset.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="was begun with captions '16 with hash"):
+        train(replace(config, steps=2))
+    train(replace(config, steps=2, val_every=1, lr=0.5, resume=False))
+    assert json.loads((config.out / "training.json").read_text())["config"]["lr"] == 0.5
+
+
+def test_without_a_validation_split_the_last_weights_are_kept(config, photos, capfd):
+    data = json.loads((photos / "dataset.json").read_text())
+    for row in data["images"]:
+        row["split"] = "train"
+    (photos / "dataset.json").write_text(json.dumps(data))
+    directory = train(replace(config, steps=4, val_every=2, val_captions=0, patience=1))
+    assert "has no validation split: the last weights are kept" in capfd.readouterr().err
+    last = torch.load(config.out / "last.ckpt", weights_only=False)
+    assert last["global_step"] == 4 and not (config.out / "best.ckpt").exists()
+    assert all(torch.equal(last["state_dict"][f"model.{name}"], value) for name, value in weights(directory).items())
+
+
+def test_going_on_keeps_what_init_was_trained_as(config, tmp_path):
+    tuned = train(replace(config, tune_gpt2=True, steps=1))
+    train(replace(config, init=tuned, out=tmp_path / "second", steps=1))
+    record = json.loads((tmp_path / "second/training.json").read_text())
+    assert record["config"]["tune_gpt2"] and record["trained_parameters"] > sum(
+        value.numel() for name, value in weights(tuned).items() if name.startswith("mapper.")
+    )
+    with pytest.raises(UserError, match="text_only trains on those of length 1"):
+        train(replace(config, init=tuned, text_only=True, out=tmp_path / "third"))
 
 
 def test_any_gpt2_directory_is_accepted(config, gpt2_directory):

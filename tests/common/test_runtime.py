@@ -14,6 +14,7 @@ from common.runtime import (
     autocast,
     fork_generators,
     hardware,
+    own_gpu,
     resolve_device,
     resolve_dtype,
     seed_everything,
@@ -88,3 +89,15 @@ def test_fork_generators_leaves_the_outer_state():
 def test_hardware_and_versions_for_cards():
     assert "cores" in hardware() and "\n" not in hardware()
     assert versions()["torch"] == torch.__version__.split("+")[0] or "torch" in versions()
+
+
+@pytest.mark.parametrize("variable, number, expected", [("LOCAL_RANK", "2", 2), ("SLURM_LOCALID", "5", 1), ("", "", 0)])
+def test_each_process_has_its_own_gpu(monkeypatch, variable, number, expected):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    if variable:
+        monkeypatch.setenv(variable, number)
+    assert own_gpu(torch.device("cuda")) == torch.device("cuda", expected)
+    assert own_gpu(torch.device("cuda:3")) == torch.device("cuda:3")
+    assert own_gpu(torch.device("cpu")) == torch.device("cpu")
