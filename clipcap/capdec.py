@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcap.data import CaptionedImage
+from clipcap.embeddings import alone, fingerprint
 from common.checks import UserError, require_file
 from common.report import write_json
 
@@ -101,6 +102,8 @@ def build_text_store(
 ) -> TextStore:
     """Encode the first caption of each item, or go on where an interrupted call stopped.
 
+    Several processes may call this for one directory: one works, the others wait.
+
     Args:
         items: as `one_item_a_caption` gives them.
         clip: whose text tower.
@@ -111,19 +114,33 @@ def build_text_store(
     directory.mkdir(parents=True, exist_ok=True)
     texts = [item.captions[0] for item in items]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    key = {"clip": clip.name, "captions": digest, "shape": [len(texts), clip.width]}
+    shape = (len(texts), clip.width)
+    key = {"weights": fingerprint(clip), "captions": digest, "shape": list(shape)}
     state_path, path = directory / "text.json", directory / "text.npy"
-    done = 0
-    if state_path.is_file() and path.is_file():
-        state = json.loads(state_path.read_text())
-        done = state["done"] if state["key"] == key else 0
-    mode, shape = ("r+", None) if done else ("w+", (len(texts), clip.width))
-    array = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
-    progress(done)
-    for begin in range(done, len(texts), batch_size):
-        rows = clip.encode_texts(texts[begin : begin + batch_size]).float()
-        array[begin : begin + len(rows)] = F.normalize(rows, dim=-1).cpu().numpy()
-        array.flush()
-        write_json(state_path, {"key": key, "done": begin + len(rows)})
-        progress(begin + len(rows))
+    with alone(directory):
+        done = 0
+        if state_path.is_file() and _holds(path, shape):
+            state = json.loads(state_path.read_text())
+            done = state["done"] if state["key"] == key else 0
+        if done:
+            array = np.lib.format.open_memmap(path, mode="r+")
+        else:
+            state_path.unlink(missing_ok=True)  # before the rows that it counts
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        progress(done)
+        for begin in range(done, len(texts), batch_size):
+            rows = clip.encode_texts(texts[begin : begin + batch_size]).float()
+            array[begin : begin + len(rows)] = F.normalize(rows, dim=-1).cpu().numpy()
+            array.flush()
+            write_json(state_path, {"key": key, "done": begin + len(rows)})
+            progress(begin + len(rows))
     return TextStore([item.image_id for item in items], array)
+
+
+def _holds(path: Path, shape: tuple[int, int]) -> bool:
+    """Whether a file is a whole array of `shape`."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # absent or cut short
+        return False
+    return array.shape == shape and array.dtype == np.float16

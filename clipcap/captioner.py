@@ -238,8 +238,9 @@ class Captioner:
         pairs = [(row, self._ids(text)) for row, of_image in enumerate(lists) for text in of_image]
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))  # little padding
         rows = [
-            self.embed([read_image(image) for image in several[i : i + batch_size]])
+            row
             for i in range(0, len(several), batch_size)
+            for row in self.embed([read_image(image) for image in several[i : i + batch_size]])
         ]
         found = [0.0] * len(pairs)
         for begin in range(0, len(order), batch_size):
@@ -248,7 +249,7 @@ class Captioner:
                 [torch.tensor(pairs[i][1]) for i in batch], batch_first=True, padding_value=-1
             ).to(self.model.device)
             kept = ids >= 0
-            embeddings = torch.cat(rows)[[pairs[i][0] for i in batch]]
+            embeddings = torch.stack([rows[pairs[i][0]] for i in batch])
             hidden = self.model.hidden(embeddings, ids.clamp(min=0))[kept]
             logits = self.model.gpt2.get_output_embeddings()(hidden).float()
             nats = torch.zeros(ids.shape, device=ids.device)

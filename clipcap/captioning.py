@@ -124,7 +124,7 @@ def caption(config: CaptionConfig) -> int:
             if item.image in places:
                 _write_sidecar(places[item.image], item.captions)
             if kind == "text" and not config.out:
-                sys.stdout.write(_as_text([row]))
+                write_out(_as_text([row]))
             yield _key(item.image), row
 
     with closing(journal or io.StringIO()):
@@ -142,10 +142,10 @@ def caption(config: CaptionConfig) -> int:
         if config.out and journal:
             from common.report import write_text
 
-            write_text(config.out, text)
+            write_text(config.out, _escape(text, "utf-8"))
             journal.path.unlink(missing_ok=True)
         else:
-            sys.stdout.write(text)
+            write_out(text)
     if config.sheet and rows:
         _write_sheet(config.sheet, rows)
     if skipped:
@@ -197,10 +197,10 @@ class Journal:
     def add(self, key: str, row: Row) -> None:
         """Write one row, at once."""
         self.rows[key] = row
-        self._write(json.dumps([key, row], ensure_ascii=False))
+        self._write(json.dumps([key, row]))
 
     def _write(self, line: str) -> None:
-        self.file.write(line.encode("utf-8", "surrogateescape") + b"\n")
+        self.file.write(line.encode("ascii") + b"\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -290,6 +290,15 @@ def _write_sheet(path: Path, rows: list[Row]) -> None:
     os.replace(temporary, path)
     if len(rows) > SHEET_MOST:
         print(f"contact sheet: the first {SHEET_MOST} of {len(rows)} images", file=sys.stderr)
+
+
+def write_out(text: str) -> None:
+    """Write to standard output; what its encoding lacks, and bytes of file names that are not UTF-8, as escapes."""
+    sys.stdout.write(_escape(text, sys.stdout.encoding or "utf-8"))
+
+
+def _escape(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _as_text(rows: list[Row]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import ipaddress
 import json
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import tyro
@@ -54,7 +56,7 @@ class DownloadConfig:
     backoff: float = 1.0
     """Seconds before the first of those; every next wait is twice as long."""
     timeout: float = 20.0
-    """Longest time for one try, in seconds."""
+    """Longest time for one try, in seconds, however slowly a server answers."""
     max_megabytes: float = 20.0
     """Largest file; a larger one is dropped."""
     limit: int = 0
@@ -161,8 +163,8 @@ def fetch(url: str, *, timeout: float, max_bytes: int, allow_private: bool = Fal
         target = quote(parts.path or "/", safe="/%:=&+!$,;'()*~@") + (
             f"?{quote(parts.query, safe='/%:=&?+!$,;()*~@')}" if parts.query else ""
         )
-        with _pool(parts.scheme, host, address, port, timeout) as pool:
-            try:
+        try:
+            with _pool(parts.scheme, host, address, port, deadline) as pool:
                 response = pool.request(
                     "GET", target, headers=_headers(host, port), redirect=False, retries=False, preload_content=False
                 )
@@ -170,26 +172,70 @@ def fetch(url: str, *, timeout: float, max_bytes: int, allow_private: bool = Fal
                     if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
                         url = urljoin(url, response.headers["Location"])
                         continue
-                    return _body(response, deadline, max_bytes)
+                    return _body(response, max_bytes)
                 finally:
                     response.close()
-            except urllib3.exceptions.TimeoutError:
-                raise Dropped("timeout", again=True) from None
-            except (urllib3.exceptions.SSLError, urllib3.exceptions.LocationParseError):
-                raise Dropped("no secure connection") from None
-            except (urllib3.exceptions.HTTPError, OSError, ValueError):
-                raise Dropped("connection failed", again=True) from None
+        except (TimeoutError, urllib3.exceptions.TimeoutError):
+            raise Dropped("timeout", again=True) from None
+        except (urllib3.exceptions.SSLError, urllib3.exceptions.LocationParseError):
+            raise Dropped("no secure connection") from None
+        except (urllib3.exceptions.HTTPError, OSError, ValueError):
+            raise Dropped("connection failed", again=True) from None
     raise Dropped("too many redirects")
 
 
-def _pool(scheme: str, host: str, address: str, port: int, timeout: float) -> urllib3.HTTPConnectionPool:
-    """Connections to `address` that are secured and addressed as `host`."""
-    limits = urllib3.Timeout(connect=timeout, read=timeout)
+def _pool(scheme: str, host: str, address: str, port: int, deadline: float) -> urllib3.HTTPConnectionPool:
+    """Connections to `address` that are secured and addressed as `host`, and give nothing after `deadline`."""
+    limit = urllib3.Timeout(total=_left(deadline))
     if scheme == "http":
-        return urllib3.HTTPConnectionPool(address, port, timeout=limits)
-    return urllib3.HTTPSConnectionPool(
-        address, port, timeout=limits, cert_reqs="CERT_REQUIRED", server_hostname=host, assert_hostname=host
-    )
+        pool = urllib3.HTTPConnectionPool(address, port, timeout=limit)
+    else:
+        pool = urllib3.HTTPSConnectionPool(
+            address, port, timeout=limit, cert_reqs="CERT_REQUIRED", server_hostname=host, assert_hostname=host
+        )
+    base: Any = pool.ConnectionCls
+
+    def respond(sock: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
+        response: Any = http.client.HTTPResponse(sock, *args, **options)
+        response.fp = io.BufferedReader(_Bounded(sock, response.fp.detach(), deadline))
+        return response
+
+    class Connection(base):  # type: ignore[misc]
+        response_class = staticmethod(respond)
+
+        def _new_conn(self) -> socket.socket:
+            sock = super()._new_conn()
+            sock.settimeout(_left(deadline))  # of the whole handshake
+            return sock
+
+    pool.ConnectionCls = Connection
+    return pool
+
+
+class _Bounded(io.RawIOBase):
+    """What comes through a socket until a deadline: the socket's own timeout is of each read alone."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: float) -> None:
+        self.sock, self.raw, self.deadline = sock, raw, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.sock.settimeout(_left(self.deadline))
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def _left(deadline: float) -> float:
+    """Seconds to a deadline; TimeoutError after it."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def _headers(host: str, port: int) -> dict[str, str]:
@@ -202,7 +248,7 @@ def _headers(host: str, port: int) -> dict[str, str]:
     }
 
 
-def _body(response: urllib3.BaseHTTPResponse, deadline: float, max_bytes: int) -> bytes:
+def _body(response: urllib3.BaseHTTPResponse, max_bytes: int) -> bytes:
     if response.status != 200:
         asked = response.headers.get("Retry-After", "")
         again = response.status in (408, 425, 429) or response.status >= 500
@@ -215,8 +261,6 @@ def _body(response: urllib3.BaseHTTPResponse, deadline: float, max_bytes: int) -
         data += chunk
         if len(data) > max_bytes:
             raise Dropped("too large")
-        if time.monotonic() > deadline:
-            raise Dropped("timeout", again=True)
     return bytes(data)
 
 

@@ -215,7 +215,7 @@ def build_store(
         "inputs": inputs,
         "normalization": "none",
     }
-    with _alone(directory):
+    with alone(directory):
         writer = StoreWriter(directory, key, clip.name, dtype=dtype, rows_per_shard=rows_per_shard)
         todo = writer.missing(items)
         skipped: dict[str, str] = {}
@@ -608,7 +608,7 @@ def _is_whole(manifest: dict[str, Any], *, finished: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def alone(directory: Path) -> Iterator[None]:
     """One process at a time; the system ends the lock with its process."""
     try:
         import fcntl

@@ -25,6 +25,7 @@ from clipcap.metrics import (
     measure_clip,
     sacrebleu_score,
 )
+from clipcap.readers import whole_characters
 from common.checks import UserError, require_at_least, require_file
 from common.report import Page, thumbnail, write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
@@ -227,7 +228,7 @@ def read_captions(path: Path, items: Sequence[CaptionedImage]) -> dict[str, str]
             continue
         if image_id in found:
             raise UserError(f"{where}: image {str(name)!r} occurs a second time: give one caption for each image.")
-        found[image_id] = text
+        found[image_id] = whole_characters(text)
     if not found:
         example = f"{unknown!r} is none of them" if unknown else "the file is empty"
         raise UserError(
@@ -331,7 +332,7 @@ def caption_items(items: Sequence[CaptionedImage], config: EvaluateConfig) -> tu
         config.model, device=config.runtime.device, dtype=resolve_dtype(config.runtime.precision)
     )
     with (
-        open(path, "a", encoding="utf-8") as file,
+        open(path, "a", encoding="ascii") as file,
         tqdm(total=len(items), initial=len(found), desc="captioning", unit=" images") as bar,
     ):
         if not file.tell():
@@ -346,7 +347,7 @@ def caption_items(items: Sequence[CaptionedImage], config: EvaluateConfig) -> tu
         ):
             for image_id in waiting[str(result.image)]:
                 found[image_id] = result.captions[0]
-                file.write(json.dumps({"image_id": image_id, "caption": found[image_id]}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"image_id": image_id, "caption": found[image_id]}) + "\n")
             file.flush()
             bar.update()
     return found, skipped

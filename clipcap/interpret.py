@@ -30,13 +30,16 @@ Tokens = list[list[tuple[str, float]]]
 
 
 @torch.no_grad()
-def nearest_tokens(model: ClipCapModel, prefix: Float[Tensor, "K d"], *, k: int = 1) -> Tokens:
+def nearest_tokens(
+    model: ClipCapModel, prefix: Float[Tensor, "K d"], *, k: int = 1, table: Float[Tensor, "v d"] | None = None
+) -> Tokens:
     """For each prefix embedding, the k tokens of highest cosine similarity, with it (Mokady et al. 2021, sec. 4).
 
     Args:
         model: captioner with its tokenizer.
         prefix: of one image, a row of `ClipCapModel.prefix`.
         k: tokens per position.
+        table: its `unit_tokens`, when several prefixes share them.
 
     Raises:
         UserError: k below 1 or above the vocabulary, or a model without a tokenizer.
@@ -44,15 +47,21 @@ def nearest_tokens(model: ClipCapModel, prefix: Float[Tensor, "K d"], *, k: int 
     require_at_least("k", k, 1)
     if model.tokenizer is None:
         raise UserError("the captioner has no tokenizer: load it with the name of its GPT-2.")
-    table = F.normalize(token_table(model.gpt2).float(), dim=-1)  # (v, d)
+    table = unit_tokens(model) if table is None else table
     if k > len(table):
         raise UserError(f"k is {k} but the vocabulary has {len(table)} tokens: use fewer.")
-    similarity = F.normalize(prefix.float(), dim=-1) @ table.T  # (K, v)
+    similarity = F.normalize(prefix.float().to(table.device), dim=-1) @ table.T  # (K, v)
     values, ids = similarity.topk(k, dim=-1)
     return [
         [(model.tokenizer.decode([token]), value) for token, value in zip(row_ids, row_values, strict=True)]
         for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
     ]
+
+
+@torch.no_grad()
+def unit_tokens(model: ClipCapModel) -> Float[Tensor, "v d"]:
+    """The lexical embeddings, each of length 1."""
+    return F.normalize(token_table(model.gpt2).float(), dim=-1)
 
 
 def common_share(mean: Float[Tensor, "... d"], energy: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -116,6 +125,7 @@ def interpret(
 
     require_at_least("batch size", batch_size, 1)
     paths = list(images)
+    table = unit_tokens(captioner.model)
     longest = min(67, captioner.model.gpt2.config.n_positions - captioner.model.config.prefix_length + 1)
     found: list[ImageReading] = []
     total: Tensor | None = None
@@ -131,11 +141,12 @@ def interpret(
                 on_error(error)
         if readable:
             embeddings = captioner.embed([image for _, image in readable])
-            prefixes = captioner.model.prefix(embeddings).double()  # (b, K, d)
+            prefixes = captioner.model.prefix(embeddings)  # (b, K, d)
             captions = decode(captioner.model, embeddings, max_new_tokens=longest)
             for (path, _), prefix, several in zip(readable, prefixes, captions, strict=True):
-                tokens = nearest_tokens(captioner.model, prefix, k=k)
+                tokens = nearest_tokens(captioner.model, prefix, k=k, table=table)
                 found.append(ImageReading(str(path), captioner.text(several[0]), tokens))
+            prefixes = prefixes.float().cpu().double()  # Apple's GPUs have no doubles
             sums, squares = prefixes.sum(dim=0), prefixes.square().sum(dim=(0, 2))  # (K, d), (K,)
             total = sums if total is None else total + sums
             energy = squares if energy is None else energy + squares
@@ -145,7 +156,7 @@ def interpret(
     mean, energy = total / len(found), energy / len(found)
     return Interpretation(
         images=found,
-        mean=nearest_tokens(captioner.model, mean, k=k),
+        mean=nearest_tokens(captioner.model, mean, k=k, table=table),
         common_share=float(common_share(mean.flatten(), energy.sum())),
         common_share_by_position=common_share(mean, energy).tolist(),
     )
@@ -180,6 +191,7 @@ def run(config: InterpretConfig) -> int:
     from tqdm import tqdm
 
     from clipcap.captioner import Captioner
+    from clipcap.captioning import write_out
     from clipcap.images import find_images
     from common.report import write_json, write_text
 
@@ -206,11 +218,11 @@ def run(config: InterpretConfig) -> int:
         if config.out:
             write_json(config.out, found)
         else:
-            sys.stdout.write(_json(found))
+            write_out(_json(found))
     elif config.out:
         write_text(config.out, as_text(found))
     else:
-        sys.stdout.write(as_text(found))
+        write_out(as_text(found))
     if skipped:
         print(f"skipped {len(skipped)} of {len(paths)} images:", file=sys.stderr)
         for error in skipped:

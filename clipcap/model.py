@@ -25,6 +25,7 @@ from clipcap.mapper import build_mapper
 from clipcap.retrieval import FILE, Datastore
 from common import gpt2 as gpt2_backbones
 from common.checks import UserError, require_one_of
+from common.clip import OPEN_CLIP_PREFIX
 from common.gpt2 import freeze, load_gpt2
 from common.language import IGNORE, chunked_cross_entropy
 from common.pretrained import CAPTIONERS, loading, locate, require_reachable
@@ -176,7 +177,9 @@ class ClipCapModel(PreTrainedModel):
             raise UserError(f"gpt2 is None: name a GPT-2 ({', '.join(gpt2_backbones.PACKAGED)}, hub id or directory).")
         gpt2, tokenizer = load_gpt2(config.gpt2, device=device, dtype=dtype)
         sizes = {name: value for name, value in gpt2.config.to_dict().items() if name != "_name_or_path"}
-        fields = config.to_dict() | {"gpt2_config": sizes, "gpt2": _absolute(config.gpt2)}
+        fields = config.to_dict() | {"gpt2_config": sizes, "gpt2": absolute(config.gpt2)}
+        if config.clip is not None:
+            fields["clip"] = absolute(config.clip)
         if fields["eos_token_id"] is None:
             fields["eos_token_id"] = gpt2.config.eos_token_id
         model = cls(ClipCapConfig(**fields), with_gpt2=False).to(gpt2.device, gpt2.dtype)
@@ -223,12 +226,13 @@ class ClipCapModel(PreTrainedModel):
                 ignore_mismatched_sizes=True, output_loading_info=True, **kwargs,
             )
             _require_fit(source, info)
-            tokenizer = AutoTokenizer.from_pretrained(source, **hub) if _has_tokenizer(source) else None
-        if not config.saves_gpt2:
-            gpt2 = _load_named_gpt2(source, config, wanted)
-            model._attach(gpt2[0], tokenizer or gpt2[1])
-        else:
+            tokenizer = None
+            if config.saves_gpt2 and _has_tokenizer(source, hub):
+                tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+        if config.saves_gpt2:
             model._attach(model.gpt2, tokenizer)
+        else:
+            model._attach(*_load_named_gpt2(source, config, wanted))
         if config.retrieval:
             model.datastore = Datastore.load(_local_file(source, FILE, hub))
         model.to(device).eval()
@@ -377,7 +381,7 @@ class ClipCapModel(PreTrainedModel):
         pixel_values: Float[Tensor, "b 3 s s"] | None = None,
         **options: Any,
     ) -> Int[Tensor, "c t"]:
-        """Captions as one tensor of token ids, padded on the right with the end token: `clipcap.decoding.decode`'s.
+        """Captions as one tensor of token ids, padded on the right with GPT-2's end token: `clipcap.decoding.decode`'s.
 
         Rows are image by image, best first. Options are `decode`'s.
 
@@ -398,8 +402,10 @@ class ClipCapModel(PreTrainedModel):
         assert clip_embeddings is not None
         found = decode(self, clip_embeddings, **options)
         rows = [torch.tensor(caption.token_ids) for captions in found for caption in captions]
-        eos = self.config.eos_token_id
-        pad = (eos[0] if isinstance(eos, list) else eos) or 0
+        end = self.gpt2.config.eos_token_id  # the config's may be a word of the caption
+        if end is None:
+            end = self.config.eos_token_id
+        pad = (end[0] if isinstance(end, list) else end) or 0
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self.device)
 
     @torch.inference_mode()
@@ -425,8 +431,12 @@ def _attention(device: torch.device) -> contextlib.AbstractContextManager[object
     return contextlib.nullcontext()
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """A backbone's name as it will still be right in another working directory."""
+    if name.startswith(OPEN_CLIP_PREFIX):
+        architecture, _, weights = name.partition("/")
+        path = Path(weights).expanduser()
+        return f"{architecture}/{path.resolve()}" if path.is_file() else name
     is_path = name not in gpt2_backbones.PACKAGED and Path(name).expanduser().is_dir()
     return str(Path(name).expanduser().resolve()) if is_path else name
 
@@ -447,8 +457,11 @@ def _local_file(source: str, name: str, hub: dict[str, Any]) -> Path:
     return Path(cached_file(source, name, **hub))
 
 
-def _has_tokenizer(source: str) -> bool:
-    return not Path(source).is_dir() or any((Path(source) / n).is_file() for n in ("tokenizer.json", "vocab.json"))
+def _has_tokenizer(source: str, hub: dict[str, Any]) -> bool:
+    return any(
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        for name in ("tokenizer.json", "vocab.json")
+    )
 
 
 def _require_fit(source: str, info: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.model import ClipCapConfig, ClipCapModel, absolute
 from common.checks import UserError, require_at_least, require_file
 from common.gpt2 import load_gpt2
 
@@ -45,7 +45,8 @@ def load_original_checkpoint(
         mapper_heads: heads of a Transformer mapper; the original always has 8.
         clip: name of the CLIP it was trained on, such as "openai/clip-vit-base-patch32".
         normalize_embeddings: it was trained with `--normalize_prefix`.
-        eos_token_id: token that ends its captions (the original stops at ".", 13 in GPT-2's vocabulary).
+        eos_token_id: token that ends its captions. The original stops at ".", 13 in GPT-2's vocabulary, and never
+            learned GPT-2's own end token, which it is when left out.
 
     Raises:
         UserError: not such a file, damaged, holding code, or without GPT-2 where none is named.
@@ -69,9 +70,9 @@ def load_original_checkpoint(
         mapper_heads=mapper_heads,
         normalize_embeddings=normalize_embeddings,
         tune_gpt2=bool(language),
-        gpt2=gpt2,
+        gpt2=gpt2 and absolute(gpt2),
         gpt2_config=gpt2_config,
-        clip=clip,
+        clip=clip and absolute(clip),
         eos_token_id=eos_token_id if eos_token_id is not None else gpt2_config.get("eos_token_id"),
     )
     if not language:
@@ -84,11 +85,37 @@ def load_original_checkpoint(
     return model.eval()
 
 
-def convert(path: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> ClipCapModel:
-    """Write an original checkpoint as a captioner's directory; options are `load_original_checkpoint`'s."""
+def convert(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, stop: str = "", **options: Any
+) -> ClipCapModel:
+    """Write an original checkpoint as a captioner's directory.
+
+    Args:
+        path: as in `load_original_checkpoint`.
+        out: directory.
+        stop: text of the token that ends captions and stays in them, in place of `eos_token_id`; needs `gpt2`.
+        options: `load_original_checkpoint`'s.
+
+    Raises:
+        UserError: as there, or `stop` is not one token.
+    """
     model = load_original_checkpoint(path, **options)
+    if stop:
+        model.config.eos_token_id = _stop_token(model, stop)
     model.save_pretrained(out)
     return model
+
+
+def _stop_token(model: ClipCapModel, stop: str) -> int:
+    if model.tokenizer is None:
+        raise UserError(f"stop is {stop!r} but the GPT-2 whose token it is was not named: name it (gpt2).")
+    ids = model.tokenizer(stop, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise UserError(
+            f"stop is {stop!r}, {len(ids)} tokens of this GPT-2: give a text of one token such as '.', or '' for "
+            f"GPT-2's own end token."
+        )
+    return ids[0]
 
 
 def original_loss(
@@ -218,10 +245,26 @@ class ConvertConfig:
     """CLIP that the checkpoint was trained on."""
     n_head: int = 12
     """GPT-2's attention heads, which the file does not tell."""
+    mapper_heads: int = 8
+    """Heads of a Transformer mapper, which the file does not tell; the original always has 8."""
+    normalize_embeddings: bool = False
+    """The checkpoint was trained with the original's --normalize_prefix, which the file does not tell."""
+    stop: str = "."
+    """Text of the one token that ends a caption and stays in it, as in the original, which never learns an end token;
+    empty takes GPT-2's own."""
 
 
 def run(config: ConvertConfig) -> int:
     """`clipcap convert`: convert an original checkpoint."""
-    convert(config.checkpoint, config.out, gpt2=config.gpt2, clip=config.clip, n_head=config.n_head)
+    convert(
+        config.checkpoint,
+        config.out,
+        stop=config.stop,
+        gpt2=config.gpt2,
+        clip=config.clip,
+        n_head=config.n_head,
+        mapper_heads=config.mapper_heads,
+        normalize_embeddings=config.normalize_embeddings,
+    )
     print(f"captioner written to {config.out}")
     return 0

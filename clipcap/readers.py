@@ -30,6 +30,7 @@ _CAPTION_KEYS = ("caption", "text", "captions", "description")
 _FLICKR_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")
 _FLICKR_SPLITS = {"trainImages": "train", "devImages": "val", "testImages": "test"}
 _URL = re.compile(r"https?://", re.IGNORECASE)
+_HALVES = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def read_dataset(
     | flickr8k | Flickr8k's token file (name#number, tab, caption), with the lists of its splits beside it |
     | table | a CSV or JSON Lines file: columns file_name and caption, and split if you like |
     | folder | images with captions.csv, captions.jsonl, metadata.csv or metadata.jsonl, or a text file for each |
-    | imagefolder | Hugging Face's: folders train, validation, test, each of them such a folder |
+    | imagefolder | Hugging Face's: folders train, validation, test, each of them such a folder, as in `images` then |
     | datasets | what `save_to_disk` of Hugging Face's datasets wrote |
     | webdataset | a tar, a folder of tars or a pattern such as cc-{000..099}.tar: KEY.jpg with KEY.txt or KEY.json |
 
@@ -130,7 +131,7 @@ def _read(source: Path, images: Path | None, format: Format, need_images: bool) 
     if format == "webdataset":
         return _read_shards(source, images, need_images)
     if format == "imagefolder":
-        return _read_split_folders(source, need_images)
+        return _read_split_folders(source, images or source, need_images)
     if format == "folder":
         return _read_folder(source, images or source, need_images)
     if format == "table":
@@ -387,10 +388,10 @@ def _read_folder(folder: Path, images: Path, need_images: bool) -> Iterator[Capt
             yield CaptionedImage(str(file.relative_to(images)), file, captions, "")
 
 
-def _read_split_folders(folder: Path, need_images: bool) -> Iterator[CaptionedImage]:
+def _read_split_folders(folder: Path, images: Path, need_images: bool) -> Iterator[CaptionedImage]:
     for name, split in SPLITS.items():
         if (folder / name).is_dir():
-            for item in _read_folder(folder / name, folder / name, need_images):
+            for item in _read_folder(folder / name, images / name, need_images):
                 yield replace(item, image_id=f"{name}/{item.image_id}", split=split)
 
 
@@ -628,7 +629,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _check_captions(captions: Iterable[str], where: str) -> tuple[str, ...]:
-    kept = tuple(caption.strip() for caption in captions if caption.strip())
+    kept = tuple(whole_characters(caption).strip() for caption in captions if caption.strip())
     if not kept:
         raise UserError(f"{where}: the image has no caption that is not empty.")
     return kept
+
+
+def whole_characters(text: str) -> str:
+    """A text with U+FFFD in place of halves of a character, as in JSON's "\\ud83d", which no tokenizer takes."""
+    return _HALVES.sub("\ufffd", text)

@@ -20,7 +20,7 @@ from clipcap.capdec import TextStore, build_text_store, inject_noise, one_item_a
 from clipcap.data import CaptionDataset, CaptionedImage, collate
 from clipcap.embeddings import EmbeddingStore, build_store
 from clipcap.lora import add_lora, merge_lora
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.model import ClipCapConfig, ClipCapModel, absolute
 from clipcap.readers import Format, is_plain_text, read_dataset
 from clipcap.retrieval import Datastore, PromptedDataset, number_images
 from clipcap.scst import (
@@ -361,7 +361,8 @@ def encode_items(config: TrainConfig, by_split: dict[str, list[CaptionedImage]],
 
 def _settings(config: TrainConfig, items: list[CaptionedImage]) -> dict[str, Any]:
     """What a run that goes on must have in common with its beginning."""
-    digest = hashlib.sha256("\0".join(text for item in items for text in (item.image_id, *item.captions)).encode())
+    texts = "\0".join(text for item in items for text in (item.image_id, *item.captions))
+    digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass"))
     captions = f"{sum(len(item.captions) for item in items)} with hash {digest.hexdigest()[:12]}"
     return settings_of(config, FREE) | {"captions": captions}
 
@@ -427,6 +428,9 @@ def build_model(config: TrainConfig, material: Material) -> ClipCapModel:
                 f"init {str(config.init)!r} reads {model.config.inputs} of width {model.config.clip_width} but the "
                 f"embeddings have width {material.width}: use the CLIP it was trained on ({model.config.clip})."
             )
+        if not config.scst:  # captions that it learns end so, whatever the ones before ended with
+            assert model.tokenizer is not None
+            model.config.eos_token_id = model.tokenizer.eos_token_id
         if config.tune_gpt2 and not model.config.tune_gpt2:
             model.config.tune_gpt2 = True
             model.gpt2.requires_grad_(True)
@@ -454,6 +458,8 @@ def _resolve_init(config: TrainConfig) -> TrainConfig:
         ours, theirs = getattr(config, name), getattr(saved, name)
         if theirs is None:
             continue
+        if name in ("clip", "gpt2"):
+            ours = absolute(ours)
         if ours not in (getattr(plain, name), theirs):
             raise UserError(f"{name} is {ours!r} but init {str(config.init)!r} has {theirs!r}: leave it out.")
         taken[name] = theirs

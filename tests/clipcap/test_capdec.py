@@ -1,7 +1,10 @@
 """Text-only training: the noise, the store of captions' embeddings, and a run without any image."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from torch.nn import functional as F
 from clipcap import Captioner
 from clipcap.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
 from clipcap.readers import CaptionedImage
-from clipcap.training import Captioning, TrainConfig, read_material, train
+from clipcap.training import Captioning, TrainConfig, encode_items, read_items, train
 from common.checks import UserError
 from common.clip import load_clip
 from common.runtime import RuntimeConfig
@@ -68,6 +71,55 @@ def test_store_goes_on_where_it_stopped(tmp_path, clip_directory):
     assert len(other) == 3 and other.array.shape == (3, 12)
 
 
+def caption_items(*texts):
+    return [CaptionedImage(text, Path(), (text,), "train") for text in texts]
+
+
+def test_store_is_never_of_rows_that_were_not_encoded(tmp_path, clip_directory):
+    clip, items = load_clip(str(clip_directory), device="cpu"), caption_items("a cube", "a ball", "a red cube")
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    expected = build_text_store(items, clip, tmp_path).array.copy()
+    with pytest.raises(KeyboardInterrupt):  # other captions, in the place of these
+        build_text_store(caption_items("one", "two", "three"), clip, tmp_path, progress=stop)
+    assert np.array_equal(build_text_store(items, clip, tmp_path).array, expected)
+    for content in (np.zeros((3, 7), np.float16), np.zeros((3, 12), np.float32)):
+        np.save(tmp_path / "text.npy", content)
+        assert np.array_equal(build_text_store(items, clip, tmp_path).array, expected)
+    (tmp_path / "text.npy").write_bytes((tmp_path / "text.npy").read_bytes()[:-30])
+    assert np.array_equal(build_text_store(items, clip, tmp_path).array, expected)
+
+
+def test_store_is_of_the_weights_not_of_their_name(tmp_path, clip_directory):
+    items = caption_items("a cube", "a ball")
+    before = build_text_store(items, load_clip(str(clip_directory), device="cpu"), tmp_path).array.copy()
+    clip = load_clip(str(clip_directory), device="cpu")
+    for parameter in clip.backbone.parameters():
+        parameter.data.mul_(-1.5)
+    after = build_text_store(items, clip, tmp_path).array
+    expected = F.normalize(clip.encode_texts([item.captions[0] for item in items]), dim=-1).numpy()
+    assert np.allclose(after, expected, atol=2e-3) and not np.allclose(after, before, atol=0.1)
+
+
+def test_processes_that_build_one_store_encode_once(tmp_path, clip_directory, monkeypatch, capfd):
+    clip, items = load_clip(str(clip_directory), device="cpu"), caption_items(*(f"a cube {n}" for n in range(6)))
+    encode, encoded = clip.encode_texts, []
+
+    def slowly(texts):
+        encoded.extend(texts)
+        time.sleep(0.1)
+        return encode(texts)
+
+    monkeypatch.setattr(clip, "encode_texts", slowly)
+    with ThreadPoolExecutor(3) as executor:
+        stores = list(executor.map(lambda _: build_text_store(items, clip, tmp_path, batch_size=2), range(3)))
+    assert sorted(encoded) == sorted(item.captions[0] for item in items)
+    assert all(np.array_equal(store.array, stores[0].array) and store.array.any(1).all() for store in stores)
+    assert "waiting for another process" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("layout", ["karpathy", "flickr8k"])
 def test_captions_of_a_layout_need_no_images(tmp_path, photos, clip_directory, layout):
     data = photos / "dataset.json"
@@ -77,13 +129,13 @@ def test_captions_of_a_layout_need_no_images(tmp_path, photos, clip_directory, l
         data = photos / "Flickr8k.token.txt"
         data.write_text("".join(f"{n}.jpg#0\ta cat on mat {n}\n" for n in range(30)))
     config = TrainConfig(data=data, out=tmp_path / "run", text_only=True, clip=str(clip_directory))
-    material = read_material(config, load_clip(str(clip_directory), device="cpu"))
+    material = encode_items(config, read_items(config), load_clip(str(clip_directory), device="cpu"))
     texts = [item.captions[0] for item in material.items["train"]]
     assert texts[0] == ("the cat and the hat" if layout == "karpathy" else "a cat on mat 0")
     assert len(texts) == 16 if layout == "karpathy" else 20 < len(texts) < 30
     assert material.width == 12 and len(material.stores["train"]) >= len(texts)
     with pytest.raises(UserError, match="that are not there"):
-        read_material(replace(config, text_only=False), load_clip(str(clip_directory), device="cpu"))
+        read_items(replace(config, text_only=False))
 
 
 @pytest.mark.parametrize("with_images", [False, True])
@@ -107,7 +159,7 @@ def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_d
     lengths = torch.cat(seen)
     assert len(lengths) > 20 and torch.allclose(lengths, torch.ones(len(lengths)), atol=1e-5)
     record = json.loads((config.out / "training.json").read_text())
-    assert record["images"] == ({"train": 16, "val": 2} if with_images else record["images"])
+    assert record["images"] == ({"train": 16, "val": 2} if with_images else {"train": 48, "val": 12})
     assert "data:image" in (config.out / "samples.html").read_text() or not with_images
     captioner = Captioner.from_pretrained(directory, device="cpu")
     assert captioner.model.config.normalize_embeddings  # images are read as the captions were

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -165,6 +167,46 @@ def test_an_interrupted_run_goes_on_and_loses_nothing(capsys, photos, model, tmp
     code, _, err = run(capsys, "caption", photos, *options, "--out", out)
     assert code == 0 and "6 of 12" in err and sum(seen) == 6
     assert out.read_text() == whole and not partial.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 here")
+def test_file_names_that_are_not_utf8(capsys, photos, model, tmp_path, monkeypatch):
+    from clipcap.captioner import Captioner
+
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (photos / "00.jpg").rename(photos / name)
+    options = ("--model", model, "--max-new-tokens", 4, "--batch-size", 2)
+    code, text, _ = run(capsys, "caption", photos, *options)
+    assert code == 0 and text.splitlines()[11].split("\t")[0] == str(photos / r"caf\udce9.jpg")
+    code, found, _ = run(capsys, "caption", photos / name, photos, *options, "--format", "json")
+    assert code == 0 and json.loads(found)[0]["image"] == str(photos / name)
+
+    seen, embed = [], Captioner.embed
+
+    def dying(self, images):
+        seen.append(len(images))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return embed(self, images)
+
+    out, given = tmp_path / "captions.jsonl", ("caption", photos / name, photos, *options)
+    monkeypatch.setattr(Captioner, "embed", dying)
+    assert run(capsys, *given, "--out", out)[0] == 130
+    monkeypatch.setattr(Captioner, "embed", embed)
+    code, _, err = run(capsys, *given, "--out", out)
+    assert code == 0 and "going on after 7 of 13" in err
+    assert [json.loads(line) for line in out.read_text().splitlines()] == json.loads(found)
+
+
+def test_captions_stay_readable(capsys, photos, model, tmp_path, monkeypatch):
+    from clipcap.captioner import Captioner
+
+    monkeypatch.setattr(Captioner, "text", lambda self, caption: "één kat 😀")
+    for kind in ("text", "json", "jsonl", "csv"):
+        arguments = ("caption", photos / "00.jpg", "--model", model, "--max-new-tokens", 2, "--format", kind)
+        assert "één kat 😀" in run(capsys, *arguments)[1]
+        assert run(capsys, *arguments, "--out", tmp_path / kind)[0] == 0
+        assert "één kat 😀" in (tmp_path / kind).read_text(encoding="utf-8")
 
 
 def test_sidecars_same_names_in_two_folders_and_a_sheet(capsys, model, tmp_path):

@@ -1,5 +1,6 @@
 """The downloader against a server that the test starts: what comes, what is dropped and why, and what is never asked."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -65,7 +66,21 @@ def server():
                 return self.answer(302, b"", {"Location": "file:///etc/passwd"})
             if name == "/slow.jpg":
                 time.sleep(3)
+            if name.startswith("/drip"):
+                return self.drip(name)
             return self.answer(404, b"")
+
+        def drip(self, name):
+            """A byte now and then, never late enough to be a timeout by itself."""
+            if name == "/drip-headers.jpg":
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Long: ")
+            else:
+                self.send_response(200)
+                self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                for _ in range(60):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
 
         def answer(self, status, body, headers=(), announce=True):
             self.send_response(status)
@@ -233,6 +248,14 @@ def test_only_http_urls(url):
 def test_a_slow_server_is_dropped(server):
     with pytest.raises(Dropped, match="timeout"):
         fetch(f"{server.url}/slow.jpg", timeout=0.5, max_bytes=10**6, allow_private=True)
+
+
+@pytest.mark.parametrize("name", ["/drip-headers.jpg", "/drip-body.jpg"])
+def test_a_try_ends_in_time_however_slowly_the_server_answers(server, name):
+    begun = time.monotonic()
+    with pytest.raises(Dropped, match="timeout"):
+        fetch(f"{server.url}{name}", timeout=0.4, max_bytes=10**6, allow_private=True)
+    assert time.monotonic() - begun < 1.5
 
 
 def test_mistakes_are_one_line(server, tmp_path, capsys):

@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -108,6 +110,23 @@ def test_captions_are_made_once(config, tmp_path, monkeypatch, capfd):
     path.write_text("hello\n")
     with pytest.raises(UserError, match="not written by this command"):
         evaluate(config(clip_score=""))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 here")
+def test_file_names_that_are_not_utf8(config, photos, tmp_path, capfd):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (tmp_path / "folder").mkdir()
+    (photos / "00.jpg").rename(tmp_path / "folder" / name)
+    (tmp_path / "folder" / name).with_suffix(".txt").write_text("the cat\n")
+    settings = {"data": tmp_path / "folder", "images": None, "clip_score": "", "resamples": 0}
+    found = evaluate(config(**settings))
+    assert list(found.captions) == [name]
+    rows = [json.loads(line) for line in (tmp_path / "evaluation" / "captions.jsonl").read_text().splitlines()]
+    assert rows[1] == {"image_id": name, "caption": found.captions[name]}
+    assert evaluate(config(**settings)).captions == found.captions
+    path = tmp_path / "captions.json"
+    path.write_text('[{"image": "caf\\udce9.jpg", "caption": "half a face \\ud83d"}]')
+    assert evaluate(config(**settings | {"model": None, "captions": path})).captions == {name: "half a face \ufffd"}
 
 
 def test_a_damaged_image_is_skipped_and_named(config, photos, capfd):

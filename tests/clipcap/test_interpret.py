@@ -77,6 +77,27 @@ def test_interpretation_is_that_of_each_prefix(model, photos):
     assert found.common_share_by_position == pytest.approx(by_position)
 
 
+class OnApple(torch.Tensor):
+    """A tensor that has no doubles until it is copied to the CPU, as on Apple's GPUs."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_sums_are_taken_where_doubles_are(model, photos, monkeypatch):
+    captioner = Captioner.from_pretrained(model, device="cpu")
+    paths = sorted(photos.glob("0[0-3].*"))
+    expected, normalised = interpret(captioner, paths, batch_size=3), []
+    prefix, table = captioner.model.prefix, token_table
+    monkeypatch.setattr(captioner.model, "prefix", lambda *given: prefix(*given).as_subclass(OnApple))
+    monkeypatch.setattr("clipcap.interpret.token_table", lambda gpt2: (normalised.append(gpt2), table(gpt2))[1])
+    assert interpret(captioner, paths, batch_size=3) == expected
+    assert len(normalised) == 1  # the lexical embeddings, once for all images
+
+
 def test_command(model, photos, tmp_path, capsys):
     (photos / "cut.jpg").write_bytes((photos / "00.jpg").read_bytes()[:150])
     assert main(["interpret", str(photos), "--model", str(model)]) == 0

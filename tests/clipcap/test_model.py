@@ -15,6 +15,7 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 
 from clipcap import ClipCapConfig, ClipCapModel
 from clipcap.captioner import Captioner
+from clipcap.decoding import decode
 from clipcap.images import ImageError, find_images, read_image
 from common.checks import UserError
 from common.clip import ImageFeatures
@@ -178,6 +179,53 @@ def test_frozen_captioner_saves_its_mapper_alone(backbone, tmp_path, monkeypatch
     backbone.rename(tmp_path / "gone")
     with pytest.raises(UserError, match="needs the GPT-2 .*gpt2.* it was trained on"):
         ClipCapModel.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_captioner_of_the_hub(tuned, backbone, tmp_path, monkeypatch):
+    """As the hub's client keeps one on the disk; a frozen GPT-2 has no tokenizer there, the mapper being alone."""
+    model = ClipCapModel.from_backbones(ClipCapConfig(clip_width=12, gpt2=str(backbone), tune_gpt2=tuned)).eval()
+    repository, commit = tmp_path / "cache" / "models--me--captioner", "0" * 40
+    model.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("clipcap.model.require_reachable", lambda *arguments: None)
+    again = ClipCapModel.from_pretrained("me/captioner", cache_dir=tmp_path / "cache")
+    batch = example(model)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert again.tokenizer.decode([1, 2]) == "w0 w1"
+
+
+def test_names_of_clips_are_right_in_another_directory(backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-clip").mkdir()
+    (tmp_path / "clip.pt").write_bytes(b"weights")
+    for given, kept in (
+        ("./my-clip", str(tmp_path / "my-clip")),
+        ("open_clip:RN50/clip.pt", f"open_clip:RN50/{tmp_path / 'clip.pt'}"),
+        ("open_clip:RN50/openai", "open_clip:RN50/openai"),
+        ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+        ("tiny", "tiny"),
+        (None, None),
+    ):
+        model = ClipCapModel.from_backbones(ClipCapConfig(clip_width=12, gpt2=str(backbone), clip=given))
+        assert model.config.clip == kept
+
+
+def test_generated_rows_are_padded_with_no_word_of_the_caption(backbone):
+    """A captioner may end its captions with a "."; padding with it would add dots to them."""
+    config = ClipCapConfig(clip_width=12, prefix_length=3, gpt2=str(backbone), eos_token_id=list(range(1, 9)))
+    model, embeddings = ClipCapModel.from_backbones(config), torch.zeros(8, 12)
+
+    def options():
+        generator = torch.Generator().manual_seed(0)
+        return {"strategy": "sample", "temperature": 9.0, "generator": generator, "max_new_tokens": 9}
+
+    captions = [c.token_ids for [c] in decode(model, embeddings, **options())]
+    rows = model.generate(embeddings, **options()).tolist()
+    longest = max(map(len, captions))
+    assert longest > min(map(len, captions))
+    assert rows == [[*ids, *[0] * (longest - len(ids))] for ids in captions]
 
 
 def test_another_gpt2_than_it_was_trained_on_is_refused(backbone, tmp_path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clipcap import ClipCapModel, load_original_checkpoint
+from clipcap import Captioner, ClipCapModel, load_original_checkpoint
+from clipcap.cli import main
 from clipcap.decoding import decode
 from clipcap.original import convert, original_loss
 from common.checks import UserError
@@ -59,6 +61,38 @@ def test_converted_checkpoint_is_exact(kind, tmp_path):
     again = ClipCapModel.from_pretrained(tmp_path / "out")
     batch = (io["clip_embedding"], io["tokens"])
     assert torch.equal(again(*batch).logits, model(*batch).logits)
+
+
+def test_command_gives_a_captioner_that_stops_where_the_original_does(tmp_path, gpt2_directory, capsys):
+    options = ("--gpt2", gpt2_directory, "--n-head", 4)
+
+    def run(kind, *more):
+        return main([str(a) for a in ("convert", GOLDEN / f"clipcap_{kind}.pt", tmp_path / kind, *options, *more)])
+
+    assert run("mlp") == 0
+    model, _, io = golden("mlp")
+    again = ClipCapModel.from_pretrained(tmp_path / "mlp")
+    [dot] = again.tokenizer(".")["input_ids"]
+    assert again.config.eos_token_id == dot and not again.config.normalize_embeddings
+    for captioner in (model, again):
+        captioner.gpt2.transformer.wte.weight.data[dot] *= 3  # so that the captions come upon it
+    batch, length = io["clip_embedding"], {"max_new_tokens": 20}
+    expected = decode(model, batch, strategy="beam_original", stop_token_ids=dot, **length)
+    found = decode(again, batch, strategy="beam_original", **length)
+    assert [c.token_ids for [c] in found] == [c.token_ids for [c] in expected]
+    ended = [c for [c] in found if len(c.token_ids) < 20]
+    assert ended and all(c.token_ids.index(dot) == len(c.token_ids) - 1 for c in ended)
+    text = Captioner(again, SimpleNamespace(name="any", width=32)).text
+    assert all(text(c).endswith(".") and text(c).count(".") == 1 for c in ended)  # it stays, as in the original
+
+    assert run("transformer", "--normalize-embeddings", "--mapper-heads", 4, "--stop", "") == 0
+    config = ClipCapModel.from_pretrained(tmp_path / "transformer").config
+    assert config.normalize_embeddings and config.mapper_heads == 4 and config.eos_token_id is None
+    capsys.readouterr()
+    assert run("mlp", "--stop", "a cat.") == 2
+    assert "stop is 'a cat.', " in capsys.readouterr().err
+    with pytest.raises(UserError, match="stop is '.' but the GPT-2 .* was not named"):
+        convert(GOLDEN / "clipcap_mlp.pt", tmp_path / "out", stop=".", n_head=4)
 
 
 def test_buffers_of_old_transformers_and_data_parallel_names_are_ignored(tmp_path):

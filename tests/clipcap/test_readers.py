@@ -401,6 +401,32 @@ def test_hugging_face_imagefolder(folder):
         read_dataset(folder)
 
 
+def test_the_images_of_an_imagefolder_may_be_elsewhere(folder, tmp_path):
+    for name in ("train", "validation"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        (tmp_path / "texts" / name / "metadata.csv").write_text(f"file_name,text\n{name}.jpg,of {name}\n")
+        (tmp_path / "pixels" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pixels" / name / f"{name}.jpg")
+    with pytest.raises(UserError, match="give their directory with --images"):
+        read_dataset(tmp_path / "texts")
+    items = read_dataset(tmp_path / "texts", images=tmp_path / "pixels")
+    assert [(item.path, item.captions, item.split) for item in items] == [
+        (tmp_path / "pixels" / "train" / "train.jpg", ("of train",), "train"),
+        (tmp_path / "pixels" / "validation" / "validation.jpg", ("of validation",), "val"),
+    ]
+
+
+def test_half_a_character_is_replaced_in_captions(folder):
+    text = r"half a \ud83d face, a whole \ud83d\ude00"
+    (folder / "captions.jsonl").write_text(f'{{"file_name": "a.jpg", "caption": "{text}"}}\n')
+    (folder / "dataset.json").write_text(
+        f'{{"images": [{{"filename": "a.jpg", "split": "train", "sentences": [{{"raw": "{text}"}}]}}]}}'
+    )
+    for source in (folder, folder / "dataset.json"):
+        [item] = read_dataset(source)
+        assert item.captions == ("half a \ufffd face, a whole \U0001f600",)
+
+
 def test_a_data_set_saved_by_datasets(folder, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = {"image": [str(folder / "a.jpg"), str(folder / "b.png")], "caption": [["one", "two"], ["three"]]}

@@ -176,6 +176,12 @@ def test_going_on_keeps_what_init_was_trained_as(config, tmp_path):
     assert record["config"]["tune_gpt2"] and record["trained_parameters"] > sum(
         value.numel() for name, value in weights(tuned).items() if name.startswith("mapper.")
     )
+    stops_at_a_word = ClipCapModel.from_pretrained(tuned)
+    stops_at_a_word.config.eos_token_id = 13  # as of the original project's checkpoints
+    stops_at_a_word.save_pretrained(tmp_path / "word")
+    again = train(replace(config, init=tmp_path / "word", out=tmp_path / "fourth", steps=1))
+    model = ClipCapModel.from_pretrained(again)
+    assert model.config.eos_token_id == model.tokenizer.eos_token_id != 13
     with pytest.raises(UserError, match="text_only trains on those of length 1"):
         train(replace(config, init=tuned, text_only=True, out=tmp_path / "third"))
 
