@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from common.checks import UserError, require_at_least, run_command
 from common.report import write_json, write_text
 from common.running_text import RunningText
+from experiments import from_command_line
 
 Language = Literal["eng", "nld", "ita"]
 
@@ -242,4 +241,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

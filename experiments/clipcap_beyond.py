@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from clipcap.embeddings import build_store
 from clipcap.model import ClipCapModel
@@ -25,6 +24,7 @@ from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
 from common.report import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, seed_everything, versions
+from experiments import from_command_line
 from experiments.clipcap_mapper_ablation import caption_images, score_scenes
 from experiments.scenes.dataset import load_split
 from experiments.scenes.karpathy import export, filename
@@ -161,7 +161,7 @@ def write_table(config: Config) -> Path:
     lines += [
         "",
         f"`python -m experiments.clipcap_beyond --steps {config.steps} --images {config.images}` for seeds "
-        f"{', '.join(map(str, sorted({run['seed'] for run in runs})))} (`--runtime.seed`); hardware: "
+        f"{', '.join(map(str, sorted({run['seed'] for run in runs})))} (`--seed`); hardware: "
         f"{runs[-1]['hardware']}; tokenizer of the scores: {runs[-1]['test']['tokenizer']}.",
         "",
     ]
@@ -186,4 +186,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tyro
-
 from common.checks import require_one_of, run_command
+from experiments import from_command_line
 from experiments.clipcap_tables import METRICS, VARIANTS, TableConfig, paper_rows, prepare, write_table
 
 PUBLISHED = {
@@ -50,4 +49,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 
 from clipcap.data import CaptionedImage
@@ -35,6 +34,7 @@ from common.clip import load_clip
 from common.gpt2 import PACKAGED
 from common.report import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, start, versions
+from experiments import from_command_line
 from experiments.clipcap_mapper_ablation import caption_images, score_scenes
 from experiments.clipcap_tables import VARIANTS, markdown
 from experiments.recycle_text import LANGUAGES
@@ -410,4 +410,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from clipcap.data import CaptionedImage, read_dataset
 from clipcap.decoding import decode
@@ -29,6 +28,7 @@ from common.checks import require_one_of, run_command
 from common.clip import load_clip
 from common.report import plot_bars, write_json, write_text
 from common.runtime import RuntimeConfig, hardware, seed_everything, versions
+from experiments import from_command_line
 from experiments.scenes.captions import looks, names_all, parse
 from experiments.scenes.dataset import load_split
 from experiments.scenes.graph import HELD_OUT
@@ -277,4 +277,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

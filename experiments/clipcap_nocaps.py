@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
 from clipcap.data import read_dataset
 from common.checks import UserError, require_one_of, run_command
 from common.report import write_json
+from experiments import from_command_line
 from experiments.clipcap_tables import (
     VARIANTS,
     TableConfig,
@@ -120,4 +119,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
-
 from clipcap.evaluate import EvaluateConfig, evaluate, print_scores
 from clipcap.training import TrainConfig, train
 from common.checks import run_command
 from common.runtime import RuntimeConfig
+from experiments import from_command_line
 
 
 @dataclass(frozen=True)
@@ -81,4 +80,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

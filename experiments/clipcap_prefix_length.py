@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tyro
-
 from common.checks import require_at_least, require_one_of, run_command
 from common.report import plot_lines
+from experiments import from_command_line
 from experiments.clipcap_tables import (
     VARIANTS,
     TableConfig,
@@ -81,4 +80,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

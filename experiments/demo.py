@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 
 from clipcap.captioner import Captioner
@@ -30,6 +29,7 @@ from common.language import score
 from common.pretrained import ASSETS, CAPTION_LANGUAGES
 from common.report import Page, contact_sheet, plot_bars, write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
+from experiments import from_command_line
 from experiments.demo_recycling import recycling_section
 from experiments.scenes.captions import looks, names_all, parse
 from experiments.scenes.karpathy import SAMPLES, captioned_in, packaged_records
@@ -99,7 +99,8 @@ def introduce(page: Page) -> None:
             {
                 "application": "`dietnerf`",
                 "what it does": "Rebuilds a scene from a few posed photographs as a radiance field. What CLIP sees in "
-                "views that nobody photographed must agree with the photographs.",
+                "views that nobody photographed must agree with the photographs, if asked for: here it is off, as it "
+                "does not help on this scene (docs/dietnerf.md).",
                 "weights here": "clip-tiny; the scene itself is trained now",
             },
             {
@@ -342,4 +343,4 @@ def score_language(device: torch.device) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

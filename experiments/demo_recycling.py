@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from common.checks import run_command
 from common.gpt2 import load_gpt2, token_table
@@ -24,6 +23,7 @@ from common.ngram import WittenBell
 from common.pretrained import ASSETS
 from common.report import Page, plot_bars, plot_lines, write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
+from experiments import from_command_line
 from experiments.recycle_text import surest_new_words
 from recycle_gpt2.alignment import align, choose_options, held_out_error
 from recycle_gpt2.corpus import TokenBlocks, build_corpus, read_documents
@@ -224,4 +224,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,)))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

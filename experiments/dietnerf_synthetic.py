@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 import yaml
 from PIL import Image
 
@@ -29,6 +28,7 @@ from dietnerf.evaluation import score_scene
 from dietnerf.metrics import MetricsConfig
 from dietnerf.scene import Scene
 from dietnerf.training import TrainConfig, train
+from experiments import from_command_line
 
 ARMS: dict[str, dict[str, Any]] = {
     "nerf": dict(method="mlp", semantic_weight=0.0),
@@ -94,7 +94,7 @@ class Config:
     rays: int = 0
     """Rays a step; 0 is each method's own number."""
     eval_every: int = 1
-    """Score every so manieth held-out view."""
+    """Score every Nth held-out view."""
     eval_first: int = 0
     """The first one: settings are chosen on other views than those that are reported."""
     resolution: int = 64
@@ -350,5 +350,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    parsed = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
-    raise SystemExit(run_command(lambda: main(parsed)))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from common.checks import run_command
 from common.clip import FrozenCLIP, load_clip
 from common.report import write_json
+from experiments import from_command_line
 from experiments.scenes.dataset import load_split
 from experiments.scenes.graph import ATTRIBUTES, HELD_OUT
 from experiments.scenes.records import ViewRecord
@@ -186,4 +186,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

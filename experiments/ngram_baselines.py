@@ -12,13 +12,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from transformers import GPT2TokenizerFast
 
 from common.checks import require_at_least, require_file, run_command
 from common.ngram import WittenBell
 from common.report import write_json
 from common.runtime import hardware, versions
+from experiments import from_command_line
 from experiments.train_tiny_gpt2 import encode, read_documents
 
 
@@ -74,4 +74,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

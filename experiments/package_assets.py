@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from common.checks import UserError, require_one_of, run_command
 from common.pretrained import ASSETS, CAPTION_LANGUAGES, CAPTIONERS
 from common.report import write_json, write_text
+from experiments import from_command_line
 from experiments.recycle_text import LANGUAGES
 
 WEIGHTS = (
@@ -238,13 +237,13 @@ def package_language_captioner(directory: Path) -> None:
         f"gpt2-tiny recycled for {title} (`{found['gpt2']}` of `experiments/recycle_languages.py`), fine-tuned.",
         parameters=sum(p.numel() for p in model.parameters()),
         data=f"{found['captions']:,} captions of the tiny CLIP's training scenes in {title}, written from their scene "
-        f"graphs; scores on {found['images']['test']} held-out scenes. GPT-2: {title} documentation of LibreOffice, "
-        "GIMP and Debian (`python -m experiments.build_corpus` makes such a corpus)",
+        f"graphs; scores on {found['images']['test']} held-out scenes (experiments/render_scenes.py). GPT-2: {title} "
+        "documentation of LibreOffice, GIMP and Debian (`python -m experiments.build_corpus` makes such a corpus)",
         licence="weights: Apache-2.0, as this project; scenes: CC0. Text: LibreOffice's help (MPL-2.0), GIMP's manual "
         "(GFDL), Debian's manuals (GPL)",
         command=f"python -m experiments.clipcap_languages --language {language} --models {found['model']} --modes "
         f"{found['mode']} --shares {found['share']:g} --seeds {found['seed']} --steps {found['steps']} --images "
-        f"{found['images']['train']}",
+        f"{found['images']['train']} --out out/captioner_{language} --docs out/captioner_{language}",
         limits="It describes rendered scenes of one to three objects, and calls everything else such a scene. Its "
         "words are those of the captions and of manuals, with their biases; it is no translator.",
     )
@@ -263,4 +262,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

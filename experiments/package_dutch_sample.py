@@ -11,11 +11,10 @@ import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from common.checks import run_command
 from common.pretrained import ASSETS
 from common.report import write_text
+from experiments import from_command_line
 from experiments.recycle_text import read_split, second_genre
 
 CARD = """# Dutch sample
@@ -25,9 +24,10 @@ LibreOffice's help in Dutch (Debian package libreoffice-help-nl), one paragraph 
 line; paragraphs in English are left out. They are whole documents of the corpus that experiments/build_corpus.py makes,
 chosen because they name LibreOffice.
 
-Licence: Mozilla Public License 2.0, as LibreOffice's help; copyright by the LibreOffice contributors.
+Licence: Mozilla Public License 2.0 (https://mozilla.org/MPL/2.0/), as LibreOffice's help; copyright by the LibreOffice
+contributors.
 
-Made by `python -m experiments.package_dutch_sample`.
+Made by `python -m experiments.package_dutch_sample --text DIR`, DIR as experiments/build_corpus.py makes it.
 """
 
 
@@ -60,4 +60,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from torch.utils.data import Subset
 
 from common.checks import require_at_least, require_one_of, run_command
@@ -28,6 +27,7 @@ from common.gpt2 import load_gpt2, token_table
 from common.ngram import WittenBell
 from common.report import write_json
 from common.runtime import RuntimeConfig, fork_generators, hardware, start, versions
+from experiments import from_command_line
 from experiments.recycle_text import held_out, write_texts
 from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
 from recycle_gpt2.corpus import Document, TokenBlocks, build_corpus, read_documents
@@ -516,4 +516,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,)))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from common.checks import UserError, run_command
 from common.gpt2 import load_gpt2, token_table
 from common.report import plot_lines, write_text
+from experiments import from_command_line
 from experiments.recycle_languages import ARMS, MEDIUM, slug
 from experiments.recycle_text import LANGUAGES, surest_new_words
 from recycle_gpt2.evaluate import sample
@@ -277,4 +277,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -27,6 +27,7 @@ from common.checks import UserError, require_at_least, run_command
 from common.pretrained import ASSETS, require_reachable
 from common.report import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, resolve_dtype, start, versions
+from experiments import from_command_line
 
 CLIP, GPT2, MEDIUM = "openai/clip-vit-base-patch32", "gpt2", "gpt2-medium"
 BLENDER = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
@@ -790,5 +791,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    parsed = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
-    raise SystemExit(run_command(lambda: main(parsed)))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from common.checks import run_command
 from common.runtime import RuntimeConfig
+from experiments import from_command_line
 from experiments.train_tiny_clip import Config as Stage
 from experiments.train_tiny_clip import main as train
 
@@ -54,4 +53,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: main(tyro.cli(Config))))
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

@@ -126,6 +126,45 @@ def test_marked_blocks_name_commands_and_options_that_exist(root):
     assert checked >= 20
 
 
+def test_indented_commands_and_those_of_cards_name_options_that_exist(root, capsys):
+    """What is not run as a block: commands with names of one's own files in them, and those that made a result."""
+    cards = [str(path.relative_to(root)) for path in sorted((root / "common" / "assets").rglob("README.md"))]
+    helps: dict[str, str] = {}
+    checked = 0
+    for page in [*pages(root), *cards]:
+        text = re.sub(r"```.*?```", "", (root / page).read_text(), flags=re.DOTALL).replace("\\\n", " ")
+        indented = re.findall(r"^ {4}((?:clipcap|dietnerf|recycle-gpt2|python -m) .*)$", text, flags=re.MULTILINE)
+        for line in indented + re.findall(r"`((?:OMP_NUM_THREADS=1 )?python -m [^`]*)`", text):
+            words = shlex.split(line.replace("\n", " "), comments=True)
+            words = words[1:] if "=" in words[0] else words
+            ours = program(words)
+            if ours is not None:
+                if ours[0] != "dietnerf" or has_nerfstudio():
+                    check_options(*ours)
+                    checked += 1
+            elif words[2].startswith(("experiments.", "benchmarks.")):
+                options = {word.partition("=")[0] for word in words[3:] if word.startswith("--")}
+                if options:
+                    missing = {option for option in options if option not in help_of(words[2], helps, capsys)}
+                    assert not missing, (page, line)
+                checked += 1
+    assert checked >= 60
+
+
+def help_of(module, known, capsys):
+    """The options of an experiment or benchmark."""
+    if module not in known:
+        place = importlib.import_module(module)
+        if hasattr(place, "Config"):
+            flat = (tyro.conf.OmitArgPrefixes,) if hasattr(place, "from_command_line") else ()
+            with pytest.raises(SystemExit):
+                tyro.cli(place.Config, args=["--help"], config=flat)
+            known[module] = capsys.readouterr().out
+        else:
+            known[module] = importlib.util.find_spec(module).loader.get_source(module)  # argparse
+    return known[module]
+
+
 def test_links_of_the_pages(root):
     for page in pages(root):
         text = re.sub(r"```.*?```", "", (root / page).read_text(), flags=re.DOTALL)
