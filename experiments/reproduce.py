@@ -583,6 +583,7 @@ def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
                 small=weights[GPT2],
                 large=weights[MEDIUM],
                 vocab_size=LANGUAGES[language]["vocab_size"],
+                choose=False,
                 unfreeze="none",
                 stage=stage,
                 runtime=config.runtime,

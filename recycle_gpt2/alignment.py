@@ -140,7 +140,7 @@ def fit_knn(
         exact = distances == 0
         weights = torch.where(exact.any(-1, keepdim=True), exact.to(weights), weights)
         weights = weights / weights.sum(-1, keepdim=True)
-        rows.append(torch.einsum("ck,ckl->cl", weights, large_source.double()[indices]))
+        rows.append(torch.einsum("ck,ckl->cl", weights, large_source[indices].double()))
     return torch.cat(rows).to(large_source.dtype)
 
 

@@ -122,7 +122,7 @@ def build_corpus(
         raise UserError(f"shares are {shares}: use three for train, valid and test that sum to 1, train's above 0.")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError("the tokenizer is not a fast one with an end token: train one with `recycle-gpt2 tokenizer`.")
-    found = [path for path, _ in find_texts(paths)]
+    sources = sources_of(paths)
     out = Path(out)
     key = {
         "format": FORMAT,
@@ -134,7 +134,7 @@ def build_corpus(
         "shares": list(shares),
         "seed": seed,
         "chunk": chunk,
-        "sources": [[str(path), size_of(path), path.stat().st_mtime_ns] for path in found],
+        "sources": sources,
     }
     finished = out / "manifest.json"
     if finished.is_file():
@@ -150,7 +150,7 @@ def build_corpus(
     selection = _Selection(shares, seed)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
     metas = _write_shards(
-        paths, selection, shards, key["tokenizer"], setup, workers, chunk, sum(map(size_of, found)), progress
+        paths, selection, shards, key["tokenizer"], setup, workers, chunk, sum(size for _, size, _ in sources), progress
     )
     for file in shards.iterdir():  # of another, longer corpus
         if int(file.name.split(".")[0]) >= len(metas):
@@ -179,6 +179,15 @@ def build_corpus(
     return out
 
 
+def sources_of(paths: Sequence[Path]) -> list[list[Any]]:
+    """Name, bytes and time of change (ns) of each text file.
+
+    Raises:
+        UserError: what `find_texts` raises.
+    """
+    return [[str(path), size_of(path), path.stat().st_mtime_ns] for path, _ in find_texts(paths)]
+
+
 def load_documents(directory: Path, split: str) -> list[Document]:
     """The documents that were held out of training, with their genres, in the corpus's order.
 
@@ -199,6 +208,16 @@ def load_documents(directory: Path, split: str) -> list[Document]:
     return documents
 
 
+def corpus_hash(directory: Path) -> str | None:
+    """SHA-256 of a corpus's documents, tokenizer and block; None while it is not finished."""
+    if not (Path(directory) / "manifest.json").is_file():
+        return None
+    digest = hashlib.sha256(str(_manifest(directory)["block"]).encode())
+    for shard in sorted((Path(directory) / "shards").glob("*.json")):
+        digest.update(shard.read_bytes())
+    return digest.hexdigest()
+
+
 class TokenBlocks(Dataset[Tensor]):
     """Token ids (block,) int64 of one split, from the memory map; every token of the corpus is in exactly one block.
 
@@ -207,6 +226,7 @@ class TokenBlocks(Dataset[Tensor]):
     Attributes:
         num_tokens: tokens of the split, without the fill.
         vocab_size: of the tokenizer.
+        tokenizer: its `tokenizer_hash`.
         end: id of the end token.
         block: tokens in a block.
     """
@@ -227,7 +247,7 @@ class TokenBlocks(Dataset[Tensor]):
         manifest = _manifest(directory)
         self.block = manifest["block"] if block is None else block
         require_at_least("block", self.block, 2)
-        self.vocab_size, self.end = manifest["vocab_size"], manifest["end"]
+        self.vocab_size, self.end, self.tokenizer = manifest["vocab_size"], manifest["end"], manifest.get("tokenizer")
         self._dtype = np.dtype(manifest["dtype"])
         lengths = [(number, shard[split]) for number, shard in enumerate(manifest["shards"]) if shard[split]]
         self._files = [_shard(Path(directory) / "shards", number, f"{split}.bin") for number, _ in lengths]
@@ -449,6 +469,8 @@ class _Encoder:
 
         self.tokenizer, self.end, self.dtype = Tokenizer.from_str(tokenizer), end, np.dtype(dtype)
         self.tokenizer.encode_special_tokens = True  # a text that spells the end token does not end there
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
 
 
 _worker_encoder: _Encoder

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from common.checks import UserError, require_at_least, require_one_of
 from common.language import Score, score
 from common.report import write_json, write_text
-from common.runtime import RuntimeConfig, fork_generators, hardware, start, versions
+from common.runtime import RuntimeConfig, autocast, fork_generators, hardware, start, versions
 from recycle_gpt2.corpus import Document, load_documents, read_documents
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise UserError("the model's tokenizer has no end token, after which every text is scored: give it one.")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # no warning about long texts
+        backend.no_truncation()
+        backend.no_padding()
         return [tokenizer.eos_token_id, *backend.encode(text, add_special_tokens=False).ids]
     return [tokenizer.eos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
 
@@ -167,8 +170,10 @@ def summarise(scores: Sequence[DocumentScore], *, resamples: int = 1000, seed: i
     nats, size = (np.array([getattr(s, name) for s in scores], dtype=float) for name in ("nats", "num_bytes"))
     tokens, characters = sum(s.tokens for s in scores), sum(s.characters for s in scores)
     generator = np.random.default_rng(seed)
-    drawn = np.array([generator.integers(0, len(scores), len(scores)) for _ in range(max(1, resamples))])
-    ratios = nats[drawn].sum(1) / math.log(2) / size[drawn].sum(1)
+    ratios = []
+    for _ in range(max(1, resamples)):
+        drawn = generator.integers(0, len(scores), len(scores))
+        ratios.append(nats[drawn].sum() / math.log(2) / size[drawn].sum())
     low, high = np.quantile(ratios, [0.025, 0.975])
     total = float(nats.sum())
     return Summary(
@@ -265,14 +270,15 @@ def run(config: EvaluateConfig) -> int:
     if bool(config.text) == bool(config.corpus):
         raise UserError("give either --text or --corpus, to say what is scored.")
     device = start(config.runtime)
-    documents = load_documents(config.corpus, "test") if config.corpus else list(read_documents(config.text))
-    documents = documents[: config.max_documents or None]
+    found = load_documents(config.corpus, "test") if config.corpus else read_documents(config.text)
+    documents = list(islice(found, config.max_documents or None))
     results = {}
     for name in config.models:
         model, tokenizer = load_gpt2(name, device=device, frozen=True)
-        scores = score_documents(
-            model, tokenizer, documents, block=config.block, stride=config.stride, progress=True
-        )
+        with autocast(device, config.runtime.precision):
+            scores = score_documents(
+                model, tokenizer, documents, block=config.block, stride=config.stride, progress=True
+            )
         results[name] = summarise_by(scores, config.by, resamples=config.resamples, seed=config.runtime.seed)
         print(table(name, results[name]), flush=True)
     if config.out:
@@ -305,19 +311,20 @@ def run_sample(config: SampleConfig) -> int:
     model, tokenizer = load_gpt2(config.model, device=device, frozen=True)
     lines = []
     for number, prompt in enumerate(config.prompts or ("",)):
-        texts = sample(
-            model,
-            tokenizer,
-            prompt,
-            strategy=config.strategy,
-            count=config.count,
-            max_new_tokens=config.max_new_tokens,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            temperature=config.temperature,
-            num_beams=config.num_beams,
-            seed=config.runtime.seed + number,
-        )
+        with autocast(device, config.runtime.precision):
+            texts = sample(
+                model,
+                tokenizer,
+                prompt,
+                strategy=config.strategy,
+                count=config.count,
+                max_new_tokens=config.max_new_tokens,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                temperature=config.temperature,
+                num_beams=config.num_beams,
+                seed=config.runtime.seed + number,
+            )
         for text in texts:
             record = {"text": text, "prompt": prompt, "strategy": config.strategy, "seed": config.runtime.seed}
             lines.append(json.dumps(record, ensure_ascii=False))

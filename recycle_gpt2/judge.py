@@ -115,7 +115,8 @@ class JudgeReportConfig:
     """Read judges' answers and say how often each model was taken for human."""
 
     answers: tuple[Path, ...]
-    """Answer files that the form has saved, or directories of them."""
+    """Answer files that the form has saved, or directories of them; of a judge's answers to a text the one in the file
+    that was saved last holds."""
     key: Path
     """key.json of the form."""
     out: Path | None = None
@@ -183,7 +184,8 @@ def run_report(config: JudgeReportConfig) -> None:
     key = _read(config.key, "key", ("form", "models"))
     files: list[Path] = []
     for path in config.answers:
-        files += sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files += sorted(path.glob("*.json")) if path.is_dir() else [require_file(path, "answer file")]
+    files.sort(key=lambda path: path.stat().st_mtime_ns)
     answers = [_read(path, "answer file", ("form", "judge", "answers")) for path in files]
     for path, saved in zip(files, answers, strict=True):
         if saved["form"] != key["form"]:

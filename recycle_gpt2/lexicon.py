@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from common.checks import UserError, require_at_least, require_file, require_one_of
 from common.report import write_json, write_text
-from common.runtime import RuntimeConfig, start
+from common.runtime import resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,10 +62,12 @@ class LexiconConfig:
     measure: Literal["csls", "cosine"] = "csls"
     """csls lowers words that are near to everything (Conneau et al. 2018); cosine is plain."""
     dictionary: Path | None = None
-    """File of word, tab, English word in each line, to measure precision at 1 and 5."""
+    """File of word, tab, English word in each line, to measure precision at 1 and 5; not one that the model's rows
+    were made of (relearn --dictionary), which would only be found again."""
     words: int = 10_000
     """Words in the table at most, the most frequent (by token id) first; 0 takes all."""
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
 
 
 def run(config: LexiconConfig) -> None:
@@ -74,7 +76,9 @@ def run(config: LexiconConfig) -> None:
 
     if config.dictionary is not None:
         require_at_least("k (with a dictionary, for precision at 5)", config.k, 5)
-    device = start(config.runtime)
+    if config.out.suffix == ".json":
+        raise UserError(f"out is {str(config.out)!r}, where the precision goes: use another ending, such as .tsv.")
+    device = resolve_device(config.device)
     model, tokenizer = load_gpt2(config.model, device=device)
     source, source_tokenizer = load_gpt2(config.source, device=device)
     lexicon = build_lexicon(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,20 +11,23 @@ from typing import Any, Literal
 from common.checks import UserError, require_at_least
 from common.gpt2 import load_gpt2
 from common.report import write_text
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.card import model_card
-from recycle_gpt2.corpus import build_corpus, load_documents, read_documents
+from recycle_gpt2.corpus import build_corpus, corpus_hash, load_documents, read_documents, sources_of
 from recycle_gpt2.evaluate import sample, score_documents, summarise_by, table
-from recycle_gpt2.lexicon import LexiconConfig
+from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.stages import (
+    DONE,
     AlignConfig,
     FinetuneConfig,
     Initialisation,
     RelearnConfig,
     align_models,
+    file_hash,
     finetune,
     leader,
+    model_hash,
     once,
     relearn,
     save_model,
@@ -40,8 +44,9 @@ class RunConfig:
     """Make a GPT-2 of a new language from an English one.
 
     The stages are tokenizer, corpus, relearn, align, relearn-large, finetune, evaluate, lexicon and card. Each has a
-    directory in OUT.stages; a run that was stopped goes on where it was when the same command is given again. OUT is
-    an ordinary Hugging Face directory with the tokenizer and a card.
+    directory in OUT.stages; a run that was stopped goes on where it was when the same command is given again. A stage
+    that was deleted, or whose text has changed, is made again with all that was made of it; earlier training is kept
+    beside it. OUT is an ordinary Hugging Face directory with the tokenizer and a card.
     """
 
     text: tuple[Path, ...]
@@ -59,13 +64,14 @@ class RunConfig:
     block: int = 1024
     """Tokens in a block; at most the models' positions."""
     shares: tuple[float, float, float] = (0.98, 0.01, 0.01)
-    """Shares of the documents in train, valid and test."""
+    """Shares of the documents in train, valid and test, each above 0."""
     workers: int = 1
     """Processes that tokenize the corpus."""
     initialisation: Initialisation = "random"
     """First values of the new rows: random, mean, frequency, copy or focus."""
     dictionary: Path | None = None
-    """File of target word, tab, English word in each line: for focus, and to measure the lexicon."""
+    """File of target word, tab, English word in each line: with focus, these words take their translations' rows; with
+    any other initialisation, it measures the lexicon."""
     positions: bool = False
     """Relearn the position embeddings too."""
     norms: bool = False
@@ -74,6 +80,8 @@ class RunConfig:
     """Alignment."""
     k: int = 10
     """Neighbours of the alignment knn."""
+    choose: bool = True
+    """Choose the alignment's centring, ridge and scale by held-out English rows; --no-choose aligns as published."""
     large_share: float = 0.25
     """Length of relearning in the large model, as a share of that in the small one; 0 leaves it out."""
     unfreeze: Literal["all", "top", "none"] = "all"
@@ -151,6 +159,12 @@ def recycle(config: RunConfig) -> Path:
     """
     for name in ("large_share", "finetune_share"):
         require_at_least(name, getattr(config, name), 0)
+    if not min(config.shares) > 0:
+        raise UserError(f"shares are {config.shares}: use three above 0, each of train, valid and test is needed.")
+    if config.dictionary is not None:
+        read_dictionary(config.dictionary)
+    if config.out.name in ("", ".."):
+        raise UserError(f"out is {str(config.out)!r}, which names no new directory: give one that does, as out/gpt2.")
     work = config.out.with_name(config.out.name + ".stages")
     if config.out.exists() and not (config.out / "config.json").exists():
         raise UserError(f"{str(config.out)!r} exists and is no model directory: give another --out.")
@@ -162,17 +176,20 @@ def recycle(config: RunConfig) -> Path:
             print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
         return work / name
 
+    text = _text_hashes(config)
     tokenizer_directory = begin("tokenizer")
     once(
         tokenizer_directory,
         _Tokenizer(config.text, config.vocab_size),
         lambda: _make_tokenizer(config, tokenizer_directory),
+        inputs=text,
     )
     corpus = begin("corpus")
     once(
         corpus,
         _Corpus(config.text, block, config.shares, config.runtime.seed),
         lambda: _make_corpus(config, tokenizer_directory, corpus, block),
+        inputs=text | {"tokenizer": file_hash(tokenizer_directory / "tokenizer.json")},
     )
 
     relearning = RelearnConfig(
@@ -192,7 +209,7 @@ def recycle(config: RunConfig) -> Path:
         out = begin("align")
         align_config = AlignConfig(
             recycled=small, out=out, small=config.small, large=config.large, method=config.method, k=config.k,
-            runtime=config.runtime,
+            choose=config.choose, runtime=config.runtime,
         )
         current = align_models(align_config)
         if config.large_share > 0:
@@ -219,16 +236,44 @@ def recycle(config: RunConfig) -> Path:
 
     models = {"recycled": str(current), "relearned": str(small), "English, untouched": config.small}
     evaluation = begin("evaluate")
-    scores = once(evaluation, _Scoring(models), lambda: _evaluate(config, corpus, models))
+    model = model_hash(current)
+    scores = once(
+        evaluation,
+        _Scoring(models),
+        lambda: _evaluate(config, corpus, models),
+        inputs={"corpus": corpus_hash(corpus), "model": model, "relearned model": model_hash(small)},
+    )
     lexicon = begin("lexicon")
-    once(lexicon, _Scoring(models, config.dictionary), lambda: _make_lexicon(config, current, lexicon))
+    once(
+        lexicon,
+        _Scoring(models, config.dictionary),
+        lambda: _make_lexicon(config, current, lexicon),
+        inputs={"model": model, "dictionary": file_hash(config.dictionary) if config.dictionary else None},
+    )
     card = begin("card")
-    record = once(card, _Scoring({**models, "out": str(config.out)}), lambda: _finish(config, work, current, scores))
+    record = once(
+        card,
+        _Scoring({**models, "out": str(config.out)}),
+        lambda: _finish(config, work, current, scores),
+        inputs={"model": model, "scores": file_hash(evaluation / DONE)},
+    )
     if leader() and not (config.out / "config.json").exists():  # moved or deleted since
         _finish(config, work, current, scores)
     elif not leader():
         wait_for(config.out / "config.json")
     return Path(record["model"])
+
+
+def _text_hashes(config: RunConfig) -> dict[str, str | None]:
+    """SHA-256 of the names and sizes of the text files, and of their times; nothing when they are not there."""
+    try:
+        sources = sources_of(config.text)
+    except UserError:  # the stage that reads them complains, if it is not done
+        return {}
+    parts = [source[:2] for source in sources], [source[2] for source in sources]
+    digests = [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
+    # A copy of the text on another machine may have other times, and only the first process reads it.
+    return {"text": digests[0], "time of the text": digests[1] if leader() else None}
 
 
 def _check_models(config: RunConfig) -> int:
@@ -278,13 +323,14 @@ def _evaluate(config: RunConfig, corpus: Path, models: dict[str, str]) -> dict[s
     results: dict[str, Any] = {"scores": {}, "samples": []}
     for name, source in models.items():
         model, tokenizer = load_gpt2(source, device=device, frozen=True)
-        found = summarise_by(
-            score_documents(model, tokenizer, documents, progress=True), seed=config.runtime.seed
-        )
+        with autocast(device, config.runtime.precision):
+            scores = score_documents(model, tokenizer, documents, progress=True)
+        found = summarise_by(scores, seed=config.runtime.seed)
         print(table(name, found), flush=True)
         results["scores"][name] = {group: asdict(summary) for group, summary in found.items()}
         if name == "recycled":
-            results["samples"] = sample(model, tokenizer, count=3, max_new_tokens=60, seed=config.runtime.seed)
+            with autocast(device, config.runtime.precision):
+                results["samples"] = sample(model, tokenizer, count=3, max_new_tokens=60, seed=config.runtime.seed)
     return results
 
 
@@ -295,8 +341,9 @@ def _make_lexicon(config: RunConfig, model: Path, directory: Path) -> dict[str, 
             model=model,
             source=config.large or config.small,
             out=path,
-            dictionary=config.dictionary,
-            runtime=config.runtime,
+            # What made the rows of focus would only be found in them again.
+            dictionary=None if config.initialisation == "focus" else config.dictionary,
+            device=config.runtime.device,
         )
     )
     return {"lexicon": str(path)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +20,7 @@ from common.gpt2 import load_gpt2, token_table
 from common.report import write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
 from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
-from recycle_gpt2.corpus import TokenBlocks
+from recycle_gpt2.corpus import TokenBlocks, corpus_hash
 from recycle_gpt2.lexical import (
     cooccurrence_embeddings,
     initialise,
@@ -26,7 +28,7 @@ from recycle_gpt2.lexical import (
     replace_lexical,
     train_only,
 )
-from recycle_gpt2.tokenizer import load_tokenizer
+from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 from recycle_gpt2.training import StageConfig, StageRecord, train_stage
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ DONE = "done.json"
 MODEL = "model"
 TRAINING = "training"
 FREE = ("runtime", "devices", "num_nodes", "strategy", "workers")
-"""Settings that do not change what a stage makes (the seed among the runtime's is kept)."""
+"""Settings that do not change what a finished stage has made (the seed among the runtime's is kept)."""
+PROCESSES = "devices * num_nodes"
+"""Must stay the same while a stage trains: the blocks of a step and the number of steps follow from it."""
 Initialisation = Literal["random", "mean", "frequency", "copy", "focus"]
 
 
@@ -56,7 +60,7 @@ class RelearnConfig:
     """First values of the new rows: random (matched mean and variance), mean, frequency (rank), copy (tokens spelled
     as English ones), focus (copied rows, and means of those that are alike in the new language's text)."""
     dictionary: Path | None = None
-    """For focus: a file of target word, tab, English word in each line."""
+    """For focus: a file of target word, tab, English word in each line; these words take their translations' rows."""
     keep_table: bool = False
     """Go on from the token table that the model has (it was aligned or relearned), instead of a new one."""
     positions: bool = False
@@ -84,7 +88,7 @@ class AlignConfig:
     k: int = 10
     """Neighbours of knn."""
     choose: bool = True
-    """Choose centring, ridge and scale by held-out English rows; without, exactly as published."""
+    """Choose centring, ridge and scale by held-out English rows; --no-choose aligns exactly as published."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -111,10 +115,10 @@ def leader() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
-def wait_for(path: Path) -> None:
-    """Return when `path` is there; end with the process that was to write it."""
-    parent = os.getppid()
-    while not path.exists():
+def wait_for(path: Path, ready: Callable[[], bool] | None = None) -> None:
+    """Return when `path` is there, or when it is `ready`; end with the process that was to write it."""
+    parent, ready = os.getppid(), ready or path.exists
+    while not ready():
         if os.getppid() != parent:
             raise UserError(f"the first process ended before it wrote {str(path)!r}: see its message.")
         time.sleep(0.5)
@@ -125,22 +129,40 @@ def settings_of(config: Any) -> dict[str, Any]:
     fields = json.loads(json.dumps(asdict(config), default=str))
     seed = fields.get("runtime", {}).get("seed", 0)
     if isinstance(fields.get("stage"), dict):
-        fields |= {f"stage.{name}": value for name, value in fields.pop("stage").items() if name not in FREE}
+        stage = fields.pop("stage")
+        fields |= {f"stage.{name}": value for name, value in stage.items() if name not in FREE}
+        fields[PROCESSES] = stage["devices"] * stage["num_nodes"]
     return {name: value for name, value in fields.items() if name not in FREE} | {"seed": seed}
 
 
+def file_hash(path: Path) -> str | None:
+    """SHA-256 of what a file holds; None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def model_hash(model: Path | str) -> str | None:
+    """SHA-256 of the record of the stage that made a model; None for any other model."""
+    return file_hash(Path(model).parent / DONE) if Path(model).name == MODEL else None
+
+
 def once(
-    directory: Path, config: Any, work: Callable[[], dict[str, Any]], *, everyone: bool = False
+    directory: Path,
+    config: Any,
+    work: Callable[[], dict[str, Any]],
+    *,
+    inputs: Mapping[str, str | None],
+    everyone: bool = False,
 ) -> dict[str, Any]:
     """Do a stage's work, unless it is done: then return its record.
 
     `settings.json` is written first and `done.json`, whole or not at all, last. In between a stop leaves a stage that
-    the same call takes up again.
+    the same call takes up again. A stage that was made of other inputs is made again; its training is kept.
 
     Args:
         directory: of the stage.
         config: its configuration.
         work: does it and returns a record for JSON.
+        inputs: hashes of what the stage is made of, by name; None is not known and not compared.
         everyone: all processes of distributed training do the work, not only the first.
 
     Raises:
@@ -148,24 +170,53 @@ def once(
     """
     directory = Path(directory)
     done, begun, settings = directory / DONE, directory / "settings.json", settings_of(config)
+    known = {name: value for name, value in inputs.items() if value is not None}
+    before: dict[str, Any] = {}
     # Only training leaves something half done that other settings would not fit.
     if begun.exists() and (done.exists() or (directory / TRAINING).exists()):
+        before = json.loads(begun.read_text())
+        if done.exists():
+            before.pop(PROCESSES, None)
         cure = "use the same settings, delete the directory, or give another"
-        require_same_settings(directory, json.loads(begun.read_text()), settings, cure)
+        require_same_settings(directory, settings | before, settings, cure)  # older directories lack newer settings
+    if leader():
+        if changed := changed_inputs(before, known):
+            begin_anew(directory, changed)
+        known = before.get("inputs", {}) | known
+        if "inputs" not in before or not done.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(begun, settings | {"inputs": known})
+    elif before:
+        wait_for(begun, lambda: not begun.exists() or not changed_inputs(json.loads(begun.read_text()), known))
     if done.exists():
         return json.loads(done.read_text())
-    if leader():
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(begun, settings)
-    elif not everyone:
+    if not (leader() or everyone):
         wait_for(done)
         return json.loads(done.read_text())
     record = work()
     if leader():
-        write_json(done, record)
+        write_json(done, record | {"inputs": known})
     else:
         wait_for(done)
     return record
+
+
+def changed_inputs(before: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """Names of the inputs that were others when a stage was begun with the settings `before`."""
+    return [name for name, value in inputs.items() if before.get("inputs", {}).get(name, value) != value]
+
+
+def begin_anew(directory: Path, changed: Sequence[str]) -> None:
+    """Make room for a stage whose inputs have changed: what is quickly made again goes, training is kept beside it."""
+    what = f"{directory} was made of another {' and '.join(changed)}: it is made again"
+    if (directory / TRAINING).exists():
+        places = (directory.with_name(f"{directory.name}.{number}") for number in itertools.count(1))
+        kept = next(place for place in places if not place.exists())
+        os.replace(directory, kept)
+        print(f"{what}, and what was trained before is kept in {kept}.", flush=True)
+    else:
+        (directory / DONE).unlink(missing_ok=True)
+        print(f"{what}.", flush=True)
 
 
 def save_model(
@@ -199,16 +250,30 @@ def relearn(config: RelearnConfig) -> Path:
         model, english = load_gpt2(config.model)
         train, valid = (TokenBlocks(config.corpus, split) for split in ("train", "valid"))
         tokenizer = english if config.keep_table else load_tokenizer(config.tokenizer)
-        _require_same_vocabulary(train, tokenizer, config.corpus)
+        _require_same_tokenizer(train, tokenizer, config.corpus)
         if not config.keep_table:
             replace_lexical(model, tokenizer, new_rows(config, model, english, tokenizer, train))
         train_only(model, positions=config.positions, norms=config.norms)
-        record = train_stage(model, train, valid, config.out / TRAINING, config.stage, runtime=config.runtime)
+        record = train_stage(
+            model,
+            train,
+            valid,
+            config.out / TRAINING,
+            config.stage,
+            runtime=config.runtime,
+            order=int(config.keep_table),  # a short second relearning sees other blocks than the first began with
+        )
         if leader():
             save_model(model, tokenizer, config.out / MODEL)
         return described(record)
 
-    once(config.out, config, work, everyone=True)
+    inputs = {
+        "corpus": corpus_hash(config.corpus),
+        "tokenizer": file_hash(config.tokenizer / "tokenizer.json"),
+        "model": model_hash(config.model),
+        "dictionary": file_hash(config.dictionary) if config.dictionary else None,
+    }
+    once(config.out, config, work, inputs=inputs, everyone=True)
     return config.out / MODEL
 
 
@@ -221,7 +286,7 @@ def new_rows(
 ) -> torch.Tensor:
     """The token table that relearning begins with."""
     auxiliary = None
-    if config.initialisation == "focus" and config.dictionary is None:
+    if config.initialisation == "focus":
         auxiliary = cooccurrence_embeddings(
             train.tokens(0, min(train.num_tokens, 20_000_000)),  # as many as tell the vocabulary's company
             len(tokenizer),
@@ -247,11 +312,13 @@ def align_models(config: AlignConfig) -> Path:
     """
 
     def work() -> dict[str, Any]:
-        start(config.runtime)
+        device = start(config.runtime)
+        if device.type == "mps":  # which has no float64
+            device = torch.device("cpu")
         require_directory(config.recycled, "recycled model")
-        small, small_tokenizer = load_gpt2(config.small, frozen=True)
-        large, large_tokenizer = load_gpt2(config.large, frozen=True)
-        recycled, tokenizer = load_gpt2(config.recycled, frozen=True)
+        small, small_tokenizer = load_gpt2(config.small, device=device, frozen=True)
+        large, large_tokenizer = load_gpt2(config.large, device=device, frozen=True)
+        recycled, tokenizer = load_gpt2(config.recycled, device=device, frozen=True)
         require_shared_vocabulary(config, small_tokenizer, large_tokenizer)
         tables = token_table(small), token_table(large)
         rows = min(len(table) for table in tables)
@@ -275,7 +342,7 @@ def align_models(config: AlignConfig) -> Path:
             ),
         }
 
-    record = once(config.out, config, work)
+    record = once(config.out, config, work, inputs={"recycled model": model_hash(config.recycled)})
     print(
         f"aligned by {config.method}: {record['neighbour_overlap']:.1%} of neighbours kept, error on held-out English "
         f"rows {record['held_out_error']:.3f} (0 perfect, 1 useless)"
@@ -305,7 +372,7 @@ def finetune(config: FinetuneConfig) -> Path:
         start(config.runtime)
         model, tokenizer = load_gpt2(config.model)
         train, valid = (TokenBlocks(config.corpus, split) for split in ("train", "valid"))
-        _require_same_vocabulary(train, tokenizer, config.corpus)
+        _require_same_tokenizer(train, tokenizer, config.corpus)
         records = []
         steps = unfreezing(config.unfreeze, model.config.n_layer)
         part = replace(
@@ -316,7 +383,10 @@ def finetune(config: FinetuneConfig) -> Path:
         for number, layers in enumerate(steps, start=1):
             train_only(model, layers=layers)
             directory = config.out / TRAINING / (f"step-{number}" if len(steps) > 1 else "")
-            records.append(train_stage(model, train, valid, directory, part, runtime=config.runtime))
+            # Each step, a share of an epoch, sees other blocks; 0 and 1 are the orders of relearning.
+            records.append(
+                train_stage(model, train, valid, directory, part, runtime=config.runtime, order=number + 1)
+            )
         if leader():
             save_model(model, tokenizer, config.out / MODEL)
         last = records[-1]
@@ -329,7 +399,8 @@ def finetune(config: FinetuneConfig) -> Path:
             )
         )
 
-    once(config.out, config, work, everyone=True)
+    inputs = {"corpus": corpus_hash(config.corpus), "model": model_hash(config.model)}
+    once(config.out, config, work, inputs=inputs, everyone=True)
     return config.out / MODEL
 
 
@@ -340,11 +411,16 @@ def unfreezing(how: str, n_layer: int) -> list[Literal["all"] | list[int]]:
     return [layers_from_top(n_layer, count) for count in range(1, n_layer)] + ["all"]
 
 
-def _require_same_vocabulary(train: TokenBlocks, tokenizer: PreTrainedTokenizerBase, corpus: Path) -> None:
+def _require_same_tokenizer(train: TokenBlocks, tokenizer: PreTrainedTokenizerBase, corpus: Path) -> None:
     if train.vocab_size != len(tokenizer):
         raise UserError(
             f"corpus {str(corpus)!r} has a vocabulary of {train.vocab_size} tokens but the tokenizer {len(tokenizer)}: "
             f"build the corpus with this tokenizer."
+        )
+    if train.tokenizer != tokenizer_hash(tokenizer):
+        raise UserError(
+            f"corpus {str(corpus)!r} was built with another tokenizer of as many tokens: build the corpus with this "
+            f"tokenizer."
         )
 
 

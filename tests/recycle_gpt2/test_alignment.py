@@ -30,6 +30,15 @@ def tables(golden):
     return golden["small_source"], golden["large_source"], golden["small_target"]
 
 
+def test_knn_makes_no_second_copy_of_the_large_table(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    small, large, target = (torch.randn(rows, width, generator=generator) for rows, width in ((40, 6), (40, 9), (5, 6)))
+    shapes, plain = [], torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda self: shapes.append(tuple(self.shape)) or plain(self))
+    fit_knn(small, large, target, k=3, chunk=2)
+    assert (2, 3, 9) in shapes and large.shape not in shapes
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)

@@ -24,12 +24,14 @@ from recycle_gpt2.corpus import (
     Document,
     TokenBlocks,
     build_corpus,
+    corpus_hash,
     labels,
     load_documents,
     read_documents,
     run,
 )
-from recycle_gpt2.tokenizer import save_tokenizer
+from recycle_gpt2.evaluate import with_end
+from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer
 
 SHARES = (0.8, 0.1, 0.1)
 
@@ -220,6 +222,36 @@ def test_text_that_spells_the_end_token(tokenizer, tmp_path):
     blocks = TokenBlocks(out, "train")
     assert int(blocks.counts()[blocks.end]) == 2
     assert tokenizer.decode(blocks.tokens(0, blocks.num_tokens)) == "een <|endoftext|> twee<|endoftext|>drie<|endoftext|>"
+
+
+def test_truncation_in_a_tokenizer_cuts_no_document(built, text, tokenizer, dutch, tmp_path):
+    save_tokenizer(tokenizer, tmp_path / "short")
+    path = tmp_path / "short" / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    state["padding"] = {"strategy": {"Fixed": 9999}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                        "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    path.write_text(json.dumps(state), encoding="utf-8")
+    short = load_tokenizer(tmp_path / "short")
+    assert len(short.backend_tokenizer.encode(dutch[0]).ids) != len(tokenizer(dutch[0]).input_ids)
+    again = build_corpus([text], short, tmp_path / "again", block=32, shares=SHARES, chunk=4000, progress=False)
+    assert TokenBlocks(again, "train").num_tokens == TokenBlocks(built, "train").num_tokens
+    assert with_end(load_tokenizer(tmp_path / "short"), dutch[0]) == with_end(tokenizer, dutch[0])
+
+
+def test_corpus_hash_is_of_what_trains(built, text, tokenizer, tmp_path):
+    assert corpus_hash(tmp_path / "absent") is None
+    before = corpus_hash(built)
+    options = dict(shares=SHARES, chunk=4000, progress=False)
+    os.utime(text / "stories.txt", ns=(1, 1))
+    build_corpus([text], tokenizer, built, block=32, **options)
+    assert corpus_hash(built) == before
+    build_corpus([text], tokenizer, built, block=16, **options)
+    shorter = corpus_hash(built)
+    with open(text / "stories.txt", "a", encoding="utf-8") as file:
+        file.write("\n\nde kat\n")
+    build_corpus([text], tokenizer, built, block=16, **options)
+    assert len({before, shorter, corpus_hash(built)}) == 3
 
 
 def test_blocks_reach_a_loader_process_without_their_data(built):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -99,6 +100,19 @@ def test_summary_is_the_ratio_of_sums_with_an_interval():
     assert same[0] == pytest.approx(same[1])
 
 
+def test_bootstrap_does_not_hold_all_resamples():
+    scores = [item(float(n % 7 + 1), 10 + n % 11) for n in range(2000)]
+    tracemalloc.start()
+    found = summarise(scores, resamples=300, seed=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2000 * 300 * 8 / 4
+    drawn = np.stack([g.integers(0, 2000, 2000) for g in [np.random.default_rng(2)] for _ in range(300)])
+    nats, size = (np.array([getattr(s, name) for s in scores], dtype=float) for name in ("nats", "num_bytes"))
+    ratios = nats[drawn].sum(1) / math.log(2) / size[drawn].sum(1)
+    assert found.bits_per_byte_interval == tuple(np.quantile(ratios, [0.025, 0.975]))
+
+
 def test_summaries_by_genre_and_file():
     scores = [item(10, 20, "a"), item(30, 20, "b"), item(20, 20, "b")]
     found = summarise_by(scores, "genre", resamples=10)
@@ -157,6 +171,32 @@ def test_command_compares_models_by_genre(gpt2_directory, english_models, text, 
     found = json.loads(out.read_text())["models"]
     assert set(found) == set(models)
     assert found[models[0]]["all"]["num_bytes"] == found[models[1]]["all"]["num_bytes"]
+
+
+def test_command_computes_in_bf16_and_reads_no_more_than_it_scores(gpt2_directory, text, tmp_path, monkeypatch):
+    read = []
+
+    def documents(paths):
+        for number in range(5):
+            read.append(number)
+            yield Document("the cat sat on the mat " * 3, "a.txt", "a")
+
+    monkeypatch.setattr("recycle_gpt2.evaluate.read_documents", documents)
+    out = tmp_path / "scores.json"
+    nats = {}
+    for precision in ("fp32", "bf16"):
+        assert main(["evaluate", str(gpt2_directory), "--text", str(text), "--out", str(out), "--max-documents", "2",
+                     "--device", "cpu", "--precision", precision]) == 0
+        nats[precision] = json.loads(out.read_text())["models"][str(gpt2_directory)]["all"]["nats"]
+    assert read == [0, 1] * 2
+    assert nats["fp32"] != nats["bf16"] and nats["bf16"] == pytest.approx(nats["fp32"], rel=0.02)
+    on = []
+    monkeypatch.setattr(
+        "recycle_gpt2.evaluate.sample", lambda *args, **options: on.append(torch.is_autocast_enabled("cpu")) or []
+    )
+    for precision in ("fp32", "bf16"):
+        main(["sample", str(gpt2_directory), "--device", "cpu", "--precision", precision])
+    assert on == [False, True]
 
 
 def test_command_samples_to_a_file(gpt2_directory, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -107,6 +108,21 @@ def test_report(config, tmp_path, capsys):
         (answers / "a.json").write_text(content)
         with pytest.raises(UserError, match=message):
             run_report(only)
+
+
+def test_of_files_by_one_judge_the_one_saved_last_holds(config, tmp_path):
+    run_form(config)
+    key = json.loads((config.out / "key.json").read_text())
+    first, second = tmp_path / "answers-Ann.json", tmp_path / "answers-Ann (1).json"  # as a browser names them
+    for time, (path, choice) in enumerate(((first, "machine"), (second, "human")), 1):
+        answers = dict.fromkeys(key["models"], choice)
+        path.write_text(json.dumps({"form": key["form"], "judge": "Ann", "answers": answers}))
+        os.utime(path, (time, time))
+    assert second.name < first.name
+    for answers in ((tmp_path,), (second, first)):
+        run_report(JudgeReportConfig(answers=answers, key=config.out / "key.json", out=config.out / "report.json"))
+        report = json.loads((config.out / "report.json").read_text())
+        assert report["answers_by_judge"] == {"Ann": 18} and {v["share"] for v in report["models"]} == {1}
 
 
 def test_bad_settings(config):

@@ -141,5 +141,7 @@ def test_run(tables, tokenizer, english_tokenizer, dictionary, tmp_path, capsys)
     assert all(len(row) == 11 for row in rows) and "cat" in next(row for row in rows if row[0] == "kat")[1]
     assert json.loads(out.with_suffix(".json").read_text())["precision"] == {"at_1": 1, "at_5": 1, "words": len(PAIRS)}
     assert "precision at 1: 1.000, at 5: 1.000" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"lexicon.json', where the precision goes: use another ending"):
+        run(LexiconConfig(model=tmp_path / "nld", source=str(tmp_path / "eng"), out=out.with_suffix(".json")))
     with pytest.raises(UserError, match="k .*is 3: use at least 5"):
         run(LexiconConfig(model=tmp_path / "nld", source=str(tmp_path / "eng"), out=out, k=3, dictionary=dictionary))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
+from recycle_gpt2 import run as run_module
+from recycle_gpt2 import stages as stages_module
+from recycle_gpt2.corpus import build_corpus
 from recycle_gpt2.run import RunConfig, recycle, upload
 from recycle_gpt2.stages import (
     AlignConfig,
@@ -24,11 +29,13 @@ from recycle_gpt2.stages import (
     RelearnConfig,
     align_models,
     finetune,
+    once,
     relearn,
     save_model,
     unfreezing,
 )
-from recycle_gpt2.training import StageConfig
+from recycle_gpt2.tokenizer import train_tokenizer
+from recycle_gpt2.training import StageConfig, StageRecord
 
 
 def long(test):
@@ -178,7 +185,129 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_named(runs, monkey
     with pytest.raises(UserError, match="begun with stage.lr 0.003, now it is 0.01"):
         recycle(replace(config, stage=replace(config.stage, lr=0.01)))
     # Where and with how many processes a run goes on is free.
+    with pytest.raises(UserError, match="align.* was begun with choose True, now it is False"):
+        recycle(replace(config, choose=False))
     recycle(replace(config, workers=2, runtime=RuntimeConfig(device="cpu", seed=3, threads=1)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a stage that does nothing."""
+
+    stage: StageConfig = StageConfig()
+    size: int = 1
+
+
+def test_a_stage_of_other_inputs_is_made_again_and_its_training_kept(tmp_path, capsys):
+    made = []
+
+    def work():
+        made.append(len(made))
+        return {"number": len(made)}
+
+    stage = tmp_path / "stage"
+    assert once(stage, Settings(), work, inputs={"text": "a"}) == {"number": 1}
+    assert once(stage, Settings(), work, inputs={"text": "a"})["number"] == 1
+    assert once(stage, Settings(), work, inputs={"text": None})["number"] == 1  # the text is not there any more
+    assert not capsys.readouterr().out
+    assert once(stage, Settings(), work, inputs={"text": "b"})["number"] == 2
+    assert capsys.readouterr().out == f"{stage} was made of another text: it is made again.\n"
+    assert json.loads((stage / "done.json").read_text()) == {"number": 2, "inputs": {"text": "b"}}
+    for number, text in ((1, "c"), (2, "d")):  # finished, and half done
+        (stage / "training").mkdir()
+        (stage / "training" / "last.ckpt").write_text(text)
+        once(stage, Settings(), work, inputs={"text": text})
+        kept = tmp_path / f"stage.{number}"
+        assert (kept / "training" / "last.ckpt").read_text() == text and f"is kept in {kept}" in capsys.readouterr().out
+        (stage / "done.json").unlink()
+    assert len(made) == 4
+
+
+def test_directories_without_a_record_of_their_inputs_are_accepted_and_get_one(tmp_path, capsys):
+    def work():
+        return {"number": 1}
+
+    once(tmp_path, Settings(), work, inputs={})
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["inputs"], settings["devices * num_nodes"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert once(tmp_path, Settings(), lambda: 1 / 0, inputs={"text": "a"})["number"] == 1
+    assert not capsys.readouterr().out
+    assert once(tmp_path, Settings(), lambda: {"number": 2}, inputs={"text": "b"})["number"] == 2
+
+
+def test_number_of_processes_is_free_only_when_a_stage_is_done(tmp_path):
+    def killed():
+        (tmp_path / "training").mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        once(tmp_path, Settings(), killed, inputs={})
+    for more in ({"devices": 4}, {"num_nodes": 2}):
+        with pytest.raises(UserError, match=r"begun with devices \* num_nodes 1, now it is [24]: use the same"):
+            once(tmp_path, Settings(StageConfig(**more)), dict, inputs={})
+    once(tmp_path, Settings(StageConfig(strategy="ddp")), lambda: {"number": 1}, inputs={})
+    assert once(tmp_path, Settings(StageConfig(devices=4)), dict, inputs={})["number"] == 1
+
+
+def test_other_processes_wait_until_the_first_has_made_a_stage_again(tmp_path, monkeypatch):
+    once(tmp_path, Settings(), lambda: {"number": 1}, inputs={"text": "a"})
+    monkeypatch.setattr("recycle_gpt2.stages.leader", lambda: threading.current_thread().name == "first")
+    first = threading.Thread(
+        name="first", target=once, args=(tmp_path, Settings(), lambda: {"number": 2}), kwargs={"inputs": {"text": "b"}}
+    )
+    timer = threading.Timer(0.3, first.start)
+    timer.start()
+    assert once(tmp_path, Settings(), lambda: 1 / 0, inputs={"text": "b"})["number"] == 2
+    timer.join()
+    first.join()
+
+
+@long
+def test_what_was_made_of_a_deleted_stage_or_of_other_text_is_made_again(tmp_path, text, english_models, capsys):
+    config = replace(
+        settings(text, english_models, tmp_path / "out"), large="", unfreeze="all", stage=StageConfig(tokens=256)
+    )
+    stages = tmp_path / "out.stages"
+
+    def made() -> dict[str, int]:
+        found = {path.parent.name: path.stat().st_mtime_ns for path in stages.glob("*/done.json")}
+        return found | {"out": (config.out / "model.safetensors").stat().st_mtime_ns}
+
+    def again(config: RunConfig) -> set[str]:
+        """What the same command makes anew."""
+        before = made()
+        recycle(config)
+        after = made()
+        same = load_file(config.out / "model.safetensors"), load_file(stages / "finetune/model/model.safetensors")
+        assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+        return {name for name, time in after.items() if before.get(name) != time}
+
+    last = {"evaluate", "lexicon", "card", "out"}
+    recycle(config)
+    assert again(config) == set()
+
+    config = replace(config, finetune_lr=1e-2)
+    with pytest.raises(UserError, match=r"finetune' was begun with stage.lr 0.0001, .* delete the directory"):
+        recycle(config)
+    shutil.rmtree(stages / "finetune")
+    assert again(config) == {"finetune", *last}
+
+    config = replace(config, stage=StageConfig(tokens=256, lr=1e-2))
+    shutil.rmtree(stages / "relearn")
+    capsys.readouterr()
+    assert again(config) == {"relearn", "finetune", "finetune.1", *last}
+    assert "finetune was made of another model: it is made again, and what was trained" in capsys.readouterr().out
+
+    os.utime(text / "stories.txt", ns=(1, 1))
+    assert again(config) == {"tokenizer", "corpus"}  # the same text: nothing is trained again
+
+    with open(text / "stories.txt", "a", encoding="utf-8") as file:
+        file.write("\n\nde kat en het koud water op een mat\n" * 20)
+    kept = {"relearn.1", "finetune.2"}
+    assert again(config) == {"tokenizer", "corpus", "relearn", "finetune", *kept, *last}
+    shutil.rmtree(text)
+    assert again(config) == set()  # nothing that is left to do needs the text
 
 
 def test_a_model_is_uploaded_with_its_card(monkeypatch, tmp_path):
@@ -248,14 +377,110 @@ def test_unfreezing_from_the_top_ends_with_everything():
     assert unfreezing("all", 4) == ["all"]
 
 
-def test_corpus_of_another_tokenizer_is_named(tmp_path, text, tokenizer, english_models, english_tokenizer):
-    from recycle_gpt2.corpus import build_corpus
+def test_each_training_sees_the_blocks_in_another_order(tmp_path, text, tokenizer, english_models, monkeypatch):
+    build_corpus([text], tokenizer, tmp_path / "corpus", block=16, shares=(0.8, 0.1, 0.1), progress=False)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    orders = []
 
+    def train_stage(*args, order, **kwargs):
+        orders.append(order)
+        return StageRecord((), 0, 0, 0.0, 0.0, 0.0, ())
+
+    monkeypatch.setattr(stages_module, "train_stage", train_stage)
+    relearning = RelearnConfig(
+        corpus=tmp_path / "corpus", tokenizer=tmp_path / "tokenizer", out=tmp_path / "a", model=str(english_models[1])
+    )
+    model = relearn(relearning)
+    relearn(replace(relearning, out=tmp_path / "b", model=str(model), keep_table=True))
+    finetune(FinetuneConfig(model=model, corpus=tmp_path / "corpus", out=tmp_path / "c", unfreeze="top"))
+    assert len(orders) == 2 + 3 and len(set(orders)) == len(orders)
+
+
+def test_focus_with_a_dictionary_still_mixes_the_other_rows(
+    tmp_path, text, tokenizer, english_models, english_tokenizer, monkeypatch
+):
+    build_corpus([text], tokenizer, tmp_path / "corpus", block=16, shares=(0.8, 0.1, 0.1), progress=False)
+    (tmp_path / "words.tsv").write_text("kat\tcat\n")
+    given = {}
+    monkeypatch.setattr(stages_module, "initialise", lambda *args, **kwargs: given.update(kwargs))
+    config = RelearnConfig(
+        corpus=tmp_path / "corpus", tokenizer=tmp_path, out=tmp_path / "out", initialisation="focus",
+        dictionary=tmp_path / "words.tsv",
+    )
+    model, english = load_gpt2(english_models[0])
+    stages_module.new_rows(config, model, english, tokenizer, stages_module.TokenBlocks(tmp_path / "corpus", "train"))
+    assert given["auxiliary"].shape[0] == len(tokenizer) and given["dictionary"] == tmp_path / "words.tsv"
+
+
+def test_the_dictionary_of_focus_does_not_measure_the_lexicon(tmp_path, monkeypatch):
+    (tmp_path / "words.tsv").write_text("kat\tcat\n")
+    given = []
+    monkeypatch.setattr(run_module, "run_lexicon", given.append)
+    config = RunConfig(text=(), out=tmp_path, language="nld", dictionary=tmp_path / "words.tsv")
+    for initialisation in ("random", "focus"):
+        run_module._make_lexicon(replace(config, initialisation=initialisation), tmp_path, tmp_path)
+    assert [config.dictionary for config in given] == [tmp_path / "words.tsv", None]
+
+
+def test_alignment_is_on_the_device_and_scores_are_in_the_precision_asked_for(
+    tmp_path, text, tokenizer, english_models, monkeypatch
+):
+    small, large = map(str, english_models)
+    devices = []
+
+    def load(name, *, device="cpu", **kwargs):
+        devices.append(device)
+        return load_gpt2(name, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages_module, "load_gpt2", load)
+        patch.setattr(stages_module, "start", lambda runtime: torch.device("cuda", 0))
+        align_models(AlignConfig(recycled=Path(small), out=tmp_path / "align", small=small, large=large))
+        assert devices == [torch.device("cuda", 0)] * 3
+        patch.setattr(stages_module, "start", lambda runtime: torch.device("mps"))  # has no double precision
+        align_models(AlignConfig(recycled=Path(small), out=tmp_path / "again", small=small, large=large))
+        assert devices[3:] == [torch.device("cpu")] * 3
+
+    build_corpus([text], tokenizer, tmp_path / "corpus", block=16, shares=(0.8, 0.1, 0.1), progress=False)
+    config = settings(text, english_models, tmp_path / "out")
+    exact, rough = (
+        run_module._evaluate(
+            replace(config, runtime=RuntimeConfig(device="cpu", precision=precision)), tmp_path / "corpus",
+            {"recycled": small},
+        )["scores"]["recycled"]["all"]["nats"]
+        for precision in ("fp32", "bf16")
+    )
+    assert exact != rough and rough == pytest.approx(exact, rel=0.01)
+
+
+def test_what_cannot_work_is_said_before_anything_is_made(tmp_path, text, english_models, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = settings(text, english_models, tmp_path / "out")
+    (tmp_path / "bad.tsv").write_text("kat cat\n")
+    for change, message in (
+        ({"shares": (0.99, 0.01, 0)}, r"shares are \(0.99, 0.01, 0\): use three above 0"),
+        ({"dictionary": tmp_path / "absent.tsv"}, "absent.tsv' does not exist"),
+        ({"dictionary": tmp_path / "bad.tsv"}, "line 1 is not a word, a tab"),
+        ({"out": Path(".")}, r"out is '\.', which names no new directory"),
+        ({"out": Path("..")}, r"out is '\.\.'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            recycle(replace(config, **change))
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "bad.tsv"}
+
+
+def test_corpus_of_another_tokenizer_is_named(tmp_path, text, dutch, tokenizer, english_models, english_tokenizer):
     build_corpus([text], tokenizer, tmp_path / "corpus", block=16, shares=(0.8, 0.1, 0.1), progress=False)
     english_tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="vocabulary of 320 tokens but the tokenizer 310"):
         relearn(
             RelearnConfig(corpus=tmp_path / "corpus", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out",
+                          model=str(english_models[0]))
+        )
+    train_tokenizer(dutch[:100], 320).save_pretrained(tmp_path / "as-large")
+    with pytest.raises(UserError, match="built with another tokenizer of as many tokens"):
+        relearn(
+            RelearnConfig(corpus=tmp_path / "corpus", tokenizer=tmp_path / "as-large", out=tmp_path / "out",
                           model=str(english_models[0]))
         )
 
