@@ -77,7 +77,6 @@ def measure(field: str, *, quick: bool, seed: int) -> dict[str, float]:
         _, losses, _ = pipeline.get_train_loss_dict(number)
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
-        model.after_step(number)
 
     def train_a_little(number: int) -> None:
         for i in range(number):

@@ -148,7 +148,7 @@ class TrainConfig:
     retrieval: int = 0
     """Captions of similar images (from the training captions, by CLIP) put as text before each caption; 0 for none."""
     resume: bool = True
-    """Go on from last.ckpt in OUT when there is one."""
+    """Go on from last.ckpt in OUT when there is one; --no-resume begins anew."""
     devices: int = 1
     """Processes or GPUs on each machine; a step then has as many times --batch-size captions."""
     num_nodes: int = 1

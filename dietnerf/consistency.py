@@ -36,7 +36,7 @@ class ConsistencyConfig:
     split: Literal["train", "val", "test"] = "train"
     """Views of each scene."""
     views: int = 20
-    """At most so many views of each scene, far from each other."""
+    """At most so many views of each scene, evenly spread over its list."""
     out: Path = Path("out/consistency")
     """Where results.json and the page go."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -86,7 +86,7 @@ def plot_similarities(found: Similarities) -> Figure:
 def embed_scene(
     path: Path, encoder: Any, *, feature: str, split: str = "train", views: int = 20
 ) -> Float[Tensor, "n e"]:
-    """Embeddings of at most `views` views of a scene."""
+    """Embeddings of at most `views` views of a scene (by a classifier, which has one feature, that one)."""
     parser = FewViewParserConfig(data=path).setup()
     data = FewViewDataset(parser.get_dataparser_outputs(split))
     stride = max(1, -(-len(data) // views))
@@ -94,7 +94,8 @@ def embed_scene(
     for index in range(0, len(data), stride):
         image = data.load(index)[0].permute(2, 0, 1)[None]
         with torch.no_grad():
-            found.append(encoder(image)[feature].cpu())
+            features = encoder(image)
+        found.append(features[encoder.feature_of(features, feature)].cpu())
     return torch.cat(found)
 
 
@@ -113,6 +114,8 @@ def measure(config: ConsistencyConfig) -> dict[str, Any]:
         embeddings[name] = embed_scene(
             path, encoder, feature=config.feature, split=config.split, views=config.views
         )
+        if len(embeddings[name]) < 2:
+            raise UserError(f"scene {str(path)!r} has one {config.split} view: pairs need 2, take another --split.")
     found = pair_similarities(embeddings)
     everything = torch.cat(list(found.within.values()))
     record: dict[str, Any] = {

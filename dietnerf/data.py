@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +36,8 @@ BLENDER_PLANES = (2.0, 6.0)
 """Near and far of NeRF's synthetic scenes."""
 UNBOUNDED_PLANES = (0.05, 4.0)
 """Near and far of scenes whose cameras nerfstudio's parsers scale into [-1, 1]."""
+OTHER_SPLIT = {"test": "val", "val": "test"}
+"""Held-out views that stand in for those that a scene lacks."""
 
 
 @dataclass(frozen=True)
@@ -235,18 +239,32 @@ def load_image(
     Raises:
         UserError: unreadable or cut short.
     """
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            image = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {str(path)!r} is damaged or cut short ({error}): replace it.") from error
-    values = np.asarray(image, dtype=np.float32) / 255
+    values = np.asarray(_decode(path), dtype=np.float32) / 255
     alpha = values[..., 3:] if values.shape[-1] == 4 and background != "image" else None
     colour = values[..., :3]
     if alpha is not None:
         colour = colour * alpha + (1 - alpha) * (1.0 if background == "white" else 0.0)
     return _area(colour, size), None if alpha is None else _area(alpha, size)
+
+
+def _decode(path: Path) -> Image.Image:
+    """An image as RGBA when it has alpha, else as RGB."""
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened.convert("RGBA" if opened.has_transparency_data else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {str(path)!r} is damaged or cut short ({error}): replace it.") from error
+
+
+def is_opaque(path: Path) -> bool:
+    """Whether an image has no alpha, or alpha that hides nothing.
+
+    Raises:
+        UserError: unreadable or cut short.
+    """
+    image = _decode(path)
+    return image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
 
 
 def _area(values: np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -256,7 +274,8 @@ def _area(values: np.ndarray, size: tuple[int, int]) -> Tensor:
     if (width, height) == size:
         return tensor
     rows, columns = area_weights(height, new_height), area_weights(width, new_width)
-    return torch.einsum("yh,hwc,xw->yxc", rows, tensor, columns)
+    with torch.autocast("cpu", enabled=False):  # the first step, which may be in bfloat16, asks for the images
+        return torch.einsum("yh,hwc,xw->yxc", rows, tensor, columns)
 
 
 def area_weights(old: int, new: int) -> Float[Tensor, "new old"]:
@@ -311,27 +330,26 @@ class FewViewParser(DataParser):
         cameras, paths = found.cameras, list(found.image_filenames)
         if not paths:
             raise UserError(f"scene {str(self.config.data)!r} has no {split} views: give it some.")
-        if split == "train":
-            ids = select_views(
+        ids = tuple(range(len(paths)))
+        if split == "train" or found.metadata.get("from_training"):
+            chosen = select_views(
                 cameras.camera_to_worlds[:, :3, 3],
                 number=self.config.num_views,
                 ids=self.config.view_ids,
                 order=self.config.view_order,
                 seed=self.config.view_seed,
             )
-        else:
-            ids = tuple(range(0, len(paths), self.config.eval_every))
+            ids = chosen if split == "train" else tuple(i for i in ids if i not in chosen) or chosen
+        if split != "train":
+            ids = ids[:: self.config.eval_every]
         paths = [paths[i] for i in ids]
         cameras = cameras[torch.tensor(ids)]
         width, height = require_same_size(paths)
         for i in range(len(cameras)):
             check_pose(cameras.camera_to_worlds[i].tolist(), f"camera of {str(paths[i])!r}")
         size = self._size(width, height)
-        cameras.fx, cameras.cx = (v * (size[0] / width) for v in (cameras.fx, cameras.cx))
-        cameras.fy, cameras.cy = (v * (size[1] / height) for v in (cameras.fy, cameras.cy))
-        cameras.width = torch.full_like(cameras.fx, size[0]).long()
-        cameras.height = torch.full_like(cameras.fy, size[1]).long()
-        background = self._background(paths)
+        _fit_cameras(cameras, paths[0], (width, height), size)
+        background = self._background(paths, split)
         colour = {"white": torch.ones(3), "black": torch.zeros(3), "image": None}[background]
         return DataparserOutputs(
             image_filenames=paths,
@@ -358,29 +376,34 @@ class FewViewParser(DataParser):
             return width, height
         return wanted, max(1, round(height * wanted / width))
 
-    def _background(self, paths: Sequence[Path]) -> str:
+    def _background(self, paths: Sequence[Path], split: str) -> str:
         """What is behind the scene, after a look at whether the images have alpha."""
-        opaque = []
+        without = []
         for path in paths:
             with Image.open(path) as image:
                 if not image.has_transparency_data:
-                    opaque.append(path)
+                    without.append(path)
         wanted = self.config.background
+        if wanted == "image":
+            return wanted
+        opaque = without or (list(paths) if all(is_opaque(path) for path in paths) else [])
         if wanted == "auto":
             return "image" if opaque else "white"
-        if wanted in ("white", "black") and opaque:
+        if without or (opaque and split == "train"):  # some held-out views may lack what is transparent
             raise UserError(
-                f"background is {wanted!r} but image {str(opaque[0])!r} has no alpha: use background image, or images "
-                f"with a transparent background."
+                f"background is {wanted!r} but image {str(opaque[0])!r} has no alpha or nothing transparent: use "
+                f"background image, or images with a transparent background."
             )
         return wanted
 
     def _blender(self, split: str) -> DataparserOutputs:
         directory = Path(self.config.data)
         path = directory / f"transforms_{split}.json"
+        from_training = False
         if not path.is_file() and split != "train":  # a scene may come with one held-out split only
-            other = directory / f"transforms_{'val' if split == 'test' else 'test'}.json"
-            path = other if other.is_file() else directory / "transforms_train.json"
+            path = directory / f"transforms_{OTHER_SPLIT[split]}.json"
+            if from_training := not path.is_file():
+                path = directory / "transforms_train.json"
         meta = read_frames(path)
         angle = meta.get("camera_angle_x")
         if not isinstance(angle, (int, float)) or not 0 < angle < math.pi:
@@ -396,7 +419,7 @@ class FewViewParser(DataParser):
             cameras=_cameras(torch.from_numpy(poses).float(), focal, width, height),
             scene_box=SceneBox(aabb=torch.tensor([[-1.5] * 3, [1.5] * 3])),
             dataparser_scale=self.config.scale_factor,
-            metadata={"source": path.name},
+            metadata={"source": path.name, "from_training": from_training},
         )
 
     def _nerfstudio(self, split: str) -> DataparserOutputs:
@@ -405,8 +428,20 @@ class FewViewParser(DataParser):
         meta = read_frames(file)
         for frame in meta["frames"]:
             find_image(file.parent, frame["file_path"])
+        if "fisheye_crop_radius" in meta and "FISHEYE" in str(meta.get("camera_model")):
+            raise UserError(
+                f"transforms file {str(file)!r} has fisheye_crop_radius {meta['fisheye_crop_radius']}, which cannot be "
+                f"used: undistort the photographs, or leave it out to train on whole images."
+            )
         parser = NerfstudioDataParserConfig(data=path, scale_factor=self.config.scale_factor, downscale_factor=1)
-        return self._through(parser, split)
+        found = self._through(parser, split)
+        if found.mask_filenames and split == "train":
+            print(
+                f"warning: the masks (mask_path) of {str(file)!r} are not used: make what they hide transparent in the "
+                f"images (PNG with alpha).",
+                file=sys.stderr,
+            )
+        return found
 
     def _colmap(self, split: str) -> DataparserOutputs:
         place = _reconstruction(Path(self.config.data))
@@ -421,25 +456,42 @@ class FewViewParser(DataParser):
         return self._through(parser, split)
 
     def _through(self, parser: DataParserConfig, split: str) -> DataparserOutputs:
-        """What nerfstudio's own parser reads, its failures as one line."""
+        """What nerfstudio's own parser reads, its failures as one line.
+
+        A scene may list one held-out split only, or have too few images to hold any out.
+        """
         try:
-            found = parser.setup().get_dataparser_outputs(split)
-            if split != "train" and not found.image_filenames:  # too few to hold any out
-                found = parser.setup().get_dataparser_outputs("train")
-                found.metadata = {"source": "train"}
+            for name in ("train",) if split == "train" else (split, OTHER_SPLIT[split], "train"):
+                try:
+                    found = parser.setup().get_dataparser_outputs(name)
+                except RuntimeError as error:
+                    if name == "train" or "list of filenames" not in str(error):
+                        raise
+                    continue
+                if found.image_filenames:
+                    break
+            found.metadata = {"source": name, "from_training": name == "train"}
             return found
         except ArithmeticError as error:
             raise UserError(
                 f"scene {str(self.config.data)!r} cannot be read ({error}): its cameras all stand at one place, or a "
                 f"number is out of range; check the camera matrices."
             ) from error
-        except (AssertionError, AttributeError, RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (
+            AssertionError, AttributeError, RuntimeError, ValueError, KeyError, IndexError, TypeError, EOFError,
+            struct.error,
+        ) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"scene {str(self.config.data)!r} cannot be read: {reason}") from error
 
     def _llff(self, split: str) -> DataparserOutputs:
         directory = Path(self.config.data)
-        table = np.load(require_file(directory / "poses_bounds.npy", "poses file"))
+        path = require_file(directory / "poses_bounds.npy", "poses file")
+        try:
+            table = np.asarray(np.load(path), dtype=np.float64)
+        except (OSError, EOFError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(f"poses file {str(path)!r} cannot be read ({reason}): write it again.") from error
         if table.ndim != 2 or table.shape[1] != 17 or not np.isfinite(table).all():
             raise UserError(
                 f"poses file of {str(directory)!r} has shape {table.shape}: give (images, 17), without NaN."
@@ -488,6 +540,27 @@ def _cameras(poses: Float[Tensor, "n 3 4"], focal: float, width: int, height: in
     )
 
 
+def _fit_cameras(cameras: Cameras, path: Path, images: tuple[int, int], size: tuple[int, int]) -> None:
+    """Scale cameras to images of `size`; they may have been estimated on larger ones than those of size `images`.
+
+    Raises:
+        UserError: on ones of another shape than `images`, of which `path` is one.
+    """
+    width, height = cameras.width.double(), cameras.height.double()
+    off = torch.minimum((height * images[0] / width - images[1]).abs(), (width * images[1] / height - images[0]).abs())
+    if float(off.max()) > 1:  # one side may have been rounded
+        theirs = f"{int(width[off.argmax()])}x{int(height[off.argmax()])}"
+        raise UserError(
+            f"image {str(path)!r} is {images[0]}x{images[1]} but its camera's w and h are {theirs}: give it the camera "
+            f"of the whole image, without cropping or turning it."
+        )
+    across, down = (size[0] / width).to(cameras.fx), (size[1] / height).to(cameras.fy)
+    cameras.fx, cameras.cx = cameras.fx * across, cameras.cx * across
+    cameras.fy, cameras.cy = cameras.fy * down, cameras.cy * down
+    cameras.width = torch.full_like(cameras.fx, size[0]).long()
+    cameras.height = torch.full_like(cameras.fy, size[1]).long()
+
+
 class FewViewDataset(InputDataset):
     """The images that `FewViewParser` names: over the background, scaled by area, with their alpha."""
 
@@ -516,7 +589,8 @@ class FewViewDataset(InputDataset):
 
     @property
     def source(self) -> str:
-        """The split or file that the views come from: a scene without held-out views shows its training views."""
+        """The split or file that the views come from: a scene without held-out views has those that were not chosen of
+        its training views, or the chosen ones where there are no others."""
         return self._dataparser_outputs.metadata["source"]
 
     @property

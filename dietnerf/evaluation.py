@@ -31,7 +31,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Score a trained scene on its held-out views."""
+    """Score a trained scene on its held-out views, or, and it says so, on its training views where it has no others."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of a run of dietnerf train or ns-train."""
@@ -39,7 +39,7 @@ class EvaluateConfig:
     """paper: every 8th held-out view, SSIM and LPIPS as the original computes them; standard: all views, the usual
     SSIM (Gaussian window) and LPIPS."""
     every: int = 0
-    """Score every so manieth held-out view; 0 is the protocol's number."""
+    """Score every Nth held-out view; 0 is the protocol's number."""
     first: int = 0
     """Place of the first one that is scored: choose settings on some views, report scores of others."""
     out: Path | None = None
@@ -59,7 +59,7 @@ class Evaluation:
 
     scores: Scores
     ids: list[int]
-    """Places of the scored views in the held-out split."""
+    """Places of the scored views in their split."""
     renderings: list[Rendering]
     truths: list[Any]
     record: dict[str, Any]
@@ -76,7 +76,7 @@ def score_scene(
     metrics: MetricsConfig | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Render and score the held-out views of an open scene.
+    """Render and score the held-out views of an open scene, or its training views where it has no others.
 
     Raises:
         UserError: under the protocol `paper`, a run trained on other views or at another size.
@@ -92,9 +92,9 @@ def score_scene(
             )
     ids = list(range(first, len(views), stride))
     if not ids:
-        raise UserError(f"first is {first}, but there are {len(views)} held-out views: use less.")
+        raise UserError(f"first is {first}, but there are {len(views)} {kind_of(scene)}: use less.")
     renderings, truths, alphas = [], [], []
-    for i in tqdm(ids, desc="rendering held-out views", unit=" views", disable=not progress):
+    for i in tqdm(ids, desc=f"rendering {kind_of(scene)}", unit=" views", disable=not progress):
         renderings.append(scene.render_camera(views.cameras[i : i + 1], chunk=chunk))
         colour, alpha = views.load(i)
         truths.append(colour)
@@ -130,6 +130,11 @@ def score_scene(
     return Evaluation(scores, split_ids, renderings, truths, record)
 
 
+def kind_of(scene: Scene) -> str:
+    """What the views are that are scored."""
+    return "held-out views" if scene.holds_views_out else "training views"
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a run and write results.json, views.png and index.html; returns what results.json holds."""
     for name in ("every", "first"):
@@ -144,20 +149,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         metrics=config.metrics,
     )
     out = config.out or scene.directory / "evaluation"
-    record = {"config": asdict(config), **found.record}
+    kind = kind_of(scene)
+    record = {"config": asdict(config), "scored": kind, **found.record}
     write_json(out / "results.json", record)
     shown = list(range(0, len(found.ids), max(1, len(found.ids) // 8)))[:8]
     pairs = [np.concatenate((found.truths[i].numpy(), found.renderings[i].rgb.numpy()), axis=1) for i in shown]
     titles = [f"view {found.ids[i]}: {found.scores.per_view[i]['psnr']:.2f} dB" for i in shown]
     sheet = contact_sheet(pairs, titles, columns=4, size=256)
     sheet.save(out / "views.png")
-    page = Page("Held-out views", f"{scene.config.method_name}, {len(scene.training_views)} training views")
-    page.section("Scores", f"Means over {len(found.ids)} held-out views, protocol `{config.protocol}`.")
+    page = Page(kind.capitalize(), f"{scene.config.method_name}, {len(scene.training_views)} training views")
+    seen = "" if scene.holds_views_out else " The field has seen them: there are no others, so new views may be worse."
+    page.section("Scores", f"Means over {len(found.ids)} {kind}, protocol `{config.protocol}`.{seen}")
     page.table([{"metric": NAMES[name], "value": value} for name, value in found.scores.values.items()])
     if found.scores.not_measured:
         page.table([{"not measured": NAMES[k], "why": v} for k, v in found.scores.not_measured.items()])
     page.section("Views", "The photograph to the left, the render to the right.")
-    page.image(sheet, alt="held-out views beside their renders")
+    page.image(sheet, alt=f"{kind} beside their renders")
     page.section("Each view")
     page.table(found.scores.per_view)
     page.details("configuration, hardware and versions", {k: v for k, v in record.items() if k != "per_view"})
@@ -168,6 +175,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def run(config: EvaluateConfig) -> int:
     """`dietnerf evaluate`: score a run and print the scores."""
     record = evaluate(config)
+    seen = "" if record["scored"] == "held-out views" else ": there are no others, so new views may be worse"
+    print(f"{len(record['per_view'])} {record['scored']}{seen}")
     for name, value in record["scores"].items():
         print(f"{NAMES[name]}: {value:.4f}")
     for name, why in record["not_measured"].items():

@@ -204,27 +204,29 @@ class VoxelGrid(nn.Module):
         return [(line[1:] + line[:-1]) / 2 for line in lines]
 
     def _seen(self) -> Bool[Tensor, "c c c"]:
-        """Cells that enough cameras see."""
+        """Cells that enough cameras see; all, where there is no such cell."""
         if self._cameras is None or self._min_views < 2:
             return torch.ones_like(self.occupied)
         points = torch.cartesian_prod(*self._middles())
-        return (views_of(points, self._cameras) >= self._min_views).view(self.occupied.shape)
+        seen = (views_of(points, self._cameras) >= self._min_views).view(self.occupied.shape)
+        return seen if seen.any() else torch.ones_like(seen)
 
     def _find_occupied(self) -> Bool[Tensor, "c c c"]:
-        """Cells that enough cameras see and whose density, or a neighbour's, is not negligible."""
+        """Cells that enough cameras see and whose density, or a neighbour's, is not negligible; where none is left, all
+        that are seen, as rays without a sample would teach nothing."""
         middles = self._middles()
         found = [
             self.density(self.locate(torch.cartesian_prod(x[None], middles[1], middles[2]))).view(CELLS, CELLS)
             for x in middles[0]
         ]
         opacity = 1 - torch.exp(-torch.stack(found) * self.voxel.max())
-        return (F.max_pool3d(opacity[None], 3, stride=1, padding=1)[0] > EMPTY_OPACITY) & self._seen()
+        seen = self._seen()
+        occupied = (F.max_pool3d(opacity[None], 3, stride=1, padding=1)[0] > EMPTY_OPACITY) & seen
+        return occupied if occupied.any() else seen
 
     def _occupied_box(self) -> Float[Tensor, "2 3"]:
-        """The box around the occupied cells; the present one when there are none."""
+        """The box around the occupied cells."""
         cells = self._find_occupied().nonzero()
-        if not len(cells):
-            return self.aabb.clone()
         cell = (self.aabb[1] - self.aabb[0]) / CELLS
         return torch.stack([self.aabb[0] + cells.amin(0) * cell, self.aabb[0] + (cells.amax(0) + 1) * cell])
 

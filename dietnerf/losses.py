@@ -95,7 +95,7 @@ def patch_loss(model: FewViewModel, patches: RayBundle | None) -> Tensor:
     found = model(patches.flatten())
     shape = patches.origins.shape[:-1]
     smoothness = depth_smoothness(
-        found["depth"].view(shape), found["accumulation"].view(shape), model.config.far_plane
+        found["depth"].view(shape), found["accumulation"].view(shape), model.far
     )
     return model.config.regularizers.depth_smoothness * smoothness
 
@@ -105,7 +105,8 @@ def prior_losses(model: FewViewModel, outputs: dict[str, Tensor]) -> dict[str, T
     config, samples = model.config.regularizers, outputs["samples"]
     losses = dict(model.field_losses(outputs))
     if config.occlusion:
-        near = occlusion_loss(samples.density, samples.starts, samples.near, config.occlusion_distance)
+        # From the plane, not from where a ray enters a box that may be cropped to the thing itself.
+        near = occlusion_loss(samples.density, samples.starts, model.near, config.occlusion_distance)
         losses["occlusion"] = config.occlusion * near
     if config.distortion:
         losses["distortion"] = config.distortion * distortion_loss(samples.weights, samples.starts, samples.ends)

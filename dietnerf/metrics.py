@@ -180,6 +180,10 @@ def _distances(images: Sequence[Tensor], truths: Sequence[Tensor], config: Metri
         for name in ("fid", "kid"):
             scores.not_measured[name] = f"{INCEPTION_FILE} is not in torch's cache: give --inception"
         return
+    if len(images) < 2:
+        for name in ("fid", "kid"):
+            scores.not_measured[name] = "it compares distributions: score 2 views at least"
+        return
     from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
     from torchmetrics.image.kid import KernelInceptionDistance
 

@@ -28,6 +28,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from common.checks import UserError, require_at_least, require_one_of
+from dietnerf.data import BLENDER_PLANES
 from dietnerf.grid import VoxelGrid
 from dietnerf.metrics import psnr, ssim
 from dietnerf.mlp import PublishedField
@@ -54,8 +55,6 @@ class Samples(NamedTuple):
     weights: Float[Tensor, "r s"]
     starts: Float[Tensor, "r s"]
     ends: Float[Tensor, "r s"]
-    near: Float[Tensor, "r 1"]
-    """Where the ray begins."""
 
 
 @dataclass
@@ -66,10 +65,12 @@ class FewViewModelConfig(ModelConfig):
     background_color: Literal["white", "black", "random"] = "white"
     """Behind the scene. random trains over colours drawn anew for each ray, which teaches the field opacity and needs
     images with alpha; it renders over the scene's own background."""
-    near_plane: float = 2.0
-    """Where rays start, in the scene's units (bounded fields: never before their box)."""
-    far_plane: float = 6.0
-    """Where rays end."""
+    near_plane: float | None = None
+    """Where rays start, in the scene's units (bounded fields: never before their box). Left out, where it suits the
+    layout of the scene; renders of bounded fields then start at their box."""
+    far_plane: float | None = None
+    """Where rays end (bounded fields: never behind their box). Left out, where it suits the layout of the scene; rays
+    through bounded fields then end with their box."""
     semantic: SemanticConfig = field(default_factory=SemanticConfig)
     """Semantic consistency loss."""
     regularizers: RegularizerConfig = field(default_factory=RegularizerConfig)
@@ -86,19 +87,28 @@ class FewViewModel(Model):
     config: FewViewModelConfig
     field: Any
     semantic_loss: SemanticLoss | None
+    near: float
+    """The near plane."""
+    far: float
+    """The far plane."""
+    began: int = 0
+    """The step at which the field began: another than 0 after a restart."""
 
     def populate_modules(self) -> None:
         """Collider and renderers; nothing that would be downloaded."""
-        config = self.config
+        config, metadata = self.config, self.kwargs.get("metadata", {})
         require_one_of("background_color", config.background_color, ("white", "black", "random"))
-        require_at_least("near_plane", config.near_plane, 0)
-        if not config.far_plane > config.near_plane:
-            raise UserError(f"far_plane is {config.far_plane}: use more than near_plane, {config.near_plane}.")
+        near, far = metadata.get("planes", BLENDER_PLANES)
+        self.near = near if config.near_plane is None else config.near_plane
+        self.far = far if config.far_plane is None else config.far_plane
+        require_at_least("near_plane", self.near, 0)
+        if not self.far > self.near:
+            raise UserError(f"far_plane is {self.far}: use more than near_plane, {self.near}.")
         check_semantic_config(config.semantic)
-        self.collider = NearFarCollider(near_plane=config.near_plane, far_plane=config.far_plane)
+        self.collider = NearFarCollider(near_plane=self.near, far_plane=self.far, reset_near_plane=False)
         behind = config.background_color
         if behind == "random":
-            behind = self.kwargs.get("metadata", {}).get("background", "white")
+            behind = metadata.get("background", "white")
         self.renderer_rgb = RGBRenderer(background_color=behind)
         self.renderer_accumulation = AccumulationRenderer()
         self.semantic_loss = None
@@ -122,18 +132,12 @@ class FewViewModel(Model):
         """What follows the schedule: mask, annealing, growth. Idempotent; both trainers call it before each step."""
         self.update_to_step(step)
 
-    def after_step(self, step: int) -> None:
-        """What follows an optimizer step; both trainers call it."""
-
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
-        """`before_step` and `after_step` for nerfstudio's trainer."""
-        places = (TrainingCallbackLocation.BEFORE_TRAIN_ITERATION, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
-        return [
-            TrainingCallback(where_to_run=[place], update_every_num_iters=1, func=func)
-            for place, func in zip(places, (self.before_step, self.after_step), strict=True)
-        ]
+        """`before_step` for nerfstudio's trainer."""
+        place = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
+        return [TrainingCallback(where_to_run=[place], update_every_num_iters=1, func=self.before_step)]
 
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Tensor], metrics_dict: dict[str, Tensor] | None = None
@@ -197,8 +201,7 @@ class FewViewModel(Model):
         """PSNR and SSIM, and pictures of the truth beside the render, its opacity and its depth."""
         rgb = outputs["rgb"]
         truth = self.renderer_rgb.blend_background(batch["image"].to(rgb.device))
-        near, far = self.config.near_plane, self.config.far_plane
-        depth = colormaps.apply_depth_colormap(outputs["depth"], outputs["accumulation"], near, far)
+        depth = colormaps.apply_depth_colormap(outputs["depth"], outputs["accumulation"], self.near, self.far)
         images = {
             "img": torch.cat([truth, rgb], dim=1),
             "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
@@ -234,7 +237,7 @@ class FewViewModel(Model):
         """Expected distance, the background being at the far plane. (Nerfstudio's DepthRenderer leaves the background
         out and clips to the nearest and farthest sample of all rays, so that its values depend on the chunk.)"""
         middle = (starts + ends) / 2
-        return self.config.far_plane + (weights * (middle - self.config.far_plane)).sum(dim=-1, keepdim=True)
+        return self.far + (weights * (middle - self.far)).sum(dim=-1, keepdim=True)
 
 
 @dataclass
@@ -303,7 +306,7 @@ class DietNeRFModel(FewViewModel):
             fine, weights = self._composite(samples, found)
             outputs |= fine
         if self.training:
-            outputs["samples"] = _samples_of(samples, found, weights, ray_bundle)
+            outputs["samples"] = _samples_of(samples, found, weights)
         return outputs
 
     def _make_field(self) -> PublishedField:
@@ -361,7 +364,7 @@ class DietNerfactoModel(FewViewModel):
             raise UserError("regularizers.frequency_steps needs the hash grid's torch implementation: use torch.")
         contraction = None if config.bounded else SceneContraction(order=float("inf"))
         if config.bounded:
-            self.collider = BoxCollider(self.scene_box, near_plane=config.near_plane)
+            self.collider = BoxCollider(self.scene_box, self.near, (config.near_plane, config.far_plane))
         self.field = HashField(
             self.scene_box.aabb,
             num_images=self.num_train_data,
@@ -425,7 +428,7 @@ class DietNerfactoModel(FewViewModel):
         outputs: dict[str, Any]
         outputs, weights = self._composite(samples, found)
         if self.training:
-            outputs["samples"] = _samples_of(samples, found, weights, ray_bundle)
+            outputs["samples"] = _samples_of(samples, found, weights)
             outputs["proposals"] = (weights_list + [weights], samples_list + [samples])
         return outputs
 
@@ -478,12 +481,14 @@ class DietGridModel(FewViewModel):
         if config.regularizers.frequency_steps:
             raise UserError("regularizers.frequency_steps: a grid has none; its levels (grow_at) do the same.")
         self.field = VoxelGrid(self.scene_box.aabb, config.resolutions, config.harmonics)
-        self.collider = BoxCollider(SceneBox(self.field.aabb), near_plane=config.near_plane, source=self.field)
+        chosen = config.near_plane, config.far_plane
+        self.collider = BoxCollider(SceneBox(self.field.aabb), self.near, chosen, self.field)
 
     def before_step(self, step: int) -> None:
         """Grow into the next level when its step has come, and look now and then which cells are empty."""
         level = sum(start <= step for start in self.config.grow_at)
-        settled = step >= 2 * self.config.occupancy_every  # before, what is thin may only be unlearnt
+        # Before, what is thin may only be unlearnt.
+        settled = step - self.began >= 2 * self.config.occupancy_every
         while int(self.field.level) < level:
             self.field.grow(crop=settled)
         if step % self.config.occupancy_every == 0:
@@ -516,7 +521,7 @@ class DietGridModel(FewViewModel):
             "depth": self._depth(weights[..., 0], starts, ends),
         }
         if self.training:
-            outputs["samples"] = Samples(density, weights[..., 0], starts, ends, near)
+            outputs["samples"] = Samples(density, weights[..., 0], starts, ends)
         return outputs
 
     def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -524,10 +529,22 @@ class DietGridModel(FewViewModel):
 
 
 class BoxCollider(AABBBoxCollider):
-    """Rays from where they enter a box to where they leave it; the box follows its owner's device and cropping."""
+    """Rays from where they enter a box to where they leave it; the box follows its owner's device and cropping.
 
-    def __init__(self, scene_box: SceneBox, near_plane: float, source: VoxelGrid | None = None) -> None:
+    Args:
+        near_plane: before which no ray starts in training.
+        chosen: near and far plane that hold in renders as well, where the user has given them.
+    """
+
+    def __init__(
+        self,
+        scene_box: SceneBox,
+        near_plane: float,
+        chosen: tuple[float | None, float | None],
+        source: VoxelGrid | None = None,
+    ) -> None:
         super().__init__(scene_box, near_plane=near_plane)
+        self.chosen = chosen
         self._source = (source,)  # a tuple: the owner's module, not ours
 
     def set_nears_and_fars(self, ray_bundle: RayBundle) -> RayBundle:
@@ -536,7 +553,12 @@ class BoxCollider(AABBBoxCollider):
         near, far = self._intersect_with_aabb(
             ray_bundle.origins, ray_bundle.directions, aabb.to(ray_bundle.origins.device)
         )
-        ray_bundle.nears, ray_bundle.fars = near[..., None], far[..., None]
+        first, last = self.chosen
+        if first is not None:
+            near = near.clamp(min=first)
+        if last is not None:
+            far = far.clamp(max=last)
+        ray_bundle.nears, ray_bundle.fars = near[..., None], torch.maximum(far, near + 1e-6)[..., None]
         return ray_bundle
 
 
@@ -565,8 +587,7 @@ def point_samples(positions: Float[Tensor, "n 3"], directions: Float[Tensor, "n 
 
 
 def _samples_of(
-    samples: RaySamples, found: dict[FieldHeadNames, Tensor], weights: Float[Tensor, "r s 1"], rays: RayBundle
+    samples: RaySamples, found: dict[FieldHeadNames, Tensor], weights: Float[Tensor, "r s 1"]
 ) -> Samples:
-    assert rays.nears is not None
     starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
-    return Samples(found[FieldHeadNames.DENSITY][..., 0], weights[..., 0], starts, ends, rays.nears)
+    return Samples(found[FieldHeadNames.DENSITY][..., 0], weights[..., 0], starts, ends)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.checks import UserError
 from common.runtime import fork_generators
-from dietnerf.data import BLENDER_PLANES, FewViewDataset
+from dietnerf.data import FewViewDataset
 from dietnerf.losses import Batch, compute_losses
 from dietnerf.model import DietNeRFModelConfig, FewViewModel, FewViewModelConfig
 from dietnerf.poses import PoseRanges, estimate_ranges, sample_sphere
@@ -83,7 +83,7 @@ class FewViewPipeline(VanillaPipeline):
         self._patch_ranges: PoseRanges | None = None
 
     def _fit_to(self, dataset: FewViewDataset) -> None:
-        """Background and planes of the field as the scene has them."""
+        """Background of the field as the scene has it."""
         model = self.config.model
         with_silhouette = bool(model.regularizers.silhouette) and dataset.has_alpha
         self.datamanager.with_alpha = model.background_color == "random" or with_silhouette
@@ -91,8 +91,6 @@ class FewViewPipeline(VanillaPipeline):
             model.background_color = "white" if dataset.background == "white" else "black"
         elif not dataset.has_alpha:
             raise UserError("background_color is 'random' but the images have no alpha: use white or black.")
-        if (model.near_plane, model.far_plane) == BLENDER_PLANES:  # not chosen by the user
-            model.near_plane, model.far_plane = dataset.metadata["planes"]
 
     def _show_cameras(self, model: FewViewModel) -> None:
         dataset = self.datamanager.train_dataset
@@ -106,8 +104,10 @@ class FewViewPipeline(VanillaPipeline):
             images = self.datamanager.train_dataset.images.permute(0, 3, 1, 2)
             model.set_semantic_targets(images.to(self.device))
             assert model.semantic_loss is not None
-            cameras, size = self.datamanager.train_dataset.cameras.to(self.device), model.semantic_loss.encoder.size
-            self._sampler = ViewSampler(model.config.semantic, cameras, size)
+            dataset, semantic = self.datamanager.train_dataset, model.config.semantic
+            if semantic.poses == "published" and dataset.metadata["kind"] != "blender":
+                semantic = replace(semantic, poses="sphere")  # the published sphere is Blender's
+            self._sampler = ViewSampler(semantic, dataset.cameras.to(self.device), model.semantic_loss.encoder.size)
 
     def generator(self, step: int, purpose: int) -> torch.Generator:
         """Random numbers of this step."""
@@ -148,6 +148,10 @@ class FewViewPipeline(VanillaPipeline):
         self.train()
         return outputs, {"rgb": error}, {"psnr": -10 * error.clamp(min=1e-12).log10()}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool | None = None) -> Any:
+        """All weights of the field or RuntimeError, where nerfstudio's takes what fits and leaves the rest random."""
+        return super().load_state_dict(state_dict, strict=True)
+
     def get_training_callbacks(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
         """Also forgets nerfstudio's optimizer state when the field begins anew."""
         optimizers: Any = attributes.optimizers
@@ -160,8 +164,8 @@ class FewViewPipeline(VanillaPipeline):
         return super().get_training_callbacks(attributes)
 
     def is_blank(self, step: int) -> bool:
-        """Whether rays that differ in the training views all get one colour."""
-        rays, pixels = self.datamanager.next_train(step)
+        """Whether rays that differ in the training views all get one colour, the same rays in every process."""
+        rays, pixels = self.datamanager.draw(step, rank=0)
         truth = pixels["image"]
         training = self.model.training
         self.model.eval()
@@ -187,6 +191,7 @@ class FewViewPipeline(VanillaPipeline):
             fresh = self.config.model.setup(**self._model_arguments)
         fresh.to(self.device)
         self._show_cameras(fresh)
+        fresh.began = self.model.began = step
         fresh.before_step(step)
         found = dict(fresh.named_parameters())
         with torch.no_grad():

@@ -135,9 +135,13 @@ class FewViewDataManager(DataManager):
         """Rays (r,) and a batch with `image` (r, 3), `indices` (r, 3): image, row, column, and, where `with_alpha` is
         set, `alpha` (r, 1)."""
         self.train_count += 1
+        return self.draw(step, self.local_rank)
+
+    def draw(self, step: int, rank: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """What `next_train` gives the process of this rank."""
         images, bundle, cameras = self._stage(self.factor(step))
         generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence((self.config.seed, self.local_rank, step)).generate_state(1, np.uint64)[0] >> 1)
+            int(np.random.SeedSequence((self.config.seed, rank, step)).generate_state(1, np.uint64)[0] >> 1)
         )
         indices = draw_pixels(
             *images.shape[:3],

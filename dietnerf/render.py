@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import tyro
 from jaxtyping import Float, UInt8
+from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +30,7 @@ class RenderConfig:
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of a run of dietnerf train or ns-train."""
     path: Literal["orbit", "interpolate", "test"] = "orbit"
-    """Once around the scene, from training view to training view, or the held-out views."""
+    """Once around the scene, from training view to training view, or the held-out views by their own cameras."""
     format: Literal["gif", "mp4", "png"] = "gif"
     """An animation, a video, or one picture for each frame."""
     out: Path | None = None
@@ -39,11 +40,11 @@ class RenderConfig:
     fps: int = 20
     """Frames a second."""
     size: int = 0
-    """Width of the picture in pixels; 0 is the training images'."""
+    """Width of the picture in pixels; 0 is the training images', of test the held-out ones'."""
     elevation: float | None = None
     """Degrees above the horizon of an orbit; left out, the middle of the training cameras'."""
     depth: bool = True
-    """Show depth beside colour."""
+    """Show depth beside colour; --no-depth leaves it out."""
     chunk: int = 0
     """Rays at once; 0 is the run's own number. Less needs less memory."""
     device: str = "auto"
@@ -53,13 +54,11 @@ class RenderConfig:
 
 
 def path_poses(scene: Scene, kind: str, frames: int, elevation: float | None = None) -> Float[Tensor, "n 3 4"]:
-    """Camera-to-world poses of a path of this scene."""
+    """Camera-to-world poses of an orbit or an interpolated path of this scene."""
     require_at_least("frames", frames, 1)
     cameras = scene.training_views.cameras.camera_to_worlds
     if kind == "orbit":
         return orbit_path(estimate_ranges(cameras), frames, elevation)
-    if kind == "test":
-        return scene.held_out_views.cameras.camera_to_worlds
     order = round_trip(cameras[:, :, 3])
     places = torch.linspace(0, len(order), frames + 1)[:-1].tolist()
     poses = []
@@ -68,6 +67,19 @@ def path_poses(scene: Scene, kind: str, frames: int, elevation: float | None = N
         a, b = (cameras[order[i % len(order)]] for i in (first, first + 1))
         poses.append(interpolate_poses(a, b, b, share, 0.0))
     return torch.stack(poses)
+
+
+def path_cameras(
+    scene: Scene, kind: str, frames: int, elevation: float | None = None, *, size: int = 0
+) -> list[Cameras]:
+    """Cameras (1,) of a path, `size` pixels wide or as wide as the images; of the held-out views their own."""
+    if kind != "test":
+        return [scene.camera(pose, size=size) for pose in path_poses(scene, kind, frames, elevation)]
+    views = scene.held_out_views.cameras
+    cameras = [views[i : i + 1] for i in range(len(views))]
+    for camera in cameras if size else []:
+        camera.rescale_output_resolution(size / int(camera.width), scale_rounding_mode="round")
+    return cameras
 
 
 def round_trip(positions: Float[Tensor, "n 3"]) -> list[int]:
@@ -84,9 +96,9 @@ def depth_picture(rendering: Rendering, near: float, far: float) -> UInt8[np.nda
     """Depth as colour, near bright and far dark, over white where nothing is."""
     from matplotlib import colormaps
 
-    share = ((rendering.depth[..., 0] - near) / max(far - near, 1e-6)).clamp(0, 1).numpy()
+    share = ((rendering.depth[..., 0].float() - near) / max(far - near, 1e-6)).clamp(0, 1).numpy()
     colour = colormaps["viridis"](1 - share)[..., :3]
-    alpha = rendering.accumulation.numpy()
+    alpha = rendering.accumulation.float().numpy()
     return ((colour * alpha + 1 - alpha) * 255 + 0.5).astype(np.uint8)
 
 
@@ -95,18 +107,24 @@ def depth_range(renderings: Sequence[Rendering]) -> tuple[float, float]:
     depths = torch.cat([r.depth[r.accumulation > 0.5] for r in renderings])
     if not len(depths):
         return 0.0, 1.0
-    some = depths[:: max(1, len(depths) // 100_000)]
+    some = depths[:: max(1, len(depths) // 100_000)].float()
     return float(some.quantile(0.01)), float(some.quantile(0.99))
 
 
-def frames_of(renderings: Sequence[Rendering], *, depth: bool = True) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """Pictures of renderings, with depth to the right of colour on one scale for all."""
-    near, far = depth_range(renderings) if depth else (0.0, 1.0)
-    pictures = []
+def frames_of(renderings: Iterable[Rendering], *, depth: bool = True) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """Pictures of renderings, with depth to the right of colour on one scale for all.
+
+    That scale is known after the last one; until then each is kept in 7 bytes a pixel, without depth in 3.
+    """
+    colours, depths = [], []
     for rendering in renderings:
-        colour = (rendering.rgb.numpy() * 255 + 0.5).astype(np.uint8)
-        pictures.append(np.concatenate((colour, depth_picture(rendering, near, far)), axis=1) if depth else colour)
-    return pictures
+        colours.append((rendering.rgb.numpy() * 255 + 0.5).astype(np.uint8))
+        if depth:
+            depths.append(Rendering(torch.empty(0), rendering.depth.half(), rendering.accumulation.half()))
+    if not depth:
+        return colours
+    near, far = depth_range(depths)
+    return [np.concatenate((c, depth_picture(d, near, far)), axis=1) for c, d in zip(colours, depths, strict=True)]
 
 
 def write_gif(path: Path, frames: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int) -> Path:
@@ -165,11 +183,11 @@ def render(config: RenderConfig) -> Path:
     for name, least in (("frames", 1), ("fps", 1), ("size", 0), ("chunk", 0)):
         require_at_least(name, getattr(config, name), least)
     scene = Scene.load(config.run, device=config.device, data=config.data)
-    poses = path_poses(scene, config.path, config.frames, config.elevation)
-    shown = [
-        scene.render(pose, size=config.size, chunk=config.chunk)
-        for pose in tqdm(poses, desc=f"rendering {config.path}", unit=" frames")
-    ]
+    cameras = path_cameras(scene, config.path, config.frames, config.elevation, size=config.size)
+    shown = (
+        scene.render_camera(camera, chunk=config.chunk)
+        for camera in tqdm(cameras, desc=f"rendering {config.path}", unit=" frames")
+    )
     frames = frames_of(shown, depth=config.depth)
     suffix = "" if config.format == "png" else f".{config.format}"
     out = config.out or scene.directory / f"{config.path}{suffix}"

@@ -85,8 +85,13 @@ class Scene:
 
     @property
     def held_out_views(self) -> FewViewDataset:
-        """The views that it was not trained on."""
+        """The views that it was not trained on; its training views again where there are no others."""
         return self.pipeline.datamanager.eval_dataset
+
+    @property
+    def holds_views_out(self) -> bool:
+        """Whether there are views that it was not trained on."""
+        return set(self.held_out_views.image_filenames).isdisjoint(self.training_views.image_filenames)
 
     def camera(self, pose: Float[Tensor, "r 4"], *, size: int = 0) -> Cameras:
         """A camera at a camera-to-world pose with the training cameras' field of view.

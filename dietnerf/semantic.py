@@ -56,8 +56,8 @@ class SemanticConfig:
     """Zoom, shift, brighten and blur the render at random before it is embedded, as in the packaged encoder's own
     training."""
     poses: PoseKind = "published"
-    """published (on a sphere around the origin), sphere (ranges estimated from the training cameras) or interpolate
-    (between three training cameras)."""
+    """published (on a sphere around the origin, for Blender scenes; elsewhere as sphere), sphere (ranges estimated from
+    the training cameras) or interpolate (between three training cameras)."""
     text: str = ""
     """A description of the scene: its text embedding becomes one more target (CLIP encoders only)."""
     text_weight: float = 1.0
@@ -126,6 +126,17 @@ class Encoder:
         if pixels.shape[-2:] != (self.size, self.size):
             pixels = F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True)
         return self._features((pixels - self._mean) / self._std)
+
+    def feature_of(self, found: Mapping[str, Tensor], wanted: Feature) -> Feature:
+        """Which of its features is meant: the one of a classifier stands for its class token as well.
+
+        Raises:
+            UserError: it has none such.
+        """
+        feature: Feature = "embedding" if len(found) == 1 and wanted != "patches" else wanted
+        if feature not in found:
+            raise UserError(f"encoder {self.name!r} has no {wanted}: use embedding, or a CLIP.")
+        return feature
 
     def embed_text(self, text: str) -> Float[Tensor, "1 e"]:
         """The text's embedding, to compare with "embedding". UserError where the encoder knows no text."""
@@ -292,11 +303,7 @@ class _Targets:
             views = [encoder(image[None]) for image in images]  # one by one: many large views need not fit together
         if not views:
             raise UserError("no training views: the semantic loss needs at least one.")
-        self.feature = config.feature
-        if len(views[0]) == 1 and config.feature != "patches":
-            self.feature = "embedding"  # a classifier's one feature stands for both
-        if self.feature not in views[0]:
-            raise UserError(f"encoder {encoder.name!r} has no {config.feature}: use embedding, or a CLIP.")
+        self.feature = encoder.feature_of(views[0], config.feature)
         self.features = torch.cat([view[self.feature] for view in views])
         self.count = len(self.features)
         self.text = encoder.embed_text(config.text)[0] if config.text else None
@@ -371,7 +378,9 @@ def _load_classifier(library: str, rest: str, random_weights: bool, device: torc
         size, mean, std = network.default_cfg["input_size"][-1], network.default_cfg["mean"], network.default_cfg["std"]
     elif "vit_h" in name or name == "inception_v3":
         size = {"vit_h_14": 518, "inception_v3": 299}[name]
-    _drop_last_layer(network)
+    if library == "torchvision":
+        parent, _, child = _last_layer(network).rpartition(".")
+        setattr(network.get_submodule(parent), child, nn.Identity())
     return Encoder(full, size, tuple(mean), tuple(std), lambda pixels: {"embedding": network(pixels)}, device=device)
 
 
@@ -390,7 +399,7 @@ def _build_classifier(library: str, name: str, pretrained: bool) -> Any:
         if library == "timm":
             import timm
 
-            return timm.create_model(name, pretrained=pretrained)
+            return timm.create_model(name, pretrained=pretrained, num_classes=0)
         from torchvision import models
 
         extra = {"init_weights": True} if name in ("inception_v3", "googlenet") and not pretrained else {}
@@ -411,22 +420,18 @@ def _load_weights(network: nn.Module, path: str, full: str) -> None:
         report = network.load_state_dict(state, strict=False)
     except Exception as error:  # pickle, zip, safetensors and torch each have their own for a broken file
         raise UserError(f"encoder {full!r}: the weights do not fit or are corrupt: use those of this model.") from error
-    last = _last_linear(network)
-    missing = [key for key in report.missing_keys if not key.startswith(f"{last}.")]
+    last = f"{_last_layer(network)}." if full.startswith("torchvision") else None  # timm leaves it out itself
+    missing = [key for key in report.missing_keys if last is None or not key.startswith(last)]
     if missing:
         raise UserError(
             f"encoder {full!r}: the file lacks {missing[0]!r} and {len(missing) - 1} more: use another file."
         )
 
 
-def _last_linear(network: nn.Module) -> str:
-    """The name of the layer that gives the classes."""
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-
-
-def _drop_last_layer(network: nn.Module) -> None:
-    parent, _, child = _last_linear(network).rpartition(".")
-    setattr(network.get_submodule(parent), child, nn.Identity())
+def _last_layer(network: nn.Module) -> str:
+    """The name of the layer that gives the 1000 classes of a torchvision model."""
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    return [name for name, layer in layers.items() if layer.weight.shape[0] == 1000][-1]
 
 
 @torch.no_grad()

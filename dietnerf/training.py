@@ -19,7 +19,15 @@ from torch.utils.data import DataLoader
 from common.checks import UserError, require_at_least
 from common.report import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit
+from common.training import (
+    BatchOrder,
+    ResumableLoader,
+    TrainerConfig,
+    build_trainer,
+    fit,
+    require_same_run,
+    settings_of,
+)
 from dietnerf.data import PROTOCOLS
 from dietnerf.methods import DESCRIPTIONS, FewViewTrainerConfig, method_config
 from dietnerf.metrics import psnr
@@ -34,6 +42,11 @@ METHODS = {
     "nerfacto": "dietnerf-nerfacto",
     "grid": "dietnerf-grid",
 }
+FREE = (
+    "steps", "out", "chunk", "val_views", "val_every", "devices", "num_nodes", "strategy", "resume", "tensorboard",
+    "progress",
+)  # fmt: skip
+"""Settings that may be others when a run is gone on with."""
 GROW_AFTER = 100
 """A grid's level lasts at least so many steps, however short the run."""
 
@@ -81,9 +94,9 @@ class TrainConfig:
     """Of the grid, how many training cameras must see what is not empty, where images have alpha; left out, the
     method's own."""
     near: float = 0.0
-    """Where rays start; 0 suits the layout of the scene."""
+    """Where rays start, in training and in renders; 0 suits the layout of the scene."""
     far: float = 0.0
-    """Where rays end; 0 suits the layout of the scene."""
+    """Where rays end, likewise; 0 suits the layout of the scene."""
     semantic_weight: float | None = None
     """Weight of the semantic loss; 0 switches it off; left out, the method's own."""
     semantic_encoder: str = "tiny"
@@ -107,7 +120,8 @@ class TrainConfig:
     semantic_augment: bool = False
     """Zoom, shift and brighten renders as in the encoder's own training."""
     semantic_poses: Literal["published", "sphere", "interpolate"] = "sphere"
-    """Random views: on the published sphere, on one around the user's own cameras, or between three of these."""
+    """Random views: on the published sphere (of Blender scenes; elsewhere as sphere), on one around the user's own
+    cameras, or between three of these."""
     semantic_text: str = ""
     """A description of the scene as one more target."""
     chunk: int = 4096
@@ -138,11 +152,12 @@ class TrainConfig:
     strategy: str = "auto"
     """auto, ddp and what else Lightning knows."""
     resume: bool = True
-    """Go on from last.ckpt in OUT when there is one."""
+    """Go on from last.ckpt in OUT when there is one, which must be of a run with the same settings; --no-resume begins
+    anew."""
     tensorboard: bool = False
     """Write TensorBoard logs beside the CSV."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show a progress bar; --no-progress shows none."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -161,7 +176,7 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     steps = config.steps or run.max_num_iterations
     scale = steps / run.max_num_iterations
     run.max_num_iterations = steps
-    data.pyramid_steps = tuple(max(1, round(step * scale)) for step in data.pyramid_steps)
+    data.crop_steps = round(data.crop_steps * scale)
     if isinstance(model, DietGridModelConfig):
         model.harmonics = model.harmonics if config.harmonics is None else config.harmonics
         model.min_views = model.min_views if config.min_views is None else config.min_views
@@ -259,7 +274,6 @@ class FewViewTraining(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.model.before_step(self.global_step)
-        self._forget_other_shapes()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         _, losses, metrics = self.pipeline.get_train_loss_dict(self.global_step)
@@ -270,9 +284,6 @@ class FewViewTraining(LightningModule):
         self.log("train/loss", loss)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.model.after_step(self.global_step - 1)
-
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         for index in batch.tolist():
             image, _ = self.pipeline.datamanager.eval_dataset.load(index)
@@ -281,22 +292,15 @@ class FewViewTraining(LightningModule):
             self.log("val/psnr", psnr(rgb, image), prog_bar=True, batch_size=1, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["restarts"] = self.pipeline.restarts
+        checkpoint["restarts"], checkpoint["began"] = self.pipeline.restarts, self.model.began
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.pipeline.restarts = checkpoint.get("restarts", 0)
+        self.pipeline.restarts, self.model.began = checkpoint.get("restarts", 0), checkpoint.get("began", 0)
         self.model.update_to_step(checkpoint["global_step"])
 
     def _forget(self) -> None:
         optimizer = self.optimizers()
         optimizer.optimizer.state.clear()  # type: ignore[union-attr]
-
-    def _forget_other_shapes(self) -> None:
-        """Moments of parameters that have grown since."""
-        state = self.optimizers().optimizer.state  # type: ignore[union-attr]
-        for parameter in list(state):
-            if state[parameter]["exp_avg"].shape != parameter.shape:
-                del state[parameter]
 
 
 def nerfstudio_state(module: FewViewTraining, steps: int) -> dict[str, Any]:
@@ -368,6 +372,9 @@ def train(config: TrainConfig) -> Path:
     """
     device = start(config.runtime)
     run = nerfstudio_config(config)
+    settings = settings_of(config, FREE) | {"scene": str(config.scene.resolve())}
+    if config.resume:
+        require_same_run(config.out, settings)
     held_out_looks = config.val_views if config.val_views else 0
     module = FewViewTraining(run)
     if config.silhouette and not module.pipeline.datamanager.train_dataset.has_alpha:
@@ -397,6 +404,7 @@ def train(config: TrainConfig) -> Path:
         config.out,
         monitor="val/psnr" if looks else "train/loss",
         mode="max" if looks else "min",
+        settings=settings,
         callbacks=[NerfstudioCheckpoint(run.get_checkpoint_dir())],
     )
     # The steps are the data: what each one trains on follows from its number.
@@ -407,7 +415,7 @@ def train(config: TrainConfig) -> Path:
         loaders["val_dataloaders"] = DataLoader(looks, batch_size=1)  # type: ignore[arg-type]
     begun, cpu = time.perf_counter(), time.process_time()
     fit(trainer, module, config.out, resume=config.resume, **loaders)
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and trainer.callback_metrics:  # otherwise all its steps were made before
         data = module.pipeline.datamanager
         write_json(
             config.out / "training.json",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dietnerf.cli import main
+from dietnerf.scene import Scene
 from tests.dietnerf.ball import write_scene
+from tests.dietnerf.test_data import nerfstudio_scene
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,12 @@ def test_render_every_path(run, capsys):
             assert sum(lasts) == 150 and image.size == (16, 8)
     assert main(["render", str(run), "--format", "png", "--frames", "2", "--no-depth", "--device", "cpu"]) == 0
     assert len(list((run / "orbit").glob("*.png"))) == 2
+    assert main(["render", str(run), "--path", "test", "--format", "png", "--no-depth", "--device", "cpu"]) == 0
+    scene = Scene.load(run, device="cpu")
+    views = scene.held_out_views.cameras
+    own = [(scene.render_camera(views[i : i + 1]).rgb.numpy() * 255 + 0.5).astype(np.uint8) for i in range(len(views))]
+    for number, expected in enumerate(own):
+        assert np.array_equal(np.asarray(Image.open(run / f"test/{number:04d}.png")), expected)
     assert "written to" in capsys.readouterr().out
 
 
@@ -43,7 +52,23 @@ def test_evaluate(run, capsys):
     assert record["scores"]["psnr"] == pytest.approx(sum(row["psnr"] for row in record["per_view"]) / 3)
     assert (run / "evaluation/views.png").is_file() and "not_measured" in record
     assert "<table>" in (run / "evaluation/index.html").read_text()
-    assert "PSNR: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 held-out views\n" in said and "PSNR: " in said
+
+
+def test_scores_of_training_views_are_called_so(tmp_path, capsys):
+    """Eight photographs, all trained on: there are no others to score."""
+    scene, out = nerfstudio_scene(tmp_path / "scene", 8), tmp_path / "run"
+    arguments = ["--steps", "2", "--rays", "32", "--resolutions", "8", "--no-progress", "--device", "cpu"]
+    for views, said in (("8", "8 training views: there are no others"), ("5", "3 held-out views")):
+        assert main(["train", str(scene), "--num-views", views, "--out", str(out), "--no-resume", *arguments]) == 0
+        assert main(["evaluate", str(out), "--device", "cpu"]) == 0
+        shown, page = capsys.readouterr().out, (out / "evaluation/index.html").read_text()
+        record = json.loads((out / "evaluation/results.json").read_text())
+        assert said in shown and record["held_out_from"] == "train" and record["scored"] in said
+        kinds = ("training", "held-out") if views == "8" else ("held-out", "training")
+        assert f"Means over {said.partition(':')[0]}" in page and f"<h1>{kinds[0].capitalize()} views" in page
+        assert f"{kinds[1]} views beside" not in page
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,12 @@ def test_pairs():
     assert len(plot_similarities(found).axes[0].patches) == 80
 
 
+def resnet_file(directory):
+    network = pytest.importorskip("torchvision").models.resnet18(weights=None)
+    torch.save(network.state_dict(), directory / "resnet18.pth")
+    return directory / "resnet18.pth"
+
+
 def test_command(ball_scene, tmp_path, root, capsys):
     other = write_scene(tmp_path / "other", splits={"train": 2}, size=24)
     out = tmp_path / "out"
@@ -35,5 +41,12 @@ def test_command(ball_scene, tmp_path, root, capsys):
     assert record["across"]["number"] == 3 * 2 and record["within"]["most"] <= 1.00001
     assert (out / "histogram.svg").is_file() and (out / "index.html").is_file()
     assert "views of one scene" in capsys.readouterr().out
+    classifier = ["--encoder", f"torchvision:resnet18:{resnet_file(tmp_path)}"]  # has no class token
+    assert main([*arguments, *classifier]) == 0
+    assert json.loads((out / "results.json").read_text())["across"]["number"] == 3 * 2
+    capsys.readouterr()
+    alone = write_scene(tmp_path / "alone", splits={"train": 2, "val": 1})
+    assert main(["consistency", str(alone), "--split", "val", "--device", "cpu", "--out", str(out)]) == 2
+    assert "has one val view: pairs need 2" in capsys.readouterr().err
     assert main(["consistency", str(ball_scene), "--views", "1"]) == 2
     assert main(["consistency", str(ball_scene), str(ball_scene), str(ball_scene), "--device", "cpu"]) == 2

@@ -102,6 +102,35 @@ def test_held_out_split_falls_back_and_says_so(tmp_path):
     assert read(scene, "test").source == "transforms_train.json"
 
 
+def test_chosen_views_are_held_out_only_where_there_are_no_others(tmp_path):
+    photographs = nerfstudio_scene(tmp_path / "s", 8)  # nerfstudio holds none of so few out
+    cut_out = write_scene(tmp_path / "b", splits={"train": 8})
+    for scene in (photographs, cut_out):
+        chosen = read(scene, num_views=5).view_ids
+        rest = read(scene, "test", num_views=5)
+        assert set(rest.view_ids) == set(range(8)) - set(chosen) and len(rest) == 3
+        assert read(scene, "val", view_ids=(0, 1, 2), eval_every=2).view_ids == (3, 5, 7)
+        assert read(scene, "test").view_ids == tuple(range(8)) and len(read(scene)) == 8
+
+
+@pytest.mark.parametrize("known", ["val", "test"])
+def test_one_held_out_list_stands_in_for_the_other(tmp_path, known):
+    scene = nerfstudio_scene(tmp_path, 6)
+    names = [f"f{i}.png" for i in range(6)]
+    meta = json.loads((scene / "transforms.json").read_text())
+    meta |= {"train_filenames": names[:4], f"{known}_filenames": names[4:]}
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    for split in ("val", "test"):
+        views = read(scene, split)
+        assert [path.name for path in views.image_filenames] == names[4:] and views.source == known
+    del meta[f"{known}_filenames"]
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    assert [path.name for path in read(scene, "test", view_ids=(0, 2)).image_filenames] == ["f1.png", "f3.png"]
+    (scene / "transforms.json").write_text(json.dumps(meta | {"train_filenames": ["nothing.png"]}))
+    with pytest.raises(UserError, match="nothing.png"):
+        read(scene)
+
+
 def nerfstudio_scene(path: Path, count: int = 4) -> Path:
     poses = [look_at_origin(90 * i, 20) for i in range(count)]
     path.mkdir(parents=True, exist_ok=True)
@@ -122,6 +151,33 @@ def test_nerfstudio_layout(tmp_path):
     assert len(read(scene, "test")) >= 1
     (scene / "transforms.json").write_text('{"frames": []}')
     with pytest.raises(UserError, match="has no frames"):
+        read(scene)
+
+
+def test_intrinsics_are_those_of_other_sizes_of_the_same_images(tmp_path):
+    scene = nerfstudio_scene(tmp_path)  # images of 16 x 16
+    meta = json.loads((scene / "transforms.json").read_text())
+    meta |= dict(w=64, h=65, fl_x=80.0, fl_y=81.25, cx=32.0, cy=32.5)  # one row was lost in making them smaller
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    for size, scale in ((0, 1), (8, 0.5)):
+        cameras = read(scene, image_size=size).cameras[0]
+        assert [float(v) for v in (cameras.fx, cameras.fy, cameras.cx, cameras.cy)] == [20 * scale, 20 * scale, 8 * scale, 8 * scale]
+        assert (int(cameras.width), int(cameras.height)) == (16 * scale, 16 * scale)
+    (scene / "transforms.json").write_text(json.dumps(meta | dict(h=128)))
+    with pytest.raises(UserError, match="f0.png' is 16x16 but its camera's w and h are 64x128"):
+        read(scene)
+
+
+def test_masks_and_fisheye_circles_are_not_passed_over_in_silence(tmp_path, capsys):
+    scene = nerfstudio_scene(tmp_path)
+    meta = json.loads((scene / "transforms.json").read_text())
+    for frame in meta["frames"]:
+        frame["mask_path"] = frame["file_path"]
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    read(scene)
+    assert "masks (mask_path) of" in capsys.readouterr().err
+    (scene / "transforms.json").write_text(json.dumps(meta | dict(camera_model="OPENCV_FISHEYE", fisheye_crop_radius=8)))
+    with pytest.raises(UserError, match="fisheye_crop_radius 8, which cannot be used: undistort"):
         read(scene)
 
 
@@ -146,6 +202,10 @@ def test_colmap_layout(tmp_path):
     views = read(tmp_path, num_views=3)
     assert len(views) == 3 and views.load(0)[0].shape == (16, 16, 3)
     assert len(read(tmp_path, "test")) == 2  # every 8th of 10
+    (sparse / "cameras.txt").rename(sparse / "cameras.bin")
+    (sparse / "cameras.bin").write_bytes(b"\1\0\0")
+    with pytest.raises(UserError, match="cannot be read: unpack requires"):
+        read(tmp_path)
 
 
 def test_llff_layout(tmp_path):
@@ -171,6 +231,10 @@ def test_llff_layout(tmp_path):
     for origin, direction in zip(origins.double(), directions.double(), strict=True):
         off = centre - origin
         assert float((off - (off @ direction) * direction).norm()) < 1e-3 and float(off @ direction) > 0
+    for broken in (b"no array", b"", (tmp_path / "poses_bounds.npy").read_bytes()[:200]):
+        (tmp_path / "poses_bounds.npy").write_bytes(broken)
+        with pytest.raises(UserError, match="poses_bounds.npy' (cannot be read|is empty)"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +285,27 @@ def test_background_needs_alpha(tmp_path):
     assert read(scene).background == "image" and read(scene).load(0)[1] is None
     with pytest.raises(UserError, match="background is 'white' but image .* has no alpha"):
         read(scene, background="white")
+
+
+def test_alpha_that_hides_nothing_is_none(tmp_path):
+    scene = write_scene(tmp_path, splits={"train": 3})
+    for path in (scene / "train").glob("*.png"):
+        Image.open(path).convert("RGB").convert("RGBA").save(path)
+    views = read(scene)
+    assert views.background == "image" and not views.has_alpha and views.load(0)[1] is None
+    with pytest.raises(UserError, match="nothing transparent"):
+        read(scene, background="white")
+    image = Image.open(scene / "train/r_2.png")
+    image.putpixel((3, 3), (0, 0, 0, 254))
+    image.save(scene / "train/r_2.png")
+    assert read(scene).background == "white" and read(scene).has_alpha
+
+
+def test_images_are_exact_where_a_step_is_in_bfloat16(ball_scene):
+    exact = read(ball_scene, image_size=5).images
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = read(ball_scene, image_size=5).images
+    assert found.dtype == torch.float32 and torch.equal(found, exact)
 
 
 def test_other_mistakes(tmp_path, ball_scene):

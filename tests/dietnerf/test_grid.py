@@ -112,10 +112,23 @@ def test_an_empty_grid_keeps_its_box():
         grid.density_tables[0].fill_(-20.0)
     grid.grow()
     torch.testing.assert_close(grid.aabb, BOX)
-    nothing = grid.march(
-        torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 1), torch.ones(1, 1), 0.1, jitter=True
-    )
+    ray = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 1), torch.ones(1, 1)
+    grid.update_occupancy()
+    assert grid.occupied.all() and len(grid.march(*ray, 0.1, jitter=True).ray)  # or it could never learn again
+    grid.occupied.fill_(False)
+    nothing = grid.march(*ray, 0.1, jitter=True)
     assert len(nothing.ray) == 0
+
+
+def test_where_no_two_cameras_see_the_same_all_may_be_occupied():
+    cameras, grid = two_cameras(), random_grid()
+    poses = cameras.camera_to_worlds.clone()
+    poses[1] = poses[0]
+    poses[1, :, :3] *= torch.tensor([-1.0, 1.0, -1.0])  # the other way
+    grid.keep_to(Cameras(poses, fx=30.0, fy=24.0, cx=11.0, cy=5.0, width=20, height=12), 2)
+    for settled in (False, True):
+        grid.update_occupancy(settled=settled)
+        assert grid.occupied.any()
 
 
 def test_variation_is_that_of_the_whole_grid_on_average():

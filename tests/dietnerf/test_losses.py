@@ -191,7 +191,17 @@ def test_distortion_and_occlusion_of_the_grid_know_where_samples_are():
     unused = samples.ends == samples.starts
     assert (samples.weights[unused] == 0).all() and (samples.density[unused] == 0).all()
     used = ~unused
-    assert (samples.starts[used] >= (samples.near.expand_as(samples.starts) - 0.2)[used]).all()
+    assert (samples.starts[used] >= model.near - 0.2).all()
+
+
+@pytest.mark.parametrize("name", ["nerfacto", "grid"])
+def test_occlusion_spares_the_surface_in_a_cropped_box(name):
+    """A ray that enters the box far behind the near plane: what it meets there is not near the camera."""
+    losses = {}
+    for near in (1.0, 2.4):
+        model = make(name, near_plane=near, regularizers=RegularizerConfig(occlusion=1.0, occlusion_distance=0.5))
+        losses[near] = float(compute_losses(model, batch(), 0)["occlusion"])
+    assert losses[1.0] == 0 and losses[2.4] > 0
 
 
 def test_nerfstudios_own_loss_dict_has_the_same_terms():

@@ -121,6 +121,15 @@ def test_scores_name_what_is_not_measured(pair, monkeypatch, tmp_path):
     assert "was in the loss" in same.not_measured["similarity"]
 
 
+def test_distances_of_distributions_need_two_views(pair, tmp_path):
+    image, truth = pair
+    (tmp_path / "inception.pth").write_bytes(b"never read")
+    config = MetricsConfig(inception=tmp_path / "inception.pth")
+    scores = score_views([image], [truth], [None], torch.ones(1, 3), torch.zeros(2, 3), config=config)
+    for name in ("fid", "kid"):
+        assert "score 2 views at least" in scores.not_measured[name] and name not in scores.values
+
+
 def test_encoder_similarity(pair):
     from common.clip import load_clip
 

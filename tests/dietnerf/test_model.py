@@ -169,7 +169,7 @@ def test_outputs_have_shapes_and_gradients_and_chunks_do_not_matter(name):
     assert outputs["rgb"].shape == (36, 3) and outputs["accumulation"].shape == outputs["depth"].shape == (36, 1)
     assert ("rgb_coarse" in outputs) == (name == "mlp")
     samples = outputs["samples"]
-    assert samples.density.shape == samples.weights.shape == samples.starts.shape and samples.near.shape == (36, 1)
+    assert samples.density.shape == samples.weights.shape == samples.starts.shape == samples.ends.shape
     assert (samples.weights.sum(dim=1) <= 1 + 1e-5).all() and (samples.ends >= samples.starts).all()
     outputs["rgb"].square().mean().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.get_param_groups()["fields"])
@@ -258,7 +258,6 @@ def test_a_field_learns_a_red_ball(name):
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        model.after_step(step)
         errors.append(loss.item())
     assert errors[-1] < 0.2 * errors[0], (errors[0], errors[-1])
 
@@ -282,6 +281,24 @@ def test_the_frequency_mask_hides_detail_at_first(name):
     if name == "nerfacto":
         model.before_step(0)
         assert model.level_mask.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chosen_planes_hold_in_training_and_in_renders(name):
+    outside = RayBundle(torch.tensor([[-4.0, 0.1, 0.1]]), torch.tensor([[1.0, 0.0, 0.0]]), torch.ones(1, 1))
+    model = make(replace(CONFIGS[name], near_plane=3.0, far_plane=4.5))
+    for training in (True, False):
+        found = model.train(training).collider(replace(outside))
+        assert (float(found.nears), float(found.fars)) == (3.0, 4.5)
+    behind = make(replace(CONFIGS[name], near_plane=6.0, far_plane=7.0)).eval().collider(replace(outside))
+    assert float(behind.nears) == 6 and float(behind.fars) == pytest.approx(6 if name != "mlp" else 7, abs=1e-4)
+    model = make(CONFIGS[name])
+    assert (model.near, model.far) == (2.0, 6.0)
+    for training, entry in ((True, 2.0), (False, 0.5)):  # a box is entered where it begins
+        close = RayBundle(torch.tensor([[-2.0, 0.1, 0.1]]), torch.tensor([[1.0, 0.0, 0.0]]), torch.ones(1, 1))
+        found = model.train(training).collider(close)
+        expected = (2.0, 6.0) if name == "mlp" else (entry, 3.5)
+        assert (float(found.nears), float(found.fars)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_published_and_simplified_sizes():

@@ -118,7 +118,6 @@ def test_every_field_learns_given_rays(ball_scene, method, lr):
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
-        pipeline.model.after_step(step)
         errors.append(float(losses["rgb"]))
     assert sum(errors[-3:]) < sum(errors[:3])
 
@@ -147,6 +146,51 @@ def test_blank_field_begins_anew_and_says_so(ball_scene, capsys):
         pipeline.get_train_loss_dict(4)
 
 
+def test_a_field_that_begins_anew_late_learns(ball_scene, capsys):
+    """At the default check the old field would count as settled, and a fresh one as empty."""
+    pipeline = tiny_pipeline(ball_scene)
+    model = pipeline.model
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
+    with torch.no_grad():
+        for table in model.field.density_tables:
+            table.fill_(-100)
+    for step in range(pipeline.config.blank_check, pipeline.config.blank_check + 60):
+        model.before_step(step)
+        losses = pipeline.get_train_loss_dict(step)[1]
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        if step == pipeline.config.blank_check:
+            assert pipeline.restarts == 1 and model.began == step
+            seen = model.field._seen()
+            assert torch.equal(model.field.occupied, seen) and seen.float().mean() > 0.1
+    assert not pipeline.is_blank(step) and pipeline.restarts == 1
+    model.before_step(700)
+    assert 0 < model.field.occupied.float().mean() < seen.float().mean()
+
+
+def test_every_process_looks_at_the_same_rays_for_a_blank_render(ball_scene):
+    pipeline, drawn = tiny_pipeline(ball_scene), []
+    draw = pipeline.datamanager.draw
+    pipeline.datamanager.draw = lambda step, rank: drawn.append(draw(step, rank)[1]["indices"]) or draw(step, rank)
+    for rank in (0, 1):
+        pipeline.local_rank = pipeline.datamanager.local_rank = rank
+        pipeline.is_blank(7)
+        pipeline.datamanager.next_train(7)
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[1], drawn[3])
+
+
+def test_the_published_sphere_is_for_blenders_layout(ball_scene, tmp_path):
+    from tests.dietnerf.test_data import nerfstudio_scene
+
+    for scene, poses in ((ball_scene, "published"), (nerfstudio_scene(tmp_path / "s", 5), "sphere")):
+        pipeline = tiny_pipeline(
+            scene, method="mlp", semantic_weight=0.1, semantic_resolution=4, semantic_poses="published"
+        )
+        pipeline.prepare()
+        assert pipeline._sampler.config.poses == poses
+
+
 def test_background_and_planes_follow_the_scene(ball_scene, tmp_path):
     from tests.dietnerf.test_data import nerfstudio_scene
 
@@ -158,7 +202,8 @@ def test_background_and_planes_follow_the_scene(ball_scene, tmp_path):
     real = tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5))
     real.model.before_step(0)
     assert real.model.field.occupied.all()  # a photograph has a background, which one camera may see alone
-    assert real.model.config.background_color == "black" and real.model.config.near_plane == 0.05
+    assert real.model.config.background_color == "black" and real.model.near == 0.05
+    assert tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5), near=2.0, far=6.0).model.near == 2.0
     with pytest.raises(UserError, match="num_devices is 2"):
         config = nerfstudio_config(TrainConfig(scene=ball_scene))
         config.pipeline.setup(device="cpu", test_mode="val", world_size=2)
@@ -242,6 +287,12 @@ def test_semantic_text_and_priors_reach_the_model(ball_scene):
     assert (model.near_plane, model.far_plane) == (1.0, 9.0)
     with pytest.raises(UserError, match="near is 3.0 and far is 2.0"):
         nerfstudio_config(replace(TrainConfig(scene=ball_scene), near=3.0, far=2.0))
+
+
+def test_the_crop_stretches_with_the_steps(ball_scene):
+    for steps, crop in ((200_000, 500), (20_000, 50), (0, 500)):
+        run = nerfstudio_config(TrainConfig(scene=ball_scene, method="mlp", steps=steps))
+        assert run.pipeline.datamanager.crop_steps == crop
 
 
 def test_levels_of_the_grid_are_spread_over_the_same_steps(ball_scene):

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
 
 from common.checks import UserError
-from dietnerf.render import depth_picture, depth_range, frames_of, round_trip, write_gif, write_mp4, write_pngs
+from dietnerf.poses import pose_spherical
+from dietnerf.render import (
+    depth_picture,
+    depth_range,
+    frames_of,
+    path_cameras,
+    round_trip,
+    write_gif,
+    write_mp4,
+    write_pngs,
+)
 from dietnerf.scene import Rendering
 
 
@@ -36,6 +49,32 @@ def test_depth_beside_colour_on_one_scale():
     assert frames_of([rendering(2.0)], depth=False)[0].shape == (4, 6, 3)
     assert depth_range([rendering(2.0, opaque=0.0)]) == (0.0, 1.0)
     assert depth_picture(rendering(3.0), 3.0, 3.0).shape == (4, 6, 3)
+
+
+def test_held_out_views_are_shown_by_their_own_cameras():
+    pose = pose_spherical(30, -30, 4)[None, :3]
+    views = Cameras(pose, fx=12.0, fy=13.0, cx=7.0, cy=5.0, width=16, height=10)
+    scene = SimpleNamespace(held_out_views=SimpleNamespace(cameras=views))
+    (own,), (half,) = path_cameras(scene, "test", 1), path_cameras(scene, "test", 1, size=8)
+    for camera, scale in ((own, 1), (half, 0.5)):
+        found = [float(v) for v in (camera.fx, camera.fy, camera.cx, camera.cy, camera.width, camera.height)]
+        assert found == [v * scale for v in (12, 13, 7, 5, 16, 10)]
+
+
+def test_frames_are_made_one_by_one():
+    """Of a rendering that is done, nothing is kept at full precision."""
+    gone = []
+
+    def renderings():
+        for depth in (2.0, 4.0, 3.0):
+            gone.append(weakref.ref(made := rendering(depth)))
+            yield made
+            del made
+            assert [one() for one in gone[:-1]] == [None] * (len(gone) - 1)
+
+    found = frames_of(renderings())
+    for shown, expected in zip(found, frames_of([rendering(depth) for depth in (2.0, 4.0, 3.0)]), strict=True):
+        assert np.array_equal(shown, expected)
 
 
 def test_round_trip_visits_each_camera_once():

@@ -188,6 +188,21 @@ def test_classifiers_are_encoders_with_weights_from_a_file(images, tmp_path):
         load_encoder("timm:resnet81", device="cpu")
 
 
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("torchvision:squeezenet1_1", 512),
+        ("timm:resnetv2_50", 2048),
+        ("timm:deit_tiny_distilled_patch16_224", 192),
+        ("timm:resnet18", 512),
+    ],
+)
+def test_classifiers_lose_their_last_layer_of_whatever_kind(images, name, size):
+    pytest.importorskip(name.partition(":")[0])
+    found = load_encoder(name, random_weights=True, device="cpu")(images[:1])
+    assert found["embedding"].shape == (1, size)
+
+
 def test_a_classifier_without_its_weights_is_named(monkeypatch):
     from dietnerf import semantic
 

@@ -18,6 +18,8 @@ from common.runtime import RuntimeConfig
 from dietnerf.methods import method_config
 from dietnerf.scene import Scene
 from dietnerf.training import TrainConfig, train
+from tests.dietnerf.ball import write_scene
+from tests.dietnerf.fields import CONFIGS
 from tests.dietnerf.test_pipeline import nerfstudio_run, run_command  # noqa: F401
 
 
@@ -90,6 +92,29 @@ def test_resume_is_exact(ball_scene, tmp_path, small_grid):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_another_run_does_not_go_on_from_this_one(ball_scene, tmp_path, small_grid, monkeypatch):
+    base = settings(ball_scene, tmp_path / "run", val_views=0)
+    run = train(base)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    other = write_scene(tmp_path / "other")
+    for change, message in [
+        (dict(scene=other), "was begun with scene .*ball', now it is .*other'"),
+        (dict(method="mlp-small"), "was begun with method 'grid', now it is 'mlp-small'"),
+        (dict(num_views=5), "was begun with num_views 4, now it is 5"),
+        (dict(semantic_weight=0.5), "was begun with semantic_weight"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            train(replace(base, **change))
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.chdir(ball_scene.parent)
+    train(replace(base, scene=Path(ball_scene.name)))  # the same one, and all steps were made
+    assert (run / "training.json").read_bytes() == before[run / "training.json"]
+    further = train(replace(base, steps=14, chunk=100, val_every=3))
+    assert json.loads((further / "training.json").read_text())["steps"] == 14
+    anew = train(replace(base, scene=other, resume=False, steps=4))
+    assert Scene.load(anew, device="cpu").step == 3
+
+
 def test_lightning_run_opens_with_nerfstudio_and_trains_on(ball_scene, tmp_path, small_grid):
     run = train(settings(ball_scene, tmp_path / "run", semantic_weight=0.0))
     from nerfstudio.utils.eval_utils import eval_setup
@@ -153,6 +178,11 @@ def test_broken_runs(ball_scene, tmp_path, small_grid):
     (run / "config.yml").write_text(yaml.dump(config))
     with pytest.raises(UserError, match="of another field than config.yml says"):
         Scene.load(run, device="cpu")
+    for model in (CONFIGS["mlp"], CONFIGS["nerfacto"]):  # nothing in common with the grid's weights
+        config.pipeline.model = model
+        (run / "config.yml").write_text(yaml.dump(config))
+        with pytest.raises(UserError, match=r"of another field than config.yml says \(.*Missing key"):
+            Scene.load(run, device="cpu")
     (run / "config.yml").write_text(whole)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="is damaged"):
