@@ -316,6 +316,7 @@ class FewViewParser(DataParser):
     """Reads a scene's cameras and the paths of its images; the training split holds the chosen views alone."""
 
     config: FewViewParserConfig
+    _decided: str | None = None
 
     def _generate_dataparser_outputs(self, split: str = "train") -> DataparserOutputs:
         require_at_least("image_size", self.config.image_size, 0)
@@ -350,6 +351,7 @@ class FewViewParser(DataParser):
         size = self._size(width, height)
         _fit_cameras(cameras, paths[0], (width, height), size)
         background = self._background(paths, split)
+        self._decided = background if split == "train" else self._decided
         colour = {"white": torch.ones(3), "black": torch.zeros(3), "image": None}[background]
         return DataparserOutputs(
             image_filenames=paths,
@@ -377,7 +379,7 @@ class FewViewParser(DataParser):
         return wanted, max(1, round(height * wanted / width))
 
     def _background(self, paths: Sequence[Path], split: str) -> str:
-        """What is behind the scene, after a look at whether the images have alpha."""
+        """What is behind the scene, after a look at whether the images have alpha; the training views decide."""
         without = []
         for path in paths:
             with Image.open(path) as image:
@@ -386,15 +388,27 @@ class FewViewParser(DataParser):
         wanted = self.config.background
         if wanted == "image":
             return wanted
-        opaque = without or (list(paths) if all(is_opaque(path) for path in paths) else [])
-        if wanted == "auto":
-            return "image" if opaque else "white"
-        if without or (opaque and split == "train"):  # some held-out views may lack what is transparent
+        if split != "train":
+            if wanted == "auto":
+                wanted = self._training_background()
+            if wanted == "image":
+                return wanted
+            opaque = without
+        else:
+            opaque = without or (list(paths) if all(is_opaque(path) for path in paths) else [])
+            if wanted == "auto":
+                return "image" if opaque else "white"
+        if opaque:
             raise UserError(
                 f"background is {wanted!r} but image {str(opaque[0])!r} has no alpha or nothing transparent: use "
                 f"background image, or images with a transparent background."
             )
         return wanted
+
+    def _training_background(self) -> str:
+        if self._decided is None:
+            self._decided = self.get_dataparser_outputs("train").metadata["background"]
+        return self._decided
 
     def _blender(self, split: str) -> DataparserOutputs:
         directory = Path(self.config.data)

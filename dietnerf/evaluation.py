@@ -31,7 +31,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Score a trained scene on its held-out views, or, and it says so, on its training views where it has no others."""
+    """Score a trained scene on its held-out views; where it has none, on its training views, and the output says so."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of a run of dietnerf train or ns-train."""

@@ -105,8 +105,7 @@ def prior_losses(model: FewViewModel, outputs: dict[str, Tensor]) -> dict[str, T
     config, samples = model.config.regularizers, outputs["samples"]
     losses = dict(model.field_losses(outputs))
     if config.occlusion:
-        # From the plane, not from where a ray enters a box that may be cropped to the thing itself.
-        near = occlusion_loss(samples.density, samples.starts, model.near, config.occlusion_distance)
+        near = occlusion_loss(samples.density, samples.starts, samples.entry, config.occlusion_distance)
         losses["occlusion"] = config.occlusion * near
     if config.distortion:
         losses["distortion"] = config.distortion * distortion_loss(samples.weights, samples.starts, samples.ends)

@@ -23,6 +23,7 @@ from nerfstudio.model_components.renderers import AccumulationRenderer, RGBRende
 from nerfstudio.model_components.scene_colliders import AABBBoxCollider, NearFarCollider
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
+from nerfstudio.utils.math import intersect_aabb
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
@@ -55,6 +56,8 @@ class Samples(NamedTuple):
     weights: Float[Tensor, "r s"]
     starts: Float[Tensor, "r s"]
     ends: Float[Tensor, "r s"]
+    entry: Float[Tensor, "r 1"]
+    """Where the ray comes to what may be filled."""
 
 
 @dataclass
@@ -65,10 +68,10 @@ class FewViewModelConfig(ModelConfig):
     background_color: Literal["white", "black", "random"] = "white"
     """Behind the scene. random trains over colours drawn anew for each ray, which teaches the field opacity and needs
     images with alpha; it renders over the scene's own background."""
-    near_plane: float | None = None
-    """Where rays start, in the scene's units (bounded fields: never before their box). Left out, where it suits the
-    layout of the scene; renders of bounded fields then start at their box."""
-    far_plane: float | None = None
+    near: float | None = None
+    """Where rays start, in training and in renders, in the scene's units (bounded fields: never before their box). Left
+    out, where it suits the layout of the scene; renders of bounded fields then start at their box."""
+    far: float | None = None
     """Where rays end (bounded fields: never behind their box). Left out, where it suits the layout of the scene; rays
     through bounded fields then end with their box."""
     semantic: SemanticConfig = field(default_factory=SemanticConfig)
@@ -99,11 +102,11 @@ class FewViewModel(Model):
         config, metadata = self.config, self.kwargs.get("metadata", {})
         require_one_of("background_color", config.background_color, ("white", "black", "random"))
         near, far = metadata.get("planes", BLENDER_PLANES)
-        self.near = near if config.near_plane is None else config.near_plane
-        self.far = far if config.far_plane is None else config.far_plane
-        require_at_least("near_plane", self.near, 0)
+        self.near = near if config.near is None else config.near
+        self.far = far if config.far is None else config.far
+        require_at_least("near", self.near, 0)
         if not self.far > self.near:
-            raise UserError(f"far_plane is {self.far}: use more than near_plane, {self.near}.")
+            raise UserError(f"far is {self.far}: use more than near, {self.near}.")
         check_semantic_config(config.semantic)
         self.collider = NearFarCollider(near_plane=self.near, far_plane=self.far, reset_near_plane=False)
         behind = config.background_color
@@ -127,6 +130,15 @@ class FewViewModel(Model):
     def needs_semantic_view(self, step: int) -> bool:
         """Whether this step's batch must hold a semantic view."""
         return is_due(self.config.semantic, step)
+
+    def entry(self, rays: RayBundle) -> Float[Tensor, "r 1"]:
+        """Where rays come to what may be filled: the near plane, or the box of a bounded field as it was at first (one
+        that is cropped to the thing begins at its surface)."""
+        near = torch.full_like(rays.origins[..., :1], self.near)
+        if not isinstance(self.collider, BoxCollider):
+            return near
+        box = self.scene_box.aabb.flatten().to(rays.origins)
+        return torch.maximum(near, intersect_aabb(rays.origins, rays.directions, box)[0][..., None])
 
     def before_step(self, step: int) -> None:
         """What follows the schedule: mask, annealing, growth. Idempotent; both trainers call it before each step."""
@@ -306,7 +318,7 @@ class DietNeRFModel(FewViewModel):
             fine, weights = self._composite(samples, found)
             outputs |= fine
         if self.training:
-            outputs["samples"] = _samples_of(samples, found, weights)
+            outputs["samples"] = _samples_of(samples, found, weights, self.entry(ray_bundle))
         return outputs
 
     def _make_field(self) -> PublishedField:
@@ -364,7 +376,7 @@ class DietNerfactoModel(FewViewModel):
             raise UserError("regularizers.frequency_steps needs the hash grid's torch implementation: use torch.")
         contraction = None if config.bounded else SceneContraction(order=float("inf"))
         if config.bounded:
-            self.collider = BoxCollider(self.scene_box, self.near, (config.near_plane, config.far_plane))
+            self.collider = BoxCollider(self.scene_box, self.near, (config.near, config.far))
         self.field = HashField(
             self.scene_box.aabb,
             num_images=self.num_train_data,
@@ -428,7 +440,7 @@ class DietNerfactoModel(FewViewModel):
         outputs: dict[str, Any]
         outputs, weights = self._composite(samples, found)
         if self.training:
-            outputs["samples"] = _samples_of(samples, found, weights)
+            outputs["samples"] = _samples_of(samples, found, weights, self.entry(ray_bundle))
             outputs["proposals"] = (weights_list + [weights], samples_list + [samples])
         return outputs
 
@@ -481,7 +493,7 @@ class DietGridModel(FewViewModel):
         if config.regularizers.frequency_steps:
             raise UserError("regularizers.frequency_steps: a grid has none; its levels (grow_at) do the same.")
         self.field = VoxelGrid(self.scene_box.aabb, config.resolutions, config.harmonics)
-        chosen = config.near_plane, config.far_plane
+        chosen = config.near, config.far
         self.collider = BoxCollider(SceneBox(self.field.aabb), self.near, chosen, self.field)
 
     def before_step(self, step: int) -> None:
@@ -521,7 +533,7 @@ class DietGridModel(FewViewModel):
             "depth": self._depth(weights[..., 0], starts, ends),
         }
         if self.training:
-            outputs["samples"] = Samples(density, weights[..., 0], starts, ends)
+            outputs["samples"] = Samples(density, weights[..., 0], starts, ends, self.entry(ray_bundle))
         return outputs
 
     def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -587,7 +599,7 @@ def point_samples(positions: Float[Tensor, "n 3"], directions: Float[Tensor, "n 
 
 
 def _samples_of(
-    samples: RaySamples, found: dict[FieldHeadNames, Tensor], weights: Float[Tensor, "r s 1"]
+    samples: RaySamples, found: dict[FieldHeadNames, Tensor], weights: Float[Tensor, "r s 1"], entry: Tensor
 ) -> Samples:
     starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
-    return Samples(found[FieldHeadNames.DENSITY][..., 0], weights[..., 0], starts, ends)
+    return Samples(found[FieldHeadNames.DENSITY][..., 0], weights[..., 0], starts, ends, entry)

@@ -25,7 +25,8 @@ class RegularizerConfig:
     occlusion: float = 0.0
     """Weight of density near the camera (FreeNeRF)."""
     occlusion_distance: float = 0.5
-    """How far behind the near plane density counts as near, in the scene's units."""
+    """How far behind the near plane, or where a ray enters a bounded field, density counts as near, in the scene's
+    units."""
     density_variation: float = 0.0
     """Weight of the total variation of density."""
     colour_variation: float = 0.0
@@ -57,7 +58,7 @@ def frequency_mask(
 
 
 def occlusion_loss(
-    density: Float[Tensor, "r s"], starts: Float[Tensor, "r s"], near: float | Tensor, distance: float
+    density: Float[Tensor, "r s"], starts: Float[Tensor, "r s"], near: Float[Tensor, "r 1"], distance: float
 ) -> Float[Tensor, ""]:
     """Mean over rays and samples of the density within `distance` of `near` (Yang et al. 2023, section 3.3).
 

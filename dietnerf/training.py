@@ -207,7 +207,7 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     if (config.near or config.far) and not 0 < config.near < config.far:
         raise UserError(f"near is {config.near} and far is {config.far}: give both, with 0 < near < far.")
     if config.far:
-        model.near_plane, model.far_plane = config.near, config.far
+        model.near, model.far = config.near, config.far
     model.eval_num_rays_per_chunk = config.chunk
     model.semantic = replace(
         model.semantic,

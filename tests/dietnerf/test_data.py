@@ -382,3 +382,17 @@ def test_pyramid_of_sizes(ball_scene):
         FewViewDataManagerConfig(
             dataparser=FewViewParserConfig(data=ball_scene), pyramid=(4, 2), pyramid_steps=(10,)
         ).setup(device="cpu")
+
+
+@pytest.mark.parametrize("opaque", ["train", "test"])
+def test_the_training_views_decide_what_is_behind_all_views(tmp_path, opaque):
+    """Views that fill the frame in one split alone: field and truth must not lie over different backgrounds."""
+    scene = write_scene(tmp_path / "scene", splits={"train": 3, "test": 2})
+    for path in (scene / opaque).glob("*.png"):
+        image = Image.open(path).convert("RGBA")
+        image.putalpha(255)
+        image.save(path)
+    expected = "image" if opaque == "train" else "white"
+    for order in (("train", "test"), ("test", "train")):
+        parser = FewViewParserConfig(data=scene).setup()
+        assert {parser.get_dataparser_outputs(split).metadata["background"] for split in order} == {expected}

@@ -195,13 +195,24 @@ def test_distortion_and_occlusion_of_the_grid_know_where_samples_are():
 
 
 @pytest.mark.parametrize("name", ["nerfacto", "grid"])
-def test_occlusion_spares_the_surface_in_a_cropped_box(name):
-    """A ray that enters the box far behind the near plane: what it meets there is not near the camera."""
+def test_occlusion_is_of_what_is_first_in_the_box_however_far_the_near_plane(name):
     losses = {}
-    for near in (1.0, 2.4):
-        model = make(name, near_plane=near, regularizers=RegularizerConfig(occlusion=1.0, occlusion_distance=0.5))
+    for near in (0.1, 1.0):
+        torch.manual_seed(0)
+        model = make(name, near=near, regularizers=RegularizerConfig(occlusion=1.0, occlusion_distance=0.5))
+        torch.manual_seed(0)
         losses[near] = float(compute_losses(model, batch(), 0)["occlusion"])
-    assert losses[1.0] == 0 and losses[2.4] > 0
+    assert losses[0.1] == losses[1.0] > 0
+
+
+def test_occlusion_spares_the_surface_in_a_cropped_box():
+    """A box that is cropped to the thing begins at its surface, which is not near the camera."""
+    losses = []
+    for side in (1.0, 0.3):
+        model = make("grid", regularizers=RegularizerConfig(occlusion=1.0, occlusion_distance=0.5))
+        model.field.aabb.mul_(side)
+        losses.append(float(compute_losses(model, batch(), 0)["occlusion"]))
+    assert losses[0] > 0 and losses[1] == 0
 
 
 def test_nerfstudios_own_loss_dict_has_the_same_terms():

@@ -286,11 +286,11 @@ def test_the_frequency_mask_hides_detail_at_first(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_chosen_planes_hold_in_training_and_in_renders(name):
     outside = RayBundle(torch.tensor([[-4.0, 0.1, 0.1]]), torch.tensor([[1.0, 0.0, 0.0]]), torch.ones(1, 1))
-    model = make(replace(CONFIGS[name], near_plane=3.0, far_plane=4.5))
+    model = make(replace(CONFIGS[name], near=3.0, far=4.5))
     for training in (True, False):
         found = model.train(training).collider(replace(outside))
         assert (float(found.nears), float(found.fars)) == (3.0, 4.5)
-    behind = make(replace(CONFIGS[name], near_plane=6.0, far_plane=7.0)).eval().collider(replace(outside))
+    behind = make(replace(CONFIGS[name], near=6.0, far=7.0)).eval().collider(replace(outside))
     assert float(behind.nears) == 6 and float(behind.fars) == pytest.approx(6 if name != "mlp" else 7, abs=1e-4)
     model = make(CONFIGS[name])
     assert (model.near, model.far) == (2.0, 6.0)
@@ -337,7 +337,7 @@ def test_metrics_need_nothing_downloaded():
     [
         (DietGridModelConfig(resolutions=(8, 16), grow_at=()), "grow_at"),
         (DietGridModelConfig(regularizers=RegularizerConfig(frequency_steps=5)), "frequency_steps"),
-        (DietNeRFModelConfig(near_plane=3.0, far_plane=2.0), "far_plane is 2.0"),
+        (DietNeRFModelConfig(near=3.0, far=2.0), "far is 2.0"),
         (DietNeRFModelConfig(position_bands=0), "position_bands is 0"),
         (DietNeRFModelConfig(background_color="green"), "background_color is 'green'"),
         (DietGridModelConfig(harmonics=7), "harmonics is 7"),

@@ -284,7 +284,7 @@ def test_semantic_text_and_priors_reach_the_model(ball_scene):
     model = config.pipeline.model
     assert model.semantic.text == "a ball" and model.regularizers.occlusion == 0.5 and model.semantic.hinge
     assert model.regularizers.density_variation == method_config("dietnerf-grid").pipeline.model.regularizers.density_variation
-    assert (model.near_plane, model.far_plane) == (1.0, 9.0)
+    assert (model.near, model.far) == (1.0, 9.0)
     with pytest.raises(UserError, match="near is 3.0 and far is 2.0"):
         nerfstudio_config(replace(TrainConfig(scene=ball_scene), near=3.0, far=2.0))
 
