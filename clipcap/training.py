@@ -574,19 +574,21 @@ def train(config: TrainConfig) -> Path:
     directory = config.out / "model"
     if not is_first_process():
         return directory
-    if "val" in data:
-        best = torch.load(config.out / "best.ckpt", map_location="cpu", weights_only=False)
-        module.load_state_dict(best["state_dict"], strict=False)
+    best = config.out / "best.ckpt"
+    if "val" in data and best.is_file():
+        weights = torch.load(best, map_location="cpu", weights_only=False)["state_dict"]
+        module.load_state_dict(weights, strict=False)
     else:
         print(f"{str(config.data)!r} has no validation split: the last weights are kept", file=sys.stderr)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if config.lora:
         merge_lora(model)
     model.float().eval().save_pretrained(directory)
-    if not trainer.callback_metrics:  # all its steps were made before
+    record = config.out / "training.json"
+    if record.is_file() and not trainer.callback_metrics:  # all its steps were made before
         return directory
     write_json(
-        config.out / "training.json",
+        record,
         {
             "config": asdict(config),
             "images": {split: len(part) for split, part in material.items.items()},

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.checks import UserError, require_at_least, require_file, require_same_settings
 from common.runtime import resolve_device
 
+SAME_BATCHES = "go on with as many, or begin anew"
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -156,7 +157,8 @@ class BatchOrder(Sampler[list[int]]):
 
     def _too_few(self) -> UserError:
         needed = f"{self.world} processes" + (f" of {self.accumulate} batches a step" if self.accumulate > 1 else "")
-        return UserError(f"dataset has {self.num_items} items for {needed}: give at least one to each.")
+        cure = "give at least one to each" + (", or lower accumulate" if self.accumulate > 1 else "")
+        return UserError(f"dataset has {self.num_items} items for {needed}: {cure}.")
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches())
@@ -195,9 +197,16 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
             self.order.epoch += not left
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the run stands: the epoch and the batches of it that were handed out."""
-        return {"epoch": self.order.epoch, "done": self._done}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands: the epoch and the batches of it that were handed out, and what they are made by."""
+        return {"epoch": self.order.epoch, "done": self._done, "batches": self._made_by()}
+
+    def _made_by(self) -> dict[str, int]:
+        order = self.order
+        return {
+            "batch_size": order.batch_size, "accumulate": order.accumulate, "seed": order.seed,
+            "processes": order.world,
+        }  # fmt: skip
 
     def take_back(self, batches: int) -> None:
         """Count the last `batches` that were handed out, which are of one epoch, as not done."""
@@ -206,8 +215,11 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
             self._done = len(self.order)
         self._done -= batches
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where `state_dict` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where `state_dict` was taken; UserError where batches are others."""
+        if state["done"]:  # between epochs they may change
+            now = self._made_by()
+            require_same_settings("an epoch", state.get("batches", now), now, SAME_BATCHES)
         self.order.epoch, self._done = state["epoch"], state["done"]
 
 
@@ -215,8 +227,12 @@ class RandomState(Callback):
     """Saves the random generators of Python, NumPy and torch, of every process, in checkpoints and restores them.
 
     A checkpoint has them as they were after the last step or validation that was finished.
+
+    Attributes:
+        judged: the validation that runs has its results, and callbacks are taking them up.
     """
 
+    judged = False
     _saved: dict[str, Any] | None = None
     _finished: dict[str, Any] | None = None
 
@@ -226,7 +242,11 @@ class RandomState(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._finished = _generators()
 
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.judged = False
+
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.judged = True
         self._finished = _generators()
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -273,6 +293,10 @@ def _restore(state: dict[str, Any]) -> None:
 class KeepBest(ModelCheckpoint):
     """Writes `best.ckpt`; it knows how good that one is also where the directory was moved."""
 
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace("KeepBest", "ModelCheckpoint", 1)  # as older checkpoints have it
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = {**state_dict, "dirpath": self.dirpath}
         for name in ("best_model_path", "kth_best_model_path"):
@@ -290,10 +314,11 @@ class KeepLast(Callback):
     Args:
         directory: where it is written.
         every: batches after which it is written where there is no validation.
+        state: knows how far a validation is.
     """
 
-    def __init__(self, directory: Path, every: int) -> None:
-        self.path, self.every = directory / "last.ckpt", every
+    def __init__(self, directory: Path, every: int, state: RandomState) -> None:
+        self.path, self.every, self.state = directory / "last.ckpt", every, state
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -309,6 +334,9 @@ class KeepLast(Callback):
             return
         epoch: Any = trainer.fit_loop.epoch_loop
         if trainer.validating:  # it comes again, from its beginning
+            # But not twice to callbacks, not after the last step, and other processes may be waiting elsewhere.
+            if self.state.judged or trainer.global_step >= trainer.max_steps > 0 or trainer.world_size > 1:
+                return
             for counts in (epoch.val_loop.batch_progress.current, epoch.val_loop.batch_progress.total):
                 counts.ready = counts.started = 1
                 counts.processed = counts.completed = 0
@@ -381,6 +409,9 @@ class StopOnNaN(Callback):
 class StopEarly(EarlyStopping):
     """Ends a run when its monitored value has not improved for `patience` validations; a resumed run ends at once."""
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})  # which may be another now
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.wait_count >= self.patience:
             trainer.should_stop = True
@@ -442,6 +473,7 @@ def build_trainer(
 def _trainer(
     config: TrainerConfig, device: torch.device, directory: Path, loggers: list[Logger], callbacks: list[Callback]
 ) -> Trainer:
+    state = RandomState()
     return Trainer(
         default_root_dir=directory,
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
@@ -461,12 +493,12 @@ def _trainer(
         enable_progress_bar=config.progress,
         enable_model_summary=False,
         logger=loggers,
-        callbacks=[RandomState(), StopOnNaN(), *callbacks, KeepLast(directory, config.val_every)],
+        callbacks=[state, StopOnNaN(), *callbacks, KeepLast(directory, config.val_every, state)],
     )
 
 
 def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: bool = True, **loaders: Any) -> None:
-    """Train, from `last.ckpt` in `directory` when there is one and `resume` is set.
+    """Train, from `last.ckpt` in `directory` when there is one and `resume` is set; without it, that one is deleted.
 
     Ctrl-C writes `last.ckpt` before it ends the run.
 
@@ -475,6 +507,9 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
         KeyboardInterrupt: after Ctrl-C.
     """
     last = directory / "last.ckpt"
+    if not resume and is_first_process():
+        for name in ("last.ckpt", "best.ckpt"):
+            (directory / name).unlink(missing_ok=True)
     source = str(last) if resume and last.exists() else None
     if source:
         _read_checkpoint(last)

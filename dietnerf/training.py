@@ -415,10 +415,12 @@ def train(config: TrainConfig) -> Path:
         loaders["val_dataloaders"] = DataLoader(looks, batch_size=1)  # type: ignore[arg-type]
     begun, cpu = time.perf_counter(), time.process_time()
     fit(trainer, module, config.out, resume=config.resume, **loaders)
-    if trainer.is_global_zero and trainer.callback_metrics:  # otherwise all its steps were made before
+    record = config.out / "training.json"
+    # Without a metric all its steps were made before.
+    if trainer.is_global_zero and (trainer.callback_metrics or not record.is_file()):
         data = module.pipeline.datamanager
         write_json(
-            config.out / "training.json",
+            record,
             {
                 "config": asdict(config),
                 "view_ids": data.train_dataset.view_ids,

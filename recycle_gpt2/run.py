@@ -36,6 +36,8 @@ from recycle_gpt2.stages import (
 from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from recycle_gpt2.training import StageConfig
 
+SAMPLE = 1 << 20
+"""Bytes at both ends of a text file that tell whether it has changed."""
 STAGES = ("tokenizer", "corpus", "relearn", "align", "relearn-large", "finetune", "evaluate", "lexicon", "card")
 
 
@@ -176,7 +178,7 @@ def recycle(config: RunConfig) -> Path:
             print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
         return work / name
 
-    text = _text_hashes(config)
+    text = {"text": _text_hash(config)}
     tokenizer_directory = begin("tokenizer")
     once(
         tokenizer_directory,
@@ -264,16 +266,21 @@ def recycle(config: RunConfig) -> Path:
     return Path(record["model"])
 
 
-def _text_hashes(config: RunConfig) -> dict[str, str | None]:
-    """SHA-256 of the names and sizes of the text files, and of their times; nothing when they are not there."""
+def _text_hash(config: RunConfig) -> str | None:
+    """SHA-256 of the text files' names, sizes, beginnings and ends, the same to every process; None without files."""
     try:
         sources = sources_of(config.text)
     except UserError:  # the stage that reads them complains, if it is not done
-        return {}
-    parts = [source[:2] for source in sources], [source[2] for source in sources]
-    digests = [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
-    # A copy of the text on another machine may have other times, and only the first process reads it.
-    return {"text": digests[0], "time of the text": digests[1] if leader() else None}
+        return None
+    digest = hashlib.sha256()
+    for path, size, _ in sources:
+        digest.update(json.dumps([path, size]).encode())
+        if Path(path).is_file():
+            with open(path, "rb") as file:
+                digest.update(file.read(SAMPLE))
+                file.seek(max(0, size - SAMPLE))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def _check_models(config: RunConfig) -> int:

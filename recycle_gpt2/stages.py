@@ -174,7 +174,7 @@ def once(
     before: dict[str, Any] = {}
     # Only training leaves something half done that other settings would not fit.
     if begun.exists() and (done.exists() or (directory / TRAINING).exists()):
-        before = json.loads(begun.read_text())
+        before = _read(begun)
         if done.exists():
             before.pop(PROCESSES, None)
         cure = "use the same settings, delete the directory, or give another"
@@ -187,7 +187,7 @@ def once(
             directory.mkdir(parents=True, exist_ok=True)
             write_json(begun, settings | {"inputs": known})
     elif before:
-        wait_for(begun, lambda: not begun.exists() or not changed_inputs(json.loads(begun.read_text()), known))
+        wait_for(begun, lambda: not changed_inputs(_read(begun), known))
     if done.exists():
         return json.loads(done.read_text())
     if not (leader() or everyone):
@@ -199,6 +199,14 @@ def once(
     else:
         wait_for(done)
     return record
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record; empty where the first process has just moved it away."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
 
 
 def changed_inputs(before: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.checks import UserError
 from common.training import (
     BatchOrder,
+    KeepBest,
     MuonAdamW,
     ResumableLoader,
     TrainerConfig,
@@ -234,6 +237,73 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path, whole, val_every):
         assert same(resumed, whole)
 
 
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_ctrl_c_while_a_validation_is_taken_up(tmp_path, monkeypatch, name):
+    """Its results are known to some callbacks and not to others: the checkpoint before holds."""
+    whole = train(tmp_path / "whole", 10)
+    original, calls = Trainer.save_checkpoint, []
+
+    def interrupted(self, path, *args, **kwargs):
+        if f"{name}.ckpt" in str(path) and self.validating:
+            calls.append(path)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        return original(self, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stopped", 10)
+    resumed = train(tmp_path / "stopped", 10, seed=200)
+    assert same(resumed, whole)
+    steps = [torch.load(tmp_path / run / "best.ckpt", weights_only=False)["global_step"] for run in ("whole", "stopped")]
+    assert steps[0] == steps[1]
+
+
+def test_ctrl_c_in_the_last_validation_loses_no_more_than_the_steps_before_it(tmp_path):
+    def interrupt(step: int) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 6, at_validation=interrupt)
+    resumed = train(tmp_path, 6)
+    assert resumed.validated == [6] and len(resumed.seen) == 2
+
+
+def test_older_checkpoints_know_their_best(tmp_path):
+    assert KeepBest(tmp_path, filename="best", monitor="val/loss").state_key == ModelCheckpoint(
+        tmp_path, filename="best", monitor="val/loss"
+    ).state_key
+
+
+def test_batches_of_an_epoch_stay_what_they_are(tmp_path):
+    data = TensorDataset(torch.arange(20))
+    loader = ResumableLoader(data, BatchOrder(20, 4))
+    next(iter(loader))
+    for name, other in {"batch_size": {"batch_size": 5}, "accumulate": {"accumulate": 2}, "processes": {"world": 2}}.items():
+        order = BatchOrder(20, **({"batch_size": 4, "rank": 0} | other))
+        with pytest.raises(UserError, match=f"an epoch was begun with {name}|'an epoch' was begun with {name}"):
+            ResumableLoader(data, order).load_state_dict(loader.state_dict())
+    again = ResumableLoader(data, BatchOrder(20, 4))
+    again.load_state_dict({"epoch": 0, "done": 1})  # as older checkpoints have it
+    assert len(list(again)) == 4
+
+
+def test_beginning_anew_forgets_the_run_before(tmp_path):
+    train(tmp_path, 4)
+    data = TensorDataset(torch.zeros(6, 4), torch.zeros(6, 1))
+    config = TrainerConfig(max_steps=4, val_every=4, device="cpu", progress=False, tensorboard=False)
+
+    def die(step: int) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        fit(build_trainer(config, tmp_path), Regression(die), tmp_path, resume=False,
+            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)), val_dataloaders=DataLoader(data, batch_size=6))
+    assert not (tmp_path / "last.ckpt").exists() and not (tmp_path / "best.ckpt").exists()
+
+
 @pytest.mark.parametrize("at", [4, 14])  # within an epoch, and at the end of one
 def test_ctrl_c_during_validation(tmp_path, whole, at):
     def interrupt(step: int) -> None:
@@ -417,12 +487,14 @@ def test_patience_survives_a_resume(tmp_path):
 
     data = TensorDataset(torch.zeros(6, 4), torch.zeros(6, 1))
     config = TrainerConfig(max_steps=50, val_every=1, patience=3, device="cpu", progress=False, tensorboard=False)
-    for seen in (4, 0):
+    for seen in (4, 0, 2):
         module = Still()
+        if seen == 2:  # more patience than before
+            config = replace(config, patience=5)
         trainer = build_trainer(config, tmp_path)
         fit(trainer, module, tmp_path, train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
             val_dataloaders=DataLoader(data, batch_size=6))
-        assert (trainer.global_step, len(module.seen)) == (4, seen)
+        assert (trainer.global_step, len(module.seen)) == (6 if seen == 2 else 4, seen)
 
 
 class GetsWorse(LightningModule):
