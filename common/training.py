@@ -528,7 +528,7 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
 def settings_of(config: Any, free: Collection[str]) -> dict[str, Any]:
     """The fields of a configuration but those that are `free` to differ, in JSON's own types, and its seed."""
     fields = json.loads(json.dumps(asdict(config), default=str))
-    seed = fields.pop("runtime")["seed"]
+    seed = fields.pop("runtime", {}).get("seed", 0)
     return {name: value for name, value in fields.items() if name not in free} | {"seed": seed}
 
 

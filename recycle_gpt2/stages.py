@@ -19,6 +19,7 @@ from common.checks import UserError, require_directory, require_same_settings
 from common.gpt2 import load_gpt2, token_table
 from common.report import write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
+from common.training import settings_of
 from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
 from recycle_gpt2.corpus import TokenBlocks, corpus_hash
 from recycle_gpt2.lexical import (
@@ -124,15 +125,14 @@ def wait_for(path: Path, ready: Callable[[], bool] | None = None) -> None:
         time.sleep(0.5)
 
 
-def settings_of(config: Any) -> dict[str, Any]:
-    """What of a configuration decides the result, in JSON's own types."""
-    fields = json.loads(json.dumps(asdict(config), default=str))
-    seed = fields.get("runtime", {}).get("seed", 0)
+def stage_settings(config: Any) -> dict[str, Any]:
+    """What of a configuration decides the result, in JSON's own types, with the settings of its training one by one."""
+    fields = settings_of(config, FREE)
     if isinstance(fields.get("stage"), dict):
         stage = fields.pop("stage")
         fields |= {f"stage.{name}": value for name, value in stage.items() if name not in FREE}
         fields[PROCESSES] = stage["devices"] * stage["num_nodes"]
-    return {name: value for name, value in fields.items() if name not in FREE} | {"seed": seed}
+    return fields
 
 
 def file_hash(path: Path) -> str | None:
@@ -169,7 +169,7 @@ def once(
         UserError: the directory holds training, or a finished stage, of other settings.
     """
     directory = Path(directory)
-    done, begun, settings = directory / DONE, directory / "settings.json", settings_of(config)
+    done, begun, settings = directory / DONE, directory / "settings.json", stage_settings(config)
     known = {name: value for name, value in inputs.items() if value is not None}
     before: dict[str, Any] = {}
     # Only training leaves something half done that other settings would not fit.
