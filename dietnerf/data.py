@@ -380,24 +380,20 @@ class FewViewParser(DataParser):
 
     def _background(self, paths: Sequence[Path], split: str) -> str:
         """What is behind the scene, after a look at whether the images have alpha; the training views decide."""
-        without = []
+        wanted = self.config.background
+        if wanted == "auto" and split != "train":
+            wanted = self._training_background()
+        if wanted == "image":
+            return wanted
+        opaque = []
         for path in paths:
             with Image.open(path) as image:
                 if not image.has_transparency_data:
-                    without.append(path)
-        wanted = self.config.background
-        if wanted == "image":
-            return wanted
-        if split != "train":
-            if wanted == "auto":
-                wanted = self._training_background()
-            if wanted == "image":
-                return wanted
-            opaque = without
-        else:
-            opaque = without or (list(paths) if all(is_opaque(path) for path in paths) else [])
-            if wanted == "auto":
-                return "image" if opaque else "white"
+                    opaque.append(path)
+        if split == "train" and not opaque and all(is_opaque(path) for path in paths):
+            opaque = list(paths)
+        if wanted == "auto":
+            return "image" if opaque else "white"
         if opaque:
             raise UserError(
                 f"background is {wanted!r} but image {str(opaque[0])!r} has no alpha or nothing transparent: use "
