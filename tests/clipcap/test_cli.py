@@ -139,12 +139,10 @@ def test_captions_in_dutch(capsys, photos):
         assert not json.loads((folder / "config.json").read_text())["gpt2"] or folder.name == "captioner-tiny"
 
 
-def test_an_interrupted_run_goes_on_and_loses_nothing(capsys, photos, model, tmp_path, monkeypatch):
+def stop_at_the_fourth_batch(monkeypatch) -> list[int]:
+    """Ctrl-C as the fourth batch is embedded; returns the sizes of the batches, as they come."""
     from clipcap.captioner import Captioner
 
-    options = ("--model", model, "--max-new-tokens", 4, "--batch-size", 2)
-    assert run(capsys, "caption", photos, *options, "--out", tmp_path / "whole.jsonl")[0] == 0
-    whole = (tmp_path / "whole.jsonl").read_text()
     seen, embed = [], Captioner.embed
 
     def dying(self, images):
@@ -153,8 +151,19 @@ def test_an_interrupted_run_goes_on_and_loses_nothing(capsys, photos, model, tmp
             raise KeyboardInterrupt
         return embed(self, images)
 
-    out = tmp_path / "captions.jsonl"
     monkeypatch.setattr(Captioner, "embed", dying)
+    return seen
+
+
+def test_an_interrupted_run_goes_on_and_loses_nothing(capsys, photos, model, tmp_path, monkeypatch):
+    from clipcap.captioner import Captioner
+
+    options = ("--model", model, "--max-new-tokens", 4, "--batch-size", 2)
+    assert run(capsys, "caption", photos, *options, "--out", tmp_path / "whole.jsonl")[0] == 0
+    whole = (tmp_path / "whole.jsonl").read_text()
+    embed = Captioner.embed
+    out = tmp_path / "captions.jsonl"
+    seen = stop_at_the_fourth_batch(monkeypatch)
     assert run(capsys, "caption", photos, *options, "--out", out)[0] == 130
     partial = tmp_path / "captions.jsonl.partial"
     assert not out.exists() and len(partial.read_text().splitlines()) == 1 + 6
@@ -181,16 +190,9 @@ def test_file_names_that_are_not_utf8(capsys, photos, model, tmp_path, monkeypat
     code, found, _ = run(capsys, "caption", photos / name, photos, *options, "--format", "json")
     assert code == 0 and json.loads(found)[0]["image"] == str(photos / name)
 
-    seen, embed = [], Captioner.embed
-
-    def dying(self, images):
-        seen.append(len(images))
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-        return embed(self, images)
-
+    embed = Captioner.embed
     out, given = tmp_path / "captions.jsonl", ("caption", photos / name, photos, *options)
-    monkeypatch.setattr(Captioner, "embed", dying)
+    stop_at_the_fourth_batch(monkeypatch)
     assert run(capsys, *given, "--out", out)[0] == 130
     monkeypatch.setattr(Captioner, "embed", embed)
     code, _, err = run(capsys, *given, "--out", out)
