@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from common.exports import lazy_exports
 
 if TYPE_CHECKING:
     from dietnerf.scene import Scene
 
-__all__ = ["Scene"]
+__version__: str
+__all__ = ["Scene", "__version__"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import nerfstudio only when a scene is asked for."""
-    if name == "Scene":
-        from dietnerf.scene import Scene
-
-        return Scene
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, {"Scene": "dietnerf.scene"})

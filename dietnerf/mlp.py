@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from nerfstudio.cameras.rays import RaySamples
 from nerfstudio.field_components.encodings import NeRFEncoding
 from nerfstudio.field_components.field_heads import FieldHeadNames
@@ -108,39 +107,6 @@ def encode(encoding: NeRFEncoding, x: Float[Tensor, "*b 3"]) -> Float[Tensor, "*
     """sin and cos of 2^k x without nerfstudio's factor of 2π, in its axis-major layout, and x itself last."""
     return torch.cat([encoding(x / (2 * math.pi)), x], dim=-1)
 
-
-def original_encoding_order(num_bands: int) -> Int[Tensor, " d"]:
-    """Which column of `encode` each column of the original's encoding is.
-
-    The original's layout is x, then for each band sin of the three axes and cos of the three axes.
-    """
-    index = torch.arange(6 * num_bands).view(2, 3, num_bands)  # sine or cosine, axis, band
-    return torch.cat([6 * num_bands + torch.arange(3), index.permute(2, 0, 1).flatten()])
-
-
-def load_original_mlp(field: PublishedField, state: Mapping[str, Tensor]) -> None:
-    """Put an original `NeRF` module's state dict into the field, its columns brought into our layout."""
-    position = original_encoding_order(field.position_encoding.num_frequencies)
-    own = {}
-    for key, value in state.items():
-        name, _, kind = key.rpartition(".")
-        value = value.clone()
-        if name.startswith("pts_linears."):
-            layer = int(name.rpartition(".")[2])
-            name = f"mlp_base.layers.{layer}"
-            if kind == "weight" and layer in (0, SKIP_LAYER):  # the encoded position comes first
-                value[:, position] = state[key][:, : len(position)]
-        elif name == "views_linears.0":
-            name = "mlp_head.layers.0"
-            if kind == "weight" and field.direction_encoding is not None:
-                direction = original_encoding_order(field.direction_encoding.num_frequencies)
-                width = value.shape[1] - len(direction)
-                value[:, width + direction] = state[key][:, width:]
-        else:
-            renamed = {"rgb_linear": "mlp_head.layers.1", "alpha_linear": "density", "feature_linear": "feature"}
-            name = renamed[name]
-        own[f"{name}.{kind}"] = value
-    field.load_state_dict(own, strict=True)
 
 
 def _encoding(bands: int) -> NeRFEncoding:

@@ -198,7 +198,7 @@ class FewViewModel(Model):
         for first in range(0, len(flat), size):
             part = flat[first : first + size].to(self.device)
             try:
-                found = checkpoint(self._visible_outputs, part, use_reentrant=False)
+                found = checkpoint(self._visible_outputs, part, part.origins, use_reentrant=False)
             except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's is a plain one
                 if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
                     raise
@@ -225,7 +225,9 @@ class FewViewModel(Model):
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
         """Outputs of rays (r,) that have nears and fars."""
 
-    def _visible_outputs(self, rays: RayBundle) -> dict[str, Tensor]:
+    def _visible_outputs(self, rays: RayBundle, on_device: Tensor) -> dict[str, Tensor]:
+        """What is seen of rays. `checkpoint` draws the same again in the backward pass, on a GPU only where it is given
+        a tensor of it (a RayBundle is none)."""
         names = ("rgb", "depth", "accumulation")
         outputs: Any = self.forward(rays)
         return {name: value for name, value in outputs.items() if name.removesuffix("_coarse") in names}

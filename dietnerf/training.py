@@ -25,6 +25,7 @@ from common.training import (
     TrainerConfig,
     build_trainer,
     fit,
+    is_first_process,
     require_same_run,
     settings_of,
 )
@@ -262,9 +263,11 @@ class FewViewTraining(LightningModule):
             chosen = self.run_config.optimizers[name]
             groups.append({"params": parameters, "lr": chosen["optimizer"].lr, "eps": chosen["optimizer"].eps})
             factors.append(chosen["scheduler"].setup().factor)
-        # One pass over a grid's tables takes a fifth of several; Lightning clips it in full precision only.
-        fused = self.device.type == "cpu" and self.trainer.precision == "32-true"
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer := torch.optim.Adam(groups, fused=fused), factors)
+        # One pass over a grid's tables takes a fifth of several.
+        optimizer = torch.optim.Adam(groups, fused=True)
+        # A fused step could undo fp16's loss scaling, for which Lightning refuses to clip gradients; bf16 has none.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -441,6 +444,7 @@ def train(config: TrainConfig) -> Path:
 def run(config: TrainConfig) -> int:
     """`dietnerf train`: train a field and say where it is."""
     directory = train(config)
-    print(f"run written to {directory} ({DESCRIPTIONS[METHODS[config.method]]})")
-    print(f"next: dietnerf render {directory}, dietnerf evaluate {directory}")
+    if is_first_process():
+        print(f"run written to {directory} ({DESCRIPTIONS[METHODS[config.method]]})")
+        print(f"next: dietnerf render {directory}, dietnerf evaluate {directory}")
     return 0

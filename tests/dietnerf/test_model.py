@@ -10,10 +10,11 @@ from nerfstudio.cameras.rays import Frustums, RayBundle, RaySamples
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.model_components.ray_samplers import PDFSampler
 from nerfstudio.model_components.renderers import AccumulationRenderer, DepthRenderer, RGBRenderer
+from torch import Tensor
 from torch.nn import functional as F
 
 from common.checks import UserError
-from dietnerf.mlp import PublishedField, encode, load_original_mlp, original_encoding_order
+from dietnerf.mlp import SKIP_LAYER, PublishedField, encode
 from dietnerf.model import (
     DietGridModelConfig,
     DietNeRFModelConfig,
@@ -68,6 +69,40 @@ def test_rays_are_the_originals_without_the_half_pixel(golden):
     bundle = view.generate_rays(camera_indices=0, coords=coords)
     directions = bundle.directions * bundle.metadata["directions_norm"]
     torch.testing.assert_close(directions, golden["get_rays.168x168.directions"], atol=1e-4, rtol=0)
+
+
+def original_encoding_order(num_bands: int) -> Tensor:
+    """Which column of `encode` each column of the original's encoding is.
+
+    The original's layout is x, then for each band sin of the three axes and cos of the three axes.
+    """
+    index = torch.arange(6 * num_bands).view(2, 3, num_bands)  # sine or cosine, axis, band
+    return torch.cat([6 * num_bands + torch.arange(3), index.permute(2, 0, 1).flatten()])
+
+
+def load_original_mlp(field: PublishedField, state: dict[str, Tensor]) -> None:
+    """Put an original `NeRF` module's state dict into the field, its columns brought into our layout."""
+    position = original_encoding_order(field.position_encoding.num_frequencies)
+    own = {}
+    for key, value in state.items():
+        name, _, kind = key.rpartition(".")
+        value = value.clone()
+        if name.startswith("pts_linears."):
+            layer = int(name.rpartition(".")[2])
+            name = f"mlp_base.layers.{layer}"
+            if kind == "weight" and layer in (0, SKIP_LAYER):  # the encoded position comes first
+                value[:, position] = state[key][:, : len(position)]
+        elif name == "views_linears.0":
+            name = "mlp_head.layers.0"
+            if kind == "weight" and field.direction_encoding is not None:
+                direction = original_encoding_order(field.direction_encoding.num_frequencies)
+                width = value.shape[1] - len(direction)
+                value[:, width + direction] = state[key][:, width:]
+        else:
+            renamed = {"rgb_linear": "mlp_head.layers.1", "alpha_linear": "density", "feature_linear": "feature"}
+            name = renamed[name]
+        own[f"{name}.{kind}"] = value
+    field.load_state_dict(own, strict=True)
 
 
 def test_positional_encoding_is_the_originals_but_for_the_order_of_its_columns(golden):
@@ -201,6 +236,22 @@ def test_a_render_with_jitter_survives_checkpointing(name):
     model.before_step(600)  # past the warm-up of proposals
     model.render_view(rays(), 10)["rgb"].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_checkpointing_knows_the_device_whose_random_state_it_restores(monkeypatch):
+    """Jitter that were drawn anew in the backward pass would give other samples: torch looks at tensors alone."""
+    from torch.utils.checkpoint import get_device_states
+
+    seen = []
+
+    def spy(function, *arguments, **options):
+        seen.append([a.device for a in arguments if isinstance(a, torch.Tensor)])
+        get_device_states(*arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr("dietnerf.model.checkpoint", spy)
+    make(CONFIGS["grid"]).train().render_view(rays(), 20)
+    assert seen == [[torch.device("cpu")]] * 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -351,7 +402,7 @@ def test_bad_settings_are_named(config, message):
 def test_no_memory_for_a_chunk_suggests_a_size(monkeypatch):
     model = make(CONFIGS["grid"])
     monkeypatch.setattr(
-        model, "_visible_outputs", lambda rays: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+        model, "_visible_outputs", lambda *rays: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     )
     with pytest.raises(UserError, match="no memory for a chunk of 8 rays: use 2"):
         model.render_view(rays(), 8)
