@@ -20,7 +20,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_inf
 COMPILE := uv pip compile pyproject.toml --extra all --universal --python-version 3.10 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
-.PHONY: help demo test lint bench setup lock clean
+.PHONY: help demo test lint bench dist setup lock clean
 
 help: ## List the targets
 	@echo "make TARGET"
@@ -41,6 +41,13 @@ bench: $(STAMP) ## Run every benchmark, quickly (QUICK= in full)
 	@set -e; for b in benchmarks/[!_]*.py; do \
 		echo "== $$b"; $(PY) -m "benchmarks.$$(basename $$b .py)" $(QUICK) $(ARGS); \
 	done
+
+dist: $(STAMP) ## Build wheel and sdist; run the demo from the wheel alone, in an empty environment
+	rm -rf build dist out/dist
+	$(BIN)/uv build --quiet
+	$(BIN)/uv venv --quiet --python $(PY) out/dist
+	$(BIN)/uv pip install --quiet --python out/dist/bin/python -r requirements.lock dist/*.whl
+	cd out/dist && bin/python -m experiments.demo $(ARGS)
 
 setup: $(STAMP) ## Only install
 
