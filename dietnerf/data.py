@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.camera_utils import auto_orient_and_center_poses
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
@@ -150,25 +149,25 @@ def find_image(directory: Path, name: str) -> Path:
     raise UserError(f"image {str(path)!r} does not exist: check file_path in the transforms file.")
 
 
-def require_same_size(paths: Sequence[Path]) -> tuple[int, int]:
-    """(width, height) of all images.
+def require_same_size(paths: Sequence[Path], what: str = "image") -> tuple[int, int]:
+    """(width, height) of all images (or masks, as `what` says).
 
     Raises:
         UserError: one cannot be opened, or their sizes differ.
     """
     first: tuple[int, int] | None = None
     for path in paths:
-        require_file(path, "image")
+        require_file(path, what)
         try:
             with Image.open(path) as image:
                 size = image.size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"image {str(path)!r} cannot be read ({error}): replace it.") from error
+            raise UserError(f"{what} {str(path)!r} cannot be read ({error}): replace it.") from error
         first = first or size
         if size != first:
             raise UserError(
-                f"image {str(path)!r} is {size[0]}x{size[1]} but {str(paths[0])!r} is {first[0]}x{first[1]}: "
-                f"give all images of a scene one size."
+                f"{what} {str(path)!r} is {size[0]}x{size[1]} but {str(paths[0])!r} is {first[0]}x{first[1]}: "
+                f"give all {what}s of a scene one size."
             )
     if first is None:
         raise UserError("the scene has 0 images: give at least 2.")
@@ -245,6 +244,19 @@ def load_image(
     if alpha is not None:
         colour = colour * alpha + (1 - alpha) * (1.0 if background == "white" else 0.0)
     return _area(colour, size), None if alpha is None else _area(alpha, size)
+
+
+def load_mask(path: Path, size: tuple[int, int]) -> Bool[Tensor, "h w 1"]:
+    """Where a mask is not black, at `size`; a smaller pixel is left out where a part of it is (if any is whole).
+
+    Raises:
+        UserError: unreadable, cut short, or black all over.
+    """
+    values = np.asarray(_decode(path).convert("L"))[..., None] > 0
+    share = _area(values.astype(np.float32), size)
+    if not share.any():
+        raise UserError(f"mask {str(path)!r} is black all over: make white what may be used, or leave its view out.")
+    return share > 0.999 * share.max()
 
 
 def _decode(path: Path) -> Image.Image:
@@ -348,6 +360,9 @@ class FewViewParser(DataParser):
         width, height = require_same_size(paths)
         for i in range(len(cameras)):
             check_pose(cameras.camera_to_worlds[i].tolist(), f"camera of {str(paths[i])!r}")
+        masks = [found.mask_filenames[i] for i in ids] if found.mask_filenames else None
+        if masks and require_same_size(masks, "mask") != (width, height):
+            raise UserError(f"mask {str(masks[0])!r} has another size than its image: give it {width}x{height} pixels.")
         size = self._size(width, height)
         _fit_cameras(cameras, paths[0], (width, height), size)
         background = self._background(paths, split)
@@ -357,6 +372,7 @@ class FewViewParser(DataParser):
             image_filenames=paths,
             cameras=cameras,
             alpha_color=colour,
+            mask_filenames=masks,
             scene_box=found.scene_box,
             dataparser_scale=found.dataparser_scale,
             dataparser_transform=found.dataparser_transform,
@@ -444,14 +460,7 @@ class FewViewParser(DataParser):
                 f"used: undistort the photographs, or leave it out to train on whole images."
             )
         parser = NerfstudioDataParserConfig(data=path, scale_factor=self.config.scale_factor, downscale_factor=1)
-        found = self._through(parser, split)
-        if found.mask_filenames and split == "train":
-            print(
-                f"warning: the masks (mask_path) of {str(file)!r} are not used: make what they hide transparent in the "
-                f"images (PNG with alpha).",
-                file=sys.stderr,
-            )
-        return found
+        return self._through(parser, split)
 
     def _colmap(self, split: str) -> DataparserOutputs:
         place = _reconstruction(Path(self.config.data))
@@ -581,6 +590,11 @@ class FewViewDataset(InputDataset):
         meta = self._dataparser_outputs.metadata
         return load_image(self.image_filenames[index], meta["size"], meta["background"])
 
+    def mask(self, index: int) -> Bool[Tensor, "h w 1"] | None:
+        """Which pixels of a view may be used; None: all."""
+        names = self._dataparser_outputs.mask_filenames
+        return load_mask(names[index], self._dataparser_outputs.metadata["size"]) if names else None
+
     def get_image_float32(self, image_idx: int) -> Float[Tensor, "h w 3"]:
         return self.load(image_idx)[0]
 
@@ -590,7 +604,8 @@ class FewViewDataset(InputDataset):
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
         colour, alpha = self.load(image_idx)
         image = colour if image_type == "float32" else (colour * 255 + 0.5).to(torch.uint8)
-        return {"image_idx": image_idx, "image": image} | ({} if alpha is None else {"alpha": alpha})
+        found = {"image": image, "alpha": alpha, "mask": self.mask(image_idx)}
+        return {"image_idx": image_idx} | {name: value for name, value in found.items() if value is not None}
 
     @property
     def view_ids(self) -> tuple[int, ...]:
@@ -617,6 +632,12 @@ class FewViewDataset(InputDataset):
     def images(self) -> Float[Tensor, "n h w 3"]:
         """All views, kept from the first use on."""
         return torch.stack([self.load(i)[0] for i in range(len(self))])
+
+    @cached_property
+    def masks(self) -> Bool[Tensor, "n h w 1"] | None:
+        """Which pixels of all views may be used; None: all."""
+        found = [mask for i in range(len(self)) if (mask := self.mask(i)) is not None]
+        return torch.stack(found) if found else None
 
     @cached_property
     def alphas(self) -> Float[Tensor, "n h w 1"]:

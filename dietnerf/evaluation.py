@@ -93,12 +93,13 @@ def score_scene(
     ids = list(range(first, len(views), stride))
     if not ids:
         raise UserError(f"first is {first}, but there are {len(views)} {kind_of(scene)}: use less.")
-    renderings, truths, alphas = [], [], []
+    renderings, truths, alphas, masks = [], [], [], []
     for i in tqdm(ids, desc=f"rendering {kind_of(scene)}", unit=" views", disable=not progress):
         renderings.append(scene.render_camera(views.cameras[i : i + 1], chunk=chunk))
         colour, alpha = views.load(i)
         truths.append(colour)
         alphas.append(alpha)
+        masks.append(views.mask(i))
     positions = views.cameras.camera_to_worlds[ids, :, 3]
     scores = score_views(
         [r.rgb for r in renderings],
@@ -107,6 +108,7 @@ def score_scene(
         positions,
         scene.training_views.cameras.camera_to_worlds[:, :, 3],
         convention=protocol,
+        masks=masks,
         config=metrics,
         loss_encoder=scene.model.config.semantic.encoder if scene.model.config.semantic.weight else "",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from common.checks import UserError, require_file
@@ -120,20 +120,31 @@ def score_views(
     training_positions: Float[Tensor, "m 3"],
     *,
     convention: str = "standard",
+    masks: Sequence[Bool[Tensor, "h w 1"] | None] = (),
     config: MetricsConfig | None = None,
     loss_encoder: str = "",
 ) -> Scores:
-    """Every metric that can be had, as means over the views, and each view's own."""
+    """Every metric that can be had, as means over the views, and each view's own.
+
+    What `masks` hide counts in no PSNR; to the other metrics, which look at neighbourhoods, it is shown as rendered.
+    """
     config = config or MetricsConfig()
     scores = Scores()
+    masks = masks or [None] * len(images)
+    truths = [
+        truth if mask is None else torch.where(mask, truth, image.clamp(0, 1))
+        for image, truth, mask in zip(images, truths, masks, strict=True)
+    ]
     if not images:
         raise UserError("0 views are rendered: give at least 1 to score.")
     network = _lpips_or_reason(config, scores)
-    for number, (image, truth, alpha) in enumerate(zip(images, truths, alphas, strict=True)):
-        row: dict[str, float | int] = {"view": number, "psnr": psnr(image, truth)}
+    for number, (image, truth, alpha, mask) in enumerate(zip(images, truths, alphas, masks, strict=True)):
+        row: dict[str, float | int] = {"view": number, "psnr": psnr(image, truth, mask)}
         row["ssim"] = ssim(image, truth, convention=convention)
-        if alpha is not None and bool((alpha > 0.5).any()):
-            row["psnr_foreground"] = psnr(image, truth, alpha > 0.5)
+        if alpha is not None:
+            foreground = alpha > 0.5 if mask is None else (alpha > 0.5) & mask
+            if bool(foreground.any()):
+                row["psnr_foreground"] = psnr(image, truth, foreground)
         if network is not None:
             row["lpips"] = lpips(network, image, truth, convention=convention)
         scores.per_view.append(row)

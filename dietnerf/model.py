@@ -212,14 +212,17 @@ class FewViewModel(Model):
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """PSNR and SSIM, and pictures of the truth beside the render, its opacity and its depth."""
         rgb = outputs["rgb"]
-        truth = self.renderer_rgb.blend_background(batch["image"].to(rgb.device))
+        truth, mask = self.renderer_rgb.blend_background(batch["image"].to(rgb.device)), batch.get("mask")
+        if mask is not None:  # what it hides is shown, and to SSIM it is as rendered
+            mask = mask.to(rgb.device)
         depth = colormaps.apply_depth_colormap(outputs["depth"], outputs["accumulation"], self.near, self.far)
         images = {
             "img": torch.cat([truth, rgb], dim=1),
             "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
             "depth": depth,
         }
-        return {"psnr": psnr(rgb, truth), "ssim": ssim(rgb, truth)}, images
+        seen = truth if mask is None else torch.where(mask, truth, rgb)
+        return {"psnr": psnr(rgb, truth, mask), "ssim": ssim(rgb, seen)}, images
 
     @abstractmethod
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import DataManager, VanillaDataManagerConfig
@@ -22,6 +22,8 @@ from dietnerf.data import FewViewDataset, FewViewParserConfig
 
 PATCH = 8
 """Side of a patch for the depth smoothness, in pixels."""
+REDRAWS = 32
+"""Times that pixels which a mask hides are drawn again, before what it leaves is listed."""
 CACHED_PIXELS = 2**24
 """Rays of at most as many training pixels are kept in memory; those of more are made when drawn."""
 
@@ -101,7 +103,7 @@ class FewViewDataManager(DataManager):
         self.train_dataparser_outputs = self.dataparser.get_dataparser_outputs(split="train")
         self.train_dataset = self.create_train_dataset()
         self.eval_dataset = self.create_eval_dataset()
-        self._stages: dict[int, tuple[Tensor, RayBundle | None, Cameras]] = {}
+        self._stages: dict[int, tuple[Tensor, Tensor | None, RayBundle | None, Cameras]] = {}
         super().__init__()
 
     def create_train_dataset(self) -> FewViewDataset:
@@ -139,7 +141,7 @@ class FewViewDataManager(DataManager):
 
     def draw(self, step: int, rank: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """What `next_train` gives the process of this rank."""
-        images, bundle, cameras = self._stage(self.factor(step))
+        images, masks, bundle, cameras = self._stage(self.factor(step))
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence((self.config.seed, rank, step)).generate_state(1, np.uint64)[0] >> 1)
         )
@@ -148,6 +150,7 @@ class FewViewDataManager(DataManager):
             number=self.config.train_num_rays_per_batch,
             one_image=self.config.rays_from == "one",
             crop=self.config.crop_fraction if step < self.config.crop_steps else 1.0,
+            masks=masks,
             generator=generator,
         ).to(self.device)
         view, row, column = indices.unbind(-1)
@@ -163,11 +166,14 @@ class FewViewDataManager(DataManager):
         """Rays of one held-out view, with their colours."""
         self.eval_count += 1
         index = step % len(self.eval_dataset)
-        image = self.eval_dataset.load(index)[0].to(self.device)
-        generator = torch.Generator().manual_seed(step)
-        indices = draw_pixels(1, *image.shape[:2], number=self.config.eval_num_rays_per_batch, generator=generator).to(
-            self.device
-        )
+        image, mask = self.eval_dataset.load(index)[0].to(self.device), self.eval_dataset.mask(index)
+        indices = draw_pixels(
+            1,
+            *image.shape[:2],
+            number=self.config.eval_num_rays_per_batch,
+            masks=None if mask is None else mask[None],
+            generator=torch.Generator().manual_seed(step),
+        ).to(self.device)
         _, row, column = indices.unbind(-1)
         rays = self.eval_dataset.cameras.to(self.device).generate_rays(
             camera_indices=torch.full_like(row, index)[:, None], coords=torch.stack((row, column), dim=-1) + 0.5
@@ -190,23 +196,29 @@ class FewViewDataManager(DataManager):
     def get_param_groups(self) -> dict[str, list[torch.nn.Parameter]]:
         return {}
 
-    def _stage(self, factor: int) -> tuple[Float[Tensor, "n h w c"], RayBundle | None, Cameras]:
-        """Images (with alpha as a fourth channel where it is asked for), rays (n, h, w) and cameras of a stage of the
-        pyramid; only the last one is kept."""
+    def _stage(
+        self, factor: int
+    ) -> tuple[Float[Tensor, "n h w c"], Bool[Tensor, "n h w 1"] | None, RayBundle | None, Cameras]:
+        """Images (with alpha as a fourth channel where it is asked for), masks, rays (n, h, w) and cameras of a stage
+        of the pyramid; only the last one is kept."""
         if factor not in self._stages:
             images, cameras = self.train_dataset.images, self.train_dataset.cameras.to("cpu")
+            masks = self.train_dataset.masks
             if self.with_alpha:
                 images = torch.cat([images, self.train_dataset.alphas], dim=-1)
             if factor > 1:
                 channels_first = images.permute(0, 3, 1, 2)
                 images = torch.nn.functional.avg_pool2d(channels_first, factor).permute(0, 2, 3, 1).contiguous()
+                if masks is not None:
+                    share = torch.nn.functional.avg_pool2d(masks[..., 0].float(), factor)[..., None]
+                    masks = share > 0.999 * share.amax(dim=(1, 2), keepdim=True)
                 cameras = shrink(cameras, factor)
             cameras = cameras.to(self.device)
             bundle = None
             if images[..., 0].numel() <= CACHED_PIXELS:
                 parts = [cameras.generate_rays(camera_indices=i, keep_shape=True) for i in range(len(images))]
                 bundle = join_rays(parts)
-            self._stages = {factor: (images.to(self.device), bundle, cameras)}
+            self._stages = {factor: (images.to(self.device), masks, bundle, cameras)}
         return self._stages[factor]
 
 
@@ -269,11 +281,32 @@ def draw_pixels(
     number: int,
     one_image: bool = False,
     crop: float = 1.0,
+    masks: Bool[Tensor, "n h w 1"] | None = None,
     generator: torch.Generator,
 ) -> Int[Tensor, "r 3"]:
-    """(view, row, column) of random pixels: of one view or all, within the centre that has `crop` of both sides."""
-    view = torch.randint(views, (1 if one_image else number,), generator=generator).expand(number)
+    """(view, row, column) of random pixels: of one view or all, within the centre that has `crop` of both sides.
+
+    Each pixel that `masks` leaves there is as likely as the others. Where they hide nearly all of the centre, pixels
+    are drawn from all that they leave of the views.
+    """
     rows, columns = (max(1, round(side * crop)) for side in (height, width))
-    row = torch.randint(rows, (number,), generator=generator) + (height - rows) // 2
-    column = torch.randint(columns, (number,), generator=generator) + (width - columns) // 2
-    return torch.stack((view, row, column), dim=-1)
+
+    def draw(view: Tensor) -> Tensor:
+        row = torch.randint(rows, view.shape, generator=generator) + (height - rows) // 2
+        column = torch.randint(columns, view.shape, generator=generator) + (width - columns) // 2
+        return torch.stack((view, row, column), dim=-1)
+
+    def draw_views(count: int) -> Tensor:
+        return torch.randint(views, (count,), generator=generator)
+
+    found = draw(draw_views(1).expand(number) if one_image else draw_views(number))
+    if masks is None:
+        return found
+    for _ in range(REDRAWS):
+        hidden = ~masks[found[:, 0], found[:, 1], found[:, 2], 0]
+        if not (count := int(hidden.sum())):
+            return found
+        found[hidden] = draw(found[hidden, 0] if one_image else draw_views(count))
+    left = masks[found[:1, 0] if one_image else slice(None), ..., 0].nonzero()
+    found[hidden] = left[torch.randint(len(left), (count,), generator=generator)]
+    return found

@@ -292,7 +292,8 @@ class FewViewTraining(LightningModule):
             image, _ = self.pipeline.datamanager.eval_dataset.load(index)
             camera = self.pipeline.datamanager.eval_dataset.cameras[index : index + 1].to(self.device)
             rgb = self.model.get_outputs_for_camera(camera)["rgb"].cpu()
-            self.log("val/psnr", psnr(rgb, image), prog_bar=True, batch_size=1, sync_dist=True)
+            mask = self.pipeline.datamanager.eval_dataset.mask(index)
+            self.log("val/psnr", psnr(rgb, image, mask), prog_bar=True, batch_size=1, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["restarts"], checkpoint["began"] = self.pipeline.restarts, self.model.began

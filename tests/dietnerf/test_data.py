@@ -168,14 +168,37 @@ def test_intrinsics_are_those_of_other_sizes_of_the_same_images(tmp_path):
         read(scene)
 
 
-def test_masks_and_fisheye_circles_are_not_passed_over_in_silence(tmp_path, capsys):
+def masked_scene(tmp_path, mask):
+    """A nerfstudio scene of 16x16 images, all with this mask."""
+    scene = nerfstudio_scene(tmp_path / "masked")
+    meta = json.loads((scene / "transforms.json").read_text())
+    Image.fromarray(mask).save(scene / "mask.png")
+    for frame in meta["frames"]:
+        frame["mask_path"] = "mask.png"
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    return scene
+
+
+def test_masks_are_read_with_their_images(tmp_path):
+    mask = np.full((16, 16), 255, np.uint8)
+    mask[:5, :8] = 0
+    data = read(masked_scene(tmp_path, mask))
+    assert data.masks.shape == (len(data), 16, 16, 1) and torch.equal(data.get_data(0)["mask"], data.masks[0])
+    assert torch.equal(data.masks[1][..., 0], torch.from_numpy(mask > 0))
+    half = read(tmp_path / "masked", image_size=8).mask(0)
+    assert not half[:3, :4].any() and half[3:].all() and half[:, 4:].all()  # of the third row only a part is hidden
+    assert read(nerfstudio_scene(tmp_path / "plain")).masks is None
+
+
+@pytest.mark.parametrize("shape, value, said", [((16, 15), 255, "another size"), ((16, 16), 0, "is black all over")])
+def test_masks_that_cannot_be_used(tmp_path, shape, value, said):
+    with pytest.raises(UserError, match=said):
+        read(masked_scene(tmp_path, np.full(shape, value, np.uint8))).mask(0)
+
+
+def test_fisheye_circles_are_not_passed_over_in_silence(tmp_path):
     scene = nerfstudio_scene(tmp_path)
     meta = json.loads((scene / "transforms.json").read_text())
-    for frame in meta["frames"]:
-        frame["mask_path"] = frame["file_path"]
-    (scene / "transforms.json").write_text(json.dumps(meta))
-    read(scene)
-    assert "masks (mask_path) of" in capsys.readouterr().err
     (scene / "transforms.json").write_text(json.dumps(meta | dict(camera_model="OPENCV_FISHEYE", fisheye_crop_radius=8)))
     with pytest.raises(UserError, match="fisheye_crop_radius 8, which cannot be used: undistort"):
         read(scene)
@@ -333,6 +356,52 @@ def test_draw_pixels():
     centre = draw_pixels(5, 10, 20, number=4000, one_image=True, crop=0.5, generator=generator)
     assert len(centre[:, 0].unique()) == 1
     assert centre[:, 1].min() == 2 and centre[:, 1].max() == 6 and centre[:, 2].min() == 5 and centre[:, 2].max() == 14
+
+
+@pytest.mark.parametrize("one_image, crop", [(False, 1.0), (True, 1.0), (False, 0.5), (True, 0.5)])
+def test_what_masks_hide_is_never_drawn_and_the_rest_evenly(one_image, crop):
+    masks = torch.ones(3, 10, 20, 1, dtype=torch.bool)
+    masks[:, :, :8] = masks[1, :6] = False
+    pixels = draw_pixels(
+        3, 10, 20, number=8000, one_image=one_image, crop=crop, masks=masks, generator=torch.Generator().manual_seed(0)
+    )
+    view, row, column = pixels.unbind(-1)
+    assert masks[view, row, column].all() and len(view.unique()) == (1 if one_image else 3)
+    allowed = masks[..., 0].clone()
+    if crop < 1:
+        allowed[:, [0, 1, 7, 8, 9]] = allowed[:, :, [*range(5), *range(15, 20)]] = False
+    counts = torch.zeros(3, 10, 20)
+    counts.index_put_((view, row, column), torch.ones(len(view)), accumulate=True)
+    found = counts[view.unique()][allowed[view.unique()]]
+    assert found.sum() == 8000 and (found - found.mean()).abs().max() < 6 * found.mean().sqrt()
+
+
+@pytest.mark.parametrize("one_image", [False, True])
+def test_a_mask_that_hides_the_centre_leaves_the_rest(one_image):
+    masks = torch.zeros(2, 10, 20, 1, dtype=torch.bool)
+    masks[:, 0, :2] = True
+    pixels = draw_pixels(
+        2, 10, 20, number=50, one_image=one_image, crop=0.5, masks=masks, generator=torch.Generator().manual_seed(0)
+    )
+    assert set(map(tuple, pixels[:, 1:].tolist())) == {(0, 0), (0, 1)}
+
+
+def test_rays_see_nothing_that_is_masked(tmp_path):
+    mask = np.full((16, 16), 255, np.uint8)
+    mask[2:9, 3:9] = 0
+    config = FewViewDataManagerConfig(
+        train_num_rays_per_batch=600, crop_steps=0, pyramid=(4,), pyramid_steps=(1,), rays_from="all"
+    )
+    config.dataparser = FewViewParserConfig(data=masked_scene(tmp_path, mask))
+    manager = config.setup(device="cpu")
+    _, row, column = manager.next_train(1)[1]["indices"].unbind(-1)
+    assert mask[row, column].all() and len(set(zip(row.tolist(), column.tolist(), strict=True))) > 150
+    _, row, column = manager.next_train(0)[1]["indices"].unbind(-1)
+    assert sorted(set(zip(row.tolist(), column.tolist(), strict=True))) == [
+        (r, c) for r in range(4) for c in range(4) if mask[4 * r : 4 * r + 4, 4 * c : 4 * c + 4].all()
+    ]
+    _, row, column = manager.next_eval(0)[1]["indices"].unbind(-1)
+    assert mask[row, column].all()
 
 
 def test_rays_follow_from_seed_rank_and_step(ball_scene, monkeypatch):

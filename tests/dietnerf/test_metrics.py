@@ -121,6 +121,20 @@ def test_scores_name_what_is_not_measured(pair, monkeypatch, tmp_path):
     assert "was in the loss" in same.not_measured["similarity"]
 
 
+def test_what_a_mask_hides_is_not_scored(pair, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    image, truth = pair
+    mask = torch.ones(20, 24, 1, dtype=torch.bool)
+    mask[:, :9] = False
+    alpha = torch.ones(20, 24, 1)
+    passer_by = torch.where(mask, truth, 1 - truth)
+    places = torch.ones(1, 3), torch.zeros(2, 3)
+    scores = score_views([image], [passer_by], [alpha], *places, masks=[mask]).values
+    assert scores["psnr"] == scores["psnr_foreground"] == pytest.approx(psnr(image[:, 9:], truth[:, 9:]))
+    assert scores["ssim"] == pytest.approx(ssim(image, torch.where(mask, truth, image)))
+    assert score_views([image], [passer_by], [alpha], *places).values["psnr"] < scores["psnr"] - 1
+
+
 def test_distances_of_distributions_need_two_views(pair, tmp_path):
     image, truth = pair
     (tmp_path / "inception.pth").write_bytes(b"never read")

@@ -381,6 +381,11 @@ def test_metrics_need_nothing_downloaded():
     assert metrics["psnr"] == math.inf and metrics["ssim"] == pytest.approx(1.0, abs=1e-4)
     assert images["img"].shape == (16, 32, 3)
     assert not any("lpips" in name.lower() for name, _ in model.named_modules())
+    mask = torch.ones_like(outputs["accumulation"], dtype=torch.bool)
+    mask[0] = False
+    truth = torch.where(mask, outputs["rgb"], 1 - outputs["rgb"])
+    masked, _ = model.get_image_metrics_and_images(outputs, {"image": truth, "mask": mask})
+    assert masked == metrics != model.get_image_metrics_and_images(outputs, {"image": truth})[0]
 
 
 @pytest.mark.parametrize(
