@@ -33,8 +33,8 @@ def main(config: Config) -> None:
     for name in config.variants:
         require_one_of("variant", name, tuple(VARIANTS))
     setting = prepare("clipcap_coco", config, epochs=10, layout="Karpathy's dataset_coco.json, with --images")
-    rows, tokenizer = paper_rows(setting, config.variants, PUBLISHED)
-    text = ["Scores times 100 with 95% intervals over the test images."]
+    rows, tokenizer, absent = paper_rows(setting, config.variants, PUBLISHED)
+    text = ["Scores times 100 with 95% intervals over the test images.", *absent]
     if config.small:
         text.append("Rendered scenes and the packaged tiny backbones: not comparable with the published COCO table.")
     write_table(

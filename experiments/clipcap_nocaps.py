@@ -20,20 +20,23 @@ from experiments import from_command_line
 from experiments.clipcap_tables import (
     VARIANTS,
     TableConfig,
+    not_measured,
     prepare,
     run_captioner,
     score_captioner,
+    shown,
     write_table,
 )
 from experiments.scenes.captions import looks, parse
 from experiments.scenes.graph import HELD_OUT
 
 DOMAINS = ("in", "near", "out", "overall")
+METRICS = ("CIDEr", "SPICE")
 PUBLISHED = {
-    "mlp-tuned": {"in": "79.73", "near": "67.69", "out": "49.35", "overall": "65.7"},
-    "transformer-frozen": {"in": "84.85", "near": "66.82", "out": "49.14", "overall": "65.83"},
+    "mlp-tuned": {"CIDEr": ("79.73", "67.69", "49.35", "65.7"), "SPICE": ("12.2", "11.26", "9.7", "11.1")},
+    "transformer-frozen": {"CIDEr": ("84.85", "66.82", "49.14", "65.83"), "SPICE": ("12.14", "10.92", "9.57", "10.9")},
 }
-"""CIDEr."""
+"""In the order of the domains."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +85,25 @@ def main(config: Config) -> None:
     nocaps, images = config.nocaps, config.nocaps_images
     if config.small and nocaps is None:
         nocaps, images = scenes_by_domain(setting.data, setting.out / "data" / "scenes_by_domain_val.json")
-    rows, tokenizer = [], ""
+    columns = {(metric, domain): f"{metric} {domain}" for metric in METRICS for domain in DOMAINS}
+    rows, tokenizer, absent = [], "", []
     for name, model in zip(config.variants, config.models or (None,) * len(config.variants), strict=True):
         trained = model or run_captioner(setting, name, **VARIANTS[name])
         found = score_captioner(setting, trained, name, data=nocaps, images=images, split="all")
         if not found.domains:
             raise UserError(f"{str(nocaps)!r} has no domains: give nocaps' file with a 'domain' for each image.")
-        tokenizer = found.tokenizer
+        tokenizer, absent = found.tokenizer, not_measured(found, METRICS)
         row = {"captioner": name}
-        for domain in DOMAINS:
+        for (metric, domain), column in columns.items():
             if domain in found.domains:
                 part = found.domains[domain]
-                row[f"CIDEr {domain}"] = f"{100 * part['scores']['CIDEr']:.2f}"
-                if "CIDEr" in part["intervals"]:
-                    low, high = part["intervals"]["CIDEr"]
-                    row[f"CIDEr {domain}"] += f" ({100 * low:.1f}–{100 * high:.1f})"
-                row["images"] = " / ".join(str(found.domains[d]["images"]) for d in DOMAINS if d in found.domains)
+                row[column] = shown(metric, part["scores"], part["intervals"])
+        row["images"] = " / ".join(str(found.domains[d]["images"]) for d in DOMAINS if d in found.domains)
         rows.append(row)
         if not config.small:
-            rows.append({"captioner": f"{name}, published"} | {f"CIDEr {d}": v for d, v in PUBLISHED[name].items()})
-    text = ["CIDEr times 100 with 95% intervals over the images; document frequencies of all images."]
+            figures = (figure for metric in METRICS for figure in PUBLISHED[name][metric])
+            rows.append({"captioner": f"{name}, published"} | dict(zip(columns.values(), figures, strict=True)))
+    text = ["Scores times 100 with 95% intervals over the images; CIDEr by document frequencies of all.", *absent]
     if config.small:
         text += [
             "Rendered scenes and the packaged tiny backbones: not comparable with the published table. Domains:",
@@ -111,7 +113,7 @@ def main(config: Config) -> None:
         setting,
         "nocaps, in small" if config.small else "nocaps, validation",
         text,
-        ("captioner", *(f"CIDEr {domain}" for domain in DOMAINS), "images"),
+        ("captioner", *columns.values(), "images"),
         rows,
         command=" ".join(["python -m experiments.clipcap_nocaps", *["--models"][: len(config.models)], *config.models]),
         tokenizer=tokenizer,

@@ -174,7 +174,7 @@ def score_captioner(
 
 def paper_rows(
     setting: Setting, variants: Sequence[str], published: Mapping[str, Mapping[str, str]], **scored: Any
-) -> tuple[list[dict[str, str]], str]:
+) -> tuple[list[dict[str, str]], str, list[str]]:
     """Train and score the paper's captioners.
 
     Args:
@@ -184,17 +184,17 @@ def paper_rows(
         scored: what `score_captioner` is to score, when not the setting's test split.
 
     Returns:
-        The table's rows, and the tokenizer of the scores.
+        The table's rows, the tokenizer of the scores, and lines that say what is not measured.
     """
-    rows, tokenizer = [], ""
+    rows, tokenizer, absent = [], "", []
     for name in variants:
         found = score_captioner(setting, run_captioner(setting, name, **VARIANTS[name]), name, **scored)
-        tokenizer = found.tokenizer
+        tokenizer, absent = found.tokenizer, not_measured(found, METRICS)
         minutes = cpu_minutes(setting.out / name)
         rows.append({"captioner": name} | {m: cell(found, m) for m in METRICS} | {"CPU min": minutes})
         if not setting.config.small:
             rows.append({"captioner": f"{name}, published"} | dict(published[name]))
-    return rows, tokenizer
+    return rows, tokenizer, absent
 
 
 def last_split(data: Path, images: Path | None, *, skip_missing: bool) -> str:
@@ -208,13 +208,23 @@ def last_split(data: Path, images: Path | None, *, skip_missing: bool) -> str:
 
 def cell(found: Evaluation, metric: str) -> str:
     """A score times 100 with its interval, or a dash."""
-    if metric not in found.scores:
+    return shown(metric, found.scores, found.intervals)
+
+
+def shown(metric: str, scores: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]) -> str:
+    """The score of one metric times 100 with its interval, or a dash."""
+    if metric not in scores:
         return "–"
-    text = f"{100 * found.scores[metric]:.2f}"
-    if metric in found.intervals:
-        low, high = found.intervals[metric]
+    text = f"{100 * scores[metric]:.2f}"
+    if metric in intervals:
+        low, high = intervals[metric]
         text += f" ({100 * low:.1f}–{100 * high:.1f})"
     return text
+
+
+def not_measured(found: Evaluation, metrics: Sequence[str]) -> list[str]:
+    """A line for each of `metrics` that could not be computed here, with the reason."""
+    return [f"{name} is not measured: {found.not_measured[name]}." for name in metrics if name in found.not_measured]
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,12 +9,17 @@ goes on with a run that was stopped. docs/reproduce.md has the list of data and 
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import resource
+import shutil
+import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,12 +46,18 @@ LANGUAGES: dict[str, dict[str, Any]] = {
     "ita": {"name": "italian", "vocab_size": 30_000},
 }
 """De Vries & Nissim 2021, sec. 3.1."""
-DIETNERF_MEAN = {
-    "nerf": 14.9, "simplified": 20.1, "dietnerf": 23.1, "dietnerf-tuned": 23.6, "nerf, 100 views": 31.2,
-}  # fmt: skip
-"""PSNR over the 8 scenes from 8 views (Jain et al. 2021, table 1)."""
-DIETNERF_LEGO = {
-    "nerf": 9.7, "simplified": 16.7, "dietnerf": 23.9, "dietnerf-tuned": 24.3, "nerf, 100 views": 31.6,
+FIGURES = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "lpips": ("LPIPS", 3), "fid": ("FID", 1), "kid": ("KID", 3)}
+"""Scores of `experiments.dietnerf_synthetic`: the name in the table, and the digits."""
+DIETNERF_MEAN: dict[str, tuple[float, ...]] = {
+    "nerf": (14.934, 0.687, 0.318, 228.1, 0.076),
+    "simplified": (20.092, 0.822, 0.179, 189.2, 0.047),
+    "dietnerf": (23.147, 0.866, 0.109, 74.9, 0.005),
+    "dietnerf-tuned": (23.591, 0.874, 0.097, 72.0, 0.004),
+    "nerf, 100 views": (31.153, 0.954, 0.046, 50.5, 0.001),
+}
+"""In the order of `FIGURES`, over the 8 scenes from 8 views (Jain et al. 2021, table 1)."""
+DIETNERF_LEGO: dict[str, tuple[float, ...]] = {
+    "nerf": (9.7,), "simplified": (16.7,), "dietnerf": (23.9,), "dietnerf-tuned": (24.3,), "nerf, 100 views": (31.6,),
 }  # fmt: skip
 
 
@@ -94,11 +105,22 @@ class Need:
     path: Path
     what: str
     """What it is, and where it is from."""
+    wrong: str = ""
+    """What is wrong with what is there."""
+    optional: str = ""
+    """What goes without it, where it does not have to be there."""
 
     @property
-    def there(self) -> bool:
-        """Whether the file, or something in the directory, is there."""
-        return self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()))
+    def met(self) -> bool:
+        """Whether the file, or something in the directory, is there and nothing is wrong with it."""
+        there = self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()))
+        return there and not self.wrong
+
+    @property
+    def lines(self) -> list[str]:
+        """What to print of it."""
+        head = f"optional, {self.optional}: {self.path}" if self.optional else f"  {self.path}"
+        return [head, *(f"      {line}" for line in (self.what, self.wrong) if line)]
 
 
 @dataclass(frozen=True)
@@ -128,6 +150,15 @@ class Table:
 
 # Weights and data
 
+PARTS = {
+    "config.json": ("config.json",),
+    "model.safetensors": (
+        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    ),
+    "tokenizer.json": ("tokenizer.json", "merges.txt"),
+}  # fmt: skip
+"""What a model's directory has to have, and the files of which any one will do."""
+
 
 def find_weights(directory: Path, name: str) -> str | None:
     """Weights called `name`, in `directory` or on the hub or in its cache, as the loaders take them; None: nowhere."""
@@ -136,13 +167,19 @@ def find_weights(directory: Path, name: str) -> str | None:
         path = directory / f"{model}.pth"
         return f"{name}:{path}" if path.is_file() else None
     local = directory / name.rpartition("/")[2]
-    if (local / "config.json").is_file():
+    if not lacking_parts(local):
         return str(local)
     try:
-        require_reachable(name, ("config.json",))
+        for files in PARTS.values():
+            require_reachable(name, files)
     except OSError:
         return None
     return name
+
+
+def lacking_parts(directory: Path) -> list[str]:
+    """What a model's directory does not have."""
+    return [part for part, files in PARTS.items() if not any((directory / file).is_file() for file in files)]
 
 
 def missing_weights(directory: Path, name: str) -> Need:
@@ -151,27 +188,40 @@ def missing_weights(directory: Path, name: str) -> Need:
     if model:
         return Need(directory / f"{model}.pth", f"{library}'s ImageNet weights of {model}, its state_dict")
     path = directory / name.rpartition("/")[2]
-    return Need(path, f"hf download {name} --local-dir {path}")
+    wrong = f"it is there, but without {', '.join(lacking_parts(path))}" if path.is_dir() else ""
+    return Need(path, f"hf download {name} --local-dir {path}", wrong)
 
 
-def check(config: Config, table: Table) -> dict[str, str]:
-    """The weights by name, when nothing is missing.
+def without_images(paths: Iterable[Path]) -> str:
+    """How many of these images, whose names may lack the suffix, are not there, and one of them; nothing when all are.
 
-    Raises:
-        UserError: something is; a list of all of it has been printed.
+    Each directory is listed once.
     """
+    from clipcap.images import IMAGE_SUFFIXES
+
+    listed: dict[Path, set[str]] = {}
+    count, absent = 0, []
+    for path in paths:
+        folder = path.parent
+        if folder not in listed:
+            names = [Path(name) for name in os.listdir(folder)] if folder.is_dir() else []
+            listed[folder] = {n.name for n in names} | {n.stem for n in names if n.suffix.lower() in IMAGE_SUFFIXES}
+        count += 1
+        if path.name not in listed[folder]:
+            absent.append(path.name)
+    return f"{len(absent):,} of {count:,} images are not there, such as {absent[0]}" if absent else ""
+
+
+def check(config: Config, table: Table) -> tuple[dict[str, str], int]:
+    """The weights by name, as found, and how much is missing; that and what is optional is printed."""
     found = {name: find_weights(config.weights, name) for name in table.weights}
-    missing = [need for need in table.needs(config) if not need.there]
-    missing += [missing_weights(config.weights, name) for name, place in found.items() if place is None]
-    if missing:
-        print("missing:")
-        for need in missing:
-            print(f"  {need.path}\n      {need.what}")
-        raise UserError(
-            f"{len(missing)} of what {config.name} needs is not there: put it where the list above says, or give "
-            f"--data and --weights (--dry-run needs none of it)."
-        )
-    return {name: place for name, place in found.items() if place is not None}
+    needs = table.needs(config)
+    needs += [missing_weights(config.weights, name) for name, place in found.items() if place is None]
+    missing = [need for need in needs if not need.met and not need.optional]
+    print("missing:" if missing else "nothing is missing.")
+    for need in missing + [need for need in needs if not need.met and need.optional]:
+        print("\n".join(need.lines))
+    return {name: place for name, place in found.items() if place is not None}, len(missing)
 
 
 # What it costs
@@ -184,13 +234,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """
     x, y = (torch.randn(shape, device=device).to(dtype) for shape in ((2048, 768), (768, 3072)))
     on_cpu, best = device.type == "cpu", float("inf")
+    products = 1 if on_cpu else 100  # one lasts no longer on a GPU than to ask for it
     clock = time.process_time if on_cpu else time.perf_counter
     for _ in range(6):  # the first only warms up
         begun = clock()
-        z = x @ y
+        for _ in range(products):
+            z = x @ y
         z[0, 0].item()  # waits for a GPU
         best = min(best, clock() - begun)
-    return 2.0 * 2048 * 768 * 3072 / best * (torch.get_num_threads() if on_cpu else 1)
+    return products * 2.0 * 2048 * 768 * 3072 / best * (torch.get_num_threads() if on_cpu else 1)
 
 
 def memory_here(device: torch.device) -> float:
@@ -219,6 +271,8 @@ def estimate(config: Config, table: Table, device: torch.device) -> list[str]:
     lines.append(f"  {'in all':<48} {total:9.2e} FLOP  {duration(total / rate):>10}")
     lines.append("  Time is arithmetic over that rate and so the least; docs/clipcap_speed.md has the share of it that "
                  "is reached.")
+    lines.append(f"  For another machine: python -m experiments.reproduce {config.name} --dry-run --matrix-rate RATE, "
+                 f"its GFLOP/s in {config.runtime.precision}, in which this run computes (--precision).")
     free, most = memory_here(device), max(cost.memory for cost in costs)
     if not config.matrix_rate and most > free:
         lines.append(f"  MEMORY: {most / 2**30:.1f} GiB are needed and {free / 2**30:.1f} are free here.")
@@ -322,32 +376,108 @@ def recycling_costs(text: Path, vocab_size: int) -> list[Cost]:
 # Captioners
 
 
+def named_images(captions: Path, images: Path) -> tuple[list[Path], str]:
+    """The images that a file of captions names, and what is wrong with the file."""
+    from clipcap.data import read_dataset
+
+    if not captions.is_file() or not images.is_dir():
+        return [], ""
+    try:
+        return [item.path for item in read_dataset(captions, images=images, need_images=False)], ""
+    except UserError as error:
+        return [], str(error)
+
+
+def java_needs() -> list[Need]:
+    """What METEOR and SPICE need."""
+    from pycocoevalcap.spice import spice
+
+    from clipcap.metrics import SPICE_JARS
+
+    library = Path(spice.__file__).parent / "lib"
+    return [
+        Need(
+            Path(shutil.which("java") or "java"),
+            "Java, on the path; the tokenizer of the published scores needs it, too",
+            optional="without it METEOR and SPICE are not measured",
+        ),
+        *(
+            Need(library / jar, "of Stanford CoreNLP 3.6.0", optional="without it SPICE is not measured")
+            for jar in SPICE_JARS
+        ),
+    ]
+
+
 def coco_needs(config: Config) -> list[Need]:
     place = config.data / "coco"
+    captions, train, val = place / "dataset_coco.json", place / "train2014", place / "val2014"
+    named, wrong = named_images(captions, place)
+    elsewhere = without_images(path for path in named if path.parent not in (train, val))
+    absent = {folder: without_images(path for path in named if path.parent == folder) for folder in (train, val)}
     return [
-        Need(place / "dataset_coco.json", "Karpathy's splits of COCO with the captions"),
-        Need(place / "train2014", "COCO's training images of 2014"),
-        Need(place / "val2014", "COCO's validation images of 2014"),
+        Need(captions, "Karpathy's splits of COCO with the captions", wrong or elsewhere),
+        Need(train, "COCO's training images of 2014", absent[train]),
+        Need(val, "COCO's validation images of 2014", absent[val]),
+        *java_needs(),
     ]
 
 
 def conceptual_needs(config: Config) -> list[Need]:
     place, needs = config.data / "conceptual", []
     for split, file in (("train", "Train_GCC-training.tsv"), ("validation", "Validation_GCC-1.1.0-Validation.tsv")):
-        needs.append(Need(place / file, f"Conceptual Captions, {split}: captions and URLs"))
-        needs.append(
-            Need(place / split / "journal.jsonl", f"clipcap download {place / file} --out {place / split}")
-        )
-    return needs
+        captions = Need(place / file, f"Conceptual Captions, {split}: captions and URLs")
+        journal = Need(place / split / "journal.jsonl", f"clipcap download {place / file} --out {place / split}")
+        if captions.met and journal.met:
+            try:
+                there, lines = downloaded(captions.path, place / split)
+            except UserError as error:
+                captions = replace(captions, wrong=str(error))
+            else:
+                if there < lines or not there:
+                    journal = replace(journal, wrong=f"{there:,} of the {lines:,} lines have their image")
+                if there and 2 * there >= lines:
+                    journal = replace(journal, optional="URLs die, and lines without an image are left out")
+        needs += [captions, journal]
+    return [*needs, *java_needs()]
+
+
+def downloaded(captions: Path, place: Path) -> tuple[int, int]:
+    """Of how many lines of a Conceptual Captions file `clipcap download` left the image, and how many there are."""
+    from clipcap.download import read_journal, url_key
+    from clipcap.readers import conceptual_rows
+
+    images = {key: entry.file for key, entry in read_journal(place).items() if entry.file}
+    names = {name for folder in {Path(file).parent for file in images.values()} if (place / folder).is_dir()
+             for name in os.listdir(place / folder)}  # fmt: skip
+    keys = [url_key(url) for _, _, url in conceptual_rows(captions)]
+    return sum(key in images and Path(images[key]).name in names for key in keys), len(keys)
 
 
 def nocaps_needs(config: Config) -> list[Need]:
     place = config.data / "nocaps"
+    captions, images = place / "nocaps_val_4500_captions.json", place / "images"
+    named, wrong = named_images(captions, images)
     return [
-        *coco_needs(config),
-        Need(place / "nocaps_val_4500_captions.json", "nocaps' validation captions, with domains"),
-        Need(place / "images", "its images"),
+        *(java_needs() if trained_captioners(config) else coco_needs(config)),
+        Need(captions, "nocaps' validation captions, with domains", wrong),
+        Need(images, "its images", without_images(named)),
     ]
+
+
+def trained_captioners(config: Config) -> tuple[str, ...]:
+    """The captioners of clipcap-coco, when both are there."""
+    from experiments.clipcap_tables import VARIANTS
+
+    models = [config.place.parent / "clipcap-coco" / name / "model" for name in VARIANTS]
+    files = [model / file for model in models for file in ("config.json", "model.safetensors")]
+    return tuple(map(str, models)) if all(file.is_file() for file in files) else ()
+
+
+def nocaps_costs(config: Config) -> list[Cost]:
+    """Those of COCO's captioners too, unless they are there."""
+    if not trained_captioners(config):
+        return captioner_costs(123_287 + 4_500, 566_747, 4_500)
+    return [cost for cost in captioner_costs(4_500, 0, 4_500) if cost.flops]
 
 
 def table_options(config: Config, weights: dict[str, str]) -> dict[str, Any]:
@@ -385,18 +515,15 @@ def run_conceptual(config: Config, weights: dict[str, str]) -> None:
 def run_nocaps(config: Config, weights: dict[str, str]) -> None:
     """Scores the captioners of clipcap-coco when they are there, or trains them."""
     from experiments import clipcap_nocaps
-    from experiments.clipcap_tables import VARIANTS
 
-    coco, place = config.data / "coco", config.data / "nocaps"
-    trained = [config.place.parent / "clipcap-coco" / name / "model" for name in VARIANTS]
-    there = all((model / "config.json").is_file() for model in trained)
+    coco, place, trained = config.data / "coco", config.data / "nocaps", trained_captioners(config)
     clipcap_nocaps.main(
         clipcap_nocaps.Config(
-            data=coco / "dataset_coco.json",
-            images=coco,
+            data=None if trained else coco / "dataset_coco.json",
+            images=None if trained else coco,
             nocaps=place / "nocaps_val_4500_captions.json",
             nocaps_images=place / "images",
-            models=tuple(map(str, trained)) if there else (),
+            models=trained,
             **table_options(config, weights),
         )
     )
@@ -440,12 +567,28 @@ def rehearse_captioners(config: Config) -> Iterator[str]:
 
 
 def scene_needs(config: Config) -> list[Need]:
-    place = config.data / "nerf_synthetic"
+    from dietnerf.metrics import INCEPTION_FILE, VGG_FILE
+
+    place, cache = config.data / "nerf_synthetic", Path(torch.hub.get_dir()) / "checkpoints"
+    files = [place / scene / f"transforms_{split}.json" for scene in config.scenes for split in ("train", "test")]
+    without = "without it, before a run is scored,"
     return [
-        Need(place / scene / f"transforms_{split}.json", f"NeRF-synthetic's scene {scene}, with its images")
-        for scene in config.scenes
-        for split in ("train", "test")
+        *(Need(f, f"NeRF-synthetic's scene {f.parent.name}, with its images", wrong_with(f)) for f in files),
+        Need(cache / VGG_FILE, "torchvision's VGG-16", optional=f"{without} LPIPS is not measured"),
+        Need(cache / INCEPTION_FILE, "torch-fidelity's Inception", optional=f"{without} FID and KID are not measured"),
     ]
+
+
+def wrong_with(transforms: Path) -> str:
+    """What is wrong with a transforms file that is there, or with its images."""
+    if not transforms.is_file():
+        return ""
+    try:
+        frames = json.loads(transforms.read_text(encoding="utf-8"))["frames"]
+        paths = [transforms.parent / frame["file_path"] for frame in frames]
+    except (ValueError, KeyError, TypeError):
+        paths = []
+    return without_images(paths) if paths else "it names no images"
 
 
 FIELD_ARMS = {
@@ -475,19 +618,47 @@ def small_options(config: Config, out: Path, encoder: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def psnr_table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) -> list[str]:
-    """Markdown of the PSNR of each row of `experiments.dietnerf_synthetic` beside the published; the mean last."""
-    lines = ["| scene | run | PSNR | published |", "|---|---|--:|--:|"]
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        name = row["arm"] if row["views"] != 100 else f"{row['arm']}, 100 views"
-        values.setdefault(name, []).append(row["psnr"])
-        figure = published.get(row["scene"], {}).get(name, "–")
-        lines.append(f"| {row['scene']} | {name} | {row['psnr']:.2f} | {figure} |")
-    for name, found in values.items():
-        figure = published["mean"].get(name, "–")
-        lines.append(f"| mean of {len(found)} | {name} | {sum(found) / len(found):.2f} | {figure} |")
-    return lines
+def field_table(runs: list[dict[str, Any]], published: dict[str, dict[str, tuple[float, ...]]]) -> list[str]:
+    """Markdown of the scores of runs of `experiments.dietnerf_synthetic` beside the published ones; the means last.
+
+    A published mean is over all eight scenes, and stands beside ours of all eight only.
+    """
+    names = [name for name, _ in FIGURES.values()]
+    lines = ["| scene | run | " + " | ".join(f"{name} | published" for name in names) + " |"]
+    lines.append("|---|---" + "|--:" * 2 * len(names) + "|")
+    arms: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in published["mean"]}
+    for run in runs:
+        name = run["arm"] if run["views"] != 100 else f"{run['arm']}, 100 views"
+        arms.setdefault(name, {}).setdefault(run["scene"], []).append(run["scores"])
+
+    def line(scene: str, name: str, scores: list[dict[str, float]], figures: tuple[float, ...]) -> str:
+        cells = [scene, name]
+        for number, (key, (_, digits)) in enumerate(FIGURES.items()):
+            values = [score[key] for score in scores if score.get(key) is not None]
+            whole = len(values) == len(scores)
+            cells.append(f"{statistics.fmean(values):.{digits}f}" if whole else "not measured")
+            cells.append(str(figures[number]) if number < len(figures) else "–")
+        return f"| {' | '.join(cells)} |"
+
+    for scene in sorted({run["scene"] for run in runs}):
+        for name, scenes in arms.items():
+            if scene in scenes:
+                lines.append(line(scene, name, scenes[scene], published.get(scene, {}).get(name, ())))
+    for name, scenes in arms.items():
+        if scenes:
+            figures = published["mean"].get(name, ()) if scenes.keys() == set(BLENDER) else ()
+            lines.append(line(f"mean of {len(scenes)}", name, [s for found in scenes.values() for s in found], figures))
+    lines.append("")
+    for key, (title, _) in FIGURES.items():
+        reasons = Counter(run["not_measured"][key].partition(":")[0] for run in runs if key in run["not_measured"])
+        lines += [f"{title} of {n} of {len(runs)} runs is not measured: {reason}." for reason, n in reasons.items()]
+    if absent := [scene for scene in BLENDER if all(run["scene"] != scene for run in runs)]:
+        lines.append(f"The published means are of all 8 scenes, and not here are {', '.join(absent)}.")
+    return [
+        *lines,
+        "SSIM is with a Gaussian window and LPIPS of values in [-1, 1]; the paper's are with a uniform window and of "
+        "values in [0, 1], which `dietnerf evaluate RUN --protocol paper` measures.",
+    ]
 
 
 def run_fields(config: Config, weights: dict[str, str]) -> None:
@@ -496,19 +667,19 @@ def run_fields(config: Config, weights: dict[str, str]) -> None:
     options = published_options(config, config.place, encoder=weights[CLIP])
     script.main(script.Config(arms=tuple(FIELD_ARMS), **options))
     script.main(script.Config(arms=("nerf",), **options | {"view_ids": (), "views": (100,)}))
-    rows = script.tabulate(script.read_runs(config.place))
-    conclude(config, psnr_table(rows, {"lego": DIETNERF_LEGO, "mean": DIETNERF_MEAN}))
+    conclude(config, field_table(script.read_runs(config.place), {"lego": DIETNERF_LEGO, "mean": DIETNERF_MEAN}))
 
 
 def run_encoders(config: Config, weights: dict[str, str]) -> None:
     from experiments import dietnerf_synthetic as script
 
-    rows = []
+    runs = []
     for name, encoder in ENCODERS.items():
         out = config.place / name.replace("/", "").replace(" ", "-")
         script.main(script.Config(arms=("dietnerf",), **published_options(config, out, encoder=weights[encoder])))
-        rows += [row | {"arm": name} for row in script.tabulate(script.read_runs(out))]
-    lines = psnr_table(rows, {"lego": {"CLIP ViT-B/32": 23.9}, "mean": {"CLIP ViT-B/32": 23.1}})
+        runs += [run | {"arm": name} for run in script.read_runs(out)]
+    tables = {"lego": DIETNERF_LEGO, "mean": DIETNERF_MEAN}
+    lines = field_table(runs, {place: {"CLIP ViT-B/32": table["dietnerf"]} for place, table in tables.items()})
     conclude(config, [*lines, "", "The paper's figures of the other encoders are in its ablation, not here."])
 
 
@@ -548,8 +719,15 @@ def rehearse_encoders(config: Config) -> Iterator[str]:
 def text_needs(language: str) -> Callable[[Config], list[Need]]:
     def needs(config: Config) -> list[Need]:
         name = LANGUAGES[language]["name"].capitalize()
-        what = f"{name} text: .txt, .jsonl, .html (also .xz, .gz) or a Hugging Face dataset on disk, some gigabytes"
-        return [Need(config.data / "text" / language, what)]
+        about = f"{name} text: .txt, .jsonl, .html (also .xz, .gz) or a Hugging Face dataset on disk, some gigabytes"
+        return [
+            Need(config.data / "text" / language, about),
+            *(
+                replace(missing_weights(config.weights, hub), optional=f"without it '{what}' is not measured")
+                for what, hub in released(language).items()
+                if find_weights(config.weights, hub) is None
+            ),
+        ]
 
     return needs
 
@@ -749,7 +927,7 @@ TABLES: dict[str, Table] = {
     ),
     "clipcap-nocaps": Table(
         "ClipCap on nocaps (Mokady et al. 2021, table 1)", nocaps_needs, (CLIP, GPT2),
-        lambda config: captioner_costs(123_287 + 4_500, 566_747, 4_500), run_nocaps, rehearse_captioners,
+        nocaps_costs, run_nocaps, rehearse_captioners,
     ),
     "dietnerf-synthetic": Table(
         "DietNeRF from 8 views (Jain et al. 2021, table 1)", scene_needs, (CLIP,),
@@ -775,19 +953,24 @@ TABLES: dict[str, Table] = {
 
 
 def main(config: Config) -> None:
-    """Say what it costs; then the dry run, or what is missing, or the run."""
+    """Say what is missing and what it costs, and run when nothing is missing; or the costs and the dry run."""
     for name in ("steps", "matrix_rate"):
         require_at_least(name, getattr(config, name), 0)
     warnings.filterwarnings("ignore", module=r"nerfstudio\b|torch\b")  # of what they will drop one day
     table, device = TABLES[config.name], start(config.runtime)
     print(table.title)
+    weights, missing = ({}, 0) if config.dry_run else check(config, table)
     print("\n".join(estimate(config, table, device)), flush=True)
     if config.dry_run:
         for line in table.rehearse(config):
             print(f"dry run: {line}; peak {peak_memory() / 2**30:.1f} GiB", flush=True)
         print("every phase ran.")
         return
-    weights = check(config, table)
+    if missing:
+        raise UserError(
+            f"{missing} of what {config.name} needs is not there: put it where the list above says, or give "
+            f"--data and --weights (--dry-run needs none of it)."
+        )
     table.run(config, weights)
 
 
