@@ -376,6 +376,9 @@ def _load_hugging_face(name: str) -> tuple[_Backbone, Preprocess]:
             processor = CLIPImageProcessor.from_pretrained(source)
         except OSError:  # weights saved without their processor
             processor = CLIPImageProcessor()
+        for key in ("image_mean", "image_std"):
+            if torch.tensor(getattr(processor, key), dtype=torch.float32).shape != (3,):
+                raise UserError(f"CLIP {source!r}: {key} is {getattr(processor, key)!r}: give three numbers.")
     preprocess = Preprocess(
         size=config.vision_config.image_size, mean=tuple(processor.image_mean), std=tuple(processor.image_std)
     )

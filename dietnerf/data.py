@@ -508,7 +508,7 @@ class FewViewParser(DataParser):
         path = require_file(directory / "poses_bounds.npy", "poses file")
         try:
             table = np.asarray(np.load(path), dtype=np.float64)
-        except (OSError, EOFError, ValueError, TypeError) as error:
+        except Exception as error:  # numpy reads the head as Python, which has errors of its own
             reason = " ".join(str(error).split())[:150]
             raise UserError(f"poses file {str(path)!r} cannot be read ({reason}): write it again.") from error
         if table.ndim != 2 or table.shape[1] != 17 or not np.isfinite(table).all():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from dietnerf.data import FewViewDataset, check_pose
 from dietnerf.methods import FewViewTrainerConfig
 from dietnerf.model import FewViewModel
 from dietnerf.pipeline import FewViewPipeline
+
+PACKAGES = ("nerfstudio.", "dietnerf.", "torch.optim.", "pathlib.")
+"""What the classes that a config.yml may name lie in."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +60,26 @@ class Scene:
             data: where the scene's images lie now, when they have moved since.
 
         Raises:
-            UserError: no run there, not one of ours, a damaged checkpoint or one of another field.
+            UserError: no run there, not one of ours, a config.yml that names other classes than nerfstudio's and
+                ours or does not work, a damaged checkpoint or one of another field.
         """
         directory = find_run(Path(path))
-        try:
-            config = yaml.load(require_file(directory / "config.yml", "run's config").read_text(), Loader=yaml.Loader)
-        except (yaml.YAMLError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(f"config.yml of {str(directory)!r} cannot be read ({reason}): train it again.") from error
-        if not isinstance(config, FewViewTrainerConfig):
-            raise UserError(f"{str(directory)!r} is no run of dietnerf: open it with the ns- commands.")
-        if data is not None:
-            config.pipeline.datamanager.data = Path(data).resolve()
+        config = read_config(directory)
         target = resolve_device(device)
-        pipeline = config.pipeline.setup(device=target, test_mode="test")
-        step = load_checkpoint(pipeline, directory / config.relative_model_dir)
+        try:
+            if data is not None:
+                config.pipeline.datamanager.data = Path(data).resolve()
+            pipeline: FewViewPipeline = config.pipeline.setup(device=target, test_mode="test")
+            checkpoints = directory / config.relative_model_dir
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # whatever nerfstudio makes of a value that it does not expect
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+            raise UserError(
+                f"run {str(directory)!r} cannot be opened ({reason}): put back the config.yml that it was trained "
+                f"with, or train it again."
+            ) from error
+        step = load_checkpoint(pipeline, checkpoints)
         pipeline.eval()
         return cls(config, pipeline, directory, step)
 
@@ -170,6 +180,66 @@ def find_run(path: Path) -> Path:
     raise UserError(f"{str(path)!r} has no config.yml: give the directory of a run of dietnerf train or ns-train.")
 
 
+def read_config(directory: Path) -> FewViewTrainerConfig:
+    """The configuration of a run; nothing that its config.yml names is run.
+
+    Raises:
+        UserError: none there, damaged, of another method, or one that names what is no setting.
+    """
+    path = require_file(directory / "config.yml", "run's config")
+    try:
+        config = yaml.load(path.read_text("utf-8"), Loader=_ConfigLoader)
+    except OSError:
+        raise
+    except Exception as error:  # yaml's own, and what its constructors come upon in a damaged file
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"config.yml of {str(directory)!r} cannot be read ({reason}): train it again.") from error
+    if not isinstance(config, FewViewTrainerConfig):
+        raise UserError(f"{str(directory)!r} is no run of dietnerf: open it with the ns- commands.")
+    return config
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """Plain values, tuples, paths, and of a few packages classes, members of enumerations and dataclasses.
+
+    A dataclass is filled without its constructor, as pickle does; no function is found and none is called.
+    """
+
+    def find_class(self, name: str, node: yaml.Node) -> Any:
+        module, _, attribute = name.rpartition(".")
+        found = getattr(sys.modules.get(module), attribute, None)
+        if not isinstance(found, type) or not f"{found.__module__}.".startswith(PACKAGES):
+            raise yaml.MarkedYAMLError(problem=f"it names {name}, which is refused", problem_mark=node.start_mark)
+        return found
+
+    def read_class(self, name: str, node: yaml.Node) -> Any:
+        return self.find_class(name, node)
+
+    def read_member(self, name: str, node: yaml.SequenceNode) -> Any:
+        kind = self.find_class(name, node)
+        if not issubclass(kind, (Enum, PurePath)):
+            raise yaml.MarkedYAMLError(problem=f"it calls {name}, which is refused", problem_mark=node.start_mark)
+        return kind(*self.construct_sequence(node))
+
+    def read_dataclass(self, name: str, node: yaml.MappingNode) -> Any:
+        kind: type = self.find_class(name, node)
+        if not is_dataclass(kind):
+            raise yaml.MarkedYAMLError(problem=f"it makes {name}, which is refused", problem_mark=node.start_mark)
+        made = kind.__new__(kind)
+        vars(made).update(self.construct_mapping(node, deep=True))
+        return made
+
+    def read_tuple(self, node: yaml.SequenceNode) -> tuple[Any, ...]:
+        return tuple(self.construct_sequence(node, deep=True))
+
+
+_PYTHON = "tag:yaml.org,2002:python/"
+_ConfigLoader.add_constructor(f"{_PYTHON}tuple", _ConfigLoader.read_tuple)
+_ConfigLoader.add_multi_constructor(f"{_PYTHON}name:", _ConfigLoader.read_class)
+_ConfigLoader.add_multi_constructor(f"{_PYTHON}object:", _ConfigLoader.read_dataclass)
+_ConfigLoader.add_multi_constructor(f"{_PYTHON}object/apply:", _ConfigLoader.read_member)
+
+
 def load_checkpoint(pipeline: FewViewPipeline, directory: Path) -> int:
     """Load the newest step-*.ckpt of `directory`; returns its step.
 
@@ -187,7 +257,7 @@ def load_checkpoint(pipeline: FewViewPipeline, directory: Path) -> int:
         raise UserError(f"checkpoint {str(path)!r} is damaged ({type(error).__name__}): copy it again.") from error
     try:
         pipeline.load_pipeline(weights, step)
-    except RuntimeError as error:
+    except Exception as error:  # torch's RuntimeError for other sizes, anything where no tensors are
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"checkpoint {str(path)!r} is of another field than config.yml says ({reason}): keep the two together."

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from clipcap import ClipCapConfig, ClipCapModel, load_original_checkpoint
 from clipcap.data import CaptionedImage
@@ -92,6 +93,55 @@ def test_captioner_config(captioner, tmp_path):
         (place / "config.json").write_bytes(data)
         with only_user_errors():
             ClipCapModel.from_pretrained(place)
+
+    check()
+
+
+def test_captioner_weights(captioner, tmp_path):
+    place = shutil.copytree(captioner, tmp_path / "model")
+    good = (place / "model.safetensors").read_bytes()
+
+    @settings(FUZZ, max_examples=25)
+    @given(damaged(good))
+    def check(data):
+        (place / "model.safetensors").write_bytes(data)
+        with only_user_errors():
+            ClipCapModel.from_pretrained(place)
+
+    check()
+
+
+@pytest.fixture(scope="module")
+def clip_directory(gpt2_directory, tmp_path_factory):
+    """A random CLIP, all its files."""
+    place = tmp_path_factory.mktemp("clip") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_directory, pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(place)
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tower | {"vocab_size": len(tokenizer), "max_position_embeddings": 8, "eos_token_id": tokenizer.eos_token_id}
+    vision = tower | {"image_size": 8, "patch_size": 4}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4)).save_pretrained(place)
+    CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"])
+def test_clip_directory(clip_directory, name, tmp_path):
+    place = shutil.copytree(clip_directory, tmp_path / "clip")
+    good = (place / name).read_bytes()
+    assert load_clip(place, device="cpu").width == 4
+    data = damaged(good)
+    if name.endswith("config.json"):
+        data = st.one_of(changed(json.loads(good), NUMBERS).map(json_text), data)
+
+    @settings(FUZZ, max_examples=15)
+    @given(data)
+    def check(data):
+        (place / name).write_bytes(data)
+        with only_user_errors():
+            clip = load_clip(place, device="cpu")
+            clip.encode_images(clip.preprocess(Image.new("RGB", (9, 8))))
+            clip.encode_texts(["a cat"])
 
     check()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("nerfstudio")
@@ -14,7 +16,7 @@ from PIL import Image  # noqa: E402
 
 from common.checks import UserError  # noqa: E402
 from dietnerf.data import FewViewDataset, FewViewParserConfig, read_frames  # noqa: E402
-from tests.fuzz.mutations import FUZZ, bad_json, only_user_errors  # noqa: E402
+from tests.fuzz.mutations import FUZZ, bad_json, damaged, only_user_errors  # noqa: E402
 
 POSE = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]]
 FRAMES = [
@@ -71,3 +73,36 @@ def test_cameras_at_one_place_are_named(tmp_path):
     (tmp_path / "transforms.json").write_text(json.dumps(SCENES["transforms.json"] | {"frames": frames}))
     with pytest.raises(UserError, match="all stand at one place"):
         FewViewParserConfig(data=tmp_path).setup().get_dataparser_outputs("train")
+
+
+def poses_file(count=3):
+    """LLFF's poses_bounds.npy: cameras side by side that look along -z, the image's size and the focal length."""
+    rows = []
+    for number in range(count):
+        pose = np.array([[0, 1, 0, number, 4], [-1, 0, 0, 0, 4], [0, 0, 1, 0, 6]], dtype=np.float64)
+        rows.append([*pose.ravel(), 1.0, 5.0])
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(rows))
+    return buffer.getvalue()
+
+
+def test_poses_bounds(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / f"{number}.png")
+
+    def read():
+        found = FewViewDataset(FewViewParserConfig(data=tmp_path).setup().get_dataparser_outputs("train"))
+        assert found.load(0)[0].shape == (4, 4, 3)
+
+    (tmp_path / "poses_bounds.npy").write_bytes(poses_file())
+    read()
+
+    @FUZZ
+    @given(damaged(poses_file()))
+    def check(data):
+        (tmp_path / "poses_bounds.npy").write_bytes(data)
+        with only_user_errors():
+            read()
+
+    check()
