@@ -65,14 +65,14 @@ def write(directory: Path, images: int, captions: int, seed: int) -> None:
     (directory / "captions.json").write_text(json.dumps(found))
     _, tokenizer = load_gpt2("tiny")
     data = CaptionDataset(items(directory), store, tokenizer, max_tokens=67, cache=directory / "tokens")
-    repeated = torch.from_numpy(np.asarray(store.array).astype(np.float32))[torch.from_numpy(data.rows)]
+    repeated = torch.from_numpy(np.concatenate(store.array.shards).astype(np.float32))[torch.from_numpy(data.rows)]
     flat = [(number, text) for number, several in enumerate(found) for text in several]
     dictionaries = [
         {"image_id": str(image), "id": n, "caption": text, "clip_embedding": n} for n, (image, text) in enumerate(flat)
     ]
     with open(directory / "train.pkl", "wb") as file:
         pickle.dump({"clip_embedding": repeated, "captions": dictionaries}, file)
-    tokens = [torch.tensor(ids[:-1], dtype=torch.int64) for _, ids in data.pairs]
+    tokens = [torch.tensor(data.pair(n)[1][:-1], dtype=torch.int64) for n in range(len(data))]
     with open(directory / "train_tokens.pkl", "wb") as file:
         pickle.dump([tokens, data.rows.tolist(), int(data.lengths.max())], file)
 

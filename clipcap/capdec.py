@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from clipcap.data import CaptionedImage
 from clipcap.embeddings import alone, fingerprint
+from clipcap.readers import hash_share
 from common.checks import UserError, require_file
 from common.report import write_json
 
@@ -51,14 +52,9 @@ def read_captions(path: Path, *, val_share: float = 0.1) -> list[CaptionedImage]
     if not texts:
         raise UserError(f"caption file {str(path)!r} holds no caption: write one a line.")
     return [
-        CaptionedImage(f"line {number}", NOWHERE, (text,), "val" if _share(text) < val_share else "train")
+        CaptionedImage(f"line {number}", NOWHERE, (text,), "val" if hash_share(text) < val_share else "train")
         for number, text in enumerate(texts, 1)
     ]
-
-
-def _share(text: str) -> float:
-    """A number in [0, 1) that depends on `text` alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def one_item_a_caption(items: Sequence[CaptionedImage]) -> list[CaptionedImage]:
@@ -110,6 +106,9 @@ def build_text_store(
         directory: where the store is kept; one of other captions or another CLIP there is replaced.
         batch_size: captions encoded at once.
         progress: called with the number of captions done.
+
+    Raises:
+        UserError: the CLIP gives NaN or infinity.
     """
     directory.mkdir(parents=True, exist_ok=True)
     texts = [item.captions[0] for item in items]
@@ -130,6 +129,8 @@ def build_text_store(
         progress(done)
         for begin in range(done, len(texts), batch_size):
             rows = clip.encode_texts(texts[begin : begin + batch_size]).float()
+            if not torch.isfinite(rows).all():
+                raise UserError(f"{clip.name!r} gives NaN or infinity for captions like {texts[begin]!r}.")
             array[begin : begin + len(rows)] = F.normalize(rows, dim=-1).cpu().numpy()
             array.flush()
             write_json(state_path, {"key": key, "done": begin + len(rows)})

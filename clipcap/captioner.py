@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from clipcap.decoding import Caption, decode
 from clipcap.embeddings import encode
 from clipcap.images import ImageError, ImageSource, read_image
-from clipcap.model import ClipCapModel
+from clipcap.model import ClipCapModel, absolute
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
 from common.runtime import resolve_device
@@ -42,6 +43,8 @@ class ImageCaptions:
     """Best first."""
     scores: list[float]
     """Mean log-probability of each caption's tokens, in nats."""
+    embedding: Float[Tensor, " e"] | None = field(default=None, compare=False, repr=False)
+    """CLIP's embedding of it, on the CPU; None of a captioner that reads patches."""
 
 
 class Captioner:
@@ -78,7 +81,7 @@ class Captioner:
         *,
         device: str | torch.device = "auto",
         dtype: torch.dtype | Literal["int8"] | None = None,
-        clip: str | None = None,
+        clip: str | FrozenCLIP | None = None,
     ) -> Captioner:
         """Load a captioner and its backbones.
 
@@ -87,7 +90,8 @@ class Captioner:
             device: "auto", "cpu", "cuda", ...
             dtype: of all weights; None is float32. bfloat16 captions faster; "int8", on a CPU, faster still: GPT-2's
                 matrix products in 8-bit integers, the rest in bfloat16 where the processor has it.
-            clip: where its CLIP is, when not where the captioner's config says.
+            clip: where its CLIP is, when not where the captioner's config says. Or a CLIP that is in memory, which is
+                used when it is the one that the config names, with this dtype and on this device.
 
         Raises:
             UserError: the captioner or a backbone cannot be found or does not fit.
@@ -100,6 +104,11 @@ class Captioner:
             dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
         assert dtype is None or isinstance(dtype, torch.dtype)
         model = ClipCapModel.from_pretrained(path_or_name, dtype=dtype, device=target)
+        if isinstance(clip, FrozenCLIP):
+            wanted = model.config.clip, model.dtype, model.device
+            if (absolute(clip.name), clip.dtype, clip.device) == wanted:
+                return cls(model, clip, int8=int8)
+            clip = None
         name = clip or model.config.clip
         if name is None:
             raise UserError(f"captioner {str(path_or_name)!r} does not name its CLIP: give it (clip).")
@@ -158,7 +167,8 @@ class Captioner:
         """Captions of images one after the other, reading `batch_size` at a time.
 
         Args:
-            images: as in `caption`, several.
+            images: as in `caption`, several. Of a list, the next batch is read while one is captioned; of a generator,
+                nothing is taken before it is needed.
             batch_size: images captioned at once; None or "auto" lets the memory decide (`auto_batch_size`).
             on_error: called with the error of an image that cannot be read, which is then left out; None raises it.
             seed: of strategy "sample".
@@ -169,22 +179,37 @@ class Captioner:
         require_at_least("batch_size", batch_size, 1)
         options.setdefault("int8", self.int8)
         options.setdefault("generator", torch.Generator(self.model.device).manual_seed(seed))
-        remaining = iter(images)
-        while batch := list(islice(remaining, batch_size)):
-            readable: list[tuple[ImageSource, Image.Image]] = []
-            for source in batch:
-                try:
-                    readable.append((source, read_image(source)))
-                except ImageError as error:
-                    if on_error is None:
-                        raise
-                    on_error(error)
-            if not readable:
-                continue
-            found = decode(self.model, self.embed([image for _, image in readable]), **options)
-            for (source, _), captions in zip(readable, found, strict=True):
-                texts = [self.text(caption) for caption in captions]
-                yield ImageCaptions(source, texts, [caption.score for caption in captions])
+        remaining, ahead = iter(images), isinstance(images, Sequence)
+        reader = ThreadPoolExecutor(1)
+
+        def begin() -> list[tuple[ImageSource, Future[Tensor]]]:
+            return [(source, reader.submit(self._pixels, source)) for source in islice(remaining, batch_size)]
+
+        try:
+            batch = begin()
+            while batch:
+                following = begin() if ahead else []
+                readable: list[tuple[ImageSource, Tensor]] = []
+                for source, reading in batch:
+                    try:
+                        readable.append((source, reading.result()))
+                    except ImageError as error:
+                        if on_error is None:
+                            raise
+                        on_error(error)
+                if readable:
+                    embeddings = self._encode(torch.cat([pixels for _, pixels in readable]))
+                    found = decode(self.model, embeddings, **options)
+                    rows = embeddings.cpu() if embeddings.ndim == 2 else [None] * len(found)
+                    for (source, _), captions, row in zip(readable, found, rows, strict=True):
+                        texts = [self.text(caption) for caption in captions]
+                        yield ImageCaptions(source, texts, [caption.score for caption in captions], row)
+                batch = following or begin()
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+    def _pixels(self, source: ImageSource) -> Float[Tensor, "1 3 s s"]:
+        return self.clip.preprocess([read_image(source)])
 
     def auto_batch_size(
         self, *, strategy: str = "beam", num_beams: int = 5, num_captions: int = 1, max_new_tokens: int = 67
@@ -272,10 +297,12 @@ class Captioner:
         stops = [ends] if isinstance(ends, int) else list(ends or [])
         return ids if not stops or ids[-1] in stops else [*ids, stops[0]]
 
-    @torch.inference_mode()
     def embed(self, images: list[Image.Image]) -> Float[Tensor, "b e"] | Float[Tensor, "b n e"]:
         """What the captioner reads of images: CLIP's embeddings, or its patches."""
-        pixels = self.clip.preprocess(images)
+        return self._encode(self.clip.preprocess(images))
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"] | Float[Tensor, "b n e"]:
         return encode(self.clip, pixels, self.model.config.inputs).to(self.model.device)  # type: ignore[arg-type]
 
     def text(self, caption: Caption) -> str:

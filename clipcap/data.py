@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,27 +85,6 @@ class CaptionDataset(Dataset[dict[str, Any]]):
     def lengths(self) -> np.ndarray:
         """(n,) token ids of each caption, the end token included."""
         return np.minimum(self.tokens.lengths, self.max_tokens - 1) + 1
-
-    @property
-    def pairs(self) -> Sequence[tuple[int, list[int]]]:
-        """All pairs, each made when it is asked for."""
-        return _Pairs(self)
-
-
-class _Pairs(Sequence[tuple[int, list[int]]]):
-    def __init__(self, data: CaptionDataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[int, list[int]]:  # type: ignore[override]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self.data.pair(index)
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        return map(self.data.pair, range(len(self)))
 
 
 def collate(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:

@@ -259,7 +259,7 @@ def _top_logits(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
     """The largest `count` logits of each row, their ids, and the logsumexp of all, over the vocabulary in chunks.
 
-    All n·v logits, and their log-softmax, never exist at once.
+    Their log-softmax never exists, nor all n·v logits at once where there are several chunks.
     """
     values, ids, totals, begin = [], [], [], 0
     for logits in chunks:

@@ -25,7 +25,7 @@ from clipcap.images import ImageError, read_image
 from clipcap.readers import CaptionedImage, Format, read_dataset
 from common.checks import UserError, require_at_least
 from common.report import write_json
-from common.runtime import RuntimeConfig, autocast, start, versions
+from common.runtime import PRECISIONS, RuntimeConfig, autocast, start, versions
 
 if TYPE_CHECKING:
     from common.clip import FrozenCLIP, Preprocess
@@ -69,7 +69,7 @@ class EmbedConfig:
 
 
 class ShardedRows:
-    """Rows of several memory-mapped files as one array: `shape`, `dtype`, rows by number or slice, `np.asarray`."""
+    """Rows of several memory-mapped files as one array: `shape`, `dtype`, rows by number."""
 
     def __init__(self, shards: Sequence[np.ndarray], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.shards, self.shape, self.dtype = list(shards), shape, dtype
@@ -78,16 +78,11 @@ class ShardedRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: int | slice) -> np.ndarray:
-        if isinstance(index, slice):
-            return np.stack([self[row] for row in range(*index.indices(len(self)))])
+    def __getitem__(self, index: int) -> np.ndarray:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         shard, row = divmod(index % len(self), self._rows)
         return self.shards[shard][row]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate(self.shards).astype(dtype or self.dtype, copy=False)
 
 
 class EmbeddingStore:
@@ -197,14 +192,16 @@ def build_store(
         inputs: embedding or patch features.
         batch_size: images encoded at once.
         dtype: of a new store, float16 when not given; None takes an old one as it is.
-        precision: of the encoder, fp32 or bf16.
+        precision: of the encoder for a new store, fp32 or bf16; rows are added to an old one in its own, and one of
+            fp32 serves both.
         progress: called with the number of images done.
         workers: processes that read images; 0 reads them in this one.
         rows_per_shard: rows in each file of a new store.
 
     Raises:
-        UserError: the store was made with another CLIP, other preprocessing or inputs, or of an image that has
-            changed since; a file of it is cut short; no image can be read; the disk is full; a worker was killed.
+        UserError: the store was made with another CLIP, other preprocessing or inputs, in bf16 where fp32 is asked
+            for, or of an image that has changed since; a file of it is cut short; no image can be read; the disk is
+            full; a worker was killed.
     """
     require_at_least("batch_size", batch_size, 1)
     require_at_least("workers", workers, 0)
@@ -215,15 +212,19 @@ def build_store(
         "inputs": inputs,
         "normalization": "none",
     }
+    if all(item.embedding_row is not None for item in items):
+        precision = "fp32"  # nothing is computed
     with alone(directory):
-        writer = StoreWriter(directory, key, clip.name, dtype=dtype, rows_per_shard=rows_per_shard)
+        writer = StoreWriter(
+            directory, key, clip.name, dtype=dtype, precision=precision, rows_per_shard=rows_per_shard
+        )
         todo = writer.missing(items)
         skipped: dict[str, str] = {}
         done = len(items) - len(todo)
         if not todo:
             progress(done)
         try:
-            for batch in _encoded(todo, clip, inputs, batch_size, precision, workers):
+            for batch in _encoded(todo, clip, inputs, batch_size, writer.state["precision"], workers):
                 skipped |= batch.skipped
                 if batch.rows is not None:
                     writer.append(batch.names, batch.rows, batch.sources)
@@ -249,7 +250,7 @@ def build_store(
             writer.close()
         if not writer.rows:
             raise UserError(f"none of the {len(items)} images can be read: {next(iter(skipped.values()))}")
-        writer.finish(skipped, tried={item.image_id for item in todo}, notes={"precision": precision})
+        writer.finish(skipped, tried={item.image_id for item in todo})
     return EmbeddingStore(directory)
 
 
@@ -279,10 +280,11 @@ class StoreWriter:
         key: what must be equal for two embeddings to belong in one store.
         clip: the backbone's name, for people.
         dtype: of the numbers; None takes what is there, or float16.
+        precision: in which the rows are computed; bf16 also takes a store of fp32, which remains one.
         rows_per_shard: rows in each file of a new store.
 
     Raises:
-        UserError: the store there has another key, dtype or format, or a file is cut short.
+        UserError: the store there has another key, dtype, precision or format, or a file is cut short.
     """
 
     def __init__(
@@ -292,14 +294,15 @@ class StoreWriter:
         clip: str,
         *,
         dtype: str | None = None,
+        precision: str = "fp32",
         rows_per_shard: int = ROWS_PER_SHARD,
     ) -> None:
         self.directory = directory
         self._files: dict[str, Any] = {}
         finished, begun = directory / "manifest.json", directory / "progress.json"
         self.state: dict[str, Any] = {
-            "format": FORMAT, "clip": clip, "key": key, "dtype": dtype or "float16", "row_shape": None,
-            "rows_per_shard": rows_per_shard, "rows": 0, "skipped": {},
+            "format": FORMAT, "clip": clip, "key": key, "dtype": dtype or "float16", "precision": precision,
+            "row_shape": None, "rows_per_shard": rows_per_shard, "rows": 0, "skipped": {},
         }  # fmt: skip
         self.finished = finished.is_file()
         if not self.finished and not begun.is_file():
@@ -317,6 +320,12 @@ class StoreWriter:
             raise UserError(
                 f"embedding store {str(directory)!r} is {self.state['dtype']}, not {dtype}: give another directory, "
                 f"or delete this one."
+            )
+        before = self.state.setdefault("precision", precision)
+        if before != precision and precision == "fp32":
+            raise UserError(
+                f"embedding store {str(directory)!r} was computed in {before}, not fp32: give another directory, use "
+                f"--precision {before}, or delete this one."
             )
         path = directory / "rows.bin"
         count = path.stat().st_size // RECORD.itemsize if path.is_file() else 0
@@ -425,25 +434,18 @@ class StoreWriter:
             file.close()
         self._files = {}
 
-    def finish(
-        self,
-        skipped: dict[str, str] | None = None,
-        *,
-        tried: set[str] | None = None,
-        notes: dict[str, Any] | None = None,
-    ) -> None:
+    def finish(self, skipped: dict[str, str] | None = None, *, tried: set[str] | None = None) -> None:
         """Write the manifest, which makes the rows so far a store.
 
         Args:
             skipped: images that cannot be read, with the reason.
             tried: ids whose earlier entries in the list of the skipped are void now.
-            notes: what else to record.
         """
         old = {name: reason for name, reason in self.state["skipped"].items() if name not in (tried or set())}
         everything = self.state | {"rows": self.rows, "skipped": old | (skipped or {})}
         if self.finished and everything == self.state:
             return
-        write_json(self.directory / "manifest.json", everything | (notes or {}) | {"versions": versions()})
+        write_json(self.directory / "manifest.json", everything | {"versions": versions()})
         (self.directory / "progress.json").unlink(missing_ok=True)
 
 
@@ -462,6 +464,7 @@ def _encoded(
     for path in sorted({item.path for item in ready}):
         yield from _taken_over([item for item in ready if item.path == path], path, clip, inputs, batch_size)
     items = [item for item in items if item.embedding_row is None]
+    workers = min(workers, len(items))  # none is started for nothing
     loader = DataLoader(_Pixels(items, clip.preprocess), batch_size, num_workers=workers, collate_fn=_join)
     for pixels, found in loader:
         names = [name for name, source, _ in found if source is not None]
@@ -598,6 +601,7 @@ def _is_whole(manifest: dict[str, Any], *, finished: bool) -> bool:
         and isinstance(manifest.get("clip"), str)
         and isinstance(manifest.get("skipped"), dict)
         and manifest.get("dtype") in ("float16", "float32")
+        and manifest.get("precision", "fp32") in PRECISIONS
         and isinstance(rows, int)
         and rows >= finished
         and isinstance(per_shard, int)

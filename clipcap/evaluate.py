@@ -25,12 +25,14 @@ from clipcap.metrics import (
     measure_clip,
     sacrebleu_score,
 )
-from clipcap.readers import whole_characters
+from clipcap.readers import Format, whole_characters
 from common.checks import UserError, require_at_least, require_file
 from common.report import Page, thumbnail, write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from common.clip import FrozenCLIP
 
 DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}
@@ -50,6 +52,8 @@ class EvaluateConfig:
     """Captioned images, in any layout that `clipcap train` reads."""
     images: Path | None = None
     """Directory of the images, when they are not beside the captions."""
+    format: Format = "auto"
+    """Layout of DATA, where it should not be guessed from its content."""
     split: str = "test"
     """Which split: train, val, test or all."""
     skip_missing: bool = False
@@ -108,6 +112,7 @@ def evaluate_captions(
     items: Iterable[CaptionedImage],
     *,
     clip: FrozenCLIP | None = None,
+    embeddings: Mapping[str, Tensor] | None = None,
     training: Sequence[str] = (),
     tokenizer: str = "auto",
     resamples: int = 1000,
@@ -120,6 +125,7 @@ def evaluate_captions(
         captions: image id to caption.
         items: the images with their references; those without a caption are left out.
         clip: of CLIPScore; None leaves it out.
+        embeddings: image id to what this CLIP has encoded already.
         training: captions of the training split, to tell which captions are new.
         tokenizer: "auto", "ptb" or "words".
         resamples: for the intervals; 0 leaves them out.
@@ -151,6 +157,9 @@ def evaluate_captions(
                 [item.path for item in kept],
                 list(given.values()),
                 list(references.values()),
+                embeddings={row: embeddings[key] for row, key in enumerate(given) if key in embeddings}
+                if embeddings
+                else None,
                 progress=lambda done: bar.update(done - bar.n),
             )
     scores = {metric: float(found.value) for metric, found in metrics.items()}
@@ -290,11 +299,18 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def caption_items(items: Sequence[CaptionedImage], config: EvaluateConfig) -> tuple[dict[str, str], list[str]]:
+def caption_items(
+    items: Sequence[CaptionedImage], config: EvaluateConfig, clip: FrozenCLIP | None = None
+) -> tuple[dict[str, str], list[str], dict[str, Tensor]]:
     """Caption images, keeping each caption in OUT/captions.jsonl, and take from there what was made before.
 
+    Args:
+        items: images.
+        config: the captioner and how it decodes.
+        clip: of CLIPScore; the captioner uses it too when it is its own.
+
     Returns:
-        Image id to caption, and a line for each image that cannot be read.
+        Image id to caption, a line for each image that cannot be read, and image id to what `clip` gave on the way.
 
     Raises:
         UserError: the file holds captions of another captioner or decoding.
@@ -321,15 +337,16 @@ def caption_items(items: Sequence[CaptionedImage], config: EvaluateConfig) -> tu
         if item.image_id not in found:
             waiting.setdefault(str(item.path), []).append(item.image_id)
     skipped: list[str] = []
+    embeddings: dict[str, Tensor] = {}
     if not waiting:
-        return found, skipped
+        return found, skipped, embeddings
 
     def skip(error: ImageError) -> None:
         skipped.append(str(error))
         bar.update()
 
     captioner = Captioner.from_pretrained(
-        config.model, device=config.runtime.device, dtype=resolve_dtype(config.runtime.precision)
+        config.model, device=config.runtime.device, dtype=resolve_dtype(config.runtime.precision), clip=clip
     )
     with (
         open(path, "a", encoding="ascii") as file,
@@ -347,10 +364,12 @@ def caption_items(items: Sequence[CaptionedImage], config: EvaluateConfig) -> tu
         ):
             for image_id in waiting[str(result.image)]:
                 found[image_id] = result.captions[0]
+                if captioner.clip is clip and result.embedding is not None:
+                    embeddings[image_id] = result.embedding
                 file.write(json.dumps({"image_id": image_id, "caption": found[image_id]}) + "\n")
             file.flush()
             bar.update()
-    return found, skipped
+    return found, skipped, embeddings
 
 
 def _made_before(path: Path, made_by: dict[str, Any]) -> dict[str, str]:
@@ -385,7 +404,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise UserError("give either --model, whose captions are made, or --captions, a file of captions.")
     require_at_least("shown", config.shown, 0)
     start(config.runtime)
-    everything = read_dataset(config.data, images=config.images, skip_missing=config.skip_missing)
+    everything = read_dataset(
+        config.data, images=config.images, skip_missing=config.skip_missing, format=config.format
+    )
     items = [item for item in everything if config.split in ("all", item.split)]
     if not items:
         splits = sorted({item.split for item in everything})
@@ -405,10 +426,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         clip = load_clip(config.clip_score, device=config.runtime.device)
     config.out.mkdir(parents=True, exist_ok=True)
     skipped: list[str] = []
+    embeddings: dict[str, Tensor] = {}
     if config.captions is not None:
         captions = read_captions(config.captions, items)
     else:
-        captions, skipped = caption_items(items, config)
+        captions, skipped, embeddings = caption_items(items, config, clip)
     if skipped:
         print(f"skipped {len(skipped)} of {len(items)} images:", file=sys.stderr)
         for reason in skipped[:10]:
@@ -423,6 +445,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         captions,
         items,
         clip=clip,
+        embeddings=embeddings,
         training=training,
         tokenizer=config.tokenizer,
         resamples=config.resamples,

@@ -395,6 +395,7 @@ def measure_clip(
     candidates: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
+    embeddings: Mapping[int, torch.Tensor] | None = None,
     batch_size: int = 32,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Metric]:
@@ -405,6 +406,7 @@ def measure_clip(
         images: of the captions, as `clipcap.images.read_image` takes them.
         candidates: a caption for each image.
         references: the reference captions of each image.
+        embeddings: of images, by their places, that this CLIP has encoded already.
         batch_size: images or texts encoded at once.
         progress: called with the number of images done.
     """
@@ -419,14 +421,17 @@ def measure_clip(
         for begin in range(0, len(texts), batch_size):
             prompts = [PROMPT + text for text in texts[begin : begin + batch_size]]
             encoded.append(_rows(clip.encode_texts(prompts)))
-        seen = []
-        for begin in range(0, len(images), batch_size):
-            batch = [read_image(image) for image in images[begin : begin + batch_size]]
-            seen.append(_rows(clip.encode_images(clip.preprocess(batch), packed=True)))
-            progress(begin + len(batch))
+        seen = {place: _rows(embedding) for place, embedding in (embeddings or {}).items()}
+        progress(len(seen))
+        todo = [place for place in range(len(images)) if place not in seen]
+        for begin in range(0, len(todo), batch_size):
+            places = todo[begin : begin + batch_size]
+            batch = clip.preprocess([read_image(images[place]) for place in places])
+            seen |= zip(places, _rows(clip.encode_images(batch, packed=True)), strict=True)
+            progress(len(seen))
     table = np.concatenate(encoded)
     scores, with_references = clip_scores(
-        np.concatenate(seen),
+        np.stack([seen[place] for place in range(len(images))]),
         table[[rows[text] for text in candidates]],
         [table[[rows[text] for text in several]] for several in references],
     )

@@ -1,4 +1,4 @@
-"""The original ClipCap project's files and rules: load its `.pt` checkpoints, convert them, and its loss as it was."""
+"""The original ClipCap project's `.pt` checkpoints: load them, and convert them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 import tyro
-from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clipcap.model import ClipCapConfig, ClipCapModel, absolute
 from common.checks import UserError, require_at_least, require_file
@@ -116,17 +114,6 @@ def _stop_token(model: ClipCapModel, stop: str) -> int:
             f"GPT-2's own end token."
         )
     return ids[0]
-
-
-def original_loss(
-    logits: Float[Tensor, "b t v"], input_ids: Int[Tensor, "b t"]
-) -> Float[Tensor, ""]:
-    """The original's loss: mean over all tokens but those with id 0, which it takes for padding.
-
-    Token 0 is "!" in GPT-2's vocabulary, so a caption's "!" is never learned, and the original has no end token.
-    Kept to compare with; training uses `ClipCapModel.forward` with labels.
-    """
-    return F.cross_entropy(logits.flatten(0, 1).float(), input_ids.flatten(), ignore_index=0)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -31,11 +31,12 @@ TINIEST = 1e-12
 
 
 class Head:
-    """Next-token logits over the vocabulary in chunks of CHUNK tokens."""
+    """Next-token logits over the vocabulary, on a CPU in chunks of CHUNK tokens."""
 
     def __init__(self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False) -> None:
         kind = _Int8Linear if int8 else PackedLinear
-        self.parts = [kind(part, None) if packed or int8 else part for part in table.split(CHUNK)]
+        parts = table.split(CHUNK) if table.device.type == "cpu" else [table]
+        self.parts = [kind(part, None) if packed or int8 else part for part in parts]
 
     def chunks(self, hidden: Float[Tensor, "... d"]) -> Iterator[Float[Tensor, "... c"]]:
         """Logits (float32) of one chunk after the other."""

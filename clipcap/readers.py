@@ -111,10 +111,10 @@ def read_dataset(
     kept = [item for item in found if item.image_id not in absent]
     if any(item.split for item in kept):
         return [item if item.split else replace(item, split="train") for item in kept]
-    return [replace(item, split="val" if _hash_share(item.image_id) < val_share else "train") for item in kept]
+    return [replace(item, split="val" if hash_share(item.image_id) < val_share else "train") for item in kept]
 
 
-def _hash_share(text: str) -> float:
+def hash_share(text: str) -> float:
     """A number in [0, 1) that depends on `text` alone."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 

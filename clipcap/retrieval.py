@@ -83,15 +83,17 @@ class Datastore:
     ) -> Int[Tensor, "b k"]:
         """Rows of the `count` captions of largest cosine with each query, the nearest first.
 
-        Captions with the same tokens count once. `own` is the image of each query, whose captions are left out.
+        Captions with the same tokens count once. `own` is the image of each query, whose captions are left out. The
+        search is on the queries' GPU, else on the CPU; rows are on the CPU.
 
         Raises:
             UserError: fewer than `count` captions are left for a query.
         """
-        unit = F.normalize(queries.float(), dim=-1).cpu()
+        unit = F.normalize(queries.float(), dim=-1)
+        unit = unit if unit.is_cuda else unit.cpu()
         wanted = count
         while True:
-            values, rows = self._search(unit, wanted, own)
+            values, rows = (found.cpu() for found in self._search(unit, wanted, own))
             chosen = [self._distinct(found, score, count) for found, score in zip(rows, values, strict=True)]
             if all(len(found) == count for found in chosen):
                 return torch.tensor(chosen, dtype=torch.long).view(len(unit), count)
@@ -103,12 +105,13 @@ class Datastore:
     def _search(
         self, unit: Float[Tensor, "b e"], count: int, own: Int[Tensor, " b"] | None
     ) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
-        values = torch.empty(len(unit), 0)
-        rows = torch.empty(len(unit), 0, dtype=torch.long)
+        values = torch.empty(len(unit), 0, device=unit.device)
+        rows = torch.empty(len(unit), 0, dtype=torch.long, device=unit.device)
         for begin in range(0, len(self), PART):
-            similarity = unit @ self.embeddings[begin : begin + PART].float().T  # (b, part)
+            part = self.embeddings[begin : begin + PART].to(unit.device)
+            similarity = unit @ part.float().T  # (b, part)
             if own is not None:
-                mine = own[:, None] == self.owners[None, begin : begin + PART]
+                mine = own[:, None].to(unit.device) == self.owners[None, begin : begin + PART].to(unit.device)
                 similarity = similarity.masked_fill(mine, -torch.inf)
             best, where = similarity.topk(min(count, similarity.shape[1]), -1)
             values, rows = torch.cat([values, best], 1), torch.cat([rows, where + begin], 1)

@@ -47,17 +47,22 @@ class CorpusCider:
     def score(
         self, captions: Sequence[str], references: Sequence[Sequence[str]], ended: Sequence[bool] | None = None
     ) -> Float[np.ndarray, " n"]:
-        """CIDEr-D of each caption against its references; `ended` says which of them end (all, when left out)."""
-        from pycocoevalcap.cider.cider_scorer import CiderScorer
+        """CIDEr-D of each caption against its references; `ended` says which of them end (all, when left out).
+
+        References that several captions have in common are tokenized once.
+        """
+        from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 
         scorer = CiderScorer()
         flags = [True] * len(captions) if ended is None else ended
         hypotheses = self._words([[text] for text in captions], [[flag] for flag in flags])
-        truths = self._words(references, [[True] * len(texts) for texts in references])
-        for (hypothesis,), texts in zip(hypotheses, truths, strict=True):
-            scorer.cook_append(hypothesis, texts)
+        images = list(dict.fromkeys(map(tuple, references)))
+        truths = self._words(images, [[True] * len(texts) for texts in images])
+        cooked = dict(zip(images, map(cook_refs, truths), strict=True))
+        scorer.ctest = [cook_test(hypothesis) for (hypothesis,) in hypotheses]
         scorer.document_frequency = self.frequency
-        scorer.crefs = _OfLength(scorer.crefs, self.images)  # the scorer takes the corpus's size from it
+        rows = [cooked[tuple(texts)] for texts in references]
+        scorer.crefs = _OfLength(rows, self.images)  # the scorer takes the corpus's size from it
         return np.asarray(scorer.compute_cider(), dtype=np.float64)
 
     @staticmethod
@@ -132,8 +137,8 @@ def rewarded_samples(
     greedy = [captions[0] for captions in best]
     drawn = [caption for captions in found for caption in captions]
     several = [references[row // samples] for row in range(len(drawn))]
-    baseline = _reward(model, greedy, references, cider)
-    reward = _reward(model, drawn, several, cider)
+    rewards = _reward(model, [*greedy, *drawn], [*references, *several], cider)
+    baseline, reward = rewards[: len(greedy)], rewards[len(greedy) :]
     ids = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(caption.token_ids) for caption in drawn], batch_first=True, padding_value=IGNORE
     ).to(embeddings.device)

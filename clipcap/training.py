@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule
@@ -37,7 +37,7 @@ from common.clip import FrozenCLIP, load_clip
 from common.gpt2 import load_gpt2
 from common.language import IGNORE
 from common.report import write_json
-from common.runtime import RuntimeConfig, hardware, own_gpu, start, versions
+from common.runtime import RuntimeConfig, hardware, own_gpu, resolve_device, start, versions
 from common.training import (
     BatchOrder,
     ResumableLoader,
@@ -45,6 +45,7 @@ from common.training import (
     build_trainer,
     fit,
     is_first_process,
+    load_best,
     require_same_run,
     settings_of,
     warmup_cosine,
@@ -52,8 +53,8 @@ from common.training import (
 )
 
 FREE = (
-    "data", "images", "out", "embeddings", "format", "skip_missing", "epochs", "steps", "val_every", "val_captions",
-    "val_beams", "monitor", "patience", "resume", "devices", "num_nodes", "strategy",
+    "data", "images", "out", "embeddings", "format", "skip_missing", "workers", "epochs", "steps", "val_every",
+    "val_captions", "val_beams", "monitor", "patience", "resume", "devices", "num_nodes", "strategy",
 )  # fmt: skip
 """Settings that may be others when a run is gone on with; its captions must be the same wherever they are."""
 SCHEDULES: dict[str, Callable[[int, int], Callable[[int], float]]] = {"cosine": warmup_cosine, "linear": warmup_linear}
@@ -83,6 +84,8 @@ class TrainConfig:
     """Layout of DATA, where it should not be guessed from its content."""
     skip_missing: bool = False
     """Leave out captions whose image is missing, instead of stopping."""
+    workers: int = 2
+    """Processes that read images; 0 reads them in this one."""
     init: Path | None = None
     """Trained captioner to go on from; its sizes, CLIP and GPT-2, frozen or not, are then used."""
     clip: str = "tiny"
@@ -191,6 +194,7 @@ class Captioning(LightningModule):
         self.lr, self.warmup, self.total, self.weight_decay = lr, warmup, total, weight_decay
         self.schedule, self.text_noise = schedule, text_noise
         self._sums: Tensor | None = None  # nats and tokens of the step so far
+        self._valid = torch.zeros(2)  # and of the validation
 
     def configure_optimizers(self) -> dict[str, Any]:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -227,8 +231,17 @@ class Captioning(LightningModule):
         self._sums = None
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        tokens = int((batch["labels"] != IGNORE).sum())  # the mean over tokens, not over batches
-        self.log("val/loss", self._loss(batch), prog_bar=True, batch_size=tokens, sync_dist=True)
+        tokens = (batch["labels"] != IGNORE).sum()  # the mean over tokens, not over batches
+        self._valid += torch.stack([self._loss(batch) * tokens, tokens]).double().cpu()
+
+    def on_validation_epoch_start(self) -> None:
+        self._valid = torch.zeros(2, dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        # By hand: Lightning's own mean over processes cuts the mean of the batches' sizes to a whole number.
+        sums = self._valid.to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+        nats, tokens = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")).tolist()
+        self.log("val/loss", nats / tokens, prog_bar=True)
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         # Padding is on the right and unlabelled, so causal attention needs no mask.
@@ -282,6 +295,7 @@ def embed_with_progress(
             inputs=config.inputs,
             precision=config.runtime.precision,
             progress=lambda done: bar.update(done - bar.n),
+            workers=config.workers,
         )
     if store.skipped and is_first_process():
         print(f"skipped {len(store.skipped)} of {len(items)} images:", file=sys.stderr)
@@ -473,7 +487,7 @@ def _check(config: TrainConfig) -> None:
     for name in least_one:
         require_at_least(name, getattr(config, name), 1)
     least_zero = ("lora", "retrieval", "val_captions", "patience", "clip_gradients", "text_noise", "warmup", "steps",
-                  "weight_decay")
+                  "weight_decay", "workers")
     for name in least_zero:
         require_at_least(name, getattr(config, name), 0)
     if not config.lr > 0:
@@ -574,10 +588,8 @@ def train(config: TrainConfig) -> Path:
     directory = config.out / "model"
     if not is_first_process():
         return directory
-    best = config.out / "best.ckpt"
-    if "val" in data and best.is_file():
-        weights = torch.load(best, map_location="cpu", weights_only=False)["state_dict"]
-        module.load_state_dict(weights, strict=False)
+    if "val" in data and (config.out / "best.ckpt").is_file():
+        load_best(module, config.out)
     else:
         print(f"{str(config.data)!r} has no validation split: the last weights are kept", file=sys.stderr)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -625,11 +637,12 @@ def _with_prompts(
     store = material.stores[split]
     rows = [store[store.row(item.image_id)] for item in material.items[split] if item.image_id in store]
     numbers = torch.tensor(number_images(rows)) if split == "train" else None
-    prompts = []
+    prompts, device = [], own_gpu(resolve_device(config.runtime.device))
+    at_once = 1024  # the whole datastore is converted for each such part
     with _bar(len(rows), f"retrieving captions for {split} images", " images") as bar:
-        for begin in range(0, len(rows), 256):
-            part = torch.stack(rows[begin : begin + 256])
-            own = None if numbers is None else numbers[begin : begin + 256]
+        for begin in range(0, len(rows), at_once):
+            part = torch.stack(rows[begin : begin + at_once]).to(device)
+            own = None if numbers is None else numbers[begin : begin + at_once]
             prompts.append(datastore.prompts(part, config.retrieval, own).int())
             bar.update(len(part))
     return PromptedDataset(plain, rows, torch.cat(prompts))

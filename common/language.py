@@ -44,7 +44,7 @@ def chunked_cross_entropy(
     Returns:
         Loss in nats; 0 when no position counts. It can be differentiated once.
     """
-    counted = labels != IGNORE
+    counted = (labels != IGNORE).nonzero().flatten()  # a GPU is waited for once: here, and not in backward
     hidden, labels = hidden[counted], labels[counted]
     device = hidden.device.type
     if torch.is_autocast_enabled(device):

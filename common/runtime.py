@@ -27,7 +27,8 @@ class RuntimeConfig:
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda, cuda:1, mps."""
     precision: Precision = "fp32"
-    """fp32, or bf16 for matrix products (weights of trained parts stay in fp32)."""
+    """fp32 (on a GPU, products in TF32), or bf16 for matrix products; weights in training stay in fp32, those of a
+    captioner that is only used are then bf16 too."""
     seed: int = 0
     """Seed of every random choice."""
     threads: int = 0
@@ -88,7 +89,10 @@ def start(config: RuntimeConfig) -> torch.device:
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
-    return resolve_device(config.device)
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
 
 
 @contextlib.contextmanager

@@ -6,9 +6,11 @@ import contextlib
 import csv
 import json
 import logging
+import math
 import random
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +23,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -55,7 +58,7 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """auto, ddp, fsdp and what else Lightning knows."""
+    """auto, ddp or a variant of it."""
     patience: int = 0
     """Validations without improvement that end the run; 0 never ends it early."""
     tensorboard: bool = True
@@ -216,11 +219,19 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
         self._done -= batches
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where `state_dict` was taken; UserError where batches are others."""
-        if state["done"]:  # between epochs they may change
-            now = self._made_by()
-            require_same_settings("an epoch", state.get("batches", now), now, SAME_BATCHES)
-        self.order.epoch, self._done = state["epoch"], state["done"]
+        """Go to where `state_dict` was taken; UserError where batches are others, or it is no such place."""
+        match state:
+            case {"epoch": int(epoch), "done": int(done), **rest} if epoch >= 0 <= done:
+                before = rest.get("batches")
+                if done and isinstance(before, dict):  # between epochs they may change; older checkpoints have none
+                    require_same_settings("an epoch", before, self._made_by(), SAME_BATCHES)
+                if done < len(self.order):
+                    self.order.epoch, self._done = epoch, done
+                    return
+        raise UserError(
+            f"the checkpoint was written at {str(state)[:150]}, which is no place in epochs of {len(self.order)} "
+            f"batches: use the data it was written with, or begin anew."
+        )
 
 
 class RandomState(Callback):
@@ -390,18 +401,46 @@ class KeepMetrics(Callback):
 
 
 class StopOnNaN(Callback):
-    """Ends a run whose loss is no longer a number, before it is written to a checkpoint."""
+    """Ends a run whose loss is no longer a number, before it is written to a checkpoint.
+
+    Looking at a loss waits for the GPU and for the other processes: it looks every `log_every_n_steps` steps, before a
+    validation, before a checkpoint and when the run ends.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[tuple[int, Tensor]] = []  # after which step, of batches that were not looked at yet
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        lost = isinstance(loss, torch.Tensor) and not torch.isfinite(loss)
+        self._losses.append((trainer.global_step, outputs["loss"]))
+        if len(self._losses) == trainer.log_every_n_steps * trainer.accumulate_grad_batches:  # type: ignore[attr-defined]
+            self._look(trainer)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._look(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._look(trainer)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        # Another error may come of such a loss, and in this process alone.
+        self._look(trainer, together=isinstance(exception, KeyboardInterrupt))
+
+    def _look(self, trainer: Trainer, *, together: bool = True) -> None:
+        if not self._losses:
+            return
+        steps, losses = zip(*self._losses, strict=True)
+        self._losses = []
+        values = zip(steps, torch.stack(losses).tolist(), strict=True)
+        found = next((f"{value} at step {step}" for step, value in values if not math.isfinite(value)), "")
         # All processes stop together: one that stopped alone would leave the others waiting for it.
-        if trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
-            value = loss.item() if lost else "not finite in another process"
+        if trainer.strategy.reduce_boolean_decision(bool(found), all=False) if together else found:
             raise UserError(
-                f"the loss is {value} at step {trainer.global_step}: lower the learning rate "
+                f"the loss is {found or f'not finite in another process by step {steps[-1]}'}: lower the learning rate "
                 f"(checkpoints written before are kept)."
             )
 
@@ -449,6 +488,10 @@ def build_trainer(
         require_at_least(name, getattr(config, name), 1)
     for name in ("clip_gradients", "patience"):
         require_at_least(name, getattr(config, name), 0)
+    if config.strategy.startswith(("fsdp", "deepspeed")):
+        raise UserError(
+            f"strategy is {config.strategy!r}, which spreads a model over GPUs: use ddp, these models fit on one."
+        )
     device = resolve_device(config.device)
     table = CSVLogger(directory, name="", version="")
     loggers: list[Logger] = [table]
@@ -457,7 +500,7 @@ def build_trainer(
     saved: list[Callback] = [
         KeepMetrics(table),
         KeepBest(directory, filename="best", monitor=monitor, mode=mode, save_top_k=1,
-                 enable_version_counter=False, auto_insert_metric_name=False, save_weights_only=False),
+                 enable_version_counter=False, auto_insert_metric_name=False, save_weights_only=True),
         # Its own, after the best is known: `save_last=True` writes only when there is a new best.
         ModelCheckpoint(directory, filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
     ]
@@ -503,7 +546,7 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
     Ctrl-C writes `last.ckpt` before it ends the run.
 
     Raises:
-        UserError: the checkpoint cannot be read or belongs to a model of other sizes.
+        UserError: the checkpoint cannot be read, holds more than tensors and plain values, or belongs to another run.
         KeyboardInterrupt: after Ctrl-C.
     """
     last = directory / "last.ckpt"
@@ -515,14 +558,27 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
         _read_checkpoint(last)
     try:
         with _quiet(), _interruptible(trainer):
-            trainer.fit(module, **loaders, ckpt_path=source, weights_only=source is None)
-    except (RuntimeError, KeyError, ValueError) as error:
-        if source and ("state_dict" in str(error) or "size" in str(error)):
-            raise UserError(
-                f"checkpoint {source!r} does not fit this run ({' '.join(str(error).split())[:200]}): "
-                f"use the settings it was written with, or another output directory."
-            ) from error
+            trainer.fit(module, **loaders, ckpt_path=source, weights_only=True)
+    except UserError:
         raise
+    except Exception as error:
+        if source and _is_from_restoring(error):
+            raise _does_not_fit(last, error) from error
+        raise
+
+
+def load_best(module: torch.nn.Module, directory: Path) -> None:
+    """Put the weights of `best.ckpt` in `directory` into `module`; what it does not hold stays as it is.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or its weights are of other sizes.
+    """
+    path = directory / "best.ckpt"
+    weights = _read_checkpoint(path)["state_dict"]
+    try:
+        module.load_state_dict(weights, strict=False)
+    except (RuntimeError, TypeError) as error:
+        raise _does_not_fit(path, error) from error
 
 
 def settings_of(config: Any, free: Collection[str]) -> dict[str, Any]:
@@ -564,15 +620,38 @@ def _quiet() -> Iterator[None]:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, its tensors left on the disk; UserError when it is damaged."""
+    """A checkpoint of Lightning's, its tensors left on the disk; nothing in it is run.
+
+    Raises:
+        UserError: it is damaged, or holds more than tensors and plain values.
+    """
     require_file(path, "checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(found["state_dict"], dict) or not isinstance(found.get("settings", {}), dict):
+            raise TypeError
+        return found
     except Exception as error:  # whatever unpickling a broken file comes upon
         raise UserError(
-            f"checkpoint {str(path)!r} is damaged ({type(error).__name__}): delete it to begin anew, "
-            f"or put an intact one in its place."
+            f"checkpoint {str(path)!r} is damaged or holds more than tensors and plain values "
+            f"({type(error).__name__}): delete it to begin anew, or put an intact one in its place."
         ) from error
+
+
+def _does_not_fit(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"checkpoint {str(path)!r} is damaged or does not fit this run ({' '.join(str(error).split())[:200]}): use the "
+        f"settings it was written with, delete it to begin anew, or give another output directory."
+    )
+
+
+def _is_from_restoring(error: Exception) -> bool:
+    """Whether it was raised while a checkpoint's values were put in place, by Lightning or by `_restore`."""
+    return any(
+        frame.f_globals.get("__name__") in (__name__, checkpoint_connector.__name__)
+        and frame.f_code.co_name.startswith(("restore", "_restore"))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 @contextlib.contextmanager
@@ -614,21 +693,24 @@ def warmup_linear(warmup: int, total: int, floor: float = 0.0) -> Callable[[int]
     return factor
 
 
-class MuonAdamW(LightningModule):
-    """Trains hidden matrices by Muon (Jordan et al. 2024) and the rest by AdamW, both with a warm-up and half a cosine.
+def decay_matrices(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """An optimizer's groups: weight decay is for matrices, not for norms and biases."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
-    A subclass computes its loss in `training_step` and gives it to `descend`. Lightning counts a step of each of the
-    two optimizers: give the Trainer twice as many steps, and no gradient clipping of its own.
+
+class MuonAndAdam(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for hidden matrices and AdamW for the rest; to Lightning and schedules one optimizer.
 
     Args:
-        model: what is trained.
+        model: whose parameters are trained, those that ask for a gradient.
         hidden: part of the names of the parameters whose matrices are Muon's, such as ".h.".
-        total: steps of the schedule, `warmup` included.
-        lr_muon, lr_adam: peak rates.
-        weight_decay: of matrices, both optimizers'; norms and biases have none.
+        lr_muon, lr: Muon's and AdamW's rate.
+        weight_decay: of matrices, both parts'.
         betas: AdamW's.
-        warmup: steps.
-        max_norm: largest norm of the gradient.
     """
 
     def __init__(
@@ -636,43 +718,38 @@ class MuonAdamW(LightningModule):
         model: torch.nn.Module,
         *,
         hidden: str,
-        total: int,
         lr_muon: float,
-        lr_adam: float,
+        lr: float,
         weight_decay: float,
-        betas: tuple[float, float],
-        warmup: int = 100,
-        max_norm: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
-        super().__init__()
-        self.model, self.hidden = model, hidden
-        self.lr_muon, self.lr_adam, self.weight_decay, self.betas = lr_muon, lr_adam, weight_decay, betas
-        self.warmup, self.total, self.max_norm = warmup, total, max_norm
-        self.automatic_optimization = False
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        by_muon = sorted(name for name, p in trained.items() if hidden in name and p.ndim == 2)
+        matrices = [trained.pop(name) for name in by_muon]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=lr_muon, weight_decay=weight_decay, momentum=0.95),
+            torch.optim.AdamW(decay_matrices([*trained.values()], weight_decay), lr=lr, betas=betas),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
 
-    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        hidden = [p for name, p in named if self.hidden in name and p.ndim == 2]
-        decayed = [p for name, p in named if p.ndim >= 2 and not (self.hidden in name and p.ndim == 2)]
-        plain = [p for name, p in named if p.ndim < 2]
-        muon = torch.optim.Muon(hidden, lr=self.lr_muon, weight_decay=self.weight_decay, momentum=0.95)
-        adam = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=self.lr_adam,
-            betas=self.betas,
-        )
-        factor = warmup_cosine(self.warmup, self.total)
-        return [muon, adam], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in (muon, adam)]
+    def _share(self) -> None:
+        """Let both parts read this optimizer's groups, which schedules write to, and their states be its own."""
+        first = len(self.parts[0].param_groups)
+        self.parts[0].param_groups, self.parts[1].param_groups = self.param_groups[:first], self.param_groups[first:]
+        for part in self.parts:
+            part.state = self.state
 
-    def descend(self, loss: Tensor) -> None:
-        """One step of both optimizers down the gradient of `loss`."""
-        optimizers: Any = self.optimizers()
-        schedules: Any = self.lr_schedulers()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-        for schedule in schedules:
-            schedule.step()
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()

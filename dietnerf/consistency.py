@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common.checks import UserError, require_at_least
 from common.report import Page, write_json
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from dietnerf.data import FewViewDataset, FewViewParserConfig
 from dietnerf.semantic import load_encoder
 
@@ -111,9 +111,10 @@ def measure(config: ConsistencyConfig) -> dict[str, Any]:
         name = path.name if path.name not in embeddings else str(path)
         if name in embeddings:
             raise UserError(f"scene {str(path)!r} is given twice: name each once.")
-        embeddings[name] = embed_scene(
-            path, encoder, feature=config.feature, split=config.split, views=config.views
-        )
+        with autocast(device, config.runtime.precision):
+            embeddings[name] = embed_scene(
+                path, encoder, feature=config.feature, split=config.split, views=config.views
+            )
         if len(embeddings[name]) < 2:
             raise UserError(f"scene {str(path)!r} has one {config.split} view: pairs need 2, take another --split.")
     found = pair_similarities(embeddings)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import tyro
@@ -151,7 +151,7 @@ class TrainConfig:
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """auto, ddp and what else Lightning knows."""
+    """auto, ddp or a variant of it."""
     resume: bool = True
     """Go on from last.ckpt in OUT when there is one, which must be of a run with the same settings; --no-resume begins
     anew."""
@@ -249,6 +249,7 @@ class FewViewTraining(LightningModule):
     def __init__(self, config: FewViewTrainerConfig, *, val_views: Sequence[int] = ()) -> None:
         super().__init__()
         self.run_config, self.val_views = config, list(val_views)
+        self._valid = torch.zeros(2)  # sum of the validation's PSNR, and its views
         self.pipeline: FewViewPipeline = config.pipeline.setup(device="cpu", test_mode="val")
         self.pipeline.on_restart = [self._forget]
 
@@ -293,7 +294,16 @@ class FewViewTraining(LightningModule):
             camera = self.pipeline.datamanager.eval_dataset.cameras[index : index + 1].to(self.device)
             rgb = self.model.get_outputs_for_camera(camera)["rgb"].cpu()
             mask = self.pipeline.datamanager.eval_dataset.mask(index)
-            self.log("val/psnr", psnr(rgb, image, mask), prog_bar=True, batch_size=1, sync_dist=True)
+            self._valid += torch.tensor([psnr(rgb, image, mask), 1.0])
+
+    def on_validation_epoch_start(self) -> None:
+        self._valid = torch.zeros(2)
+
+    def on_validation_epoch_end(self) -> None:
+        # By hand: Lightning's own mean over processes cuts the mean of their numbers of views to a whole number.
+        sums = cast(Tensor, self.trainer.strategy.reduce(self._valid.to(self.device), reduce_op="sum"))
+        total, views = sums.tolist()
+        self.log("val/psnr", total / views, prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["restarts"], checkpoint["began"] = self.pipeline.restarts, self.model.began

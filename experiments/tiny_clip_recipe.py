@@ -9,7 +9,7 @@ A stage that is finished is not run again, and one that was stopped goes on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Config:
     """Directory written by experiments/render_scenes.py."""
     out: Path = Path("out/clip")
     """Where the stages go; the model is in the last one's folder clip-tiny."""
+    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(threads=1, precision="bf16"))
 
 
 def main(config: Config) -> None:
@@ -46,8 +47,8 @@ def main(config: Config) -> None:
         model = out / "clip-tiny"
         if not (model / "training.json").is_file():
             print(f"stage {number + 1} of {len(STAGES)}: {settings}")
-            runtime = RuntimeConfig(threads=1, seed=number)
-            train(Stage(scenes=config.scenes, out=out, init=before, runtime=runtime, **settings))
+            runtime = replace(config.runtime, seed=config.runtime.seed + number)
+            train(Stage(config.scenes, out, before, precision=runtime.precision, runtime=runtime, **settings))
         before = model
     print(f"tiny CLIP: {before}; score it with: python -m experiments.evaluate_tiny_clip --clip {before}")
 

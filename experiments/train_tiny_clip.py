@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import tyro
 from jaxtyping import Bool, Float, Int
+from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -30,7 +31,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from common.checks import require_at_least, run_command
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import BatchOrder, MuonAdamW, ResumableLoader, TrainerConfig, build_trainer, fit
+from common.training import BatchOrder, MuonAndAdam, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
 from experiments.scenes.captions import caption, counterfactual
 from experiments.scenes.dataset import load_split
 from experiments.scenes.graph import COLOURS, HELD_OUT, SHAPES, Scene
@@ -39,6 +40,7 @@ from experiments.scenes.wording import ENGLISH
 MEAN = STD = (0.5, 0.5, 0.5)
 IMAGE_SIZE = 96
 CONTEXT = 64
+WARMUP = 100
 
 
 @dataclass(frozen=True)
@@ -238,19 +240,22 @@ def augment(
     b = len(pixels)
     if strength == 0:
         return pixels
-    zoom = torch.empty(b, 1, 1).uniform_(1 - 0.28 * strength, zoom_out)
-    shift = torch.empty(b, 2, 1).uniform_(-1, 1) * (0.08 * strength + 0.8 * (1 - zoom).abs())
-    theta = torch.cat([torch.eye(2).expand(b, 2, 2) * zoom, shift], dim=2)  # (b, 2, 3)
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
-    pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    blurred = F.interpolate(
-        F.interpolate(pixels, scale_factor=0.4, mode="area"), size=pixels.shape[2:], mode="bilinear"
-    )
-    pixels = torch.lerp(pixels, blurred, (torch.rand(b, 1, 1, 1) < 0.25 * strength).float() * torch.rand(b, 1, 1, 1))
-    gain = 1 + strength * (torch.empty(b, 1, 1, 1).uniform_(-0.2, 0.2) + torch.empty(b, 3, 1, 1).uniform_(-0.05, 0.05))
-    mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
-    pixels = mean + (pixels - mean) * (1 + strength * torch.empty(b, 1, 1, 1).uniform_(-0.2, 0.2))
-    pixels = pixels * gain + torch.randn_like(pixels) * (0.04 * strength * torch.rand(b, 1, 1, 1))
+    with pixels.device:  # random numbers are made there
+        zoom = torch.empty(b, 1, 1).uniform_(1 - 0.28 * strength, zoom_out)
+        shift = torch.empty(b, 2, 1).uniform_(-1, 1) * (0.08 * strength + 0.8 * (1 - zoom).abs())
+        theta = torch.cat([torch.eye(2).expand(b, 2, 2) * zoom, shift], dim=2)  # (b, 2, 3)
+        grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+        pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+        blurred = F.interpolate(
+            F.interpolate(pixels, scale_factor=0.4, mode="area"), size=pixels.shape[2:], mode="bilinear"
+        )
+        share = (torch.rand(b, 1, 1, 1) < 0.25 * strength).float() * torch.rand(b, 1, 1, 1)
+        pixels = torch.lerp(pixels, blurred, share)
+        light = torch.empty(b, 1, 1, 1).uniform_(-0.2, 0.2) + torch.empty(b, 3, 1, 1).uniform_(-0.05, 0.05)
+        gain = 1 + strength * light
+        mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
+        pixels = mean + (pixels - mean) * (1 + strength * torch.empty(b, 1, 1, 1).uniform_(-0.2, 0.2))
+        pixels = pixels * gain + torch.randn_like(pixels) * (0.04 * strength * torch.rand(b, 1, 1, 1))
     return pixels.clamp(0, 1)
 
 
@@ -331,32 +336,33 @@ def losses(model: CLIPModel, batch: dict[str, Tensor], pixels: Tensor) -> tuple[
     )
 
 
-class Contrastive(MuonAdamW):
-    """The losses of a CLIP, with logging."""
-
-    model: CLIPModel
+class Contrastive(LightningModule):
+    """Optimizer, schedule and logging around the losses of a CLIP."""
 
     def __init__(self, model: CLIPModel, config: Config) -> None:
-        super().__init__(
-            model,
+        super().__init__()
+        self.model, self.config = model, config
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = MuonAndAdam(
+            self.model,
             hidden=".layers.",
-            total=config.steps,
-            lr_muon=config.lr_muon,
-            lr_adam=config.lr_adam,
-            weight_decay=config.weight_decay,
+            lr_muon=self.config.lr_muon,
+            lr=self.config.lr_adam,
+            weight_decay=self.config.weight_decay,
             betas=(0.9, 0.98),
         )
-        self.config = config
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(WARMUP, self.config.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         text, view, phrase = losses(
             self.model, batch, augment(batch["pixels"], self.config.augmentation, self.config.zoom_out)
         )
         loss = text + self.config.view_weight * view + self.config.phrase_weight * phrase
-        self.descend(loss)
         scores = {"train/text": text, "train/view": view, "train/phrase": phrase}
         self.log_dict(scores | {"train/scale": self.model.logit_scale.exp()}, prog_bar=True)
-        return loss.detach()
+        return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         text, view, phrase = losses(self.model, batch, batch["pixels"])
@@ -395,9 +401,8 @@ def main(config: Config) -> None:
     order = BatchOrder(len(train), config.families, seed=config.runtime.seed)
     trainer = build_trainer(
         TrainerConfig(
-            max_steps=2 * config.steps,
+            max_steps=config.steps,
             val_every=config.val_every,
-            clip_gradients=0.0,
             precision=config.precision,
             device=config.runtime.device,
         ),

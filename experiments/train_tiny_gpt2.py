@@ -14,11 +14,12 @@ import lzma
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
+from lightning import LightningModule
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, PreTrainedTokenizerFast
@@ -26,9 +27,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, PreTrai
 from common.checks import UserError, run_command
 from common.language import chunked_cross_entropy, score
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import BatchOrder, MuonAdamW, ResumableLoader, TrainerConfig, build_trainer, fit
+from common.training import BatchOrder, MuonAndAdam, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+from recycle_gpt2.tokenizer import save_tokenizer, train_tokenizer
 
-END = "<|endoftext|>"
+WARMUP = 100
 SIZES = {
     "small": dict(n_layer=4, n_embd=128, n_head=4),
     "medium": dict(n_layer=8, n_embd=160, n_head=5),
@@ -78,26 +80,6 @@ def read_documents(directory: Path, split: str) -> list[str]:
     raise UserError(f"{str(directory)!r} holds no eng.{split}.txt or .xz: make it with experiments/build_corpus.py.")
 
 
-def train_tokenizer(documents: list[str], vocab_size: int, directory: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as GPT-2's, trained on `documents`, saved so that AutoTokenizer loads it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer)
-    tokenizer = GPT2TokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, unk_token=END)
-    tokenizer.save_pretrained(directory)
-    return tokenizer
-
-
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarray:
     """All documents as one array of token ids, an end token before each and after the last."""
     end = tokenizer.eos_token_id
@@ -129,27 +111,24 @@ def next_token_loss(model: GPT2LMHeadModel, blocks: Tensor) -> Tensor:
     )
 
 
-class Pretraining(MuonAdamW):
-    """GPT-2's loss, with logging."""
-
-    model: GPT2LMHeadModel
+class Pretraining(LightningModule):
+    """Optimizer, schedule and logging around GPT-2's loss."""
 
     def __init__(self, model: GPT2LMHeadModel, config: Config, steps: int) -> None:
-        super().__init__(
-            model,
-            hidden=".h.",
-            total=steps,
-            lr_muon=config.lr_muon,
-            lr_adam=config.lr_adam,
-            weight_decay=0.01,
-            betas=(0.9, 0.95),
+        super().__init__()
+        self.model, self.config, self.steps = model, config, steps
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = MuonAndAdam(
+            self.model, hidden=".h.", lr_muon=self.config.lr_muon, lr=self.config.lr_adam, weight_decay=0.01
         )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(WARMUP, self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = next_token_loss(self.model, batch)
-        self.descend(loss)
         self.log("train/loss", loss, prog_bar=True)
-        return loss.detach()
+        return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val/loss", next_token_loss(self.model, batch), prog_bar=True, batch_size=len(batch))
@@ -163,7 +142,8 @@ def main(config: Config) -> None:
     if (tokenizer_directory / "tokenizer.json").exists():
         tokenizer = GPT2TokenizerFast.from_pretrained(tokenizer_directory)
     else:
-        tokenizer = train_tokenizer(train_documents, config.vocab_size, tokenizer_directory)
+        tokenizer = train_tokenizer(train_documents, config.vocab_size)
+        save_tokenizer(tokenizer, tokenizer_directory)
     train_ids, valid_ids = encode(tokenizer, train_documents), encode(tokenizer, valid_documents)
     blocks = Blocks(train_ids, config.block)
     steps = config.max_steps or int(config.epochs * len(blocks) / config.batch_size)
@@ -185,9 +165,8 @@ def main(config: Config) -> None:
     order = BatchOrder(len(blocks), config.batch_size, seed=config.runtime.seed)
     trainer = build_trainer(
         TrainerConfig(
-            max_steps=2 * steps,  # Lightning counts a step of each of the two optimizers
+            max_steps=steps,
             val_every=min(config.val_every, steps),
-            clip_gradients=0.0,
             precision=config.precision,
             device=config.runtime.device,
         ),

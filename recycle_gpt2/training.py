@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -20,7 +20,17 @@ from common.checks import UserError, require_at_least
 from common.language import IGNORE
 from common.report import write_json
 from common.runtime import RuntimeConfig, seed_everything
-from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+from common.training import (
+    BatchOrder,
+    MuonAndAdam,
+    ResumableLoader,
+    TrainerConfig,
+    build_trainer,
+    decay_matrices,
+    fit,
+    load_best,
+    warmup_cosine,
+)
 from recycle_gpt2.corpus import labels
 from recycle_gpt2.loss import next_token_loss
 
@@ -65,7 +75,7 @@ class StageConfig:
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """auto, ddp and what else Lightning knows."""
+    """auto, ddp or a variant of it."""
 
 
 @dataclass(frozen=True)
@@ -119,41 +129,6 @@ def flops_per_token(model: GPT2LMHeadModel, block: int) -> int:
     return total + head.numel() * (2 + 2 * below + 2 * head.requires_grad)
 
 
-class MuonAndAdam(torch.optim.Optimizer):
-    """Muon for some matrices and AdamW for everything else, to Lightning and to schedules one optimizer."""
-
-    def __init__(
-        self, matrices: list[Tensor], rest: list[dict[str, Any]], *, lr_muon: float, lr: float, weight_decay: float
-    ) -> None:
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=lr_muon, weight_decay=weight_decay, momentum=0.95),
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95)),
-        ]
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Let both parts read this optimizer's groups, which schedules write to, and their states be its own."""
-        first = len(self.parts[0].param_groups)
-        self.parts[0].param_groups, self.parts[1].param_groups = self.param_groups[:first], self.param_groups[first:]
-        for part in self.parts:
-            part.state = self.state
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self.parts:
-            part.step()
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
-
-
 def build_optimizer(model: torch.nn.Module, config: StageConfig) -> torch.optim.Optimizer:
     """The optimizer over the parameters that ask for a gradient; weight decay is for matrices only.
 
@@ -166,24 +141,13 @@ def build_optimizer(model: torch.nn.Module, config: StageConfig) -> torch.optim.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise UserError("no tensor is to be trained: choose what the stage trains.")
-    hidden = {name for name, p in trained.items() if ".h." in name and p.ndim == 2}
-    by_muon = hidden if config.optimizer == "muon" else set()
-    rest = [p for name, p in trained.items() if name not in by_muon]
-    groups = [
-        {"params": [p for p in rest if p.ndim == 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "muon" and any(".h." in name and p.ndim == 2 for name, p in trained.items()):
+        return MuonAndAdam(
+            model, hidden=".h.", lr_muon=config.lr_muon, lr=config.lr, weight_decay=config.weight_decay
+        )
+    groups = decay_matrices([*trained.values()], config.weight_decay)
     if config.optimizer == "amsgrad":
         return torch.optim.Adam(groups, lr=config.lr, amsgrad=True)
-    if by_muon:
-        return MuonAndAdam(
-            [trained[name] for name in sorted(by_muon)],
-            groups,
-            lr_muon=config.lr_muon,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-        )
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
 
 
@@ -411,8 +375,7 @@ def train_stage(
 
 def _load_best(model: GPT2LMHeadModel, directory: Path) -> None:
     """Put the weights with the lowest validation loss into `model`, in eval mode."""
-    best = torch.load(directory / "best.ckpt", map_location="cpu", weights_only=False)["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): value for name, value in best.items()}, strict=False)
+    load_best(torch.nn.ModuleDict({"model": model}), directory)  # with the names that `Recycling` gives them
     model.eval()
 
 

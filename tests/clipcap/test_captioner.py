@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,45 @@ def test_streaming_reads_no_further_than_its_batch(captioner, photos):
     found = captioner.stream(images(), batch_size=2, max_new_tokens=3)
     next(found)
     assert len(read) == 2
+
+
+def test_of_a_list_the_next_batch_is_read_while_one_is_captioned(captioner, photos, monkeypatch):
+    images, read, ready = sorted(photos.glob("0*")), [], threading.Event()
+
+    def reading(path):
+        read.append(path)
+        if len(read) == 4:
+            ready.set()
+        return read_image(path)
+
+    def decoding(*arguments, **options):
+        assert ready.wait(60)  # for the second batch, with the first in hand
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(module, "read_image", reading)
+    monkeypatch.setattr(module, "decode", decoding)
+    found = captioner.stream(images, batch_size=2, max_new_tokens=3)
+    first = next(found)
+    assert first.image == images[0] and read == images[:4]
+    assert torch.allclose(first.embedding, captioner.embed([read_image(images[0])])[0], atol=1e-6)
+    assert [item.image for item in found] == images[1:] and read == images
+
+
+def test_a_stream_that_is_left_leaves_no_thread(captioner, photos):
+    before = threading.active_count()
+    found = captioner.stream(sorted(photos.glob("0*")), batch_size=2, max_new_tokens=3)
+    next(found)
+    found.close()
+    assert threading.active_count() == before
+
+
+def test_a_clip_in_memory_is_taken_when_it_is_the_captioners(captioner, clip_directory, tmp_path):
+    captioner.model.save_pretrained(tmp_path)
+    options = {"device": "cpu", "clip": captioner.clip}
+    assert Captioner.from_pretrained(tmp_path, **options).clip is captioner.clip
+    other = Captioner.from_pretrained(tmp_path, dtype=torch.bfloat16, **options).clip
+    assert other is not captioner.clip and other.dtype == torch.bfloat16
+    assert Captioner.from_pretrained("tiny", **options).clip.name == "tiny"
 
 
 def test_urls(monkeypatch, captioner, photos):

@@ -69,7 +69,7 @@ def test_an_interrupted_store_goes_on_and_equals_the_whole(items, clip, tmp_path
     seen = []
     store = build_store(items, clip, part, batch_size=4, progress=seen.append)
     assert seen == [12]
-    assert np.array_equal(store.array, whole.array) and store.ids == whole.ids
+    assert np.array_equal(list(store.array), list(whole.array)) and store.ids == whole.ids
     for name in ("shard-00000.bin", "shard-00001.bin", "shard-00002.bin", "names.bin", "rows.bin"):
         assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -129,6 +129,40 @@ def test_a_mismatch_is_an_error_and_never_a_silent_one(items, clip, clip_directo
         build_store(items, clip, store)
 
 
+def test_rows_of_two_precisions_never_mix(items, clip, tmp_path):
+    plain = build_store(items, clip, tmp_path / "plain", dtype="float32")
+    build_store(items[:6], clip, tmp_path / "exact", dtype="float32")
+    store = build_store(items, clip, tmp_path / "exact", precision="bf16")  # begun in fp32, so the rest is too
+    assert torch.allclose(torch.tensor(store.array[11]), torch.tensor(plain.array[11]), atol=1e-6)
+    assert store.manifest["precision"] == "fp32"
+    fast = build_store(items[:6], clip, tmp_path / "fast", dtype="float32", precision="bf16")
+    assert fast.manifest["precision"] == "bf16" and not np.array_equal(fast.array[0], plain.array[0])
+    with pytest.raises(UserError, match=r"was computed in bf16, not fp32: .* --precision bf16"):
+        build_store(items, clip, tmp_path / "fast")
+    assert len(build_store(items, clip, tmp_path / "fast", precision="bf16")) == 12
+    manifest = json.loads((tmp_path / "plain" / "manifest.json").read_text())
+    del manifest["precision"]  # as of stores made before it was kept
+    (tmp_path / "plain" / "manifest.json").write_text(json.dumps(manifest))
+    for precision in ("fp32", "bf16"):
+        assert len(build_store(items, clip, tmp_path / "plain", precision=precision)) == 12
+
+
+def test_the_precision_of_an_interrupted_store_is_kept(items, clip, tmp_path):
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_store(items, clip, tmp_path, batch_size=4, precision="bf16", progress=interrupt)
+    with pytest.raises(UserError, match="was computed in bf16, not fp32"):
+        build_store(items, clip, tmp_path)
+
+
+def test_no_worker_is_started_for_nothing(items, clip, tmp_path, monkeypatch):
+    build_store(items, clip, tmp_path)
+    monkeypatch.setattr(multiprocessing.Process, "start", lambda self: pytest.fail("a process is started"))
+    assert len(build_store(items, clip, tmp_path, workers=2)) == 12
+
+
 def test_files_that_are_cut_short_are_named(items, clip, tmp_path):
     store = tmp_path / "store"
     build_store(items, clip, store, rows_per_shard=5)
@@ -184,7 +218,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(items, clip, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     store = build_store(items, clip, tmp_path / "store", batch_size=2, inputs="patches")
     whole = build_store(items, clip, tmp_path / "whole", batch_size=2, inputs="patches")
-    assert np.array_equal(store.array, whole.array)
+    assert np.array_equal(list(store.array), list(whole.array))
 
 
 def test_numbers_beyond_half_precision_are_an_error(tmp_path):
@@ -207,6 +241,7 @@ def test_the_originals_pickle_needs_no_images(clip, gpt2_directory, tmp_path):
     store = build_store(items, clip, tmp_path / "store", dtype="float32")
     assert [torch.equal(store[store.row(i)], vectors[n]) for i, n in (("7", 0), ("9", 2), ("11", 3))] == [True] * 3
     assert build_store(items, clip, tmp_path / "store", progress=[].append).ids == ["7", "9", "11"]
+    assert build_store(items, clip, tmp_path / "bf16", precision="bf16").manifest["precision"] == "fp32"
     data = CaptionDataset(items, store, load_gpt2(gpt2_directory)[1], max_tokens=9)
     assert len(data) == 4 and torch.equal(data[1]["embedding"], vectors[0])
     with pytest.raises(UserError, match="no patches"):

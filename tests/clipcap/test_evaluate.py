@@ -18,7 +18,9 @@ from clipcap.data import read_dataset
 from clipcap.evaluate import EvaluateConfig, evaluate, evaluate_captions, evaluation_page, read_captions
 from clipcap.metrics import score_captions
 from clipcap.model import ClipCapConfig, ClipCapModel
+from common import clip as clip_module
 from common.checks import UserError
+from common.clip import FrozenCLIP
 
 WHICH = shutil.which
 
@@ -85,6 +87,23 @@ def test_results_page_and_captions(config, items, photos, tmp_path, capfd):
     assert evaluate(config(split="test", out=tmp_path / "other")).diversity["novel share"] >= 0
 
 
+def test_a_clip_that_captions_and_scores_is_one(config, clip_directory, items, monkeypatch, capfd):
+    encoded, loaded = [], []
+    encode, load = FrozenCLIP.encode_image_features, clip_module.load_clip
+
+    def count(self, pixels, **options):
+        encoded.extend(pixels)
+        return encode(self, pixels, **options)
+
+    monkeypatch.setattr(FrozenCLIP, "encode_image_features", count)
+    for where in (clip_module, captioner_module):
+        monkeypatch.setattr(where, "load_clip", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    found = evaluate(config(resamples=0))
+    assert len(encoded) == 12 and len(loaded) == 1
+    again = evaluate(config(resamples=0))  # its captions were made before, so CLIPScore encodes the images
+    assert len(encoded) == 24 and again.scores == pytest.approx(found.scores, abs=1e-6)
+
+
 def test_captions_are_made_once(config, tmp_path, monkeypatch, capfd):
     first = evaluate(config(clip_score="", resamples=0))
     path = tmp_path / "evaluation" / "captions.jsonl"
@@ -110,6 +129,18 @@ def test_captions_are_made_once(config, tmp_path, monkeypatch, capfd):
     path.write_text("hello\n")
     with pytest.raises(UserError, match="not written by this command"):
         evaluate(config(clip_score=""))
+
+
+def test_a_layout_that_cannot_be_guessed(config, photos, tmp_path, capfd):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (photos / "00.jpg").rename(folder / "00.jpg")
+    (folder / "00.txt").write_text("the cat\n")
+    (folder / "another.tar").write_bytes(b"")  # for which the folder is taken for shards
+    settings = {"data": folder, "images": None, "clip_score": "", "resamples": 0}
+    with pytest.raises(UserError, match=r"another\.tar"):
+        evaluate(config(**settings))
+    assert list(evaluate(config(**settings, format="folder")).captions) == ["00.jpg"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 here")

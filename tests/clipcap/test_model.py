@@ -290,6 +290,8 @@ def test_bad_embeddings_are_named():
     ]:
         with pytest.raises(UserError, match=message):
             model.prefix(bad)
+    on_a_gpu = make().to("meta")  # where nothing can be read back
+    assert on_a_gpu.train().prefix(torch.zeros(2, 12, device="meta")).shape == (2, 3, 16)
     with pytest.raises(UserError, match="at most 37; cut them"):
         model(torch.zeros(1, 12), torch.zeros(1, 38, dtype=torch.long))
     with pytest.raises(UserError, match="prefix_length is 40"):

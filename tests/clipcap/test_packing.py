@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clipcap.packing import Head, _gelu_tanh, _Int8Linear, can_use_int8, decoding_parts
+from clipcap.packing import CHUNK, Head, _gelu_tanh, _Int8Linear, can_use_int8, decoding_parts
 from common.checks import UserError
 
 pytestmark = pytest.mark.skipif(not can_use_int8(torch.zeros(1)), reason="torch has no 8-bit kernels here")
@@ -60,6 +60,13 @@ def test_a_whole_gpt2_in_int8_is_close():
     transformer, head = decoding_parts(model, int8=True)
     found = torch.cat(list(head.chunks(transformer(inputs_embeds=x).last_hidden_state)), -1)
     assert 1e-5 < (found - exact).norm() / exact.norm() < 0.03
+
+
+def test_the_vocabulary_is_split_for_a_cpu_alone():
+    assert len(Head(torch.zeros(CHUNK + 1, 4), packed=False).parts) == 2
+    table = torch.zeros(CHUNK + 1, 4, device="meta")  # stands for a GPU's
+    (logits,) = Head(table, packed=False).chunks(torch.zeros(3, 4, device="meta"))
+    assert logits.shape == (3, CHUNK + 1)
 
 
 def test_int8_needs_a_cpu():

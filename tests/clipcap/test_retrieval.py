@@ -3,14 +3,18 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from clipcap import Captioner
+from clipcap.capdec import NOWHERE, TextStore
 from clipcap.model import ClipCapModel
+from clipcap.readers import CaptionedImage
 from clipcap.retrieval import FILE, Datastore
-from clipcap.training import Captioning, TrainConfig, train
+from clipcap.training import Captioning, Material, TrainConfig, _with_prompts, train
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
@@ -39,6 +43,33 @@ def test_nearest_is_the_naive_one(datastore, monkeypatch):
             for row, number in enumerate(image.tolist()):
                 masked[row, 3 * number : 3 * number + 3] = -9
         assert torch.equal(datastore.nearest(queries, 4, image), masked.topk(4, -1).indices)
+
+
+def test_the_search_is_on_the_gpu_of_the_queries(datastore, monkeypatch):
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU's tensors without their numbers
+        queries = torch.randn(5, 12, device="cuda")
+        for own in (None, torch.arange(5)):
+            values, rows = datastore._search(queries, 4, own)
+            assert values.is_cuda and rows.is_cuda and rows.shape == (5, 4)
+        searched = []
+        monkeypatch.setattr(datastore, "_distinct", lambda *arguments: [0] * 4)
+        monkeypatch.setattr(
+            datastore, "_search", lambda unit, *_: searched.append(unit) or (torch.zeros(5, 4), torch.zeros(5, 4))
+        )
+        datastore.nearest(queries, 4)
+    assert searched[0].is_cuda
+
+
+def test_training_searches_where_it_will_train(datastore, monkeypatch):
+    asked = []
+    monkeypatch.setattr("clipcap.training.resolve_device", lambda name: torch.device("meta"))  # stands for a GPU
+    monkeypatch.setattr(
+        datastore, "prompts", lambda part, *_: asked.append(part.device.type) or torch.zeros(len(part), 3)
+    )
+    store = TextStore(["a", "b"], np.ones((2, 12)) * [[1], [2]])
+    items = [CaptionedImage(name, NOWHERE, ("the cat",), "val") for name in "ab"]
+    found = _with_prompts([], "val", TrainConfig(data=NOWHERE), Material({"val": items}, {"val": store}), datastore)
+    assert asked == ["meta"] and len(found.prompts) == 2
 
 
 def test_equal_captions_count_once(tokenizer):

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from pycocoevalcap.cider import cider_scorer
 from pycocoevalcap.cider.cider import Cider
 
 from clipcap.model import ClipCapConfig, ClipCapModel
@@ -63,6 +64,13 @@ def test_samples_and_their_log_probabilities(model):
         for place in range(ids.shape[1]):
             expected = logits[row, place, ids[row, place]].item() if labels[row, place] >= 0 else 0.0
             assert log_probs[row, place].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_references_are_prepared_once_for_an_image(model, monkeypatch):
+    cider, prepared, cook = CorpusCider(CORPUS), [], cider_scorer.cook_refs
+    monkeypatch.setattr(cider_scorer, "cook_refs", lambda texts: prepared.append(texts) or cook(texts))
+    rewarded_samples(model, torch.randn(2, 12), CORPUS[:2], cider, samples=5, max_new_tokens=6)
+    assert [len(texts) for texts in prepared] == [2, 2]
 
 
 def test_sampled_captions_get_better(model):

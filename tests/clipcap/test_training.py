@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipcap import Captioner
+from clipcap import Captioner, training
 from clipcap.decoding import decode
 from clipcap.lora import add_lora, merge_lora
 from clipcap.model import ClipCapConfig, ClipCapModel
@@ -62,6 +62,15 @@ def test_trains_saves_and_captions(config, mapper, tune, photos):
 def test_patches_as_input(config):
     directory = train(replace(config, inputs="patches", steps=2))
     assert ClipCapModel.from_pretrained(directory).config.clip_width == 16
+
+
+def test_images_are_read_by_workers(config, monkeypatch):
+    given = []
+    build = training.build_store
+    monkeypatch.setattr(training, "build_store", lambda *a, **k: given.append(k["workers"]) or build(*a, **k))
+    train(replace(config, steps=1))
+    train(replace(config, steps=2, workers=0))  # a run goes on with others
+    assert given == [2, 0]
 
 
 def test_a_training_step_leaves_a_frozen_gpt2_untouched(config):
@@ -130,6 +139,7 @@ def test_overfits_a_caption(config, photos):
         ({"text_only": True, "inputs": "patches"}, "texts have no patches"),
         ({"monitor": "cider"}, "no validation images are captioned"),
         ({"devices": 0}, "devices is 0"),
+        ({"workers": -1}, "workers is -1"),
         ({"lr": 1e30, "tune_gpt2": True, "steps": 40}, "lower the learning rate"),
     ],
 )

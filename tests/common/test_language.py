@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.checks import UserError
 from common.gpt2 import load_gpt2
@@ -129,6 +130,24 @@ def test_chunked_cross_entropy_equals_the_plain_one(chunk, reduction):
     assert not found[0][labels == IGNORE].any()
     with torch.no_grad():
         torch.testing.assert_close(chunked_cross_entropy(hidden, table, labels, chunk=chunk, reduction=reduction), plain)
+
+
+def test_the_loss_asks_once_which_positions_count():
+    """A GPU must be waited for wherever the size of a result hangs on the values of a mask."""
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            aten = torch.ops.aten
+            indices = args[1] if func in (aten.index.Tensor, aten.index_put.default) else []
+            if func is aten.nonzero.default or any(index.dtype == torch.bool for index in indices):
+                asked.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    hidden, table = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    with Watch():
+        chunked_cross_entropy(hidden, table, torch.tensor([3, IGNORE, 0, 10])).backward()
+    assert asked == ["aten.nonzero.default"]
 
 
 def test_loss_without_counted_positions_is_zero():

@@ -75,6 +75,15 @@ def test_start_applies_and_checks_the_configuration():
         start(RuntimeConfig(precision="fp8"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", ["high"]), ("cuda:1", ["high"]), ("cpu", []), ("mps", [])])
+def test_products_on_a_gpu_use_its_tensor_cores(monkeypatch, device, expected):
+    called = []
+    monkeypatch.setattr("common.runtime.resolve_device", torch.device)
+    monkeypatch.setattr("torch.set_float32_matmul_precision", called.append)
+    assert start(RuntimeConfig(device=device)) == torch.device(device)
+    assert called == expected
+
+
 def test_fork_generators_leaves_the_outer_state():
     torch.manual_seed(0)
     expected = torch.rand(3)

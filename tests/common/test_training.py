@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,7 +18,7 @@ from common.checks import UserError
 from common.training import (
     BatchOrder,
     KeepBest,
-    MuonAdamW,
+    MuonAndAdam,
     ResumableLoader,
     TrainerConfig,
     build_trainer,
@@ -382,10 +382,69 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint_before(tmp_path):
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_nan_is_looked_for_every_ten_steps_and_the_first_is_named(tmp_path, accumulate):
+    steps = []
+
+    def breaks(step: int) -> float:
+        steps.append(step)
+        return float("nan") if step == 2 else float("inf") if step == 3 else 1.0
+
+    at = 3 if accumulate == 1 else 2  # of the first of its two batches
+    with pytest.raises(UserError, match=f"the loss is nan at step {at}: lower the learning rate"):
+        train(tmp_path, 18, breaks, val_every=1000, accumulate=accumulate)
+    assert len(steps) == 10 * accumulate and not (tmp_path / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError, "a checkpoint is due", "last step"])
+def test_nan_is_told_and_not_written_whatever_comes_next(tmp_path, end):
+    def breaks(step: int) -> float:
+        if step == 6 and end in (KeyboardInterrupt, RuntimeError):
+            raise end
+        return float("nan") if step == 5 else 1.0
+
+    with pytest.raises(UserError, match="the loss is nan at step 6"):
+        train(tmp_path, 6 if end == "last step" else 18, breaks, validate=False, val_every=4)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 4
+    assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+
+
+def test_nan_is_never_the_best(tmp_path):
+    with pytest.raises(UserError, match="the loss is nan at step 1"):
+        train(tmp_path, 18, lambda step: float("nan"))
+    assert not (tmp_path / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_nan_is_told_before_other_callbacks_write(tmp_path, interrupted):
+    class Writes(Callback):
+        written = False
+
+        def on_train_end(self, trainer, module):
+            self.written = True
+
+        def on_exception(self, trainer, module, exception):
+            self.written |= isinstance(exception, KeyboardInterrupt)
+
+    def breaks(step: int) -> float:
+        if step == 3 and interrupted:
+            raise KeyboardInterrupt
+        return float("nan")
+
+    data, writes = TensorDataset(torch.zeros(12, 4), torch.zeros(12, 1)), Writes()
+    config = TrainerConfig(max_steps=4, device="cpu", progress=False, tensorboard=False)
+    with pytest.raises(UserError, match="the loss is nan at step 1"):
+        fit(build_trainer(config, tmp_path, callbacks=[writes]), Regression(breaks), tmp_path,
+            train_dataloaders=ResumableLoader(data, BatchOrder(12, 3)))
+    assert not writes.written
+
+
 def test_best_and_last_are_kept(tmp_path):
     train(tmp_path, 9, val_every=4)
-    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 9
-    assert torch.load(tmp_path / "best.ckpt", weights_only=False)["global_step"] in (4, 8)
+    last, best = (torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("last", "best"))
+    assert last["global_step"] == 9 and len(last["optimizer_states"]) == 1
+    assert best["global_step"] in (4, 8) and "optimizer_states" not in best  # which nothing goes on from
     assert (tmp_path / "metrics.csv").stat().st_size > 0
     assert not list(tmp_path.glob("*-v*"))
 
@@ -417,6 +476,9 @@ def test_configuration_is_checked(tmp_path):
         build_trainer(TrainerConfig(), tmp_path)
     with pytest.raises(UserError, match="devices is 0"):
         build_trainer(TrainerConfig(max_steps=1, devices=0), tmp_path)
+    for strategy in ("fsdp", "fsdp_cpu_offload", "deepspeed_stage_2"):
+        with pytest.raises(UserError, match=f"strategy is '{strategy}', .*: use ddp"):
+            build_trainer(TrainerConfig(max_steps=1, strategy=strategy), tmp_path)
 
 
 def test_warmup_cosine():
@@ -431,29 +493,31 @@ def test_warmup_cosine():
     assert warmup_linear(0, 10)(10) == pytest.approx(0)
 
 
-class Net(MuonAdamW):
+class Net(LightningModule):
     def __init__(self) -> None:
-        net = nn.Sequential()
-        net.add_module("embed", nn.Linear(4, 8))
-        net.add_module("hidden", nn.Linear(8, 8))
-        net.add_module("out", nn.Linear(8, 1))
-        super().__init__(net, hidden="hidden.", total=20, lr_muon=0.02, lr_adam=0.01, weight_decay=0.1,
-                         betas=(0.9, 0.98), warmup=4, max_norm=0.5)
+        super().__init__()
+        self.model = nn.Sequential()
+        self.model.add_module("embed", nn.Linear(4, 8))
+        self.model.add_module("hidden", nn.Linear(8, 8))
+        self.model.add_module("out", nn.Linear(8, 1))
+
+    def configure_optimizers(self):
+        optimizer = MuonAndAdam(self.model, hidden="hidden.", lr_muon=0.02, lr=0.01, weight_decay=0.1, betas=(0.9, 0.98))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(4, 20))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch, batch_idx):
-        loss = nn.functional.mse_loss(self.model(batch[0]), batch[1])
-        self.descend(loss)
-        return loss.detach()
+        return nn.functional.mse_loss(self.model(batch[0]), batch[1])
 
 
-def test_muon_and_adamw_take_their_parameters_and_step_together(tmp_path):
+def test_muon_and_adam_take_their_parameters_and_step_together(tmp_path):
     torch.manual_seed(0)
     module = Net()
     twin = nn.Sequential(*[type(layer)(layer.in_features, layer.out_features) for layer in module.model])
     twin.load_state_dict({f"{n}.{kind}": module.model.state_dict()[f"{name}.{kind}"]
                           for n, name in enumerate(("embed", "hidden", "out")) for kind in ("weight", "bias")})
     data = TensorDataset(torch.randn(30, 4), torch.randn(30, 1))
-    config = TrainerConfig(max_steps=2 * 6, clip_gradients=0, device="cpu", progress=False, tensorboard=False)
+    config = TrainerConfig(max_steps=6, clip_gradients=0.5, device="cpu", progress=False, tensorboard=False)
     loader = ResumableLoader(data, BatchOrder(30, 10))
     fit(build_trainer(config, tmp_path, monitor="x"), module, tmp_path, train_dataloaders=loader)
 

@@ -41,6 +41,9 @@ def test_command(ball_scene, tmp_path, root, capsys):
     assert record["across"]["number"] == 3 * 2 and record["within"]["most"] <= 1.00001
     assert (out / "histogram.svg").is_file() and (out / "index.html").is_file()
     assert "views of one scene" in capsys.readouterr().out
+    assert main([*arguments, "--precision", "bf16"]) == 0
+    rough = json.loads((out / "results.json").read_text())["across"]["mean"]
+    assert rough != record["across"]["mean"] and rough == pytest.approx(record["across"]["mean"], abs=0.02)
     classifier = ["--encoder", f"torchvision:resnet18:{resnet_file(tmp_path)}"]  # has no class token
     assert main([*arguments, *classifier]) == 0
     assert json.loads((out / "results.json").read_text())["across"]["number"] == 3 * 2

@@ -15,6 +15,7 @@ import yaml
 
 from common.checks import UserError
 from common.runtime import RuntimeConfig
+from dietnerf.evaluation import score_scene
 from dietnerf.methods import method_config
 from dietnerf.scene import Scene
 from dietnerf.training import TrainConfig, train
@@ -207,13 +208,18 @@ def test_no_memory_names_a_chunk(ball_scene, tmp_path, small_grid, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes(ball_scene, tmp_path):
+def test_two_processes(tmp_path):
+    data = write_scene(tmp_path / "scene", splits={"train": 4, "test": 3})
     command = [
-        sys.executable, "-m", "dietnerf.cli", "train", str(ball_scene), "--out", str(tmp_path / "run"), "--steps", "3",
-        "--rays", "32", "--devices", "2", "--strategy", "ddp", "--device", "cpu", "--no-progress", "--val-views", "0",
+        sys.executable, "-m", "dietnerf.cli", "train", str(data), "--out", str(tmp_path / "run"), "--steps", "3",
+        "--rays", "32", "--devices", "2", "--strategy", "ddp", "--device", "cpu", "--no-progress", "--val-views", "3",
         "--semantic-weight", "0",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert Scene.load(tmp_path / "run", device="cpu").step == 2
+    scene = Scene.load(tmp_path / "run", device="cpu")
+    assert scene.step == 2 and done.stdout.count("run written to") == 1
+    # Three views of two processes: the mean is over views.
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert record["metrics"]["val/psnr"] == pytest.approx(score_scene(scene).scores.values["psnr"], abs=1e-3)

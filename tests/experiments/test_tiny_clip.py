@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from common.runtime import RuntimeConfig
+from experiments import tiny_clip_recipe
 from experiments.scenes.graph import COLOURS, HELD_OUT, SHAPES, sample_family
 from experiments.train_tiny_clip import augment, contrastive_loss, looks, phrase_loss, view_loss
 
@@ -64,3 +66,21 @@ def test_augmentation_of_strength_zero_changes_nothing_and_keeps_the_range():
     changed = augment(pixels, 1.0, zoom_out=2.0)
     assert changed.shape == pixels.shape and changed.min() >= 0 and changed.max() <= 1
     assert not torch.allclose(changed, pixels)
+
+
+def test_augmentation_draws_where_the_images_are():
+    assert augment(torch.rand(3, 3, 24, 24, device="meta")).device.type == "meta"  # any device but the CPU will do
+
+
+def test_every_stage_of_the_recipe_gets_the_runtime_and_a_seed_of_its_own(tmp_path, monkeypatch):
+    stages = []
+    monkeypatch.setattr(tiny_clip_recipe, "train", stages.append)
+    tiny_clip_recipe.main(tiny_clip_recipe.Config(out=tmp_path))
+    assert [stage.runtime.seed for stage in stages] == [0, 1, 2, 3, 4]
+    assert {(stage.precision, stage.runtime.threads) for stage in stages} == {("bf16", 1)}
+    assert [stage.init for stage in stages] == [None, *(stage.out / "clip-tiny" for stage in stages[:-1])]
+    stages.clear()
+    runtime = RuntimeConfig(device="cpu", precision="fp32", seed=10, threads=2)
+    tiny_clip_recipe.main(tiny_clip_recipe.Config(out=tmp_path, runtime=runtime))
+    assert [(stage.runtime.seed, stage.precision) for stage in stages] == [(seed, "fp32") for seed in range(10, 15)]
+    assert {(stage.runtime.device, stage.runtime.threads) for stage in stages} == {("cpu", 2)}
