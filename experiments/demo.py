@@ -27,7 +27,7 @@ from common.checks import run_command
 from common.gpt2 import load_gpt2
 from common.language import score
 from common.pretrained import ASSETS, CAPTION_LANGUAGES
-from common.report import Page, contact_sheet, plot_bars, write_json
+from common.report import Page, contact_sheet, plot_bars, write_json, write_text
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
 from experiments.demo_recycling import recycling_section
@@ -134,7 +134,7 @@ def dutch_section(page: Page, paths: dict[str, Path], shown: list[str], device: 
         "Captions in Dutch",
         "The three together: a GPT-2 that was recycled from English to Dutch, behind the same CLIP. It was trained on "
         "captions in Dutch that are written from the scene graphs, and names every colour and shape right in "
-        f"{share:.0%} of {len(right)} held-out scenes.",
+        f"{share:.1%} of {len(right)} held-out scenes.",
     )
     page.gallery(
         [
@@ -147,6 +147,8 @@ def dutch_section(page: Page, paths: dict[str, Path], shown: list[str], device: 
         ]
     )
     page.command("clipcap caption common/assets/samples/scenes/test_000.jpg --language nld")
+    print(f"Dutch: every colour and shape right in {share:.1%} of {len(right)} held-out scenes")
+    page.command("python -m experiments.demo")
     return {"captions": captions, "all_right": share}
 
 
@@ -268,7 +270,7 @@ def write_demo(
         [(paths[key], captions[key], [" ".join(said)]) for key, said in zip(shown, words, strict=False)]
     )
     evaluation_page(found_scores, items, page=page, shown=0)
-    page.command("clipcap evaluate --data common/assets/samples/scenes/dataset.json --model tiny")
+    page.command("clipcap evaluate --data common/assets/samples/scenes/dataset.json --model tiny --resamples 300")
     results: dict[str, Any] = {}
     steps.next()
     results["dutch"] = dutch_section(page, paths, shown, device)
@@ -283,6 +285,11 @@ def write_demo(
 
         steps.next()
         results["scene"] = scene_section(page, config.out, device=device, **(scene or {}))
+        page.text("The scores of the held-out views, and the similarities of this scene's views, once more:")
+        page.command(f"dietnerf evaluate {config.out / 'scene'}")
+        page.command("dietnerf consistency common/assets/samples/multiview --views 8")
+        page.text("The similarities with views of other scenes are in `scene.json`:")
+        page.command("python -m experiments.demo")
     else:
         page.note("The part on novel views needs nerfstudio: `pip install 'clip-gpt-toolkit[dietnerf]'`.")
     steps.next()
@@ -293,6 +300,14 @@ def write_demo(
         "The backbones", "Trained by this project from a seed; each has a card with its data, licence and scores."
     )
     page.table(language)
+    for row in language:
+        trained = card_of(row["model"])["config"]
+        page.command(
+            f"python -m experiments.train_tiny_gpt2 --corpus out/corpus --size {trained['size']} "
+            f"--epochs {trained['epochs']:g}"
+        )
+    sentence = write_text(config.out / "sentence.txt", TEXT)
+    page.command(f"recycle-gpt2 evaluate tiny tiny-medium --text {sentence}")
     retrieval = card_of("clip-tiny")["scores"]
     page.table([{"tiny CLIP on held-out scenes": name, "score": value} for name, value in retrieval.items()])
     page.command("python -m experiments.evaluate_tiny_clip --clip tiny --split test")

@@ -173,7 +173,9 @@ def package_clip(directory: Path) -> None:
         licence="weights: Apache-2.0, as this project; scenes: CC0",
         command="python -m experiments.tiny_clip_recipe",
         limits="It has seen eight shapes, eight colours, three materials and two sizes, and no photograph. On anything "
-        "else its embeddings mean little. Eight pairs of colour and shape were never shown to it.",
+        "else its embeddings mean little. Eight pairs of colour and shape were never shown to it. Its captions are of "
+        "one generator, which takes the usual one of a few synonyms three times in four: it prefers these words, and "
+        "finds its own shapes and colours in whatever it is shown.",
     )
 
 
@@ -204,7 +206,10 @@ def package_captioner(directory: Path) -> None:
         data="the tiny CLIP's training scenes, five captions each; scores on held-out scenes",
         licence="weights: Apache-2.0, as this project; scenes: CC0",
         command=f"python -m experiments.clipcap_mapper_ablation --variants {found['variant']} --steps {found['steps']}",
-        limits="It describes rendered scenes of one to three objects, and calls everything else such a scene.",
+        limits="It describes rendered scenes of one to three objects, and calls everything else such a scene. It "
+        "prefers the words of one caption generator, which takes the usual one of a few synonyms three times in four, "
+        "and names colours, shapes and whole objects that are not there as surely as those that are, most often among "
+        "three.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Every example of the README and of docs/ runs as it stands, but for those marked as needing real weights or hours."""
+"""Every example of the README and of docs/ runs as it stands, but for those marked as needing what is not here."""
 
 import importlib
 import importlib.util
@@ -8,10 +8,17 @@ import shlex
 import pytest
 import tyro
 
-MARK = "# needs real weights"
-MARKS = (MARK, "# takes hours")
+MARKS = ("# needs real weights", "# needs your own data", "# takes hours")
 PROGRAMS = {"clipcap": "clipcap.cli", "dietnerf": "dietnerf.cli", "recycle-gpt2": "recycle_gpt2.cli"}
 LAUNCHERS = ("srun", "torchrun")
+NERFSTUDIO = {
+    "ns-eval": "nerfstudio.scripts.eval",
+    "ns-process-data": "nerfstudio.process_data.base_converter_to_nerfstudio_dataset",
+    "ns-render": "nerfstudio.scripts.render",
+    "ns-viewer": "nerfstudio.scripts.viewer.run_viewer",
+}
+"""nerfstudio's commands -> where their options are declared."""
+COMMANDS = "|".join([*PROGRAMS, "ns-train", *NERFSTUDIO, "python -m"])
 
 
 def blocks(root, language, page="README.md"):
@@ -44,16 +51,42 @@ def check_options(name, arguments):
     tyro.cli(config, args=arguments[1:], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
 
 
+def check_nerfstudio(words):
+    """nerfstudio's command takes these options."""
+    if words[0] == "ns-train":
+        from dietnerf.methods import method_config
+        from dietnerf.plugin import METHODS
+
+        assert words[1] in METHODS
+        config = method_config(words[1])
+        tyro.cli(type(config), default=config, args=words[2:])
+    else:
+        source = importlib.util.find_spec(NERFSTUDIO[words[0]]).loader.get_source(NERFSTUDIO[words[0]])
+        declared = set(re.findall(r"^    (\w+): ", source, flags=re.MULTILINE))
+        assert {word[2:].replace("-", "_") for word in words if word.startswith("--")} <= declared, words
+
+
 def has_nerfstudio():
     return importlib.util.find_spec("nerfstudio") is not None
 
 
-def test_every_make_target_of_the_readme_exists(root):
+def test_every_make_target_of_the_pages_exists(root):
     targets = set(re.findall(r"^([a-z]+):.*##", (root / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {
-        target for block in blocks(root, "bash") for target in re.findall(r"^make (\w+)", block, flags=re.MULTILINE)
-    }
-    assert named and named <= targets
+    named = set()
+    for page in [*pages(root), "CONTRIBUTING.md"]:
+        named |= set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", (root / page).read_text(), flags=re.MULTILINE))
+        for block in blocks(root, "bash", page):
+            named |= set(re.findall(r"^make ([a-z]+)", block, flags=re.MULTILINE))
+    assert {"demo", "test", "lock"} <= named <= targets
+
+
+def test_every_extra_of_the_pages_exists(root):
+    extras = (root / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    text = "\n".join((root / page).read_text() for page in pages(root))
+    named = re.findall(r"pip install '?[\w.-]+\[([\w,]+)\]", text)
+    assert named and {name for found in named for name in found.split(",")} <= set(
+        re.findall(r"^(\w+) = \[", extras, flags=re.MULTILINE)
+    )
 
 
 @pytest.mark.parametrize("pattern", [r"\]\(([^)#:]+)\)", r"^\| `([a-z]+/)` \|"])
@@ -116,6 +149,8 @@ def test_marked_blocks_name_commands_and_options_that_exist(root):
                 ours = program(words)
                 if ours is not None and (ours[0] != "dietnerf" or has_nerfstudio()):
                     check_options(*ours)
+                elif words[0] in NERFSTUDIO and has_nerfstudio():
+                    check_nerfstudio(words)
                 elif words[:2] == ["python", "-m"]:
                     assert importlib.util.find_spec(words[2]), (page, words)
                     if words[2] == "experiments.reproduce":
@@ -130,15 +165,19 @@ def test_indented_commands_and_those_of_cards_name_options_that_exist(root, caps
     """What is not run as a block: commands with names of one's own files in them, and those that made a result."""
     cards = [str(path.relative_to(root)) for path in sorted((root / "common" / "assets").rglob("README.md"))]
     helps: dict[str, str] = {}
-    checked = 0
+    checked, nerfstudio = 0, set()
     for page in [*pages(root), *cards]:
         text = re.sub(r"```.*?```", "", (root / page).read_text(), flags=re.DOTALL).replace("\\\n", " ")
-        indented = re.findall(r"^ {4}((?:clipcap|dietnerf|recycle-gpt2|python -m) .*)$", text, flags=re.MULTILINE)
-        for line in indented + re.findall(r"`((?:OMP_NUM_THREADS=1 )?python -m [^`]*)`", text):
+        indented = re.findall(rf"^ {{4}}((?:{COMMANDS}) .*)$", text, flags=re.MULTILINE)
+        for line in indented + re.findall(r"`((?:(?:OMP_NUM_THREADS=1 )?python -m|ns-[a-z]+) [^`]*)`", text):
             words = shlex.split(line.replace("\n", " "), comments=True)
             words = words[1:] if "=" in words[0] else words
             ours = program(words)
-            if ours is not None:
+            if words[0].startswith("ns-"):
+                if has_nerfstudio():
+                    check_nerfstudio(words)
+                    nerfstudio.add(words[0])
+            elif ours is not None:
                 if ours[0] != "dietnerf" or has_nerfstudio():
                     check_options(*ours)
                     checked += 1
@@ -149,6 +188,7 @@ def test_indented_commands_and_those_of_cards_name_options_that_exist(root, caps
                     assert not missing, (page, line)
                 checked += 1
     assert checked >= 60
+    assert nerfstudio == ({"ns-train", "ns-eval", "ns-viewer"} if has_nerfstudio() else set())
 
 
 def help_of(module, known, capsys):

@@ -103,6 +103,13 @@ def test_store_is_of_the_weights_not_of_their_name(tmp_path, clip_directory):
     assert np.allclose(after, expected, atol=2e-3) and not np.allclose(after, before, atol=0.1)
 
 
+def test_store_takes_no_nan(tmp_path, clip_directory, monkeypatch):
+    clip = load_clip(str(clip_directory), device="cpu")
+    monkeypatch.setattr(clip, "encode_texts", lambda texts: torch.full((len(texts), 12), torch.nan))
+    with pytest.raises(UserError, match="gives NaN or infinity for captions like 'a cube'"):
+        build_text_store(caption_items("a cube"), clip, tmp_path)
+
+
 def test_processes_that_build_one_store_encode_once(tmp_path, clip_directory, monkeypatch, capfd):
     clip, items = load_clip(str(clip_directory), device="cpu"), caption_items(*(f"a cube {n}" for n in range(6)))
     encode, encoded = clip.encode_texts, []

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
+import re
+import shlex
 import shutil
 
 import pytest
+import tyro
 
+import recycle_gpt2.cli
 from common.runtime import RuntimeConfig
 from experiments.demo import Config, Steps, spread, write_demo
 
@@ -44,6 +49,57 @@ def test_the_page_has_every_part_and_says_what_was_run(page):
     assert set(results["captions"]) == set(results["dutch"]["captions"]) and len(results["captions"]) == 6
     assert [step["seconds"] >= 0 for step in results["steps"]] and results["steps"][5]["step"] == "caption them in Dutch"
     assert all(step["step"] in text for step in results["steps"])
+
+
+def commands(page):
+    return [html.unescape(text) for text in re.findall(r'<pre class="command"><code>(.*?)</code>', page.read_text())]
+
+
+def test_every_number_has_its_command(page):
+    out, found = page.parent, commands(page)
+    expected = [
+        "clipcap evaluate --data common/assets/samples/scenes/dataset.json --model tiny --resamples 300",
+        "python -m experiments.evaluate_tiny_clip --clip tiny --split test",
+        "python -m experiments.demo_recycling",
+        "python -m experiments.train_tiny_gpt2 --corpus out/corpus --size small --epochs 4",
+        "python -m experiments.train_tiny_gpt2 --corpus out/corpus --size medium --epochs 3",
+        f"recycle-gpt2 evaluate tiny tiny-medium --text {out / 'sentence.txt'}",
+    ]
+    if importlib.util.find_spec("nerfstudio") is not None:
+        expected += [
+            "dietnerf train common/assets/samples/multiview --num-views 8 --method grid",
+            f"dietnerf evaluate {out / 'scene'}",
+            "dietnerf consistency common/assets/samples/multiview --views 8",
+        ]
+    assert not set(expected) - set(found)
+    dutch = found.index("clipcap caption common/assets/samples/scenes/test_000.jpg --language nld")
+    assert found[dutch + 1] == "python -m experiments.demo"  # which prints the share of all
+    for words in map(shlex.split, found):
+        if words[:2] == ["python", "-m"]:
+            module = importlib.import_module(words[2])
+            flat = (tyro.conf.OmitArgPrefixes,) if hasattr(module, "from_command_line") else ()
+            tyro.cli(module.Config, args=words[3:], config=flat)
+
+
+def test_the_commands_give_the_numbers_of_the_page(page, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    results = json.loads((page.parent / "results.json").read_text())
+    of = {words[:2]: list(words[1:]) for words in (tuple(shlex.split(command)) for command in commands(page))}
+    scores = tmp_path / "scores.json"
+    assert recycle_gpt2.cli.main([*of["recycle-gpt2", "evaluate"], "--out", str(scores)]) == 0
+    for row in results["language"]:
+        found = json.loads(scores.read_text())["models"][row["model"].removeprefix("gpt2-")]["all"]["perplexity"]
+        assert found == pytest.approx(row["perplexity of the sentence, now"], rel=1e-4)
+    if importlib.util.find_spec("nerfstudio") is not None:
+        import dietnerf.cli
+
+        scored = [*of["dietnerf", "evaluate"], "--out", str(tmp_path / "scene"), "--device", "cpu"]
+        assert dietnerf.cli.main(scored) == 0
+        found = json.loads((tmp_path / "scene" / "results.json").read_text())["scores"]
+        assert found == pytest.approx(results["scene"]["scores"], rel=1e-4)
+        assert dietnerf.cli.main([*of["dietnerf", "consistency"], "--out", str(tmp_path), "--device", "cpu"]) == 0
+        found = json.loads((tmp_path / "results.json").read_text())["within"]
+        assert found == pytest.approx(results["scene"]["similarity_within"], rel=1e-4)
 
 
 def test_a_telephone_shows_it_whole_without_errors(page):
