@@ -37,7 +37,7 @@ class CaptionConfig:
     model: str = "tiny"
     """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
     language: str | None = None
-    """Language of the captions, in place of --model: eng or nld (Dutch), each with a packaged captioner."""
+    """Language of the captions, in place of --model: eng, nld (Dutch) or ita (Italian), each packaged."""
     format: Literal["auto", "text", "json", "jsonl", "csv", "sidecar"] = "auto"
     """Output format; auto goes by the ending of OUT, else text. sidecar writes photo.txt beside photo.jpg, or at the
     same place under the directory OUT; one that is there already is kept and its image left alone."""

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from common.checks import UserError
 
 ASSETS = Path(__file__).parent / "assets"
-CAPTIONERS = {"tiny": ASSETS / "captioner-tiny", "tiny-nld": ASSETS / "captioner-tiny-nld"}
-"""Packaged captioners by name."""
-CAPTION_LANGUAGES = {"eng": "tiny", "nld": "tiny-nld"}
+CAPTION_LANGUAGES = {"eng": "tiny", "nld": "tiny-nld", "ita": "tiny-ita"}
 """Language (ISO 639-3) -> the packaged captioner that writes it."""
+CAPTIONERS = {name: ASSETS / f"captioner-{name}" for name in CAPTION_LANGUAGES.values()}
+"""Packaged captioners by name."""
 
 
 def locate(name: str | os.PathLike[str], packaged: dict[str, Path], what: str) -> str:
