@@ -199,9 +199,9 @@ def build_store(
         rows_per_shard: rows in each file of a new store.
 
     Raises:
-        UserError: the store was made with another CLIP, other preprocessing or inputs, in bf16 where fp32 is asked
-            for, or of an image that has changed since; a file of it is cut short; no image can be read; the disk is
-            full; a worker was killed.
+        UserError: the store was made with another CLIP, other preprocessing or inputs, or of an image that has
+            changed since; rows are missing that would be of fp32 among those of bf16; a file of it is cut short; no
+            image can be read; the disk is full; a worker was killed.
     """
     require_at_least("batch_size", batch_size, 1)
     require_at_least("workers", workers, 0)
@@ -219,6 +219,12 @@ def build_store(
             directory, key, clip.name, dtype=dtype, precision=precision, rows_per_shard=rows_per_shard
         )
         todo = writer.missing(items)
+        before = writer.state["precision"]
+        if before != precision == "fp32" and any(item.embedding_row is None for item in todo):
+            raise UserError(
+                f"embedding store {str(directory)!r} was computed in {before}, not fp32: give another directory, use "
+                f"--precision {before}, or delete this one."
+            )
         skipped: dict[str, str] = {}
         done = len(items) - len(todo)
         if not todo:
@@ -280,11 +286,11 @@ class StoreWriter:
         key: what must be equal for two embeddings to belong in one store.
         clip: the backbone's name, for people.
         dtype: of the numbers; None takes what is there, or float16.
-        precision: in which the rows are computed; bf16 also takes a store of fp32, which remains one.
+        precision: in which the rows of a new store are computed.
         rows_per_shard: rows in each file of a new store.
 
     Raises:
-        UserError: the store there has another key, dtype, precision or format, or a file is cut short.
+        UserError: the store there has another key, dtype or format, or a file is cut short.
     """
 
     def __init__(
@@ -321,12 +327,7 @@ class StoreWriter:
                 f"embedding store {str(directory)!r} is {self.state['dtype']}, not {dtype}: give another directory, "
                 f"or delete this one."
             )
-        before = self.state.setdefault("precision", precision)
-        if before != precision and precision == "fp32":
-            raise UserError(
-                f"embedding store {str(directory)!r} was computed in {before}, not fp32: give another directory, use "
-                f"--precision {before}, or delete this one."
-            )
+        self.state.setdefault("precision", precision)
         path = directory / "rows.bin"
         count = path.stat().st_size // RECORD.itemsize if path.is_file() else 0
         if count < self.state["rows"]:

@@ -427,20 +427,23 @@ class StopOnNaN(Callback):
         self._look(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        # Another error may come of such a loss, and in this process alone.
-        self._look(trainer, together=isinstance(exception, KeyboardInterrupt))
+        # Another error may come of such a loss, and in this process alone; Ctrl-C comes to all, though to some of them
+        # a batch later.
+        self._look(trainer, together=isinstance(exception, KeyboardInterrupt), interrupted=True)
 
-    def _look(self, trainer: Trainer, *, together: bool = True) -> None:
-        if not self._losses:
+    def _look(self, trainer: Trainer, *, together: bool = True, interrupted: bool = False) -> None:
+        if not self._losses and not (together and interrupted):
             return
-        steps, losses = zip(*self._losses, strict=True)
-        self._losses = []
-        values = zip(steps, torch.stack(losses).tolist(), strict=True)
-        found = next((f"{value} at step {step}" for step, value in values if not math.isfinite(value)), "")
+        seen, self._losses = self._losses, []
+        values = torch.stack([loss for _, loss in seen]).tolist() if seen else []
+        lost = [
+            f"{value} at step {step}" for (step, _), value in zip(seen, values, strict=True) if not math.isfinite(value)
+        ]
         # All processes stop together: one that stopped alone would leave the others waiting for it.
-        if trainer.strategy.reduce_boolean_decision(bool(found), all=False) if together else found:
+        if trainer.strategy.reduce_boolean_decision(bool(lost), all=False) if together else lost:
+            elsewhere = f"not finite in another process by step {trainer.global_step}"
             raise UserError(
-                f"the loss is {found or f'not finite in another process by step {steps[-1]}'}: lower the learning rate "
+                f"the loss is {lost[0] if lost else elsewhere}: lower the learning rate "
                 f"(checkpoints written before are kept)."
             )
 

@@ -307,6 +307,8 @@ def draw_pixels(
         if not (count := int(hidden.sum())):
             return found
         found[hidden] = draw(found[hidden, 0] if one_image else draw_views(count))
-    left = masks[found[:1, 0] if one_image else slice(None), ..., 0].nonzero()
+    left = masks[..., 0].nonzero()
+    if one_image:
+        left = left[left[:, 0] == found[0, 0]]
     found[hidden] = left[torch.randint(len(left), (count,), generator=generator)]
     return found

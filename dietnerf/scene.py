@@ -71,7 +71,7 @@ class Scene:
                 config.pipeline.datamanager.data = Path(data).resolve()
             pipeline: FewViewPipeline = config.pipeline.setup(device=target, test_mode="test")
             checkpoints = directory / config.relative_model_dir
-        except (UserError, OSError):
+        except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever nerfstudio makes of a value that it does not expect
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]

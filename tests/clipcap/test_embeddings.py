@@ -140,6 +140,7 @@ def test_rows_of_two_precisions_never_mix(items, clip, tmp_path):
     with pytest.raises(UserError, match=r"was computed in bf16, not fp32: .* --precision bf16"):
         build_store(items, clip, tmp_path / "fast")
     assert len(build_store(items, clip, tmp_path / "fast", precision="bf16")) == 12
+    assert len(build_store(items, clip, tmp_path / "fast")) == 12  # nothing is missing
     manifest = json.loads((tmp_path / "plain" / "manifest.json").read_text())
     del manifest["precision"]  # as of stores made before it was kept
     (tmp_path / "plain" / "manifest.json").write_text(json.dumps(manifest))

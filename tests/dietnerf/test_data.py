@@ -378,12 +378,18 @@ def test_what_masks_hide_is_never_drawn_and_the_rest_evenly(one_image, crop):
 
 @pytest.mark.parametrize("one_image", [False, True])
 def test_a_mask_that_hides_the_centre_leaves_the_rest(one_image):
-    masks = torch.zeros(2, 10, 20, 1, dtype=torch.bool)
-    masks[:, 0, :2] = True
-    pixels = draw_pixels(
-        2, 10, 20, number=50, one_image=one_image, crop=0.5, masks=masks, generator=torch.Generator().manual_seed(0)
-    )
-    assert set(map(tuple, pixels[:, 1:].tolist())) == {(0, 0), (0, 1)}
+    masks = torch.zeros(3, 10, 20, 1, dtype=torch.bool)
+    for view in range(3):
+        masks[view, view, :2] = True
+    seen = set()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        pixels = draw_pixels(
+            3, 10, 20, number=50, one_image=one_image, crop=0.5, masks=masks, generator=generator
+        ).tolist()
+        assert len({view for view, _, _ in pixels}) == (1 if one_image else 3)
+        seen |= set(map(tuple, pixels))
+    assert seen == {(view, view, column) for view in range(3) for column in (0, 1)}
 
 
 def test_rays_see_nothing_that_is_masked(tmp_path):
