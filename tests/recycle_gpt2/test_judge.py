@@ -157,12 +157,15 @@ def test_in_a_browser(config, tmp_path):
         assert page.locator("#save").is_disabled()
         first = page.locator("#text").inner_text()
         assert first.startswith("</script><b>")  # shown as it is
-        page.fill("#judge", "Ann B.")
-        page.click("#human")
-        assert page.locator("#text").inner_text() != first
-        page.click("#machine")
-        page.wait_for_timeout(500)  # Chromium writes to the disk when it likes
-        page.reload()
+        for pause in (500, 2000, 8000):  # Chromium writes to the disk when it likes
+            page.fill("#judge", "Ann B.")
+            page.click("#human")
+            assert page.locator("#text").inner_text() != first
+            page.click("#machine")
+            page.wait_for_timeout(pause)
+            page.reload()
+            if page.input_value("#judge"):
+                break
         assert page.input_value("#judge") == "Ann B." and page.inner_text("#count").startswith("3 / 18 (2)")
         page.click("#back")
         assert page.get_attribute("#machine", "aria-pressed") == "true"
