@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from benchmarks.caption_throughput import cpu_seconds
+from common.files import write_json
 from common.pretrained import ASSETS
-from common.report import write_json
 from common.runtime import hardware, seed_everything, versions
 from dietnerf.cli import silence_nerfstudio
 from dietnerf.methods import method_config

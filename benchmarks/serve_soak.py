@@ -36,8 +36,9 @@ import requests
 from PIL import Image
 
 from common.checks import UserError, require_at_least, run_command
+from common.files import write_json
 from common.pretrained import ASSETS
-from common.report import plot_lines, write_json
+from common.report import plot_lines
 from common.runtime import hardware, versions
 
 SCENES = ASSETS / "samples" / "scenes"

@@ -22,7 +22,7 @@ from clipcap.data import CaptionedImage
 from clipcap.embeddings import alone, fingerprint
 from clipcap.readers import hash_share
 from common.checks import UserError, require_file
-from common.report import write_json
+from common.files import write_json
 
 if TYPE_CHECKING:
     from common.clip import FrozenCLIP

@@ -140,7 +140,7 @@ def caption(config: CaptionConfig) -> int:
     if kind in FORMATS and (config.out or kind != "text"):
         text = FORMATS[kind](rows)
         if config.out and journal:
-            from common.report import write_text
+            from common.files import write_text
 
             write_text(config.out, _escape(text, "utf-8"))
             journal.path.unlink(missing_ok=True)
@@ -265,7 +265,7 @@ def _sidecars(paths: list[Path | str], out: Path | None) -> dict[Path | str, Pat
 
 
 def _write_sidecar(place: Path, captions: list[str]) -> None:
-    from common.report import write_text
+    from common.files import write_text
 
     write_text(place, "".join(f"{text}\n" for text in captions))
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from clipcap.readers import conceptual_rows
 from common.checks import UserError, require_at_least, require_file
-from common.report import write_json
+from common.files import write_json
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff"}
 REDIRECTS = 5

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipcap.images import ImageError, read_image
 from clipcap.readers import CaptionedImage, Format, read_dataset
 from common.checks import UserError, require_at_least
-from common.report import write_json
+from common.files import write_json
 from common.runtime import PRECISIONS, RuntimeConfig, autocast, start, versions
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from clipcap.metrics import (
 )
 from clipcap.readers import Format, whole_characters
 from common.checks import UserError, require_at_least, require_file
-from common.report import Page, thumbnail, write_json
+from common.files import write_json
+from common.report import Page, thumbnail
 from common.runtime import RuntimeConfig, hardware, start, versions
 
 if TYPE_CHECKING:

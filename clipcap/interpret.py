@@ -193,7 +193,7 @@ def run(config: InterpretConfig) -> int:
     from clipcap.captioner import Captioner
     from clipcap.captioning import write_out
     from clipcap.images import find_images
-    from common.report import write_json, write_text
+    from common.files import write_json, write_text
 
     require_at_least("top", config.top, 1)
     if config.format == "html" and config.out is None:

@@ -60,7 +60,7 @@ class ClipCapProcessor:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `processor_config.json` and the tokenizer."""
-        from common.report import write_json
+        from common.files import write_json
 
         write_json(
             Path(save_directory) / FILE, {"processor_class": type(self).__name__, "image": asdict(self.preprocess)}

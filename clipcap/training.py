@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule
 from torch import Tensor, distributed
@@ -34,9 +35,9 @@ from clipcap.scst import (
 from clipcap.validation import CaptionValidation, Subset
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
+from common.files import write_json
 from common.gpt2 import load_gpt2
 from common.language import IGNORE
-from common.report import write_json
 from common.runtime import RuntimeConfig, hardware, own_gpu, resolve_device, start, versions
 from common.training import (
     BatchOrder,
@@ -44,8 +45,10 @@ from common.training import (
     TrainerConfig,
     build_trainer,
     fit,
+    fused,
     is_first_process,
     load_best,
+    mean_over_processes,
     require_same_run,
     settings_of,
     warmup_cosine,
@@ -194,13 +197,11 @@ class Captioning(LightningModule):
         self.lr, self.warmup, self.total, self.weight_decay = lr, warmup, total, weight_decay
         self.schedule, self.text_noise = schedule, text_noise
         self._sums: Tensor | None = None  # nats and tokens of the step so far
-        self._valid = torch.zeros(2)  # and of the validation
+        self._valid = np.zeros(2)  # and of the validation
 
     def configure_optimizers(self) -> dict[str, Any]:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
-        # A fused step could undo fp16's loss scaling, for which Lightning refuses to clip gradients; bf16 has none.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer = fused(torch.optim.AdamW, trained, lr=self.lr, weight_decay=self.weight_decay)
         factor = SCHEDULES[self.schedule](self.warmup, self.total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -231,17 +232,14 @@ class Captioning(LightningModule):
         self._sums = None
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        tokens = (batch["labels"] != IGNORE).sum()  # the mean over tokens, not over batches
-        self._valid += torch.stack([self._loss(batch) * tokens, tokens]).double().cpu()
+        tokens = int((batch["labels"] != IGNORE).sum())  # the mean over tokens, not over batches
+        self._valid += np.array([float(self._loss(batch)) * tokens, tokens])
 
     def on_validation_epoch_start(self) -> None:
-        self._valid = torch.zeros(2, dtype=torch.float64)
+        self._valid = np.zeros(2)
 
     def on_validation_epoch_end(self) -> None:
-        # By hand: Lightning's own mean over processes cuts the mean of the batches' sizes to a whole number.
-        sums = self._valid.to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
-        nats, tokens = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")).tolist()
-        self.log("val/loss", nats / tokens, prog_bar=True)
+        self.log("val/loss", mean_over_processes(self, *self._valid), prog_bar=True)
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         # Padding is on the right and unlabelled, so causal attention needs no mask.

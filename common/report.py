@@ -1,4 +1,4 @@
-"""Results as JSON, and as one self-contained HTML page with pictures, figures and tables."""
+"""Results as one self-contained HTML page with pictures, figures and tables."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.checks import UserError, require_file
+from common.files import plain, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,52 +38,6 @@ MEDIA_TYPES = {
 
 
 RIGHT = ' class="number"'
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` to `path` all at once: a reader finds the old file or the new one, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
-    """Write `obj` as JSON, all at once.
-
-    Paths become strings; dataclasses, NumPy and torch values plain ones; NaN and infinity null, as JSON has none.
-
-    Raises:
-        TypeError: a value that has no JSON form.
-    """
-    return write_text(path, json.dumps(_plain(obj), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """`value` in JSON's own types."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):  # NumPy and torch, scalars too
-        return _plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} {value!r} has no JSON form.")
 
 
 def contact_sheet(
@@ -341,7 +294,7 @@ class Page:
             alt = title or (lines[0] if lines else "picture")
             mark = ""
             if scores:
-                mark = f' data-scores="{_escape(json.dumps(_plain(scores[number])))}"'
+                mark = f' data-scores="{_escape(json.dumps(plain(scores[number])))}"'
                 body += f'<p class="scores">{_escape(_score_line(scores[number]))}</p>'
             shown.append(f'<article class="card"{mark}>{_img(picture, alt, pixelated)}{head}{body}</article>')
         gallery = f'<div class="gallery" style="--card:{int(width)}px">{"".join(shown)}</div>'
@@ -372,7 +325,7 @@ class Page:
 
     def details(self, summary: str, obj: Any) -> Page:
         """Something long that opens on a click: text, or a value shown as JSON (a configuration, versions)."""
-        body = obj if isinstance(obj, str) else json.dumps(_plain(obj), indent=1, ensure_ascii=False)
+        body = obj if isinstance(obj, str) else json.dumps(plain(obj), indent=1, ensure_ascii=False)
         self._parts.append(
             f"<details><summary>{_inline(summary)}</summary><pre><code>{_escape(body)}</code></pre></details>"
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -429,11 +429,15 @@ class StopOnNaN(Callback):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         # Another error may come of such a loss, and in this process alone; Ctrl-C comes to all, though to some of them
         # a batch later.
-        self._look(trainer, together=isinstance(exception, KeyboardInterrupt), interrupted=True)
+        interrupted = isinstance(exception, KeyboardInterrupt)
+        if interrupted or self._losses:
+            self._tell(trainer, together=interrupted)
 
-    def _look(self, trainer: Trainer, *, together: bool = True, interrupted: bool = False) -> None:
-        if not self._losses and not (together and interrupted):
-            return
+    def _look(self, trainer: Trainer) -> None:
+        if self._losses:
+            self._tell(trainer, together=True)
+
+    def _tell(self, trainer: Trainer, *, together: bool) -> None:
         seen, self._losses = self._losses, []
         values = torch.stack([loss for _, loss in seen]).tolist() if seen else []
         lost = [
@@ -600,6 +604,17 @@ def require_same_run(directory: Path, settings: Mapping[str, Any]) -> None:
         require_same_settings(directory, before, settings, cure)
 
 
+def mean_over_processes(module: LightningModule, total: float, count: float) -> float:
+    """The mean of what all processes have summed up, each `total` over `count` items.
+
+    Lightning's own mean over processes cuts the mean of their counts to a whole number.
+    """
+    dtype = torch.float32 if module.device.type == "mps" else torch.float64  # which it has not
+    sums = torch.tensor([total, count], dtype=dtype, device=module.device)
+    totals = cast(Tensor, module.trainer.strategy.reduce(sums, reduce_op="sum"))
+    return float(totals[0] / totals[1])
+
+
 def is_first_process() -> bool:
     """Whether this process is the one that writes results and speaks to the user."""
     return getattr(rank_zero_only, "rank", 0) == 0
@@ -694,6 +709,14 @@ def warmup_linear(warmup: int, total: int, floor: float = 0.0) -> Callable[[int]
         return 1 - (1 - floor) * progress
 
     return factor
+
+
+def fused(kind: Callable[..., torch.optim.Optimizer], parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    """An Adam or AdamW that takes one pass over each parameter, whose gradients Lightning may clip."""
+    optimizer = kind(parameters, fused=True, **options)
+    # A fused step could undo fp16's loss scaling, for which Lightning refuses to clip gradients; bf16 has none.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
 
 
 def decay_matrices(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:

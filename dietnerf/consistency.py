@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.checks import UserError, require_at_least
-from common.report import Page, write_json
+from common.files import write_json
+from common.report import Page
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from dietnerf.data import FewViewDataset, FewViewParserConfig
 from dietnerf.semantic import load_encoder

@@ -11,7 +11,8 @@ import tyro
 from tqdm import tqdm
 
 from common.checks import UserError, require_at_least
-from common.report import Page, contact_sheet, write_json
+from common.files import write_json
+from common.report import Page, contact_sheet
 from common.runtime import hardware, versions
 from dietnerf.data import PROTOCOLS
 from dietnerf.metrics import MetricsConfig, Scores, score_views

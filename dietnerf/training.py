@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.checks import UserError, require_at_least
-from common.report import write_json, write_text
+from common.files import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import (
     BatchOrder,
@@ -25,7 +25,9 @@ from common.training import (
     TrainerConfig,
     build_trainer,
     fit,
+    fused,
     is_first_process,
+    mean_over_processes,
     require_same_run,
     settings_of,
 )
@@ -249,7 +251,7 @@ class FewViewTraining(LightningModule):
     def __init__(self, config: FewViewTrainerConfig, *, val_views: Sequence[int] = ()) -> None:
         super().__init__()
         self.run_config, self.val_views = config, list(val_views)
-        self._valid = torch.zeros(2)  # sum of the validation's PSNR, and its views
+        self._valid: list[float] = []  # PSNR of the validation's views
         self.pipeline: FewViewPipeline = config.pipeline.setup(device="cpu", test_mode="val")
         self.pipeline.on_restart = [self._forget]
 
@@ -265,9 +267,7 @@ class FewViewTraining(LightningModule):
             groups.append({"params": parameters, "lr": chosen["optimizer"].lr, "eps": chosen["optimizer"].eps})
             factors.append(chosen["scheduler"].setup().factor)
         # One pass over a grid's tables takes a fifth of several.
-        optimizer = torch.optim.Adam(groups, fused=True)
-        # A fused step could undo fp16's loss scaling, for which Lightning refuses to clip gradients; bf16 has none.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer = fused(torch.optim.Adam, groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -294,16 +294,13 @@ class FewViewTraining(LightningModule):
             camera = self.pipeline.datamanager.eval_dataset.cameras[index : index + 1].to(self.device)
             rgb = self.model.get_outputs_for_camera(camera)["rgb"].cpu()
             mask = self.pipeline.datamanager.eval_dataset.mask(index)
-            self._valid += torch.tensor([psnr(rgb, image, mask), 1.0])
+            self._valid.append(psnr(rgb, image, mask))
 
     def on_validation_epoch_start(self) -> None:
-        self._valid = torch.zeros(2)
+        self._valid = []
 
     def on_validation_epoch_end(self) -> None:
-        # By hand: Lightning's own mean over processes cuts the mean of their numbers of views to a whole number.
-        sums = cast(Tensor, self.trainer.strategy.reduce(self._valid.to(self.device), reduce_op="sum"))
-        total, views = sums.tolist()
-        self.log("val/psnr", total / views, prog_bar=True)
+        self.log("val/psnr", mean_over_processes(self, sum(self._valid), len(self._valid)), prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["restarts"], checkpoint["began"] = self.pipeline.restarts, self.model.began

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.checks import UserError, require_at_least, run_command
-from common.report import write_json, write_text
+from common.files import write_json, write_text
 from common.running_text import RunningText
 from experiments import from_command_line
 

@@ -22,7 +22,7 @@ from clipcap.readers import read_dataset
 from clipcap.training import TrainConfig, train
 from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
-from common.report import write_json, write_text
+from common.files import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, seed_everything, versions
 from experiments import from_command_line
 from experiments.clipcap_mapper_ablation import caption_images, score_scenes

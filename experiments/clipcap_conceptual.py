@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clipcap.data import read_dataset
 from common.checks import UserError, require_one_of, run_command
-from common.report import write_json
+from common.files import write_json
 from experiments import from_command_line
 from experiments.clipcap_tables import (
     METRICS,

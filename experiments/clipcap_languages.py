@@ -31,8 +31,8 @@ from clipcap.model import ClipCapModel
 from clipcap.training import TrainConfig, train
 from common.checks import UserError, require_at_least, require_one_of, require_same_settings, run_command
 from common.clip import load_clip
+from common.files import write_json, write_text
 from common.gpt2 import PACKAGED
-from common.report import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
 from experiments.clipcap_mapper_ablation import caption_images, score_scenes

@@ -26,7 +26,8 @@ from clipcap.model import ClipCapModel
 from clipcap.training import TrainConfig, train
 from common.checks import require_one_of, run_command
 from common.clip import load_clip
-from common.report import plot_bars, write_json, write_text
+from common.files import write_json, write_text
+from common.report import plot_bars
 from common.runtime import RuntimeConfig, hardware, seed_everything, versions
 from experiments import from_command_line
 from experiments.scenes.captions import looks, names_all, parse

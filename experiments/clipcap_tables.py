@@ -12,8 +12,8 @@ from clipcap.data import read_dataset
 from clipcap.evaluate import EvaluateConfig, Evaluation, evaluate
 from clipcap.training import TrainConfig, train
 from common.checks import UserError
+from common.files import write_json, write_text
 from common.pretrained import ASSETS
-from common.report import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, versions
 
 SCENES = ASSETS / "samples" / "scenes" / "dataset.json"

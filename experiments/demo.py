@@ -24,10 +24,11 @@ from clipcap.images import read_image
 from clipcap.interpret import nearest_tokens
 from clipcap.metrics import score_captions
 from common.checks import run_command
+from common.files import write_json, write_text
 from common.gpt2 import load_gpt2
 from common.language import score
 from common.pretrained import ASSETS, CAPTION_LANGUAGES
-from common.report import Page, contact_sheet, plot_bars, write_json, write_text
+from common.report import Page, contact_sheet, plot_bars
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
 from experiments.demo_recycling import recycling_section

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from common.checks import run_command
+from common.files import write_json
 from common.gpt2 import load_gpt2, token_table
 from common.ngram import WittenBell
 from common.pretrained import ASSETS
-from common.report import Page, plot_bars, plot_lines, write_json
+from common.report import Page, plot_bars, plot_lines
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
 from experiments.recycle_text import surest_new_words

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.files import write_json
 from common.pretrained import ASSETS
-from common.report import Page, write_json
+from common.report import Page
 from common.runtime import RuntimeConfig, resolve_device
 from dietnerf.consistency import Similarities, embed_scene, pair_similarities, plot_similarities, summary
 from dietnerf.data import load_image, require_same_size

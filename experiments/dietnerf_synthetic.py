@@ -20,8 +20,9 @@ import yaml
 from PIL import Image
 
 from common.checks import UserError, require_at_least, require_same_settings, run_command
+from common.files import write_json
 from common.pretrained import ASSETS
-from common.report import Page, contact_sheet, plot_lines, write_json
+from common.report import Page, contact_sheet, plot_lines
 from common.runtime import RuntimeConfig, hardware, start, versions
 from dietnerf.cli import silence_nerfstudio
 from dietnerf.evaluation import score_scene

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from common.checks import run_command
 from common.clip import FrozenCLIP, load_clip
-from common.report import write_json
+from common.files import write_json
 from experiments import from_command_line
 from experiments.scenes.dataset import load_split
 from experiments.scenes.graph import ATTRIBUTES, HELD_OUT

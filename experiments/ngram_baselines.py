@@ -15,8 +15,8 @@ from pathlib import Path
 from transformers import GPT2TokenizerFast
 
 from common.checks import require_at_least, require_file, run_command
+from common.files import write_json
 from common.ngram import WittenBell
-from common.report import write_json
 from common.runtime import hardware, versions
 from experiments import from_command_line
 from experiments.train_tiny_gpt2 import encode, read_documents

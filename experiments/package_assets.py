@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common.checks import UserError, require_one_of, run_command
+from common.files import write_json, write_text
 from common.pretrained import ASSETS, CAPTION_LANGUAGES, CAPTIONERS
-from common.report import write_json, write_text
 from experiments import from_command_line
 from experiments.recycle_text import LANGUAGES
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.checks import run_command
+from common.files import write_text
 from common.pretrained import ASSETS
-from common.report import write_text
 from experiments import from_command_line
 from experiments.recycle_text import read_split, second_genre
 

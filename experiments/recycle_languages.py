@@ -23,9 +23,9 @@ import torch
 from torch.utils.data import Subset
 
 from common.checks import require_at_least, require_one_of, run_command
+from common.files import write_json
 from common.gpt2 import load_gpt2, token_table
 from common.ngram import WittenBell
-from common.report import write_json
 from common.runtime import RuntimeConfig, fork_generators, hardware, start, versions
 from experiments import from_command_line
 from experiments.recycle_text import held_out, write_texts

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from common.checks import UserError, run_command
+from common.files import write_text
 from common.gpt2 import load_gpt2, token_table
-from common.report import plot_lines, write_text
+from common.report import plot_lines
 from experiments import from_command_line
 from experiments.recycle_languages import ARMS, MEDIUM, slug
 from experiments.recycle_text import LANGUAGES, surest_new_words

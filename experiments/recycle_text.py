@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from common.checks import UserError, require_directory
-from common.report import write_text
+from common.files import write_text
 from recycle_gpt2.corpus import Document
 from recycle_gpt2.lexicon import Entry
 

@@ -29,8 +29,8 @@ import tyro
 from torch import Tensor
 
 from common.checks import UserError, require_at_least, run_command
+from common.files import write_json, write_text
 from common.pretrained import ASSETS, require_reachable
-from common.report import write_json, write_text
 from common.runtime import RuntimeConfig, hardware, resolve_dtype, start, versions
 from experiments import from_command_line
 

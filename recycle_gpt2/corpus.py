@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.checks import UserError, require_at_least, require_one_of
+from common.files import write_json, write_text
 from common.language import IGNORE
-from common.report import write_json, write_text
 from recycle_gpt2.documents import Document, find_texts, read_documents, read_with_positions, size_of
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 

@@ -15,8 +15,8 @@ import tyro
 from tqdm import tqdm
 
 from common.checks import UserError, require_at_least, require_one_of
+from common.files import write_json, write_text
 from common.language import Score, score
-from common.report import write_json, write_text
 from common.runtime import RuntimeConfig, autocast, fork_generators, hardware, start, versions
 from recycle_gpt2.corpus import Document, load_documents, read_documents
 

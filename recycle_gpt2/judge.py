@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checks import UserError, require_at_least, require_file
-from common.report import write_json, write_text
+from common.files import write_json, write_text
 from recycle_gpt2.documents import read_documents
 
 HUMAN = "human"

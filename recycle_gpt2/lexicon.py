@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.checks import UserError, require_at_least, require_file, require_one_of
-from common.report import write_json, write_text
+from common.files import write_json, write_text
 from common.runtime import resolve_device
 
 if TYPE_CHECKING:

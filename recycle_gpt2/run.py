@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.checks import UserError, require_at_least
+from common.files import write_text
 from common.gpt2 import load_gpt2
-from common.report import write_text
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.card import model_card
 from recycle_gpt2.corpus import build_corpus, corpus_hash, load_documents, read_documents, sources_of

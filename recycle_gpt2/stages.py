@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from common.checks import UserError, require_directory, require_same_settings
+from common.files import write_json
 from common.gpt2 import load_gpt2, token_table
-from common.report import write_json
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import settings_of
 from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap

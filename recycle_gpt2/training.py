@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.checks import UserError, require_at_least
+from common.files import write_json
 from common.language import IGNORE
-from common.report import write_json
 from common.runtime import RuntimeConfig, seed_everything
 from common.training import (
     BatchOrder,
@@ -29,6 +29,7 @@ from common.training import (
     decay_matrices,
     fit,
     load_best,
+    mean_over_processes,
     warmup_cosine,
 )
 from recycle_gpt2.corpus import labels
@@ -220,11 +221,8 @@ class Recycling(LightningModule):
         self._valid.append((next_token_loss(self.model, batch), count))
 
     def on_validation_epoch_end(self) -> None:
-        sums = torch.tensor([[float(nats) * n, n] for nats, n in self._valid], dtype=torch.float64).sum(0)
-        if self.device.type == "mps":  # which has no float64
-            sums = sums.float()
-        totals = cast(Tensor, self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum"))
-        loss = float(totals[0] / totals[1])
+        total, count = sum(float(nats) * n for nats, n in self._valid), sum(n for _, n in self._valid)
+        loss = mean_over_processes(self, total, count)
         self._valid = []
         self.log("val/loss", loss, prog_bar=True, rank_zero_only=False)
         self._meet_plateau(loss)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.files import write_json
 from common.pretrained import ASSETS
-from common.report import write_json
 from experiments.scenes.captions import view_captions
 from experiments.scenes.dataset import load_split
 from experiments.scenes.graph import has_held_out

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common.checks import UserError
-from common.report import Page, contact_sheet, data_uri, plot_bars, plot_lines, write_json, write_text
+from common.files import write_json, write_text
+from common.report import Page, contact_sheet, data_uri, plot_bars, plot_lines
 
 NASTY = "<script>alert('x')</script> & \"quoted\" 'single' é 日本"
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from common.checks import UserError
-from common.report import write_json
+from common.files import write_json
 from common.runtime import RuntimeConfig
 from experiments import clipcap_coco, clipcap_conceptual, clipcap_nocaps, clipcap_photographs, clipcap_prefix_length
 from experiments.clipcap_tables import SCENES, small_data

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("nerfstudio")
 
 from common.checks import UserError
-from common.report import Page, write_json
+from common.files import write_json
+from common.report import Page
 from common.runtime import RuntimeConfig
 from experiments import demo_scene, dietnerf_synthetic
 from experiments.dietnerf_synthetic import ARMS, Config, gains, main, read_runs, tabulate, training_config

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.checks import UserError
@@ -106,6 +106,19 @@ def only_user_errors() -> Iterator[None]:
         assert str(error).strip()
     except OSError as error:
         assert error.errno is not None
+
+
+def break_file(path: Path, data: st.SearchStrategy[bytes], read: Callable[[], object], examples: int = 100) -> None:
+    """Put other bytes in the place of a file: `read` has to get along with them, or to refuse them."""
+
+    @settings(FUZZ, max_examples=examples)
+    @given(data)
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        with only_user_errors():
+            read()
+
+    check()
 
 
 def files_below(root: Path) -> set[str]:

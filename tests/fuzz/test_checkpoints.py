@@ -19,7 +19,7 @@ from clipcap.embeddings import EmbeddingStore, StoreWriter, build_store
 from common.checks import UserError
 from common.clip import load_clip
 from common.gpt2 import load_gpt2
-from tests.fuzz.mutations import FUZZ, bad_json, changed, damaged, json_text, only_user_errors
+from tests.fuzz.mutations import FUZZ, bad_json, break_file, changed, damaged, json_text, only_user_errors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SHAPES = [(), (0,), (3,), (0, 3), (2, 2), (7, 5), (1, 2, 3)]
@@ -87,28 +87,14 @@ def test_captioner_config(captioner, tmp_path):
     good = json.loads((captioner / "config.json").read_text())
     place = shutil.copytree(captioner, tmp_path / "model")
 
-    @settings(FUZZ, max_examples=40)
-    @given(st.one_of(changed(good, NUMBERS).map(json_text), damaged(json_text(good))))
-    def check(data):
-        (place / "config.json").write_bytes(data)
-        with only_user_errors():
-            ClipCapModel.from_pretrained(place)
-
-    check()
+    data = st.one_of(changed(good, NUMBERS).map(json_text), damaged(json_text(good)))
+    break_file(place / "config.json", data, lambda: ClipCapModel.from_pretrained(place), 40)
 
 
 def test_captioner_weights(captioner, tmp_path):
     place = shutil.copytree(captioner, tmp_path / "model")
     good = (place / "model.safetensors").read_bytes()
-
-    @settings(FUZZ, max_examples=25)
-    @given(damaged(good))
-    def check(data):
-        (place / "model.safetensors").write_bytes(data)
-        with only_user_errors():
-            ClipCapModel.from_pretrained(place)
-
-    check()
+    break_file(place / "model.safetensors", damaged(good), lambda: ClipCapModel.from_pretrained(place), 25)
 
 
 @pytest.fixture(scope="module")
@@ -134,16 +120,12 @@ def test_clip_directory(clip_directory, name, tmp_path):
     if name.endswith("config.json"):
         data = st.one_of(changed(json.loads(good), NUMBERS).map(json_text), data)
 
-    @settings(FUZZ, max_examples=15)
-    @given(data)
-    def check(data):
-        (place / name).write_bytes(data)
-        with only_user_errors():
-            clip = load_clip(place, device="cpu")
-            clip.encode_images(clip.preprocess(Image.new("RGB", (9, 8))))
-            clip.encode_texts(["a cat"])
+    def read():
+        clip = load_clip(place, device="cpu")
+        clip.encode_images(clip.preprocess(Image.new("RGB", (9, 8))))
+        clip.encode_texts(["a cat"])
 
-    check()
+    break_file(place / name, data, read, 15)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -151,15 +133,7 @@ def test_gpt2_directory(gpt2_directory, name, tmp_path):
     place = shutil.copytree(gpt2_directory, tmp_path / "gpt2")
     good = (place / name).read_bytes()
     data = changed(json.loads(good), NUMBERS).map(json_text) if name == "config.json" else damaged(good)
-
-    @settings(FUZZ, max_examples=20)
-    @given(data)
-    def check(data):
-        (place / name).write_bytes(data)
-        with only_user_errors():
-            load_gpt2(place)
-
-    check()
+    break_file(place / name, data, lambda: load_gpt2(place), 20)
 
 
 @pytest.fixture(scope="module")

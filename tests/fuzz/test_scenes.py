@@ -18,7 +18,7 @@ from common.checks import UserError  # noqa: E402
 from dietnerf.scene import Scene  # noqa: E402
 from dietnerf.training import TrainConfig, nerfstudio_config  # noqa: E402
 from tests.dietnerf.ball import write_scene  # noqa: E402
-from tests.fuzz.mutations import FUZZ, damaged, files_below, only_user_errors  # noqa: E402
+from tests.fuzz.mutations import FUZZ, break_file, damaged, files_below, only_user_errors  # noqa: E402
 
 VALUES = st.sampled_from([
     None, True, -1, 0, 3, 40, 0.5, float("nan"), float("inf"), "", "x", "../../outside", "a\0b", "é" * 300, [], {}, [None],
@@ -95,16 +95,7 @@ def test_a_config_that_would_run_code_is_refused(copied, hostile):
 
 def test_checkpoint_of_other_bytes(copied):
     path = copied / "nerfstudio_models/step-000000001.ckpt"
-    good = path.read_bytes()
-
-    @settings(FUZZ, max_examples=15)
-    @given(damaged(good))
-    def check(data):
-        path.write_bytes(data)
-        with only_user_errors():
-            Scene.load(copied, device="cpu")
-
-    check()
+    break_file(path, damaged(path.read_bytes()), lambda: Scene.load(copied, device="cpu"), 15)
 
 
 def test_checkpoint_of_other_values(copied):

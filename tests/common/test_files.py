@@ -1,0 +1,133 @@
+"""Whole or not at all: files, directories, and who may write there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from common.checks import UserError
+from common.files import LOCK, MARKER, claimed, require_own_directory, whole_directory, whole_file
+
+
+def fill(directory, **files):
+    with whole_directory(directory) as partial:
+        for name, text in files.items():
+            (partial / name).write_text(text)
+
+
+def content(directory):
+    return {path.name: path.read_text() for path in directory.iterdir() if path.name != MARKER}
+
+
+def test_a_file_appears_whole_and_a_symlink_stays_one(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(RuntimeError), whole_file(tmp_path / "link", "w") as file:
+        file.write("half")
+        raise RuntimeError
+    assert (tmp_path / "real").read_text() == "old"
+    with whole_file(tmp_path / "link", "w") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_a_directory_is_replaced_by_what_is_written_next(tmp_path):
+    fill(tmp_path / "model", a="1", b="2")
+    fill(tmp_path / "model", a="3")
+    assert content(tmp_path / "model") == {"a": "3"}
+    assert json.loads((tmp_path / "model" / MARKER).read_text()) == {"files": ["a"]}
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_an_error_leaves_the_directory_as_it_was(tmp_path):
+    fill(tmp_path / "model", a="1")
+    with pytest.raises(RuntimeError), whole_directory(tmp_path / "model") as partial:
+        (partial / "a").write_text("2")
+        raise RuntimeError
+    assert content(tmp_path / "model") == {"a": "1"} and os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", ".git/config", "config.json"])
+def test_what_is_not_ours_is_never_replaced(tmp_path, foreign):
+    own = foreign != "config.json"
+    if own:
+        fill(tmp_path / "model", a="1")
+    path = tmp_path / "model" / foreign
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match="was not written by this command") as error:
+        fill(tmp_path / "model", a="2")
+    assert repr(foreign) in str(error.value) and path.read_text() == "mine"
+
+
+def test_neither_a_file_nor_a_broken_marker_opens_the_way(tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(UserError, match="place of a file"):
+        require_own_directory(tmp_path / "model")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / MARKER).write_text('{"files": 3}')
+    (tmp_path / "other" / "x").write_text("mine")
+    with pytest.raises(UserError, match="'x'"):
+        require_own_directory(tmp_path / "other")
+
+
+def test_a_directory_behind_a_symlink_is_written_where_it_lies(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    fill(tmp_path / "model", a="1")
+    fill(tmp_path / "model", a="2")
+    assert (tmp_path / "model").is_symlink() and content(tmp_path / "disk") == {"a": "2"}
+
+
+def test_a_swap_that_was_cut_short_is_taken_up(tmp_path):
+    fill(tmp_path / "model", a="1")
+    os.replace(tmp_path / "model", tmp_path / ".model.before")  # where a kill between the two steps leaves it
+    with pytest.raises(RuntimeError), whole_directory(tmp_path / "model"):
+        raise RuntimeError
+    assert content(tmp_path / "model") == {"a": "1"} and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_users_own_partial_directory_stays(tmp_path):
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / "notes").write_text("mine")
+    with pytest.raises(FileExistsError):
+        fill(tmp_path / "model", a="1")
+    assert (tmp_path / ".model.partial" / "notes").read_text() == "mine"
+
+
+HOLD = textwrap.dedent("""
+    import sys, time
+    from common.files import claimed
+    with claimed(sys.argv[1]):
+        print("in", flush=True)
+        time.sleep(60)
+""")
+
+
+def test_a_directory_is_one_runs_until_it_ends_or_is_killed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "in\n"
+            with pytest.raises(UserError, match=f"in use by process {other.pid} on "), claimed(tmp_path):
+                raise AssertionError("two at once")
+        finally:
+            other.send_signal(signal.SIGKILL)
+    for _ in range(2):
+        with claimed(tmp_path):
+            assert (tmp_path / LOCK).exists()
+    assert os.listdir(tmp_path) == []
+
+
+def test_many_that_want_it_at_once_go_one_by_one(tmp_path):
+    code = HOLD.replace("time.sleep(60)", "open(sys.argv[1] + '/order', 'a').write('<'); time.sleep(0.05); "
+                        "open(sys.argv[1] + '/order', 'a').write('>')")
+    others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL) for _ in range(4)]
+    assert 0 in [other.wait() for other in others]
+    order = (tmp_path / "order").read_text()
+    assert order == "<>" * (len(order) // 2)
