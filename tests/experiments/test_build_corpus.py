@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from experiments import build_corpus
-from experiments.build_corpus import Config, Paragraphs, glosses, is_prose, main
+from experiments.backbones import build_corpus
+from experiments.backbones.build_corpus import Config, Paragraphs, glosses, is_prose, main
 
 PAGE = """<html><head><title>no</title><style>p {{}}</style></head><body><nav>Home of the site and more</nav>
 <h1>Titel van deze pagina is dit</h1><p>Dit is een zin van <b>pagina {n}</b>, en het is niet de laatste.<br>

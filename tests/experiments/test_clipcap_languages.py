@@ -8,8 +8,8 @@ import pytest
 from common.checks import UserError
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
-from experiments import clipcap_languages
-from experiments.clipcap_languages import Config, find_models, main, plan, summarise, take_share
+from experiments.captions import languages as clipcap_languages
+from experiments.captions.languages import Config, find_models, main, plan, summarise, take_share
 from experiments.scenes.captions import names_all
 from experiments.scenes.karpathy import SAMPLES, captioned_in, packaged_records
 from experiments.scenes.wording import WORDINGS

@@ -8,8 +8,9 @@ import pytest
 from common.checks import UserError
 from common.files import write_json
 from common.runtime import RuntimeConfig
-from experiments import clipcap_coco, clipcap_conceptual, clipcap_nocaps, clipcap_photographs, clipcap_prefix_length
-from experiments.clipcap_tables import SCENES, small_data
+from experiments.captions import clipcap_conceptual, clipcap_nocaps, clipcap_photographs, clipcap_prefix_length
+from experiments.captions import coco as clipcap_coco
+from experiments.captions.tables import SCENES, small_data
 
 WHICH = shutil.which
 CPU = RuntimeConfig(device="cpu")
@@ -57,7 +58,7 @@ def test_coco(options, tmp_path, capsys):
     clipcap_coco.main(clipcap_coco.Config(**options))
     table = (tmp_path / "docs" / "clipcap_coco_small.md").read_text()
     assert [row["captioner"] for row in rows(tmp_path / "out")] == ["transformer-frozen", "mlp-tuned"]
-    assert "not comparable" in table and "`python -m experiments.clipcap_coco --small --steps 2`" in table
+    assert "not comparable" in table and "`python -m experiments.captions.coco --small --steps 2`" in table
     assert table in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "mlp-tuned" / "evaluation-test" / "results.json").read_text())
     assert result["images"] == 4 and f"{100 * result['scores']['CIDEr']:.2f}" in rows(tmp_path / "out")[1]["CIDEr"]

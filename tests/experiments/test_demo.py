@@ -14,7 +14,7 @@ import tyro
 
 import recycle_gpt2.cli
 from common.runtime import RuntimeConfig
-from experiments.demo import Config, Steps, spread, write_demo
+from experiments.demo.page import Config, Steps, spread, write_demo
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def test_every_number_has_its_command(page):
     out, found = page.parent, commands(page)
     expected = [
         "clipcap evaluate --data common/assets/samples/scenes/dataset.json --model tiny --resamples 300",
-        "python -m experiments.evaluate_tiny_clip --clip tiny --split test",
-        "python -m experiments.demo_recycling",
-        "python -m experiments.train_tiny_gpt2 --corpus out/corpus --size small --epochs 4",
-        "python -m experiments.train_tiny_gpt2 --corpus out/corpus --size medium --epochs 3",
+        "python -m experiments.backbones.evaluate_clip --clip tiny --split test",
+        "python -m experiments.demo.recycling",
+        "python -m experiments.backbones.train_gpt2 --corpus out/corpus --size small --epochs 4",
+        "python -m experiments.backbones.train_gpt2 --corpus out/corpus --size medium --epochs 3",
         f"recycle-gpt2 evaluate tiny tiny-medium --text {out / 'sentence.txt'}",
     ]
     if importlib.util.find_spec("nerfstudio") is not None:

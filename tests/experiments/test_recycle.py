@@ -14,9 +14,10 @@ from common.gpt2 import load_gpt2, token_table
 from common.pretrained import ASSETS
 from common.report import Page
 from common.runtime import RuntimeConfig
-from experiments import recycle_languages, recycle_report
-from experiments.demo_recycling import recycling_section
-from experiments.recycle_text import held_out, is_english, second_genre, write_texts
+from experiments.demo.recycling import recycling_section
+from experiments.languages import recycle as recycle_languages
+from experiments.languages import recycle_report
+from experiments.languages.text import held_out, is_english, second_genre, write_texts
 
 WORDS = "de kat en het huis zijn op een mat van hout die nacht was koud water lopen huizen katten groter".split()
 

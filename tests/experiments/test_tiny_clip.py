@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from common.runtime import RuntimeConfig
-from experiments import tiny_clip_recipe
+from experiments.backbones import clip_recipe as tiny_clip_recipe
+from experiments.backbones.train_clip import augment, contrastive_loss, looks, phrase_loss, view_loss
 from experiments.scenes.graph import COLOURS, HELD_OUT, SHAPES, sample_family
-from experiments.train_tiny_clip import augment, contrastive_loss, looks, phrase_loss, view_loss
 
 
 def unit(*shape, seed=0):

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from common.runtime import RuntimeConfig
-from experiments.train_tiny_gpt2 import Config, main
+from experiments.backbones.train_gpt2 import Config, main
 
 
 def test_three_steps_make_a_model_with_its_tokenizer_and_scores(tmp_path):
