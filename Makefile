@@ -18,7 +18,7 @@ QUICK ?= --quick
 
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 COMPILE := uv pip compile pyproject.toml --extra all --universal --python-version 3.10 \
-	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --generate-hashes
 
 .PHONY: help demo test lint bench dist setup lock clean
 
@@ -46,7 +46,8 @@ dist: $(STAMP) ## Build wheel and sdist; run the demo from the wheel alone, in a
 	rm -rf build dist out/dist
 	$(BIN)/uv build --quiet
 	$(BIN)/uv venv --quiet --python $(PY) out/dist
-	$(BIN)/uv pip install --quiet --python out/dist/bin/python -r requirements.lock dist/*.whl
+	$(BIN)/uv pip install --quiet --python out/dist/bin/python --no-deps -r requirements.lock
+	$(BIN)/uv pip install --quiet --python out/dist/bin/python --no-deps dist/*.whl
 	cd out/dist && bin/python -m experiments.demo $(ARGS)
 
 setup: $(STAMP) ## Only install
@@ -84,6 +85,6 @@ $(STAMP): requirements.lock pyproject.toml
 		pip="$(PY) -m pip"; python=; \
 	fi; \
 	echo "installing requirements.lock (several GB the first time)"; \
-	$$pip install --quiet $$python -r requirements.lock && \
+	$$pip install --quiet $$python --no-deps -r requirements.lock && \
 	$$pip install --quiet $$python --no-deps --editable . && \
 	touch $@
