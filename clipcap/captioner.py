@@ -22,8 +22,10 @@ from clipcap.decoding import Caption, decode
 from clipcap.embeddings import encode
 from clipcap.images import ImageError, ImageSource, read_image
 from clipcap.model import ClipCapModel, absolute
+from clipcap.packing import require_int8
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
+from common.packing import can_pack
 from common.runtime import resolve_device
 
 BATCH_MOST = {"cpu": 32, "cuda": 256}
@@ -99,9 +101,8 @@ class Captioner:
         target = resolve_device(device)
         int8 = dtype == "int8"
         if int8:
-            if target.type != "cpu":
-                raise UserError(f"dtype is 'int8' on device {str(target)!r}: use it on cpu, or bfloat16 here.")
-            dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+            require_int8(target)
+            dtype = torch.bfloat16 if can_pack(target, torch.bfloat16) else torch.float32
         assert dtype is None or isinstance(dtype, torch.dtype)
         model = ClipCapModel.from_pretrained(path_or_name, dtype=dtype, device=target)
         if isinstance(clip, FrozenCLIP):
