@@ -37,9 +37,10 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, side: int =
         source: path, http(s) URL of a public address, PIL image, or array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4)
             of integers in [0, 255], 16-bit integers in [0, 65535], or floats in [0, 1].
         max_pixels: most width times height of a file, URL or PIL image; more is refused before it is decoded.
-        side: of the square that the image will be scaled down to; 0 for its full size. A JPEG file above `LARGE_JPEG`
-            then comes at a half, a quarter or an eighth of its size, several times as fast, with its shorter side at
-            least four times as long as this: what CLIP makes of it has a cosine above 0.999 to that of the whole.
+        side: of the square that the image will be scaled down to; 0 for its full size. A JPEG above `LARGE_JPEG` is
+            then decoded at a half, a quarter or an eighth of its size, several times as fast, if that divides both
+            sides and leaves them at least twice as long as this: CLIP's embedding has a cosine above 0.999 to that of
+            the whole image.
 
     Raises:
         ImageError: it is missing, empty, cut short, too large, cannot be fetched, is not an image or not of these
@@ -82,7 +83,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        inside = sorted(files_below(path, IMAGE_SUFFIXES))
         if not inside:
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"folder {str(path)!r} holds no image: give one with {kinds} files.")
@@ -90,6 +91,24 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
     if not found:
         raise UserError("no images: give the path of an image or of a folder.")
     return found
+
+
+def files_below(directory: Path, suffixes: Iterable[str]) -> Iterator[Path]:
+    """The files with one of `suffixes` in a directory and those inside it; of links, those to files only.
+
+    A directory that may not be read is named on standard error.
+    """
+    wanted = frozenset(suffixes)
+
+    def tell(error: OSError) -> None:
+        print(f"folder {str(error.filename)!r} cannot be read ({error.strerror}): left out.", file=sys.stderr)
+
+    for place, _, names in os.walk(directory, onerror=tell):
+        for name in names:
+            if os.path.splitext(name)[1].lower() in wanted:
+                file = Path(place, name)
+                if file.is_file():  # a pipe or a device would be waited for
+                    yield file
 
 
 def _read_file(path: Path, max_pixels: int, side: int) -> Image.Image:
@@ -115,7 +134,10 @@ def _fetch(url: str) -> bytes:
 def _decode(file: BinaryIO, name: str, max_pixels: int, side: int) -> Image.Image:
     with open_image(file, f"image {name!r}", max_pixels=max_pixels) as image:
         if side and image.width * image.height > LARGE_JPEG:
-            image.draft(None, (4 * side, 4 * side))  # does something to JPEGs only
+            for scale in (8, 4, 2):  # sides that it does not divide would be rounded, and the picture shifted
+                if not any(image.size[i] % scale or image.size[i] < 2 * scale * side for i in (0, 1)):
+                    image.draft(None, (image.width // scale, image.height // scale))  # does nothing but to JPEGs
+                    break
         return to_rgb(image)
 
 
