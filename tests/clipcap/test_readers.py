@@ -339,15 +339,18 @@ def test_conceptual_captions_in_both_orders(folder, order):
         read_dataset(path)
     out = folder / "downloaded"
     out.mkdir()
-    entries = [{"file": "a.jpg"}, {"file": "b.png"}, {"dropped": "HTTP 404"}]
+    keys = [url_key(url) for url in urls]
+    names = [f"images/{keys[0][:2]}/{keys[0]}.jpg", f"images/{keys[1][:2]}/{keys[1]}.png"]
+    entries = [{"file": names[0]}, {"file": names[1]}, {"dropped": "HTTP 404"}]
     lines = [json.dumps({"key": url_key(u), **entry}) for u, entry in zip(urls, entries, strict=False)]
     (out / "journal.jsonl").write_text("\n".join(lines) + '\n{"key": "cut sh')
-    for name in ("a.jpg", "b.png"):
-        (folder / name).rename(out / name)
+    for name, place in zip(("a.jpg", "b.png"), names, strict=True):
+        (out / place).parent.mkdir(parents=True)
+        (folder / name).rename(out / place)
     items = read_dataset(path, images=out)
     assert [(item.path, item.captions) for item in items] == [
-        (out / "a.jpg", ("a cat", "the cat again")),
-        (out / "b.png", ("a dog",)),
+        (out / names[0], ("a cat", "the cat again")),
+        (out / names[1], ("a dog",)),
     ]
     path.write_text(path.read_text() + rows[0].replace(urls[0], urls[3]) + "\n")
     with pytest.raises(UserError, match="1 images that are not there"):
@@ -531,7 +534,7 @@ def test_text_that_is_not_utf8_names_its_line(folder, name):
         "train.tsv": ["a cat\thttps://x.example/a", "\xff\thttps://x.example/b"],
     }[name]
     (folder / name).write_bytes("\n".join(lines).encode("latin1"))
-    (folder / "journal.jsonl").write_text('{"key": "x", "file": "a.jpg"}\n')
+    (folder / "journal.jsonl").write_text(json.dumps({"key": "0" * 40, "dropped": "HTTP 404"}) + "\n")
     with pytest.raises(UserError, match="line 2 is not UTF-8"):
         read_dataset(folder / name)
 
@@ -554,8 +557,8 @@ def headers(name, size, kind=tarfile.REGTYPE):
     ("content", "message"),
     [
         (headers("a.jpg", 1 << 40), r"'a\.jpg' has 1,099,511,627,776 bytes"),
-        (headers("x", 1 << 40, tarfile.XHDTYPE), "header of 1,099,511,628"),
-        (headers("x", 1 << 40, tarfile.GNUTYPE_LONGNAME), "header of 1,099,511,628"),
+        (headers("x", 1 << 40, tarfile.XHDTYPE), "header of 1,099,511,627,776"),
+        (headers("x", 1 << 40, tarfile.GNUTYPE_LONGNAME), "header of 1,099,511,627,776"),
         (headers("a.jpg", 100, tarfile.GNUTYPE_SPARSE), "sparse"),
     ],
 )
