@@ -559,6 +559,8 @@ def headers(name, size, kind=tarfile.REGTYPE):
         (headers("a.jpg", 1 << 40), r"'a\.jpg' has 1,099,511,627,776 bytes"),
         (headers("x", 1 << 40, tarfile.XHDTYPE), "header of 1,099,511,627,776"),
         (headers("x", 1 << 40, tarfile.GNUTYPE_LONGNAME), "header of 1,099,511,627,776"),
+        (headers("a.jpg", -512), r"'a\.jpg' has -512 bytes"),
+        (headers("a", -512, tarfile.DIRTYPE), "has -512 bytes|damaged"),
         (headers("a.jpg", 100, tarfile.GNUTYPE_SPARSE), "sparse"),
     ],
 )
