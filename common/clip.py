@@ -35,6 +35,7 @@ from common.pretrained import (
     one_of,
     read_config,
     require_finite,
+    require_plain,
     require_reachable,
     require_room,
     require_tokens,
@@ -566,10 +567,12 @@ def _load_checkpoint(model: Any, arch: str, path: str) -> None:
         raise UserError(
             f"open_clip checkpoint {path!r} is corrupt, cut short or not a checkpoint: copy it again."
         ) from error
+    state = {str(key): value for key, value in state.items()}
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for key in ("input_resolution", "context_length", "vocab_size"):  # notes in OpenAI's files
         state.pop(key, None)
+    require_plain(state, f"open_clip checkpoint {path!r}")
     needed = model.state_dict()
     fix = f"choose the architecture that it was trained with instead of {arch!r}."
     for key in sorted(needed.keys() & state.keys()):

@@ -274,6 +274,25 @@ def _weights_files(source: str, hub: dict[str, Any]) -> list[str]:
     return []
 
 
+def require_plain(weights: Mapping[Any, Any], place: str) -> None:
+    """Raise UserError when something in a checkpoint is no tensor of real numbers that are all in the file.
+
+    A pickled tensor may repeat one number a million million times, be sparse, or have no numbers at all.
+    """
+    import torch
+
+    for name, value in weights.items():
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.layout != torch.strided
+            or value.is_meta
+            or value.is_quantized
+            or value.is_complex()
+            or value.numel() * value.itemsize > value.untyped_storage().nbytes()
+        ):
+            raise UserError(f"{place}: {_cut(name)} is no plain tensor: save the model's state_dict() alone.")
+
+
 def require_finite(weights: Mapping[str, Tensor], place: str) -> None:
     """Raise UserError when a tensor holds NaN or infinity. It costs one pass over memory, 0.1 s a gigabyte."""
     import torch
