@@ -99,9 +99,9 @@ class EmbeddingStore:
         self.manifest = _read_manifest(self.directory / "manifest.json")
         rows, shape = self.manifest["rows"], tuple(self.manifest["row_shape"])
         per_shard, dtype = self.manifest["rows_per_shard"], np.dtype(self.manifest["dtype"])
-        exact = not (self.directory / "progress.json").exists()  # otherwise more rows are being added
         path = self.directory / "rows.bin"
-        _require_size(path, rows * RECORD.itemsize, exact=exact)  # first: nothing else bounds the number of shards
+        _require_size(path, rows * RECORD.itemsize)  # first: nothing else bounds the number of shards
+        exact = _is_at_rest(self.directory, rows)
         self.records = np.asarray(np.memmap(path, dtype=RECORD, mode="r", shape=(rows,)))
         ends = self.records["name_end"]
         if ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] > _size(self.directory / "names.bin"):
@@ -343,9 +343,10 @@ class StoreWriter:
         if count < self.state["rows"]:
             _require_size(path, self.state["rows"] * RECORD.itemsize)
         self._take(np.fromfile(path, RECORD, count) if count else np.zeros(0, RECORD))
+        exact = self.finished and _is_at_rest(directory, self.state["rows"])
         for number, begin in enumerate(range(0, count, self.state["rows_per_shard"])):
             rows = min(self.state["rows_per_shard"], count - begin)
-            _require_size(_shard(directory, number), rows * self._row_bytes)
+            _require_size(_shard(directory, number), rows * self._row_bytes, exact=exact)
 
     def _take(self, records: np.ndarray) -> None:
         self.records = records
@@ -574,6 +575,11 @@ def _short(value: Any) -> str:
 
 def _shard(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05}.bin"
+
+
+def _is_at_rest(directory: Path, rows: int) -> bool:
+    """Whether nothing has been added to a finished store since its manifest, so that its files have exact sizes."""
+    return not (directory / "progress.json").exists() and _size(directory / "rows.bin") == rows * RECORD.itemsize
 
 
 def _size(path: Path) -> int:

@@ -66,7 +66,12 @@ def loading(name: str, packaged: dict[str, Path], what: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{what} {name!r}: the weights file is corrupt, or holds more than weights, which could run code and is "
+            f"refused: copy it again, or save the weights alone."
+        ) from error
+    except (SafetensorError, EOFError) as error:
         raise UserError(
             f"{what} {name!r}: the weights file is corrupt or cut short ({error}): copy it again."
         ) from error
@@ -154,7 +159,7 @@ def tokens(vocabulary: int) -> Rule:
 
 SIZE = whole(1, 10_000_000)
 """Of a table or a matrix; `require_room` compares the whole with the weights there are."""
-LAYERS = whole(1, 1000)
+LAYERS = whole(1, 256)
 SWITCH = one_of(True, False)
 EPSILON = number(1e-30, 1.0)
 DROPOUT = number(0.0, 0.999)
