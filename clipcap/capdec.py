@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from clipcap.embeddings import alone, fingerprint
 from clipcap.readers import hash_share
 from common.checks import UserError, require_file
 from common.files import write_json
+from common.pretrained import saving
 
 if TYPE_CHECKING:
     from common.clip import FrozenCLIP
@@ -108,7 +110,7 @@ def build_text_store(
         progress: called with the number of captions done.
 
     Raises:
-        UserError: the CLIP gives NaN or infinity.
+        UserError: the CLIP gives NaN or infinity, or there is no room for all rows.
     """
     directory.mkdir(parents=True, exist_ok=True)
     texts = [item.captions[0] for item in items]
@@ -117,15 +119,16 @@ def build_text_store(
     key = {"weights": fingerprint(clip), "captions": digest, "shape": list(shape)}
     state_path, path = directory / "text.json", directory / "text.npy"
     with alone(directory):
-        done = 0
-        if state_path.is_file() and _holds(path, shape):
-            state = json.loads(state_path.read_text())
-            done = state["done"] if state["key"] == key else 0
+        done = _rows_done(state_path, key) if _holds(path, shape) else 0
         if done:
             array = np.lib.format.open_memmap(path, mode="r+")
         else:
             state_path.unlink(missing_ok=True)  # before the rows that it counts
-            array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+            with saving(path, "store of captions' embeddings"):
+                path.unlink(missing_ok=True)
+                array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+                with open(path, "r+b") as file:  # a map of a file that finds no room kills the process
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         progress(done)
         for begin in range(done, len(texts), batch_size):
             rows = clip.encode_texts(texts[begin : begin + batch_size]).float()
@@ -136,6 +139,16 @@ def build_text_store(
             write_json(state_path, {"key": key, "done": begin + len(rows)})
             progress(begin + len(rows))
     return TextStore([item.image_id for item in items], array)
+
+
+def _rows_done(path: Path, key: dict[str, Any]) -> int:
+    """How many rows the state at `path` counts; 0 when it is damaged or of other captions."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        done = state["done"] if state["key"] == key else 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return done if type(done) is int and 0 <= done <= key["shape"][0] else 0
 
 
 def _holds(path: Path, shape: tuple[int, int]) -> bool:

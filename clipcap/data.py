@@ -52,6 +52,8 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         max_tokens: int,
         cache: Path | None = None,
     ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no eos_token, which ends captions: use a GPT-2 with one.")
         self.store = store
         kept = [item for item in items if item.image_id in store]
         texts = [caption for item in kept for caption in item.captions]

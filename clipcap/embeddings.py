@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Inputs = Literal["embedding", "patches"]
 FORMAT = 2
 ROWS_PER_SHARD = 16_384
+CURE = "copy it again, or delete the store and embed the images again"
 RECORD = np.dtype([("id", "<u8"), ("size", "<i8"), ("mtime", "<i8"), ("content", "<u8"), ("name_end", "<i8")])
 """What is kept of each row's image: hashes of its id and content, size, time, and where its id ends in names.bin."""
 
@@ -91,7 +93,7 @@ class EmbeddingStore:
     """CLIP embeddings of a set of images: (n, e), or patch features (n, p, w), in memory-mapped files.
 
     Raises:
-        UserError: the directory holds no finished store, or one of its files is cut short.
+        UserError: the directory holds no finished store, or the sizes of its files are not those that its manifest says.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -99,16 +101,20 @@ class EmbeddingStore:
         self.manifest = _read_manifest(self.directory / "manifest.json")
         rows, shape = self.manifest["rows"], tuple(self.manifest["row_shape"])
         per_shard, dtype = self.manifest["rows_per_shard"], np.dtype(self.manifest["dtype"])
+        path = self.directory / "rows.bin"
+        _require_size(path, rows * RECORD.itemsize)  # first: nothing else bounds the number of shards
+        exact = _is_at_rest(self.directory, rows)
+        self.records = np.asarray(np.memmap(path, dtype=RECORD, mode="r", shape=(rows,)))
+        ends = self.records["name_end"]
+        if ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] > _size(self.directory / "names.bin"):
+            raise UserError(f"{str(path)!r} does not fit names.bin: {CURE}.")
         shards = []
         for number, begin in enumerate(range(0, rows, per_shard)):
             part = (min(per_shard, rows - begin), *shape)
             path = _shard(self.directory, number)
-            _require_size(path, int(np.prod(part)) * dtype.itemsize)
+            _require_size(path, math.prod(part) * dtype.itemsize, exact=exact)
             shards.append(np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=part)))
         self.array = ShardedRows(shards, (rows, *shape), dtype)
-        path = self.directory / "rows.bin"
-        _require_size(path, rows * RECORD.itemsize)
-        self.records = np.asarray(np.memmap(path, dtype=RECORD, mode="r", shape=(rows,)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return EmbeddingStore, (self.directory,)  # another process maps the files itself
@@ -138,7 +144,10 @@ class EmbeddingStore:
     def ids(self) -> list[str]:
         """The images' ids by row."""
         names, ends = (self.directory / "names.bin").read_bytes(), self.records["name_end"].tolist()
-        return [names[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends], ends, strict=False)]
+        try:
+            return [names[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends], ends, strict=False)]
+        except UnicodeDecodeError:
+            raise UserError(f"names.bin of {str(self.directory)!r} is damaged: {CURE}.") from None
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -242,6 +251,9 @@ def build_store(
                     writer.append(batch.names, batch.rows, batch.sources)
                 done += len(batch.names) + len(batch.skipped)
                 progress(done)
+            if not writer.rows:
+                raise UserError(f"none of the {len(items)} images can be read: {next(iter(skipped.values()))}")
+            writer.finish(skipped, tried={item.image_id for item in todo})
         except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it handed a batch over
             if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
@@ -260,9 +272,6 @@ def build_store(
             ) from error
         finally:
             writer.close()
-        if not writer.rows:
-            raise UserError(f"none of the {len(items)} images can be read: {next(iter(skipped.values()))}")
-        writer.finish(skipped, tried={item.image_id for item in todo})
     return EmbeddingStore(directory)
 
 
@@ -311,6 +320,7 @@ class StoreWriter:
     ) -> None:
         self.directory = directory
         self._files: dict[str, Any] = {}
+        self._began = False
         finished, begun = directory / "manifest.json", directory / "progress.json"
         self.state: dict[str, Any] = {
             "format": FORMAT, "clip": clip, "key": key, "dtype": dtype or "float16", "precision": precision,
@@ -339,9 +349,10 @@ class StoreWriter:
         if count < self.state["rows"]:
             _require_size(path, self.state["rows"] * RECORD.itemsize)
         self._take(np.fromfile(path, RECORD, count) if count else np.zeros(0, RECORD))
+        exact = self.finished and _is_at_rest(directory, self.state["rows"])
         for number, begin in enumerate(range(0, count, self.state["rows_per_shard"])):
             rows = min(self.state["rows_per_shard"], count - begin)
-            _require_size(_shard(directory, number), rows * self._row_bytes)
+            _require_size(_shard(directory, number), rows * self._row_bytes, exact=exact)
 
     def _take(self, records: np.ndarray) -> None:
         self.records = records
@@ -350,7 +361,7 @@ class StoreWriter:
 
     @property
     def _row_bytes(self) -> int:
-        return int(np.prod(self.state["row_shape"])) * np.dtype(self.state["dtype"]).itemsize
+        return math.prod(self.state["row_shape"]) * np.dtype(self.state["dtype"]).itemsize
 
     def missing(self, items: Sequence[CaptionedImage]) -> list[CaptionedImage]:
         """The items, each id once, that have no row yet.
@@ -395,7 +406,9 @@ class StoreWriter:
         """Add rows (b, ...) with their images' ids and files."""
         if self.state["row_shape"] is None:
             self.state["row_shape"] = list(rows.shape[1:])
+        if not self._began:  # from here to `finish` the files hold more than a manifest says
             write_json(self.directory / "progress.json", self.state)
+            self._began = True
         if list(rows.shape[1:]) != self.state["row_shape"]:
             raise UserError(
                 f"embedding store {str(self.directory)!r} has rows of shape {tuple(self.state['row_shape'])}, the new "
@@ -577,14 +590,22 @@ def _shard(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05}.bin"
 
 
-def _require_size(path: Path, expected: int) -> None:
-    """Raise UserError when a file is shorter; longer is what an interrupted call has added."""
-    actual = path.stat().st_size if path.exists() else 0
+def _is_at_rest(directory: Path, rows: int) -> bool:
+    """Whether nothing has been added to a finished store since its manifest, so that its files have exact sizes."""
+    return not (directory / "progress.json").exists() and _size(directory / "rows.bin") == rows * RECORD.itemsize
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _require_size(path: Path, expected: int, *, exact: bool = False) -> None:
+    """Raise UserError when a file is shorter; longer is what an interrupted call has added, unless it must be exact."""
+    actual = _size(path)
     if actual < expected:
-        raise UserError(
-            f"{str(path)!r} is cut short ({actual} bytes instead of {expected}): copy it again, or delete the store "
-            f"and embed the images again."
-        )
+        raise UserError(f"{str(path)!r} is cut short ({actual} bytes instead of {expected}): {CURE}.")
+    if exact and actual > expected:
+        raise UserError(f"{str(path)!r} does not fit its manifest.json ({actual} bytes instead of {expected}): {CURE}.")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -607,21 +628,25 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _is_whole(manifest: dict[str, Any], *, finished: bool) -> bool:
     """Whether a manifest has all that is read of it."""
-    rows, per_shard, shape = (manifest.get(name) for name in ("rows", "rows_per_shard", "row_shape"))
+    rows, per_shard, shape, key = (manifest.get(name) for name in ("rows", "rows_per_shard", "row_shape", "key"))
+    sides = {"embedding": 1, "patches": 2}.get(str(key.get("inputs"))) if isinstance(key, dict) else None
     if shape is None and not finished:  # before the first row
-        shape = [1]
+        shape = [1] * (sides or 0)
+    skipped = manifest.get("skipped")
     return (
-        isinstance(manifest.get("key"), dict)
+        sides is not None
         and isinstance(manifest.get("clip"), str)
-        and isinstance(manifest.get("skipped"), dict)
+        and isinstance(skipped, dict)
+        and all(isinstance(reason, str) for reason in skipped.values())
         and manifest.get("dtype") in ("float16", "float32")
         and manifest.get("precision", "fp32") in PRECISIONS
-        and isinstance(rows, int)
+        and type(rows) is int
         and rows >= finished
-        and isinstance(per_shard, int)
+        and type(per_shard) is int
         and per_shard >= 1
         and isinstance(shape, list)
-        and all(isinstance(side, int) and side >= 1 for side in shape)
+        and len(shape) == sides
+        and all(type(side) is int and side >= 1 for side in shape)
     )
 
 

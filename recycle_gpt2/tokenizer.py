@@ -112,7 +112,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not (Path(directory) / "tokenizer.json").is_file():
         raise UserError(f"{str(directory)!r} holds no tokenizer.json: train one with `recycle-gpt2 tokenizer`.")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the Rust parser raises plain Exception
         raise UserError(f"the tokenizer in {str(directory)!r} cannot be read ({error}): train it again.") from None
 

@@ -1,5 +1,7 @@
 """The embedding store: right rows, resume, mismatch, damage, killed workers, a full disk."""
 
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -220,6 +222,66 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(items, clip, tmp_path):
     store = build_store(items, clip, tmp_path / "store", batch_size=2, inputs="patches")
     whole = build_store(items, clip, tmp_path / "whole", batch_size=2, inputs="patches")
     assert np.array_equal(list(store.array), list(whole.array))
+
+
+def test_a_full_disk_at_the_end_loses_nothing(items, clip, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings.StoreWriter, "finish", full)
+        with pytest.raises(UserError, match=r"no room for embedding store .* after 12 of 12 images"):
+            build_store(items, clip, tmp_path / "store")
+    seen = []
+    build_store(items, clip, tmp_path / "store", progress=seen.append)
+    assert seen == [12]  # none is encoded again
+
+
+SILLY = [
+    {"row_shape": [2**40, 2**40]}, {"row_shape": [1]}, {"row_shape": [3, 4]}, {"row_shape": [12.0]}, {"row_shape": [True]},
+    {"row_shape": [-12]}, {"row_shape": []}, {"row_shape": None}, {"row_shape": [24]}, {"rows": 2**60}, {"rows": 13},
+    {"rows": 0}, {"rows": True}, {"rows": "12"}, {"rows_per_shard": 1}, {"rows_per_shard": 0}, {"rows_per_shard": 4.0},
+    {"dtype": ["float16"]}, {"dtype": "object"}, {"dtype": "float32"}, {"precision": ["fp32"]}, {"skipped": {"a": 1}},
+    {"key": {}}, {"key": {"inputs": ["embedding"]}}, {"key": {"inputs": "patches"}}, {"clip": None}, {"format": [2]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SILLY, ids=str)
+def test_a_manifest_that_does_not_fit_its_files_is_refused(items, clip, tmp_path, change):
+    build_store(items, clip, tmp_path / "store")
+    path = tmp_path / "store" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    before = {file.name: file.read_bytes() for file in path.parent.glob("*.bin")}
+    path.write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError) as caught:
+        EmbeddingStore(path.parent)
+    assert len(str(caught.value).splitlines()) == 1
+    with contextlib.suppress(UserError):  # nor does a writer spoil what is there
+        embeddings.StoreWriter(path.parent, manifest["key"], "clip").close()
+    assert {file.name: file.read_bytes() for file in path.parent.glob("*.bin")} == before
+
+
+def test_names_that_do_not_fit_their_rows_are_refused(items, clip, tmp_path):
+    build_store(items, clip, tmp_path / "store")
+    names = tmp_path / "store" / "names.bin"
+    good = names.read_bytes()
+    names.write_bytes(good[:-1])
+    with pytest.raises(UserError, match="does not fit names.bin"):
+        EmbeddingStore(names.parent)
+    names.write_bytes(b"\xff" * len(good))
+    with pytest.raises(UserError, match="names.bin of .* is damaged"):
+        EmbeddingStore(names.parent).ids  # noqa: B018
+
+
+def test_a_store_that_is_added_to_can_be_read_meanwhile(items, clip, tmp_path):
+    build_store(items, clip, tmp_path / "store", dtype="float32")
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    writer = embeddings.StoreWriter(tmp_path / "store", manifest["key"], "clip")
+    writer.append(["new"], np.ones((1, 12), np.float32), [embeddings.Source(1, 2, 3)])
+    assert len(EmbeddingStore(tmp_path / "store")) == 12
+    writer.close()
+    writer.finish()
+    assert len(EmbeddingStore(tmp_path / "store")) == 13
 
 
 def test_numbers_beyond_half_precision_are_an_error(tmp_path):

@@ -166,7 +166,7 @@ def change(copy, **values) -> None:
 
 def test_other_architecture(copy):
     change(copy, model_type="bert", architectures=["BertModel"])
-    with pytest.raises(UserError, match="is a 'bert' model: give one of the GPT-2 family"):
+    with pytest.raises(UserError, match="is a 'bert' model, not a GPT-2"):
         load_gpt2(copy)
 
 
