@@ -231,8 +231,8 @@ def server(threads: int, log: Path) -> Iterator[tuple[str, int]]:
         UserError: it does not come up.
     """
     command = [sys.executable, "-u", "-m", "clipcap.cli", "serve", "--port", "0", "--max-upload", str(MAX_UPLOAD)]
-    with tempfile.TemporaryDirectory() as uploads, open(log, "w") as lines:
-        environment = os.environ | {"GRADIO_TEMP_DIR": uploads, "OMP_NUM_THREADS": str(threads)}
+    with open(log, "w") as lines:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         process = subprocess.Popen(
             [*command, "--threads", str(threads)], stdout=lines, stderr=subprocess.STDOUT, env=environment
         )

@@ -275,7 +275,7 @@ def serving(captioner: Captioner, config: ServeConfig) -> Iterator[str]:
         stopped = threading.Event()
         threading.Thread(target=_keep_tidy, args=(uploads, page, stopped), daemon=True).start()
         stack.callback(stopped.set)
-        stack.callback(page.close, verbose=False)
+        stack.callback(_close, page)
         page.launch(
             server_name=address, server_port=port, max_file_size=config.max_upload << 20, prevent_thread_lock=True,
             quiet=True, share=False, inbrowser=False, ssr_mode=False, mcp_server=False, run_history=False,
@@ -283,6 +283,13 @@ def serving(captioner: Captioner, config: ServeConfig) -> Iterator[str]:
             state_session_capacity=SESSIONS, _app=app,
         )  # fmt: skip
         yield f"http://{address}:{port}"
+
+
+def _close(page: gradio.Blocks) -> None:
+    """Stop the page's server, if it runs, without waiting for pages that are open in browsers."""
+    if page.is_running:
+        page.server.force_exit = True
+        page.close(verbose=False)
 
 
 def _add_endpoint(app: Any, worker: Worker, uploads: Uploads) -> None:
