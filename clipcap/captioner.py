@@ -24,6 +24,7 @@ from clipcap.images import ImageError, ImageSource, read_image
 from clipcap.model import ClipCapModel, absolute
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
+from common.images import MAX_PIXELS
 from common.runtime import resolve_device
 
 BATCH_MOST = {"cpu": 32, "cuda": 256}
@@ -162,6 +163,7 @@ class Captioner:
         batch_size: int | Literal["auto"] | None = None,
         on_error: Callable[[ImageError], object] | None = None,
         seed: int = 0,
+        max_pixels: int = MAX_PIXELS,
         **options: Any,
     ) -> Iterator[ImageCaptions]:
         """Captions of images one after the other, reading `batch_size` at a time.
@@ -172,6 +174,7 @@ class Captioner:
             batch_size: images captioned at once; None or "auto" lets the memory decide (`auto_batch_size`).
             on_error: called with the error of an image that cannot be read, which is then left out; None raises it.
             seed: of strategy "sample".
+            max_pixels: of an image (see `clipcap.images.read_image`).
             options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...
         """
         if batch_size is None or batch_size == "auto":
@@ -183,7 +186,7 @@ class Captioner:
         reader = ThreadPoolExecutor(1)
 
         def begin() -> list[tuple[ImageSource, Future[Tensor]]]:
-            return [(source, reader.submit(self._pixels, source)) for source in islice(remaining, batch_size)]
+            return [(source, reader.submit(self._pixels, source, max_pixels)) for source in islice(remaining, batch_size)]
 
         try:
             batch = begin()
@@ -208,8 +211,8 @@ class Captioner:
         finally:
             reader.shutdown(cancel_futures=True)
 
-    def _pixels(self, source: ImageSource) -> Float[Tensor, "1 3 s s"]:
-        return self.clip.preprocess([read_image(source)])
+    def _pixels(self, source: ImageSource, max_pixels: int) -> Float[Tensor, "1 3 s s"]:
+        return self.clip.preprocess([read_image(source, max_pixels=max_pixels, side=self.clip.preprocess.size)])
 
     def auto_batch_size(
         self, *, strategy: str = "beam", num_beams: int = 5, num_captions: int = 1, max_new_tokens: int = 67
@@ -262,10 +265,11 @@ class Captioner:
             raise UserError(f"captions has {len(lists)} lists but there are {len(several)} images: give one for each.")
         pairs = [(row, self._ids(text)) for row, of_image in enumerate(lists) for text in of_image]
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))  # little padding
+        side = self.clip.preprocess.size
         rows = [
             row
             for i in range(0, len(several), batch_size)
-            for row in self.embed([read_image(image) for image in several[i : i + batch_size]])
+            for row in self.embed([read_image(image, side=side) for image in several[i : i + batch_size]])
         ]
         found = [0.0] * len(pairs)
         for begin in range(0, len(order), batch_size):

@@ -7,11 +7,9 @@ import http.client
 import io
 import ipaddress
 import json
-import os
-import shutil
+import re
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,15 +22,23 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import tyro
 import urllib3
-from PIL import Image
 from tqdm import tqdm
 
 from clipcap.readers import conceptual_rows
 from common.checks import UserError, require_at_least, require_file
-from common.files import write_json
+from common.files import claimed, whole_file, write_json
+from common.images import ImageTooLarge, open_image
 
-SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff"}
+SUFFIXES = {
+    "JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff",
+    "AVIF": ".avif",
+}  # fmt: skip
+MAX_PIXELS = 40_000_000
+"""Of an image from a server that nobody chose."""
 REDIRECTS = 5
+JOURNAL = "journal.jsonl"
+JOURNAL_LINE = 1 << 16
+_TEMPORARY = re.compile(r"\.[0-9a-f]{40}\.[a-z]+\.\w+\.tmp")
 LONGEST_WAIT = 30.0
 """Seconds between two tries, whatever the server asks for."""
 
@@ -66,6 +72,13 @@ class DownloadConfig:
     wrote the file could make this machine ask any server that it can reach."""
 
 
+RANGES = {
+    "workers": (1, 1000), "retries": (0, 100), "backoff": (0, 3600), "timeout": (0.001, 3600),
+    "max_megabytes": (0.001, 1000),
+}  # fmt: skip
+"""Smallest and largest value of each number."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """What became of one URL."""
@@ -91,19 +104,32 @@ def url_key(url: str) -> str:
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
+def _place(key: str, suffix: str) -> str:
+    """Where an image goes in the output directory.
+
+    Raises:
+        ValueError: not an `url_key`, or not a suffix of `SUFFIXES`: a name that this command never gives.
+    """
+    if not re.fullmatch("[0-9a-f]{40}", key) or suffix and suffix not in SUFFIXES.values():
+        raise ValueError(key)
+    return f"images/{key[:2]}/{key}{suffix}"
+
+
 def read_journal(directory: Path) -> dict[str, Entry]:
     """What became of every URL so far, by `url_key`; empty where nothing was downloaded."""
-    path = directory / "journal.jsonl"
+    path = directory / JOURNAL
     found: dict[str, Entry] = {}
     if path.is_file():
         with open(path, "rb") as file:
-            for line in file:
+            while line := file.readline(JOURNAL_LINE):
                 try:
                     row = json.loads(line)
                     key = row.pop("key")
-                    found[key] = Entry(**row)
+                    entry = Entry(**row)
+                    if entry.file in ("", _place(key, Path(entry.file).suffix)) and isinstance(entry.dropped, str):
+                        found[key] = entry
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    continue  # the line that a killed run did not finish
+                    continue  # the line that a killed run did not finish, or that this command did not write
     return found
 
 
@@ -271,12 +297,12 @@ def image_suffix(data: bytes) -> str:
         Dropped: it is none, is cut short, or has too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=list(SUFFIXES)) as image:
+        with open_image(io.BytesIO(data), "image", max_pixels=MAX_PIXELS) as image:
             image.load()
             return SUFFIXES[image.format or ""]
-    except Image.DecompressionBombError:
+    except ImageTooLarge:
         raise Dropped("too many pixels") from None
-    except Exception:  # Pillow's decoders raise what they like on broken data
+    except (UserError, KeyError):
         raise Dropped("not an image") from None
 
 
@@ -290,19 +316,41 @@ def download(config: DownloadConfig) -> dict[str, object]:
     Raises:
         UserError: a row is not a caption and a URL (its line is named), or a setting cannot work.
     """
-    for name, least in (("workers", 1), ("retries", 0), ("backoff", 0), ("limit", 0)):
-        require_at_least(name, getattr(config, name), least)
-    for name in ("timeout", "max_megabytes"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"{name} is {getattr(config, name)}: use a number above 0.")
+    require_at_least("limit", config.limit, 0)
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(config, name) <= most:  # also NaN
+            raise UserError(f"{name} is {getattr(config, name)}: use a number from {least:g} to {most:g}.")
     require_file(config.tsv, "caption file")
     rows = sum(1 for _ in conceptual_rows(config.tsv))  # all lines are checked before the first download
-    (config.out / "images").mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(config.out / "partial", ignore_errors=True)  # of a killed run
+    with claimed(config.out):
+        _require_own(config.out)
+        return _download(config, rows)
+
+
+def _require_own(directory: Path) -> None:
+    """Make `images/`, without what a killed run had begun to write there.
+
+    Raises:
+        UserError: files would be written through a link, or over files that this command did not write.
+    """
+    images, results = directory / "images", [directory / name for name in ("captions.jsonl", "report.json")]
+    images.mkdir(exist_ok=True)
+    for place in (directory / JOURNAL, *results, images, *(images / f"{number:02x}" for number in range(256))):
+        if place.is_symlink():
+            raise UserError(f"{str(place)!r} is a link, through which would be written: move it away.")
+    for place in results:
+        if place.exists() and not (directory / JOURNAL).exists():
+            raise UserError(f"{str(place)!r} was not written by this command: move it away, or give another --out.")
+    for left in images.glob("[0-9a-f][0-9a-f]/.*.tmp"):
+        if _TEMPORARY.fullmatch(left.name):
+            left.unlink()
+
+
+def _download(config: DownloadConfig, rows: int) -> dict[str, object]:
     journal = {key: entry for key, entry in read_journal(config.out).items() if not entry.again}
     for key in [k for k, entry in journal.items() if entry.file and not (config.out / entry.file).is_file()]:
         del journal[key]  # the image was deleted since
-    path = config.out / "journal.jsonl"
+    path = config.out / JOURNAL
     stop = threading.Event()
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(config.workers) as executor:
         file.write("\n")  # the last line of a killed run may have no end
@@ -327,7 +375,6 @@ def download(config: DownloadConfig) -> dict[str, object]:
                 stop.set()
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
-    shutil.rmtree(config.out / "partial", ignore_errors=True)
     return _conclude(config, rows, journal)
 
 
@@ -355,7 +402,7 @@ def _save(url: str, key: str, config: DownloadConfig, stop: threading.Event) -> 
                 max_bytes=int(config.max_megabytes * 1e6),
                 allow_private=config.allow_private,
             )
-            name = f"images/{key[:2]}/{key}{image_suffix(data)}"
+            name = _place(key, image_suffix(data))
         except Dropped as error:
             dropped = error
             if not error.again or attempt == config.retries:
@@ -363,30 +410,23 @@ def _save(url: str, key: str, config: DownloadConfig, stop: threading.Event) -> 
             if stop.wait(min(max(config.backoff * 2**attempt, error.wait), LONGEST_WAIT)):
                 break
             continue
-        target, partial = config.out / name, config.out / "partial"
-        target.parent.mkdir(exist_ok=True)
-        partial.mkdir(exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=partial)
-        with os.fdopen(handle, "wb") as file:
+        if (config.out / name).is_symlink():  # which `whole_file` would follow
+            return Entry(dropped="a link lies in its place", again=True)
+        with whole_file(config.out / name, sync=False) as file:
             file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
         return Entry(file=name)
     return Entry(dropped=dropped.reason, again=dropped.again)
 
 
 def _conclude(config: DownloadConfig, rows: int, journal: dict[str, Entry]) -> dict[str, object]:
     """Write the captions of what is there and the report."""
-    handle, temporary = tempfile.mkstemp(dir=config.out, suffix=".tmp")
     captions = 0
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    with whole_file(config.out / "captions.jsonl", "w", encoding="utf-8") as file:
         for _, caption, url in conceptual_rows(config.tsv):
             entry = journal.get(url_key(url))
             if entry is not None and entry.file:
                 file.write(json.dumps({"file_name": entry.file, "caption": caption}, ensure_ascii=False) + "\n")
                 captions += 1
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, config.out / "captions.jsonl")
     entries = [journal[key] for key, _ in _distinct(config) if key in journal]
     report: dict[str, object] = {
         "source": config.tsv.name,

@@ -25,6 +25,7 @@ from clipcap.images import ImageError, read_image
 from clipcap.readers import CaptionedImage, Format, read_dataset
 from common.checks import UserError, require_at_least
 from common.files import write_json
+from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import PRECISIONS, RuntimeConfig, autocast, start, versions
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class EmbedConfig:
     """Images encoded at once."""
     workers: int = 2
     """Processes that read images; 0 reads them in this one."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -177,6 +179,7 @@ def build_store(
     progress: Callable[[int], object] = lambda done: None,
     workers: int = 0,
     rows_per_shard: int = ROWS_PER_SHARD,
+    max_pixels: int = MAX_PIXELS,
 ) -> EmbeddingStore:
     """Encode every image that is not in the store yet, once, and return the store.
 
@@ -197,6 +200,7 @@ def build_store(
         progress: called with the number of images done.
         workers: processes that read images; 0 reads them in this one.
         rows_per_shard: rows in each file of a new store.
+        max_pixels: of an image; a larger one counts as one that cannot be read.
 
     Raises:
         UserError: the store was made with another CLIP, other preprocessing or inputs, or of an image that has
@@ -230,7 +234,9 @@ def build_store(
         if not todo:
             progress(done)
         try:
-            for batch in _encoded(todo, clip, inputs, batch_size, writer.state["precision"], workers):
+            for batch in _encoded(
+                todo, clip, inputs, batch_size, writer.state["precision"], workers, max_pixels
+            ):
                 skipped |= batch.skipped
                 if batch.rows is not None:
                     writer.append(batch.names, batch.rows, batch.sources)
@@ -458,7 +464,13 @@ class _Batch(NamedTuple):
 
 
 def _encoded(
-    items: Sequence[CaptionedImage], clip: FrozenCLIP, inputs: Inputs, batch_size: int, precision: str, workers: int
+    items: Sequence[CaptionedImage],
+    clip: FrozenCLIP,
+    inputs: Inputs,
+    batch_size: int,
+    precision: str,
+    workers: int,
+    max_pixels: int,
 ) -> Iterator[_Batch]:
     """Batches of what is to be appended."""
     ready = [item for item in items if item.embedding_row is not None]
@@ -466,7 +478,7 @@ def _encoded(
         yield from _taken_over([item for item in ready if item.path == path], path, clip, inputs, batch_size)
     items = [item for item in items if item.embedding_row is None]
     workers = min(workers, len(items))  # none is started for nothing
-    loader = DataLoader(_Pixels(items, clip.preprocess), batch_size, num_workers=workers, collate_fn=_join)
+    loader = DataLoader(_Pixels(items, clip.preprocess, max_pixels), batch_size, num_workers=workers, collate_fn=_join)
     for pixels, found in loader:
         names = [name for name, source, _ in found if source is not None]
         skipped = {name: reason for name, source, reason in found if source is None}
@@ -504,8 +516,8 @@ def _taken_over(
 class _Pixels(Dataset[Any]):
     """Preprocessed images; what cannot be read is a reason."""
 
-    def __init__(self, items: Sequence[CaptionedImage], preprocess: Preprocess) -> None:
-        self.items, self.preprocess = items, preprocess
+    def __init__(self, items: Sequence[CaptionedImage], preprocess: Preprocess, max_pixels: int) -> None:
+        self.items, self.preprocess, self.max_pixels = items, preprocess, max_pixels
 
     def __len__(self) -> int:
         return len(self.items)
@@ -513,7 +525,8 @@ class _Pixels(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[str, Tensor | None, Source | None, str]:
         item = self.items[index]
         try:
-            pixels = self.preprocess(read_image(item.path))[0]
+            image = read_image(item.path, max_pixels=self.max_pixels, side=self.preprocess.size)
+            pixels = self.preprocess(image)[0]
         except ImageError as error:
             return item.image_id, None, None, str(error)
         status = item.path.stat()
@@ -650,6 +663,7 @@ def run(config: EmbedConfig) -> int:
             items,
             clip,
             config.out,
+            max_pixels=config.limit.max_pixels,
             inputs=config.inputs,
             batch_size=config.batch_size,
             dtype=config.dtype,

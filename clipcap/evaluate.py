@@ -28,6 +28,7 @@ from clipcap.metrics import (
 from clipcap.readers import Format, whole_characters
 from common.checks import UserError, require_at_least, require_file
 from common.files import write_json
+from common.images import MAX_PIXELS, ImageLimit
 from common.report import Page, thumbnail
 from common.runtime import RuntimeConfig, hardware, start, versions
 
@@ -82,6 +83,7 @@ class EvaluateConfig:
     """Longest caption, with a model."""
     batch_size: int = 16
     """Images captioned at once."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -119,6 +121,7 @@ def evaluate_captions(
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Evaluation:
     """Score captions of images against their references.
 
@@ -132,6 +135,7 @@ def evaluate_captions(
         resamples: for the intervals; 0 leaves them out.
         seed: of the resamples.
         progress: show progress bars.
+        max_pixels: of an image.
 
     Raises:
         UserError: no caption, no reference, an image of CLIPScore that cannot be read.
@@ -161,6 +165,7 @@ def evaluate_captions(
                 embeddings={row: embeddings[key] for row, key in enumerate(given) if key in embeddings}
                 if embeddings
                 else None,
+                max_pixels=max_pixels,
                 progress=lambda done: bar.update(done - bar.n),
             )
     scores = {metric: float(found.value) for metric, found in metrics.items()}
@@ -362,6 +367,7 @@ def caption_items(
             strategy=config.strategy,
             num_beams=config.num_beams,
             max_new_tokens=config.max_new_tokens,
+            max_pixels=config.limit.max_pixels,
         ):
             for image_id in waiting[str(result.image)]:
                 found[image_id] = result.captions[0]
@@ -452,6 +458,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         resamples=config.resamples,
         seed=config.runtime.seed,
         progress=True,
+        max_pixels=config.limit.max_pixels,
     )
     result = {name: value for name, value in asdict(found).items() if name not in ("captions", "per_image")}
     write_json(
@@ -465,7 +472,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         {key: {"caption": text} | found.per_image[key] for key, text in found.captions.items()},
     )
     title = f"{config.data.name}, split {config.split}"
-    page = evaluation_page(found, items, title=f"Captions of {title}", shown=config.shown)
+    page = evaluation_page(
+        found, items, title=f"Captions of {title}", shown=config.shown, max_pixels=config.limit.max_pixels
+    )
     page.details("configuration", config)
     page.details("hardware and versions", {"hardware": hardware(), "versions": versions()})
     page.write(config.out / "index.html")
@@ -502,6 +511,7 @@ def evaluation_page(
     title: str = "Captions",
     shown: int = 300,
     page: Page | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Page:
     """The scores, and the images with captions, references and scores, to be sorted best or worst first.
 
@@ -511,6 +521,7 @@ def evaluation_page(
         title: of the page.
         shown: images: the best half and the worst half by CIDEr; 0 shows all.
         page: a page to add the sections to; None begins one.
+        max_pixels: of an image.
     """
     from clipcap.images import read_image
 
@@ -538,7 +549,7 @@ def evaluation_page(
     page.gallery(
         [
             (
-                thumbnail(read_image(by_id[key].path)),
+                thumbnail(read_image(by_id[key].path, max_pixels=max_pixels, side=320)),
                 found.captions[key] or "(empty)",
                 [*filter(None, [by_id[key].domain]), *by_id[key].captions],
             )

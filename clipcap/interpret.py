@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from common.checks import UserError, require_at_least
 from common.gpt2 import token_table
+from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, resolve_dtype, start
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def interpret(
     batch_size: int = 16,
     on_error: Callable[[ImageError], object] | None = None,
     progress: Callable[[int], object] = lambda done: None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Interpretation:
     """Read the prefix of each image and of their mean as words.
 
@@ -116,6 +118,7 @@ def interpret(
         batch_size: images at once.
         on_error: called with the error of an image that cannot be read, which is left out; None raises it.
         progress: called with the number of images of each batch.
+        max_pixels: of an image.
 
     Raises:
         UserError: no image can be read.
@@ -134,7 +137,8 @@ def interpret(
         readable = []
         for path in paths[begin : begin + batch_size]:
             try:
-                readable.append((path, read_image(path)))
+                image = read_image(path, max_pixels=max_pixels, side=captioner.clip.preprocess.size)
+                readable.append((path, image))
             except ImageError as error:
                 if on_error is None:
                     raise
@@ -183,6 +187,7 @@ class InterpretConfig:
     """File to write instead of standard output; html needs one."""
     batch_size: int = 16
     """Images at once."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -210,10 +215,11 @@ def run(config: InterpretConfig) -> int:
             batch_size=config.batch_size,
             on_error=skipped.append,
             progress=bar.update,
+            max_pixels=config.limit.max_pixels,
         )
     if config.format == "html":
         assert config.out is not None
-        interpretation_page(found, config.model).write(config.out)
+        interpretation_page(found, config.model, max_pixels=config.limit.max_pixels).write(config.out)
     elif config.format == "json":
         if config.out:
             write_json(config.out, found)
@@ -252,7 +258,7 @@ def as_text(found: Interpretation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def interpretation_page(found: Interpretation, name: str) -> Page:
+def interpretation_page(found: Interpretation, name: str, *, max_pixels: int = MAX_PIXELS) -> Page:
     """A page of the images with captions and tokens, and of the mean prefix by position."""
     from clipcap.images import read_image
     from common.report import Page, thumbnail
@@ -278,7 +284,11 @@ def interpretation_page(found: Interpretation, name: str) -> Page:
     page.section("Each image")
     page.gallery(
         [
-            (thumbnail(read_image(one.image)), one.caption or "(empty)", [f"`{tokens_line(one.tokens)}`"])
+            (
+                thumbnail(read_image(one.image, max_pixels=max_pixels, side=320)),
+                one.caption or "(empty)",
+                [f"`{tokens_line(one.tokens)}`"],
+            )
             for one in found.images
         ],
         width=240,

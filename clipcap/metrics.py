@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from common.checks import UserError, require_at_least, require_one_of
+from common.images import MAX_PIXELS
 
 if TYPE_CHECKING:
     import torch
@@ -397,6 +398,7 @@ def measure_clip(
     *,
     embeddings: Mapping[int, torch.Tensor] | None = None,
     batch_size: int = 32,
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Metric]:
     """CLIPScore and RefCLIPScore of captions.
@@ -408,6 +410,7 @@ def measure_clip(
         references: the reference captions of each image.
         embeddings: of images, by their places, that this CLIP has encoded already.
         batch_size: images or texts encoded at once.
+        max_pixels: of an image.
         progress: called with the number of images done.
     """
     import torch
@@ -426,7 +429,8 @@ def measure_clip(
         todo = [place for place in range(len(images)) if place not in seen]
         for begin in range(0, len(todo), batch_size):
             places = todo[begin : begin + batch_size]
-            batch = clip.preprocess([read_image(images[place]) for place in places])
+            size = clip.preprocess.size
+            batch = clip.preprocess([read_image(images[place], max_pixels=max_pixels, side=size) for place in places])
             seen |= zip(places, _rows(clip.encode_images(batch, packed=True)), strict=True)
             progress(len(seen))
     table = np.concatenate(encoded)

@@ -6,18 +6,19 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clipcap.images import IMAGE_SUFFIXES
+from clipcap.images import IMAGE_SUFFIXES, files_below
 from clipcap.untrusted import read_pickle, read_tar
 from common.checks import UserError, require_directory, require_file, require_one_of
+from common.files import MARKER, whole_file, write_json
+from common.images import ImageTooLarge, open_image
 
 Format = Literal[
     "auto", "karpathy", "coco", "nocaps", "original", "original-pickle", "conceptual", "flickr8k", "table", "folder",
@@ -30,6 +31,12 @@ _CAPTION_KEYS = ("caption", "text", "captions", "description")
 _FLICKR_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")
 _FLICKR_SPLITS = {"trainImages": "train", "devImages": "val", "testImages": "test"}
 _URL = re.compile(r"https?://", re.IGNORECASE)
+LONGEST_LINE = 16 << 20
+"""Bytes of a line of a caption file."""
+LARGEST_TEXT = 1 << 20
+"""Bytes of a text file or JSON file that belongs to one image."""
+LARGEST_JSON = 2 << 30
+"""Bytes of a JSON file, which is in memory as a whole."""
 _HALVES = re.compile(r"[\ud800-\udfff]")
 
 
@@ -230,7 +237,7 @@ def _load_json(path: Path) -> Any:
         return row
 
     try:
-        return json.loads(_read_text(path), object_hook=drop_words)
+        return json.loads(_read_text(path, LARGEST_JSON), object_hook=drop_words)
     except json.JSONDecodeError as error:
         raise UserError(f"caption file {str(path)!r} is not JSON, line {error.lineno}: {error.msg}.") from None
     except RecursionError:
@@ -375,16 +382,16 @@ def _read_folder(folder: Path, images: Path, need_images: bool) -> Iterator[Capt
     if table is not None:
         yield from _read_table(table, images)
         return
-    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(files_below(images, IMAGE_SUFFIXES))
     if not need_images:
         known = {file.with_suffix(".txt") for file in files}
-        files += [text.with_suffix("") for text in sorted(images.rglob("*.txt")) if text not in known]
+        files += [text.with_suffix("") for text in sorted(files_below(images, (".txt",))) if text not in known]
     if not files:
         raise UserError(f"folder {str(images)!r} holds no image: put images and captions in it.")
     for file in files:
         sidecar = file.with_suffix(".txt")
         if sidecar.is_file():
-            captions = _check_captions(_read_text(sidecar).split("\n"), f"caption file {str(sidecar)!r}")
+            captions = _check_captions(_read_text(sidecar, LARGEST_TEXT).split("\n"), f"caption file {str(sidecar)!r}")
             yield CaptionedImage(str(file.relative_to(images)), file, captions, "")
 
 
@@ -417,7 +424,8 @@ def _read_table(table: Path, images: Path) -> Iterator[CaptionedImage]:
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a CSV or JSON Lines file with their line numbers."""
     if table.suffix.lower() != ".jsonl":
-        reader = csv.DictReader(io.StringIO(_read_text(table), newline=""))
+        # A return by itself ends a line of old Macs.
+        reader = csv.DictReader(f"{part}\n" for _, line in _lines(table) for part in line.split("\r"))
         try:
             for row in reader:
                 yield reader.line_num, row
@@ -530,18 +538,20 @@ def _read_saved(source: Path, images: Path | None, need_images: bool) -> Iterato
                 raise UserError(f"{where}: it has no image.")
             path = Path(image["path"]) if image and image["path"] else root
             if image and image["bytes"]:
-                path = root / f"{image_id}{_suffix(image['bytes'], where)}"
-                _write_once(path, image["bytes"])
+                file = f"{image_id}{_suffix(image['bytes'], where)}"
+                path = root / file
+                write_image(root, file, image["bytes"])
             yield CaptionedImage(image_id, path, captions, SPLITS[name] if name else "")
 
 
 def _suffix(data: bytes, where: str) -> str:
     """File suffix of an image's bytes."""
-    from PIL import Image
-
     try:
-        return f".{(Image.open(io.BytesIO(data)).format or '').lower()}"
-    except Exception:
+        with open_image(io.BytesIO(data), where) as image:
+            return f".{(image.format or '').lower()}"
+    except ImageTooLarge:
+        raise
+    except UserError:
         raise UserError(f"{where}: its image is not one that Pillow knows: leave the row out.") from None
 
 
@@ -559,11 +569,13 @@ def _read_shards(source: Path, images: Path | None, need_images: bool) -> Iterat
             base, _, suffix = name.name.partition(".")
             key, suffix = str(name.parent / base), f".{suffix.lower()}"
             where = f"tar {str(shard)!r}, member {str(name)!r}"
+            if suffix in (".txt", ".caption", ".json") and len(data) > LARGEST_TEXT:
+                raise UserError(f"{where} has {len(data):,} bytes, of at most {LARGEST_TEXT:,}: it is no caption.")
             if suffix in IMAGE_SUFFIXES:
                 if key in files:
                     raise UserError(f"{where}: sample {key!r} has two images: make the keys distinct.")
                 files[key] = root / name
-                _write_once(files[key], data)
+                write_image(root, str(name), data)
             elif suffix in (".txt", ".caption"):
                 texts[key] = [line for line in _decode(data, where).split("\n") if line.strip()]
             elif suffix == ".json" and key not in texts:
@@ -586,19 +598,24 @@ def _captions_of_json(data: bytes, where: str) -> list[str]:
     return [str(t) for t in (text if isinstance(text, list) else [text])]
 
 
-def _write_once(path: Path, data: bytes) -> None:
-    """Write a file all at once, unless it is there."""
-    if path.is_file() and path.stat().st_size == len(data):
+def write_image(root: Path, name: str, data: bytes) -> None:
+    """Write a file below `root`, all at once, unless it is there with this content.
+
+    Raises:
+        UserError: a link leads elsewhere, or another file lies there that was not written so.
+    """
+    path, marker = root / name, root / MARKER
+    for place in itertools.takewhile(lambda place: place != root.parent, (path, *path.parents)):
+        if place.is_symlink():
+            raise UserError(f"{str(place)!r} is a link, and images would be written through it: move it away.")
+    if not root.exists():
+        write_json(marker, {"files": []})
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    if path.exists() and not marker.is_file():
+        raise UserError(f"{str(path)!r} is another image than the data set's: move it away, or give --images.")
+    with whole_file(path, sync=False) as file:
+        file.write(data)
 
 
 # Text
@@ -612,20 +629,31 @@ def _decode(data: bytes, where: str) -> str:
         raise UserError(f"{where}, line {line} is not UTF-8: convert it.") from None
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, most: int) -> str:
     """A file's text, with "\\n" at the end of every line."""
-    text = _decode(require_file(path, "caption file").read_bytes(), f"caption file {str(path)!r}")
+    size = require_file(path, "caption file").stat().st_size
+    if size > most:
+        raise UserError(
+            f"caption file {str(path)!r} has {size:,} bytes, of at most {most:,}: use JSON Lines (.jsonl) or CSV."
+        )
+    text = _decode(path.read_bytes(), f"caption file {str(path)!r}")
     return text.replace("\r\n", "\n")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file with their numbers, one at a time: some files are larger than memory."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE + 1)
+            if not line:
+                return
+            where = f"caption file {str(path)!r}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{where} has more than {LONGEST_LINE:,} bytes: it is no line of captions.")
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError:
-                raise UserError(f"caption file {str(path)!r}, line {number} is not UTF-8: convert it.") from None
+                raise UserError(f"{where} is not UTF-8: convert it.") from None
 
 
 def _check_captions(captions: Iterable[str], where: str) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
 from common.files import write_json
 from common.gpt2 import load_gpt2
+from common.images import ImageLimit
 from common.language import IGNORE
 from common.runtime import RuntimeConfig, hardware, own_gpu, resolve_device, start, versions
 from common.training import (
@@ -161,6 +162,7 @@ class TrainConfig:
     """Machines."""
     strategy: Literal["auto", "ddp"] = "auto"
     """How several processes train together."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -294,6 +296,7 @@ def embed_with_progress(
             precision=config.runtime.precision,
             progress=lambda done: bar.update(done - bar.n),
             workers=config.workers,
+            max_pixels=config.limit.max_pixels,
         )
     if store.skipped and is_first_process():
         print(f"skipped {len(store.skipped)} of {len(items)} images:", file=sys.stderr)
@@ -541,7 +544,12 @@ def train(config: TrainConfig) -> Path:
         subset = Subset.draw(material.items["val"], material.stores["val"], config.val_captions, config.runtime.seed)
         callbacks.append(
             CaptionValidation(
-                subset, config.out, beams=config.val_beams, max_new_tokens=longest, batch_size=config.batch_size
+                subset,
+                config.out,
+                beams=config.val_beams,
+                max_new_tokens=longest,
+                batch_size=config.batch_size,
+                max_pixels=config.limit.max_pixels,
             )
         )
     elif monitor == "cider":

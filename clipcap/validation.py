@@ -21,6 +21,7 @@ from clipcap.decoding import decode
 from clipcap.images import ImageError, read_image
 from clipcap.metrics import score_captions
 from clipcap.model import ClipCapModel
+from common.images import MAX_PIXELS
 from common.report import Page
 
 COLLAPSED = 0.9
@@ -88,12 +89,20 @@ class CaptionValidation(Callback):
         beams: 1 decodes greedily, more with beam search.
         max_new_tokens: longest caption. Captions end at the model's end token.
         batch_size: images captioned at once.
+        max_pixels: of an image that is shown.
     """
 
     def __init__(
-        self, subset: Subset, directory: Path, *, beams: int = 1, max_new_tokens: int = 67, batch_size: int = 40
+        self,
+        subset: Subset,
+        directory: Path,
+        *,
+        beams: int = 1,
+        max_new_tokens: int = 67,
+        batch_size: int = 40,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.subset, self.directory, self.beams = subset, directory, beams
+        self.subset, self.directory, self.beams, self.max_pixels = subset, directory, beams, max_pixels
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.explained = False
 
@@ -147,7 +156,7 @@ class CaptionValidation(Callback):
         for item, text in list(zip(self.subset.items, captions, strict=True))[:SHOWN]:
             score = scores[item.image_id]
             try:
-                image = read_image(item.path)
+                image = read_image(item.path, max_pixels=self.max_pixels, side=256)
             except ImageError:  # captions without images, or an image that is gone since it was encoded
                 rows.append({"caption": text, "reference": item.captions[0], "CIDEr": score})
                 continue

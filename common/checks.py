@@ -20,6 +20,8 @@ def require_file(path: str | os.PathLike[str], what: str) -> Path:
         raise UserError(f"{what} {str(path)!r} is a directory: give the path of a file.")
     if not path.exists():
         raise UserError(f"{what} {str(path)!r} does not exist: check the path.")
+    if not path.is_file():
+        raise UserError(f"{what} {str(path)!r} is a pipe, a socket or a device: give the path of a file.")
     if path.stat().st_size == 0:
         raise UserError(f"{what} {str(path)!r} is empty (0 bytes): make or copy it again.")
     return path

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from common.checks import UserError, require_file
+from common.images import to_rgb as to_rgb
 from common.pretrained import ASSETS, loading, locate, require_reachable
 from common.runtime import resolve_device
 
@@ -130,35 +130,6 @@ class Preprocess:
         return functional.center_crop(
             functional.resize(image, [self.size], kind, antialias=True), [self.size, self.size]
         )
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as 8-bit RGB: first frame, upright by its EXIF tag, over white where transparent.
-
-    16-bit grey is scaled from [0, 65535], floating point grey from [0, 1] or else [0, 255].
-
-    Raises:
-        UserError: not a PIL image, a file that cannot be read, a mode without a meaning as colour, or no pixels.
-    """
-    if not isinstance(image, Image.Image):
-        raise UserError(f"image is a {type(image).__name__}: give PIL images, or a float tensor (b, 3, h, w).")
-    name = getattr(image, "filename", "") or "image"
-    try:
-        if image.tell():
-            image.seek(0)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            image = _grey_to_8_bit(image)
-        if image.has_transparency_data:
-            image = image.convert("LA") if image.mode == "La" else image
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name!r} cannot be read as an image ({error}): replace or remove it.") from error
-    if 0 in image.size:
-        raise UserError(f"{name!r} is {image.width}x{image.height} pixels: give an image with pixels.")
-    return image
 
 
 class FrozenCLIP(nn.Module):
@@ -491,13 +462,3 @@ def _check_image_tensor(images: Tensor) -> None:
     low, high = (value.item() for value in images.detach().aminmax())
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # also NaN
         raise UserError(f"images has values from {low:.4g} to {high:.4g}: give finite values in [0, 1].")
-
-
-def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and floating point grey as mode L, which PIL's own conversion would only clip at 255."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255):
-        values = values * (255 / 65535)
-    elif image.mode == "F" and values.max(initial=0) <= 1:
-        values = values * 255
-    return Image.fromarray(np.nan_to_num(values).round().clip(0, 255).astype(np.uint8))
