@@ -128,9 +128,7 @@ def ask(address: str, kind: Kind) -> str | None:
         if not sent.ok:
             return f"{sent.status_code} {sent.text[:200]}"
         path = {"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}
-    asked = requests.post(
-        f"{address}/gradio_api/call/caption", json={"data": [path, *kind.options]}, timeout=TIMEOUT
-    )
+    asked = requests.post(f"{address}/gradio_api/call/caption", json={"data": [path, *kind.options]}, timeout=TIMEOUT)
     if not asked.ok:
         return f"{asked.status_code} {asked.text[:200]}"
     url = f"{address}/gradio_api/call/caption/{asked.json()['event_id']}"
@@ -245,7 +243,10 @@ def server(threads: int, log: Path) -> Iterator[tuple[str, int]]:
             yield found[1], process.pid
         finally:
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def main() -> int:

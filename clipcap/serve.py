@@ -37,6 +37,13 @@ STRATEGIES = {
     "Greedy": "greedy",
     "Sampling": "sample",
 }
+USED = {
+    "beam": ("captions", "beams"),
+    "beam_original": ("captions", "beams"),
+    "greedy": (),
+    "sample": ("captions", "top_p", "temperature", "seed"),
+}
+"""Settings of each strategy."""
 MOST_CAPTIONS = 5
 MOST_BEAMS = 10
 MOST_PIXELS = 40_000_000
@@ -108,7 +115,11 @@ class Settings:
                 found[name] = kind(text)
             except ValueError:
                 raise UserError(f"{name} is {text!r}: give {'a whole' if kind is int else 'a'} number.") from None
-        return cls(**found)
+        settings = cls(**found)
+        for name in found:
+            if name not in ("strategy", *USED[settings.strategy]):
+                raise UserError(f"{name} is {found[name]}: strategy {settings.strategy!r} does not use it.")
+        return settings
 
     @property
     def options(self) -> dict[str, Any]:
@@ -152,7 +163,8 @@ class Worker:
         generator = torch.Generator(captioner.model.device).manual_seed(settings.seed)
         options: dict[str, Any] = settings.options | {"generator": generator, "int8": captioner.int8}
         try:
-            embedding = captioner.embed([read_image(path)])
+            image = read_image(path, max_pixels=MOST_PIXELS, side=captioner.clip.preprocess.size)
+            embedding = captioner.embed([image])
             with torch.inference_mode():
                 prefix = captioner.model.prefix(embedding)[0]
             found = decode(captioner.model, embedding, max_new_tokens=self.max_new_tokens, **options)[0]
@@ -275,7 +287,7 @@ def serving(captioner: Captioner, config: ServeConfig) -> Iterator[str]:
         stopped = threading.Event()
         threading.Thread(target=_keep_tidy, args=(uploads, page, stopped), daemon=True).start()
         stack.callback(stopped.set)
-        stack.callback(_close, page)
+        stack.callback(page.close, verbose=False)
         page.launch(
             server_name=address, server_port=port, max_file_size=config.max_upload << 20, prevent_thread_lock=True,
             quiet=True, share=False, inbrowser=False, ssr_mode=False, mcp_server=False, run_history=False,
@@ -283,13 +295,6 @@ def serving(captioner: Captioner, config: ServeConfig) -> Iterator[str]:
             state_session_capacity=SESSIONS, _app=app,
         )  # fmt: skip
         yield f"http://{address}:{port}"
-
-
-def _close(page: gradio.Blocks) -> None:
-    """Stop the page's server, if it runs, without waiting for pages that are open in browsers."""
-    if page.is_running:
-        page.server.force_exit = True
-        page.close(verbose=False)
 
 
 def _add_endpoint(app: Any, worker: Worker, uploads: Uploads) -> None:

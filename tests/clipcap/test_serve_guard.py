@@ -11,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +52,7 @@ def ask(address, method, path, body=None, *, chunked=False, **headers):
     try:
         connection.request(method, path, body, named, encode_chunked=chunked)
         answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+        return answer.status, answer.read().decode(errors="replace")
     finally:
         connection.close()
 
@@ -338,7 +340,8 @@ def test_one_request_captions_an_image(address, captioner):
     [
         ("?strategy=guess", "guess"), ("?captions=0", "captions is 0"), ("?captions=6", "at most 5"),
         ("?captions=two", "'two'"), ("?beams=1e3", "1e3"), ("?seed=-1", "seed is -1"), (f"?seed={2**70}", "seed"),
-        ("?strategy=sample&top_p=nan", "top_p is nan"), ("?temperature=0", "temperature is 0"), ("?colour=red", "colour"),
+        ("?strategy=sample&top_p=nan", "top_p is nan"), ("?strategy=sample&temperature=0", "temperature is 0"),
+        ("?colour=red", "colour"), ("?temperature=0.5", "does not use"), ("?strategy=greedy&captions=2", "does not use"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_named(address, query, named):
@@ -362,29 +365,47 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(address):
     assert "pixels" in found["detail"]
 
 
-@contextmanager
-def process(folder):
-    """`clipcap serve` in a process of its own whose temporary folder is `folder`."""
-    command = [sys.executable, "-m", "clipcap.cli", "serve", "--port", "0", "--max-new-tokens", "5"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_command_and_deletes_what_was_uploaded(captioner, tmp_path, monkeypatch, capfd, number):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Captioner, "from_pretrained", lambda *_, **__: captioner)
+    found, handler = [], signal.getsignal(number)
+
+    def visit(running):
+        try:
+            found.append(Path(uploaded(running)))
+            page = http.client.HTTPConnection(running, timeout=60)
+            page.request("GET", "/gradio_api/heartbeat/visit")  # as an open page does
+            found.append(page.getresponse().status)
+        finally:
+            os.kill(os.getpid(), number)
+
+    serving = serve.serving
+
+    @contextmanager
+    def visited(*args):
+        with serving(*args) as running:
+            threading.Thread(target=visit, args=[urlsplit(running).netloc]).start()
+            yield running
+
+    monkeypatch.setattr(serve, "serving", visited)
+    assert serve.run(ServeConfig(port=0, max_new_tokens=5)) == 0
+    path, status = found
+    assert path.is_relative_to(tmp_path) and status == 200 and not os.listdir(tmp_path)
+    assert "Traceback" not in capfd.readouterr().err and signal.getsignal(number) == handler
+
+
+def test_a_process_that_is_told_to_end_ends_cleanly(tmp_path):
+    command = [sys.executable, "-m", "clipcap.cli", "serve", "--port", "0", "--threads", "1"]
     running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(folder)}
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}
     )
     try:
-        yield running, re.search(r"http://(\S+)", running.stdout.readline())[1]
+        address = re.search(r"http://(\S+)", running.stdout.readline())[1]
+        path = Path(uploaded(address))
+        assert path.is_relative_to(tmp_path) and path.parents[1].stat().st_mode & 0o077 == 0  # nobody else's to read
+        running.terminate()
+        _, errors = running.communicate(timeout=120)
     finally:
         running.kill()
-        running.communicate()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_and_deletes_what_was_uploaded(tmp_path, number):
-    with process(tmp_path) as (running, address):
-        path = Path(uploaded(address))
-        assert path.is_relative_to(tmp_path) and path.parents[1].stat().st_mode & 0o077 == 0
-        page = http.client.HTTPConnection(address, timeout=60)
-        page.request("GET", "/gradio_api/heartbeat/visit")  # as an open page does
-        assert page.getresponse().status == 200
-        running.send_signal(number)
-        output, errors = running.communicate(timeout=60)
-        page.close()
     assert running.returncode == 0 and errors == "" and not list(tmp_path.glob("clipcap-serve-*"))
