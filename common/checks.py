@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of characters that move the cursor, turn text round or end a line."""
+JOINERS = "\u00ad\u200c\u200d"
+"""Of these, what words and emoji are spelled with."""
+LONGEST_NAME = 255
+"""Bytes of a file's name, at most."""
+INTEGERS = 2**63
+"""Whole numbers lie below, as torch's and NumPy's do."""
 
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message names the value and the fix."""
 
 
+def printable(text: object, *, lines: bool = False) -> str:
+    """`text` as a terminal may show it: a name from somebody's data cannot colour, hide or overwrite what is there.
+
+    Control characters, bidirectional marks and the bytes of file names that are not UTF-8 become escapes.
+
+    Args:
+        text: anything that `str` takes.
+        lines: keep line breaks and tabs.
+    """
+    return "".join(
+        repr(char)[1:-1]
+        if unicodedata.category(char) in HIDDEN and char not in JOINERS and not (lines and char in "\n\t")
+        else char
+        for char in str(text)
+    )
+
+
 def require_file(path: str | os.PathLike[str], what: str) -> Path:
     """Return `path` when it is a file that holds something; raise UserError otherwise."""
-    path = Path(path)
+    path = _possible(path, what)
     if path.is_dir():
         raise UserError(f"{what} {str(path)!r} is a directory: give the path of a file.")
     if not path.exists():
@@ -27,7 +56,7 @@ def require_file(path: str | os.PathLike[str], what: str) -> Path:
 
 def require_directory(path: str | os.PathLike[str], what: str) -> Path:
     """Return `path` when it is a directory; raise UserError otherwise."""
-    path = Path(path)
+    path = _possible(path, what)
     if not path.exists():
         raise UserError(f"{what} {str(path)!r} does not exist: check the path.")
     if not path.is_dir():
@@ -35,10 +64,67 @@ def require_directory(path: str | os.PathLike[str], what: str) -> Path:
     return path
 
 
+def _possible(path: str | os.PathLike[str], what: str) -> Path:
+    """`path` when a file may have that name."""
+    path = Path(path)
+    if "\0" in str(path) or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        raise UserError(f"{what} {str(path)!r} cannot be a file's name (too long, or a NUL in it): check the path.")
+    return path
+
+
+def require_place(path: str | os.PathLike[str], what: str = "out", *, directory: bool = False) -> None:
+    """Raise UserError when no file, or no directory, can be written at `path`: ask before any long work."""
+    path = _possible(path, what)
+    if directory and path.exists() and not path.is_dir():
+        raise UserError(f"{what} {str(path)!r} is a file: give the path of a directory.")
+    if not directory and path.is_dir():
+        raise UserError(f"{what} {str(path)!r} is a directory: give the path of a file.")
+    place = path if directory else path.absolute().parent
+    there = next(above for above in (place, *place.absolute().parents) if above.exists())
+    if not there.is_dir():
+        raise UserError(f"{what} {str(path)!r} lies below the file {str(there)!r}: give another path.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{what} {str(path)!r}: {str(there)!r} may not be written to: give another path.")
+
+
 def require_at_least(name: str, value: float, least: float) -> None:
-    """Raise UserError when `value` is below `least` or not a number."""
-    if not value >= least:
-        raise UserError(f"{name} is {value}: use at least {least}.")
+    """Raise UserError when `value` is below `least` or not a finite number."""
+    if not (value >= least and math.isfinite(value)):
+        raise UserError(f"{name} is {value}: use at least {least}{'' if value < math.inf else ', and a finite number'}.")
+
+
+def require_above(name: str, value: float, bound: float) -> None:
+    """Raise UserError when `value` is not above `bound` or not a finite number."""
+    if not (value > bound and math.isfinite(value)):
+        raise UserError(f"{name} is {value}: use a number above {bound}{'' if value < math.inf else ' that is finite'}.")
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise UserError when `value` is not above 0 and at most 1."""
+    if not 0 < value <= 1:
+        raise UserError(f"{name} is {value}: use a number above 0 and at most 1.")
+
+
+def require_usable(config: Any) -> None:
+    """Raise UserError when a value in a configuration can be no setting at all, whatever it is for.
+
+    That is a number that is not finite or has no place in 64 bits, and a NUL in a text. Every command asks this of its
+    whole configuration.
+
+    Args:
+        config: a dataclass; others inside it are asked too.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            require_usable(value)
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UserError(f"{field.name} is {one}: use a finite number.")
+            if isinstance(one, int) and not -INTEGERS <= one < INTEGERS:
+                raise UserError(f"{field.name} is {one:.3g}: use a number below {INTEGERS}.")
+            if "\0" in str(one) and one is value:  # of several, one that cannot be read may be left out
+                raise UserError(f"{field.name} is {str(one)!r}: leave out the NUL character.")
 
 
 def require_one_of(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
@@ -82,5 +168,5 @@ def run_command(command: Callable[[], int | None]) -> int:
             raise
         place = error.filename or ""
         message = f"{error.strerror or error}: {place} (check the path, the permissions and free disk space)."
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
