@@ -72,7 +72,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
             found.append(given)
             continue
         path = Path(given)
-        if not path.is_dir():
+        if not os.path.isdir(path):  # also of a name that none can have
             found.append(path)
             continue
         inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())

@@ -153,8 +153,6 @@ def launch(
         UserError: the port is taken or may not be used.
     """
     require_at_least("max_upload", max_upload, 1)
-    if not 0 <= port <= 65535:
-        raise UserError(f"port is {port}: use 0 (a free one) to 65535.")
     port = _free_port(host, port)
     themes = _gradio().themes
     # System fonts: the default theme would ask the web for its own.
@@ -176,6 +174,8 @@ def run(config: ServeConfig) -> int:
     """`clipcap serve`."""
     _gradio()  # before the models load
     device = start(config.runtime)
+    require_at_least("max_new_tokens", config.max_new_tokens, 1)
+    require_at_least("max_upload", config.max_upload, 1)
     _free_port(config.host, config.port)
     dtype: Any = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
     captioner = Captioner.from_pretrained(config.model, device=device, dtype=dtype)
@@ -198,11 +198,13 @@ def _gradio() -> Any:
 
 def _free_port(host: str, port: int) -> int:
     """`port`, or a free one for 0, when it can be listened on."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"port is {port}: use 0 (a free one) to 65535.")
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             return probe.getsockname()[1]
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError) as error:  # a host that can be no name
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"port {port} of {host!r} cannot be used ({reason}): give another --port, or 0.") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import stat
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -15,8 +16,9 @@ HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of characters that move the cursor, turn text round or end a line."""
 JOINERS = "\u00ad\u200c\u200d"
 """Of these, what words and emoji are spelled with."""
-LONGEST_NAME = 255
-"""Bytes of a file's name, at most."""
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes of a file's name and of a whole path, at most."""
+LEAST_TEMPERATURE = 1e-6
 INTEGERS = 2**63
 """Whole numbers lie below, as torch's and NumPy's do."""
 
@@ -44,47 +46,46 @@ def printable(text: object, *, lines: bool = False) -> str:
 
 def require_file(path: str | os.PathLike[str], what: str) -> Path:
     """Return `path` when it is a file that holds something; raise UserError otherwise."""
-    path = _possible(path, what)
-    if path.is_dir():
+    found = _status(path, what)
+    if stat.S_ISDIR(found.st_mode):
         raise UserError(f"{what} {str(path)!r} is a directory: give the path of a file.")
-    if not path.exists():
-        raise UserError(f"{what} {str(path)!r} does not exist: check the path.")
-    if path.stat().st_size == 0:
+    if stat.S_ISREG(found.st_mode) and found.st_size == 0:
         raise UserError(f"{what} {str(path)!r} is empty (0 bytes): make or copy it again.")
-    return path
+    return Path(path)
 
 
 def require_directory(path: str | os.PathLike[str], what: str) -> Path:
     """Return `path` when it is a directory; raise UserError otherwise."""
-    path = _possible(path, what)
-    if not path.exists():
-        raise UserError(f"{what} {str(path)!r} does not exist: check the path.")
-    if not path.is_dir():
+    if not stat.S_ISDIR(_status(path, what).st_mode):
         raise UserError(f"{what} {str(path)!r} is a file: give the path of a directory.")
-    return path
+    return Path(path)
 
 
-def _possible(path: str | os.PathLike[str], what: str) -> Path:
-    """`path` when a file may have that name."""
-    path = Path(path)
-    if "\0" in str(path) or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
-        raise UserError(f"{what} {str(path)!r} cannot be a file's name (too long, or a NUL in it): check the path.")
-    return path
+def _status(path: str | os.PathLike[str], what: str) -> os.stat_result:
+    """What the system knows of a file that is there."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{what} {str(path)!r} does not exist: check the path.") from None
+    except (OSError, ValueError) as error:  # a name that is too long, a NUL in it, no permission, links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} {str(path)!r} cannot be opened ({reason}): check the path.") from None
 
 
 def require_place(path: str | os.PathLike[str], what: str = "out", *, directory: bool = False) -> None:
     """Raise UserError when no file, or no directory, can be written at `path`: ask before any long work."""
-    path = _possible(path, what)
-    if directory and path.exists() and not path.is_dir():
-        raise UserError(f"{what} {str(path)!r} is a file: give the path of a directory.")
-    if not directory and path.is_dir():
-        raise UserError(f"{what} {str(path)!r} is a directory: give the path of a file.")
-    place = path if directory else path.absolute().parent
-    there = next(above for above in (place, *place.absolute().parents) if above.exists())
-    if not there.is_dir():
+    path = Path(os.path.abspath(path))
+    long = next((part for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME), "")
+    if long or len(os.fsencode(path)) > LONGEST_PATH:
+        raise UserError(f"{what} is a path with a name of {len(long or str(path))} characters: give a shorter one.")
+    if os.path.exists(path) and directory != os.path.isdir(path):
+        found, wanted = ("a file", "a directory") if directory else ("a directory", "a file")
+        raise UserError(f"{what} {str(path)!r} is {found}: give the path of {wanted}.")
+    there = next(above for above in (path, *path.parents) if os.path.exists(above) and (directory or above != path))
+    if not os.path.isdir(there):
         raise UserError(f"{what} {str(path)!r} lies below the file {str(there)!r}: give another path.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{what} {str(path)!r}: {str(there)!r} may not be written to: give another path.")
+        raise UserError(f"{what} {str(path)!r} cannot be written: {str(there)!r} does not permit it; give another path.")
 
 
 def require_at_least(name: str, value: float, least: float) -> None:
@@ -103,6 +104,11 @@ def require_share(name: str, value: float) -> None:
     """Raise UserError when `value` is not above 0 and at most 1."""
     if not 0 < value <= 1:
         raise UserError(f"{name} is {value}: use a number above 0 and at most 1.")
+
+
+def require_temperature(value: float) -> None:
+    """Raise UserError when logits cannot be divided by `value`: below the least, they are too large for float32."""
+    require_at_least("temperature", value, LEAST_TEMPERATURE)
 
 
 def require_usable(config: Any) -> None:
