@@ -15,7 +15,7 @@ import torch
 from clipcap.captioner import Captioner
 from clipcap.images import ImageError, read_image
 from clipcap.interpret import nearest_tokens
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_at_least, require_between
 from common.runtime import RuntimeConfig, resolve_dtype, start
 
 if TYPE_CHECKING:
@@ -198,8 +198,7 @@ def _gradio() -> Any:
 
 def _free_port(host: str, port: int) -> int:
     """`port`, or a free one for 0, when it can be listened on."""
-    if not 0 <= port <= 65535:
-        raise UserError(f"port is {port}: use 0 (a free one) to 65535.")
+    require_between("port", port, 0, 65535)
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -85,19 +85,26 @@ def require_place(path: str | os.PathLike[str], what: str = "out", *, directory:
     if not os.path.isdir(there):
         raise UserError(f"{what} {str(path)!r} lies below the file {str(there)!r}: give another path.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{what} {str(path)!r} cannot be written: {str(there)!r} does not permit it; give another path.")
+        raise UserError(f"{what} {str(path)!r}: {str(there)!r} may not be written to: give another path.")
 
 
 def require_at_least(name: str, value: float, least: float) -> None:
     """Raise UserError when `value` is below `least` or not a finite number."""
     if not (value >= least and math.isfinite(value)):
-        raise UserError(f"{name} is {value}: use at least {least}{'' if value < math.inf else ', and a finite number'}.")
+        raise UserError(f"{name} is {value}: use at least {least}.")
+
+
+def require_between(name: str, value: float, least: float, most: float) -> None:
+    """Raise UserError when `value` is below `least`, above `most` or not a number."""
+    require_at_least(name, value, least)
+    if value > most:
+        raise UserError(f"{name} is {value}: use at most {most}.")
 
 
 def require_above(name: str, value: float, bound: float) -> None:
     """Raise UserError when `value` is not above `bound` or not a finite number."""
     if not (value > bound and math.isfinite(value)):
-        raise UserError(f"{name} is {value}: use a number above {bound}{'' if value < math.inf else ' that is finite'}.")
+        raise UserError(f"{name} is {value}: use a number above {bound}.")
 
 
 def require_share(name: str, value: float) -> None:
@@ -109,6 +116,12 @@ def require_share(name: str, value: float) -> None:
 def require_temperature(value: float) -> None:
     """Raise UserError when logits cannot be divided by `value`: below the least, they are too large for float32."""
     require_at_least("temperature", value, LEAST_TEMPERATURE)
+
+
+def require_text(name: str, text: object) -> None:
+    """Raise UserError when a text, or a path, is not Unicode, which tokenizers and libraries that save models need."""
+    if "".join(char for char in str(text) if unicodedata.category(char) == "Cs"):
+        raise UserError(f"{name} is {str(text)!r}, which is not UTF-8: write it in UTF-8.")
 
 
 def require_usable(config: Any) -> None:

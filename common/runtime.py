@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from common.checks import INTEGERS, UserError, require_at_least, require_one_of
+from common.checks import INTEGERS, UserError, require_between, require_one_of
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
@@ -81,9 +81,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 def require_seed(seed: int) -> None:
     """Raise UserError when `seed` is none that torch's generators take."""
-    require_at_least("seed", seed, 0)
-    if seed >= INTEGERS:
-        raise UserError(f"seed is {seed}: use a number below {INTEGERS}.")
+    require_between("seed", seed, 0, INTEGERS - 1)
 
 
 def seed_everything(seed: int) -> None:
@@ -97,9 +95,7 @@ def seed_everything(seed: int) -> None:
 def start(config: RuntimeConfig) -> torch.device:
     """Apply a command's runtime choices to this process and return its device."""
     resolve_dtype(config.precision)
-    require_at_least("threads", config.threads, 0)
-    if config.threads > MOST_THREADS:
-        raise UserError(f"threads is {config.threads}: use at most {MOST_THREADS}; 0 leaves torch's own choice.")
+    require_between("threads", config.threads, 0, MOST_THREADS)
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
