@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,20 +18,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from clipcap.decoding import Caption, decode
+from clipcap.decoding import Caption, bytes_of, decode, require_options
 from clipcap.embeddings import encode
 from clipcap.images import ImageError, ImageSource, read_image
 from clipcap.model import ClipCapModel, absolute
 from clipcap.packing import require_int8
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
-from common.packing import can_pack
 from common.images import MAX_PIXELS
-from common.runtime import resolve_device
+from common.packing import can_pack
+from common.runtime import free_memory, require_memory, require_seed, resolve_device
 
 BATCH_MOST = {"cpu": 32, "cuda": 256}
 """Images captioned at once when memory does not ask for fewer; more are no faster."""
 BATCH_OPTIONS = ("strategy", "num_beams", "num_captions", "max_new_tokens")
+OPTIONS = (*BATCH_OPTIONS, "top_k", "top_p", "temperature")
 MEMORY_SHARE = 0.25
 """Share of the memory that is free which a batch may take."""
 
@@ -178,9 +179,16 @@ class Captioner:
             max_pixels: of an image (see `clipcap.images.read_image`).
             options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...
         """
+        require_options(**{k: options[k] for k in OPTIONS if k in options})
+        require_seed(seed)
+        sizes = {k: options[k] for k in BATCH_OPTIONS if k in options}
         if batch_size is None or batch_size == "auto":
-            batch_size = self.auto_batch_size(**{k: options[k] for k in BATCH_OPTIONS if k in options})
+            batch_size = self.auto_batch_size(**sizes)
         require_at_least("batch_size", batch_size, 1)
+        if isinstance(images, Sequence):
+            batch_size = max(1, min(batch_size, len(images)))
+            self.require_room(batch_size, **sizes)
+        batch_size = min(batch_size, sys.maxsize)
         options.setdefault("int8", self.int8)
         options.setdefault("generator", torch.Generator(self.model.device).manual_seed(seed))
         remaining, ahead = iter(images), isinstance(images, Sequence)
@@ -220,14 +228,29 @@ class Captioner:
         self, *, strategy: str = "beam", num_beams: int = 5, num_captions: int = 1, max_new_tokens: int = 67
     ) -> int:
         """Images to caption at once so that their caches take a quarter of the free memory, and no more than pays."""
-        beams = {"greedy": 1, "sample": num_captions}.get(strategy, num_beams)
-        config, weight = self.model.gpt2.config, self.model.gpt2.get_input_embeddings().weight
-        slots = self.model.config.prefix_length + max(beams, 1) * max(max_new_tokens, 1)
-        cache = 2 * config.n_layer * config.n_embd * slots * weight.element_size()
-        logits = max(beams, 1) * config.vocab_size * 4 * (3 if strategy == "sample" else 1)
-        pixels = 16 * 3 * self.clip.image_size**2 * weight.element_size()  # with what CLIP makes of them on the way
-        fitting = int(MEMORY_SHARE * _free_memory(self.model.device) / (cache + logits + pixels))
+        size = self._bytes_of(strategy, num_beams, num_captions, max_new_tokens)
+        fitting = int(MEMORY_SHARE * free_memory(self.model.device) / size)
         return max(1, min(fitting, BATCH_MOST.get(self.model.device.type, BATCH_MOST["cpu"])))
+
+    def require_room(
+        self,
+        images: int,
+        *,
+        strategy: str = "beam",
+        num_beams: int = 5,
+        num_captions: int = 1,
+        max_new_tokens: int = 67,
+    ) -> None:
+        """Raise UserError when so many images at once take more memory than there is."""
+        size = self._bytes_of(strategy, num_beams, num_captions, max_new_tokens)
+        what, cure = f"{images} images are captioned at once", "use a smaller batch_size, or fewer beams"
+        require_memory(what, images * size, self.model.device, cure)
+
+    def _bytes_of(self, strategy: str, num_beams: int, num_captions: int, max_new_tokens: int) -> int:
+        """Memory that each image of a batch takes."""
+        width = {"greedy": 1, "sample": num_captions}.get(strategy, num_beams)
+        pixels = 16 * 3 * self.clip.image_size**2 * self.model.dtype.itemsize  # with what CLIP makes of them on the way
+        return bytes_of(self.model, strategy, max(width, 1), max(max_new_tokens, 1)) + pixels
 
     @torch.inference_mode()
     def log_probability(
@@ -319,14 +342,3 @@ class Captioner:
 def _is_one(images: Any) -> bool:
     """Whether this is one image rather than several."""
     return isinstance(images, str | os.PathLike | Image.Image) or isinstance(images, np.ndarray) and images.ndim < 4
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo") as lines:
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 << 30

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,7 +15,14 @@ from typing import Any, Literal
 
 import tyro
 
-from common.checks import UserError, require_at_least, require_one_of, require_same_settings
+from common.checks import (
+    UserError,
+    printable,
+    require_at_least,
+    require_one_of,
+    require_place,
+    require_same_settings,
+)
 from common.images import ImageLimit
 from common.pretrained import CAPTION_LANGUAGES
 from common.runtime import RuntimeConfig
@@ -24,6 +30,8 @@ from common.runtime import RuntimeConfig
 Row = dict[str, Any]
 SHEET_MOST = 100
 """Images on a contact sheet."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""What a cell begins with that a spreadsheet computes."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class CaptionConfig:
     int8: bool = False
     """Compute GPT-2 in 8-bit integers (CPU only): faster, captions close but not always equal."""
     limit: ImageLimit = field(default_factory=ImageLimit)
+    spreadsheet: bool = False
+    """Of csv: an apostrophe before texts that begin with =, +, -, @, a tab or a line break, which a spreadsheet would
+    take for a formula. Without it the file has exactly the names and captions."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -73,13 +84,20 @@ def caption(config: CaptionConfig) -> int:
     """Caption images and print or write the result. Returns an exit code."""
     from tqdm import tqdm
 
+    from clipcap.decoding import require_options
     from clipcap.images import ImageError, find_images
     from common.runtime import resolve_dtype, start
 
     require_at_least("batch_size", config.batch_size, 0)
     kind = _format(config)
-    if config.sheet and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise UserError(f"sheet is {str(config.sheet)!r}: give a name that ends in .png or .jpg.")
+    if config.sheet:
+        if config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise UserError(f"sheet is {str(config.sheet)!r}: give a name that ends in .png or .jpg.")
+        require_place(config.sheet, "sheet")
+    if config.out:
+        require_place(config.out, directory=kind == "sidecar")
+    if config.spreadsheet and kind != "csv":
+        raise UserError(f"spreadsheet is given with format {kind!r}: use --format csv, or leave it out.")
     model = _model(config)
     device = start(config.runtime)
     paths = find_images(config.images)
@@ -97,16 +115,15 @@ def caption(config: CaptionConfig) -> int:
         "top_k": config.top_k,
         "top_p": config.top_p,
         "temperature": config.temperature,
-        "seed": config.runtime.seed,
     }
+    require_options(**options)
+    options["seed"] = config.runtime.seed
     journal = None
     if config.out and kind != "sidecar":
-        if config.out.is_dir():
-            raise UserError(f"output {str(config.out)!r} is a directory: give the path of a file.")
         settings = options | {"model": model, "precision": config.runtime.precision, "int8": config.int8}
         journal = Journal(config.out.with_name(config.out.name + ".partial"), settings)
     done: dict[str, Row] = journal.rows if journal else {}
-    remaining = [p for p in paths if _key(p) not in done and not (p in places and places[p].exists())]
+    remaining = [p for p in paths if _key(p) not in done and not (p in places and os.path.exists(places[p]))]
     kept = len(paths) - len(remaining)
     if kept:
         what = "sidecar files that are there" if places else "images done before"
@@ -142,12 +159,12 @@ def caption(config: CaptionConfig) -> int:
             if journal:  # whose rows `done` are
                 journal.add(key, row)
     if places:  # also those of earlier runs, for the sheet
-        for path in (p for p in paths if _key(p) not in done and places[p].exists()):
-            lines = places[path].read_text(encoding="utf-8").splitlines()
+        for path in (p for p in paths if _key(p) not in done and os.path.isfile(places[p])):
+            lines = places[path].read_text(encoding="utf-8", errors="replace").splitlines()
             done[_key(path)] = {"image": str(path), "captions": lines or [""], "scores": []}
     rows = [done[key] for key in map(_key, paths) if key in done]
     if kind in FORMATS and (config.out or kind != "text"):
-        text = FORMATS[kind](rows)
+        text = _as_csv(rows, spreadsheet=True) if config.spreadsheet else FORMATS[kind](rows)
         if config.out and journal:
             from common.files import write_text
 
@@ -160,7 +177,7 @@ def caption(config: CaptionConfig) -> int:
     if skipped:
         print(f"skipped {len(skipped)} of {len(paths)} images:", file=sys.stderr)
         for message in skipped:
-            print(f"  {message}", file=sys.stderr)
+            print(f"  {printable(message)}", file=sys.stderr)
     return 0 if rows else 2
 
 
@@ -244,7 +261,7 @@ def _key(path: Path | str) -> str:
     """What names an image in a journal: its path, and for a file its size and time, so that a new file is new."""
     try:
         status = os.stat(path) if isinstance(path, Path) else None
-    except OSError:
+    except (OSError, ValueError):  # reading it says what is wrong
         status = None
     return f"{path}" if status is None else f"{path}|{status.st_size}|{status.st_mtime_ns}"
 
@@ -311,12 +328,7 @@ def _escape(text: str, encoding: str) -> str:
 
 
 def _as_text(rows: list[Row]) -> str:
-    return "".join(f"{on_one_line(row['image'])}\t{text}\n" for row in rows for text in row["captions"])
-
-
-def on_one_line(name: str) -> str:
-    """A file's name, which may hold anything, with line breaks and tabs as escapes."""
-    return re.sub(r"[\t\n\v\f\r\x1b\x85\u2028\u2029]", lambda found: repr(found[0])[1:-1], name)
+    return "".join(f"{printable(row['image'])}\t{printable(text)}\n" for row in rows for text in row["captions"])
 
 
 def _as_json(rows: list[Row]) -> str:
@@ -327,13 +339,16 @@ def _as_jsonl(rows: list[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _as_csv(rows: list[Row]) -> str:
+def _as_csv(rows: list[Row], *, spreadsheet: bool = False) -> str:
+    def cell(text: str) -> str:
+        return f"'{text}" if spreadsheet and text.startswith(FORMULA) else text
+
     buffer = io.StringIO()
     table = csv.writer(buffer)
     table.writerow(["image", "rank", "caption", "score"])
     for row in rows:
         for rank, (text, score) in enumerate(zip(row["captions"], row["scores"], strict=True), 1):
-            table.writerow([row["image"], rank, text, score])
+            table.writerow([cell(row["image"]), rank, cell(text), score])
     return buffer.getvalue()
 
 

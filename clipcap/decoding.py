@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcap.packing import decoding_parts
-from common.checks import UserError, require_at_least, require_one_of
+from common.checks import UserError, require_at_least, require_one_of, require_share, require_temperature
+from common.runtime import require_memory
 
 if TYPE_CHECKING:
     from clipcap.model import ClipCapModel
@@ -82,28 +83,25 @@ def decode(
         UserError: an option out of its range or of another strategy, or embeddings that do not fit the model.
     """
     vocabulary, positions = model.gpt2.config.vocab_size, model.gpt2.config.n_positions
-    require_one_of("strategy", strategy, STRATEGIES)
-    for name, count in (("num_beams", num_beams), ("num_captions", num_captions), ("max_new_tokens", max_new_tokens)):
-        require_at_least(name, count, 1)
-    if not temperature > 0:
-        raise UserError(f"temperature is {temperature}: use a number above 0, or strategy 'greedy'.")
-    if strategy != "sample" and (top_k is not None or top_p is not None):
-        raise UserError(f"top_k is {top_k} and top_p is {top_p} with strategy {strategy!r}: use strategy 'sample'.")
-    if top_k is not None:
-        require_at_least("top_k", top_k, 1)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: use a number above 0 and at most 1.")
-    most = {"greedy": 1, "sample": num_captions}.get(strategy, num_beams)
-    if num_captions > most:
-        raise UserError(f"num_captions is {num_captions}: strategy {strategy!r} gives at most {most} here.")
+    most = require_options(
+        strategy=strategy, num_beams=num_beams, num_captions=num_captions, max_new_tokens=max_new_tokens,
+        top_k=top_k, top_p=top_p, temperature=temperature,
+    )  # fmt: skip
     if most > vocabulary:
-        raise UserError(f"num_beams is {num_beams}: use at most the {vocabulary} tokens of the vocabulary.")
+        name = "num_captions" if strategy == "sample" else "num_beams"
+        raise UserError(f"{name} is {most}: use at most the {vocabulary} tokens of the vocabulary.")
     room = positions - model.config.prefix_length + 1  # the last token is never fed back
     if max_new_tokens > room:
         raise UserError(f"max_new_tokens is {max_new_tokens}: GPT-2's {positions} positions leave room for {room}.")
     stops = _stop_tokens(model, stop_token_ids)
     if not len(clip_embeddings):
         return []
+    require_memory(
+        f"{len(clip_embeddings)} images are decoded at once, {most} captions of each",
+        len(clip_embeddings) * bytes_of(model, strategy, most, max_new_tokens),
+        model.device,
+        "use a smaller batch, fewer beams or captions, or shorter ones",
+    )
 
     was_training = model.training
     model.eval()
@@ -122,6 +120,52 @@ def decode(
     finally:
         model.train(was_training)
     return [captions[:num_captions] for captions in found]
+
+
+def require_options(
+    *,
+    strategy: str = "beam",
+    num_beams: int = 5,
+    num_captions: int = 1,
+    max_new_tokens: int = 67,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+) -> int:
+    """Check what of `decode`'s options needs no model; returns how many captions of an image are followed at once.
+
+    Raises:
+        UserError: an option out of its range or of another strategy.
+    """
+    require_one_of("strategy", strategy, STRATEGIES)
+    for name, count in (("num_beams", num_beams), ("num_captions", num_captions), ("max_new_tokens", max_new_tokens)):
+        require_at_least(name, count, 1)
+    require_temperature(temperature)
+    if strategy != "sample" and (top_k is not None or top_p is not None):
+        raise UserError(f"top_k is {top_k} and top_p is {top_p} with strategy {strategy!r}: use strategy 'sample'.")
+    if top_k is not None:
+        require_at_least("top_k", top_k, 1)
+    if top_p is not None:
+        require_share("top_p", top_p)
+    most = {"greedy": 1, "sample": num_captions}.get(strategy, num_beams)
+    if num_captions > most:
+        raise UserError(f"num_captions is {num_captions}: strategy {strategy!r} gives at most {most} here.")
+    return most
+
+
+def bytes_of(model: ClipCapModel, strategy: str, width: int, max_new_tokens: int) -> int:
+    """Memory that decoding takes for each image of a batch: the cache of keys and values, and the logits of a step.
+
+    Args:
+        model: captioner.
+        strategy: of `decode`.
+        width: captions of an image that are followed at once.
+        max_new_tokens: longest caption.
+    """
+    config, size = model.gpt2.config, model.gpt2.get_input_embeddings().weight.element_size()
+    slots = model.config.prefix_length + width * max_new_tokens
+    logits = width * config.vocab_size * 4 * (3 if strategy == "sample" else 1)
+    return 2 * config.n_layer * config.n_embd * slots * size + logits
 
 
 def _stop_tokens(model: ClipCapModel, given: int | Sequence[int] | None) -> Int[Tensor, " s"]:

@@ -25,7 +25,7 @@ import urllib3
 from tqdm import tqdm
 
 from clipcap.readers import conceptual_rows
-from common.checks import UserError, require_at_least, require_file
+from common.checks import UserError, printable, require_at_least, require_file
 from common.files import claimed, whole_file, write_json
 from common.images import ImageTooLarge, open_image
 
@@ -448,7 +448,7 @@ def run(config: DownloadConfig) -> int:
     dropped = report["dropped"]
     assert isinstance(dropped, dict)
     for reason, count in dropped.items():
-        print(f"  dropped {count}: {reason}", file=sys.stderr)
+        print(f"  dropped {count}: {printable(reason)}", file=sys.stderr)
     if not report["downloaded"]:
         raise UserError(f"none of the {report['urls']} images of {str(config.tsv)!r} could be downloaded.")
     return 0

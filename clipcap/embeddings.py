@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipcap.images import ImageError, read_image
 from clipcap.readers import CaptionedImage, Format, read_dataset
-from common.checks import UserError, require_at_least
+from common.checks import UserError, printable, require_at_least
 from common.files import write_json
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import PRECISIONS, RuntimeConfig, autocast, start, versions
@@ -699,7 +699,7 @@ def run(config: EmbedConfig) -> int:
     if store.skipped:
         print(f"skipped {len(store.skipped)} images, which cannot be read:", file=sys.stderr)
         for reason in list(store.skipped.values())[:10]:
-            print(f"  {reason}", file=sys.stderr)
+            print(f"  {printable(reason)}", file=sys.stderr)
     shape = "x".join(map(str, store.array.shape[1:]))
     print(f"{len(store)} images, {shape} {store.array.dtype} each, are in {config.out}.")
     return 0

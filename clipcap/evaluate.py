@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from clipcap.data import CaptionedImage, read_dataset
+from clipcap.decoding import require_options
 from clipcap.metrics import (
     Metric,
     bootstrap,
@@ -26,7 +27,7 @@ from clipcap.metrics import (
     sacrebleu_score,
 )
 from clipcap.readers import Format, whole_characters
-from common.checks import UserError, require_at_least, require_file
+from common.checks import UserError, printable, require_at_least, require_between, require_file, require_place
 from common.files import write_json
 from common.images import MAX_PIXELS, ImageLimit
 from common.report import Page, thumbnail
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}
 """Names of nocaps' own files, and of its papers' columns."""
+MOST_RESAMPLES = 1_000_000
 _ID_KEYS = ("image_id", "image", "file_name", "filename", "path")
 
 
@@ -410,6 +412,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if (config.model is None) == (config.captions is None):
         raise UserError("give either --model, whose captions are made, or --captions, a file of captions.")
     require_at_least("shown", config.shown, 0)
+    require_at_least("batch_size", config.batch_size, 1)
+    require_between("resamples", config.resamples, 0, MOST_RESAMPLES)
+    require_options(strategy=config.strategy, num_beams=config.num_beams, max_new_tokens=config.max_new_tokens)
+    require_place(config.out, directory=True)
+    if config.captions is not None:
+        require_file(config.captions, "captions")
     start(config.runtime)
     everything = read_dataset(
         config.data, images=config.images, skip_missing=config.skip_missing, format=config.format
@@ -441,7 +449,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if skipped:
         print(f"skipped {len(skipped)} of {len(items)} images:", file=sys.stderr)
         for reason in skipped[:10]:
-            print(f"  {reason}", file=sys.stderr)
+            print(f"  {printable(reason)}", file=sys.stderr)
     if len(captions) < len(items):
         print(f"{len(items) - len(captions)} of {len(items)} images have no caption and are left out.", file=sys.stderr)
     scored = {item.image_id for item in items}
@@ -570,6 +578,7 @@ def print_scores(found: Evaluation) -> None:
     """The scores as tables on the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     tables: list[tuple[str, list[dict[str, Any]]]] = [
@@ -580,14 +589,14 @@ def print_scores(found: Evaluation) -> None:
     for title, rows in tables:
         if not rows:
             continue
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(title), title_justify="left")
         for number, column in enumerate(rows[0]):
             table.add_column(column, justify="right" if number else "left")
         for row in rows:
-            table.add_row(*(str(value) for value in row.values()))
+            table.add_row(*(Text(printable(value)) for value in row.values()))
         console.print(table)
     for name, reason in found.not_measured.items():
-        console.print(f"not measured: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(f"not measured: {name}: {reason}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def run(config: EvaluateConfig) -> int:

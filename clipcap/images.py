@@ -80,7 +80,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
             found.append(given)
             continue
         path = Path(given)
-        if not path.is_dir():
+        if not os.path.isdir(path):  # also of a name that none can have
             found.append(path)
             continue
         inside = sorted(files_below(path, IMAGE_SUFFIXES))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, printable, require_at_least, require_place
 from common.gpt2 import token_table
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, resolve_dtype, start
@@ -128,6 +128,8 @@ def interpret(
 
     require_at_least("batch size", batch_size, 1)
     paths = list(images)
+    batch_size = min(batch_size, max(1, len(paths)))
+    captioner.require_room(batch_size)
     table = unit_tokens(captioner.model)
     longest = min(67, captioner.model.gpt2.config.n_positions - captioner.model.config.prefix_length + 1)
     found: list[ImageReading] = []
@@ -201,6 +203,9 @@ def run(config: InterpretConfig) -> int:
     from common.files import write_json, write_text
 
     require_at_least("top", config.top, 1)
+    require_at_least("batch_size", config.batch_size, 1)
+    if config.out:
+        require_place(config.out)
     if config.format == "html" and config.out is None:
         raise UserError("format is 'html' but there is no file for it: give --out PAGE.html.")
     device = start(config.runtime)
@@ -232,7 +237,7 @@ def run(config: InterpretConfig) -> int:
     if skipped:
         print(f"skipped {len(skipped)} of {len(paths)} images:", file=sys.stderr)
         for error in skipped:
-            print(f"  {error}", file=sys.stderr)
+            print(f"  {printable(error)}", file=sys.stderr)
     return 0
 
 
@@ -246,14 +251,12 @@ def tokens_line(tokens: Tokens) -> str:
 
 
 def _shown(token: str) -> str:
-    return token.strip() or repr(token)
+    return printable(token.strip()) or repr(token)
 
 
 def as_text(found: Interpretation) -> str:
     """A line for each image (path, caption, tokens, tab-separated), the mean, and the common share."""
-    from clipcap.captioning import on_one_line
-
-    lines = [f"{on_one_line(one.image)}\t{one.caption}\t{tokens_line(one.tokens)}" for one in found.images]
+    lines = [f"{printable(one.image)}\t{printable(one.caption)}\t{tokens_line(one.tokens)}" for one in found.images]
     lines.append(f"mean of {len(found.images)} images\t\t{tokens_line(found.mean)}")
     shares = " ".join(f"{share:.3f}" for share in found.common_share_by_position)
     lines.append(f"common to all images\t{found.common_share:.3f}\tby position {shares}")

@@ -40,7 +40,6 @@ from common.pretrained import (
     load_tokenizer,
     loading,
     locate,
-    one_of,
     read_config,
     require_finite,
     require_reachable,

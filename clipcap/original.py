@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor, nn
 
 from clipcap.model import ClipCapConfig, ClipCapModel, absolute
-from common.checks import UserError, require_at_least, require_file
+from common.checks import UserError, require_at_least, require_file, require_text
 from common.files import require_own_directory, whole_directory
 from common.gpt2 import load_gpt2
 from common.pretrained import require_finite, require_plain, saving
@@ -112,6 +112,7 @@ def convert(
 def _stop_token(model: ClipCapModel, stop: str) -> int:
     if model.tokenizer is None:
         raise UserError(f"stop is {stop!r} but the GPT-2 whose token it is was not named: name it (gpt2).")
+    require_text("stop", stop)
     ids = model.tokenizer(stop, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise UserError(

@@ -23,7 +23,7 @@ from clipcap.captioner import Captioner
 from clipcap.decoding import decode
 from clipcap.images import ImageError, read_image
 from clipcap.interpret import Tokens, nearest_tokens, unit_tokens
-from common.checks import UserError, require_at_least, require_one_of
+from common.checks import UserError, require_at_least, require_between, require_one_of
 from common.runtime import RuntimeConfig, resolve_dtype, start
 
 if TYPE_CHECKING:
@@ -257,7 +257,6 @@ def serving(captioner: Captioner, config: ServeConfig) -> Iterator[str]:
 
     from clipcap.guard import Guard, Uploads
 
-    require_at_least("max_upload", config.max_upload, 1)
     port = _free_port(config.host, config.port)
     address = f"[{config.host}]" if ":" in config.host else config.host
     # System fonts: the default theme would ask the web for its own.
@@ -345,6 +344,8 @@ def run(config: ServeConfig) -> int:
     """`clipcap serve`, until Ctrl-C, `kill` or the end of the terminal."""
     _gradio()  # before the models load
     device = start(config.runtime)
+    require_at_least("max_new_tokens", config.max_new_tokens, 1)
+    require_at_least("max_upload", config.max_upload, 1)
     _free_port(config.host, config.port)
     dtype: Any = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
     captioner = Captioner.from_pretrained(config.model, device=device, dtype=dtype)
@@ -393,13 +394,12 @@ def _gradio() -> Any:
 
 def _free_port(host: str, port: int) -> int:
     """`port`, or a free one for 0, when it can be listened on."""
+    require_between("port", port, 0, 65535)
     try:
-        if not 0 <= port <= 65535:
-            raise UserError(f"port is {port}: use 0 (a free one) to 65535.")
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             return probe.getsockname()[1]
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError) as error:  # a host that can be no name
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"port {port} of {host!r} cannot be used ({reason}): give another --port, or 0.") from error

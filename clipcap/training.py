@@ -33,7 +33,7 @@ from clipcap.scst import (
     token_log_probs,
 )
 from clipcap.validation import CaptionValidation, Subset
-from common.checks import UserError, require_at_least
+from common.checks import UserError, printable, require_at_least
 from common.clip import FrozenCLIP, load_clip
 from common.files import write_json
 from common.gpt2 import load_gpt2
@@ -301,7 +301,7 @@ def embed_with_progress(
     if store.skipped and is_first_process():
         print(f"skipped {len(store.skipped)} of {len(items)} images:", file=sys.stderr)
         for reason in list(store.skipped.values())[:10]:
-            print(f"  {reason}", file=sys.stderr)
+            print(f"  {printable(reason)}", file=sys.stderr)
     return store
 
 

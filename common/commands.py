@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from dataclasses import dataclass
 
 import tyro
 
-from common.checks import UserError, run_command
+from common.checks import UserError, require_usable, run_command
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,12 @@ def run_cli(prog: str, description: str, subcommands: dict[str, Subcommand], arg
             args=rest,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
+        require_usable(config)
         return getattr(module, chosen.run)(config)
 
+    # Names of files need not be UTF-8, nor need a terminal be.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     return run_command(run)
 
 

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from common.checks import UserError, require_at_least, require_one_of
+from common.checks import INTEGERS, UserError, require_between, require_one_of
 from common.packing import can_pack
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
+DEVICES = ("cpu", "cuda", "mps")
 MOST_THREADS = 256
 """Threads that any machine can start; more only where there are as many cores."""
 
@@ -42,7 +43,7 @@ class RuntimeConfig:
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """The torch device for a name; "auto" is a GPU when one is there. Unknown or absent devices are named."""
     if isinstance(device, torch.device):
-        return device
+        device = str(device)
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -50,7 +51,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise UserError(f"device is {device!r}: use auto, cpu, cuda, cuda:N or mps.") from None
+        resolved = None
+    if resolved is None or resolved.type not in DEVICES or (resolved.type != "cuda" and resolved.index):
+        raise UserError(f"device is {device!r}: use auto, cpu, cuda, cuda:N or mps.")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {device!r} but {torch.cuda.device_count()} CUDA devices are here: use auto or cpu.")
     if resolved.type == "mps" and not torch.backends.mps.is_available():
@@ -78,9 +81,14 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
+def require_seed(seed: int) -> None:
+    """Raise UserError when `seed` is none that torch's generators take."""
+    require_between("seed", seed, 0, INTEGERS - 1)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
-    require_at_least("seed", seed, 0)
+    require_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -92,10 +100,7 @@ def start(config: RuntimeConfig) -> torch.device:
     Warns on standard error where bf16 is slower than fp32.
     """
     dtype = resolve_dtype(config.precision)
-    require_at_least("threads", config.threads, 0)
-    cores = os.cpu_count() or 1
-    if config.threads > max(cores, MOST_THREADS):
-        raise UserError(f"threads is {config.threads} but this machine has {cores} cores: use 0 or at most {cores}.")
+    require_between("threads", config.threads, 0, max(os.cpu_count() or 1, MOST_THREADS))
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
@@ -113,6 +118,31 @@ def fork_generators(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo") as lines:
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 << 30
+
+
+def require_memory(what: str, size: float, device: torch.device, cure: str) -> None:
+    """Raise UserError when `size` bytes are more than can be had on a device: ask before they are allocated.
+
+    Args:
+        what: the setting with its value, as "resolutions is 512".
+        size: bytes.
+        device: where.
+        cure: what to do.
+    """
+    free = free_memory(device)
+    if size > free:
+        raise UserError(f"{what}, which takes {size / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free on {device}: {cure}.")
 
 
 def hardware() -> str:

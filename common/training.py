@@ -23,14 +23,24 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.checks import UserError, require_at_least, require_file, require_same_settings
+from common.checks import (
+    UserError,
+    require_at_least,
+    require_between,
+    require_file,
+    require_one_of,
+    require_same_settings,
+)
 from common.runtime import resolve_device
 
+MOST_PROCESSES = 4096
+"""On a machine, and machines."""
 SAME_BATCHES = "go on with as many, or begin anew"
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
@@ -491,7 +501,9 @@ def build_trainer(
     """
     if config.max_steps < 0 and config.max_epochs < 0:
         raise UserError("max_steps and max_epochs are both -1: set one of them.")
-    for name in ("devices", "num_nodes", "accumulate", "val_every"):
+    for name in ("devices", "num_nodes"):
+        require_between(name, getattr(config, name), 1, MOST_PROCESSES)
+    for name in ("accumulate", "val_every"):
         require_at_least(name, getattr(config, name), 1)
     for name in ("clip_gradients", "patience"):
         require_at_least(name, getattr(config, name), 0)
@@ -499,6 +511,7 @@ def build_trainer(
         raise UserError(
             f"strategy is {config.strategy!r}, which spreads a model over GPUs: use ddp, these models fit on one."
         )
+    require_one_of("strategy", config.strategy, ["auto", *(name for name in StrategyRegistry if "ddp" in name)])
     device = resolve_device(config.device)
     table = CSVLogger(directory, name="", version="")
     loggers: list[Logger] = [table]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_at_least, require_place
 from common.files import write_json
 from common.images import ImageLimit
 from common.report import Page
@@ -113,6 +113,7 @@ def measure(config: ConsistencyConfig) -> dict[str, Any]:
     if not config.scenes:
         raise UserError("0 scenes are given: name at least one directory.")
     require_at_least("views", config.views, 2)
+    require_place(config.out, directory=True)
     device = start(config.runtime)
     encoder = load_encoder(config.encoder, device=device)
     embeddings: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_at_least, require_file, require_place
 from common.files import write_json
 from common.report import Page, contact_sheet
 from common.runtime import hardware, versions
@@ -140,8 +140,13 @@ def kind_of(scene: Scene) -> str:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a run and write results.json, views.png and index.html; returns what results.json holds."""
-    for name in ("every", "first"):
+    for name in ("every", "first", "chunk"):
         require_at_least(name, getattr(config, name), 0)
+    if config.out:
+        require_place(config.out, directory=True)
+    for path, what in ((config.metrics.vgg, "VGG weights"), (config.metrics.inception, "Inception weights")):
+        if path:
+            require_file(path, what)
     scene = Scene.load(config.run, device=config.device, data=config.data)
     found = score_scene(
         scene,

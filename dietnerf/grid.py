@@ -231,6 +231,12 @@ class VoxelGrid(nn.Module):
         return torch.stack([self.aabb[0] + cells.amin(0) * cell, self.aabb[0] + (cells.amax(0) + 1) * cell])
 
 
+def bytes_of(resolutions: tuple[int, ...], harmonics: int) -> int:
+    """Memory of a grid's tables, of all levels, in training: with the gradient and Adam's two moments in float32."""
+    channels = 1 + 3 * (harmonics + 1) ** 2
+    return 4 * 4 * channels * sum(resolution**3 for resolution in resolutions)
+
+
 def views_of(points: Float[Tensor, "n 3"], cameras: Cameras) -> Int[Tensor, " n"]:
     """How many cameras have each point in their frame (lens distortion left out)."""
     count = torch.zeros(len(points), dtype=torch.int32, device=points.device)

@@ -74,8 +74,13 @@ def lpips_network(weights: Path) -> nn.Module:
     """LPIPS (Zhang et al. 2018) on VGG-16: its linear heads come with torchmetrics, the network from `weights`."""
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
+    require_file(weights, "VGG weights")
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        assert isinstance(state, dict)
+    except Exception as error:  # whatever unpickling another file comes upon
+        raise UserError(f"VGG weights {str(weights)!r} cannot be read: give torchvision's {VGG_FILE}.") from error
     network = _NoTrainLpips(net="vgg", pnet_rand=True)
-    state = torch.load(require_file(weights, "VGG weights"), map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, parameter in network.net.named_parameters():
             layer = name.split(".", 1)[1]  # slice2.5.weight -> 5.weight
@@ -199,9 +204,12 @@ def _distances(images: Sequence[Tensor], truths: Sequence[Tensor], config: Metri
     from torchmetrics.image.kid import KernelInceptionDistance
 
     require_file(weights, "Inception weights")
-    network = NoTrainInceptionV3(
-        name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=str(weights)
-    )
+    try:
+        network = NoTrainInceptionV3(
+            name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=str(weights)
+        )
+    except Exception as error:  # whatever unpickling another file comes upon
+        raise UserError(f"Inception weights {str(weights)!r} cannot be read: give {INCEPTION_FILE}.") from error
     network.num_features = 2048
     measures = {
         "fid": FrechetInceptionDistance(feature=network, normalize=True),

@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from common.checks import UserError, require_at_least, require_one_of
+from common.checks import UserError, require_above, require_at_least, require_between, require_one_of
+from common.runtime import require_memory
 from dietnerf.data import BLENDER_PLANES
-from dietnerf.grid import VoxelGrid
+from dietnerf.grid import VoxelGrid, bytes_of
 from dietnerf.metrics import psnr, ssim
 from dietnerf.mlp import PublishedField
 from dietnerf.regularizers import RegularizerConfig, field_variation, frequency_mask
@@ -105,8 +106,7 @@ class FewViewModel(Model):
         self.near = near if config.near is None else config.near
         self.far = far if config.far is None else config.far
         require_at_least("near", self.near, 0)
-        if not self.far > self.near:
-            raise UserError(f"far is {self.far}: use more than near, {self.near}.")
+        require_above("far", self.far, self.near)
         check_semantic_config(config.semantic)
         self.collider = NearFarCollider(near_plane=self.near, far_plane=self.far, reset_near_plane=False)
         behind = config.background_color
@@ -488,13 +488,12 @@ class DietGridModel(FewViewModel):
             )
         for resolution in config.resolutions:
             require_at_least("resolutions", resolution, 4)
-        require_at_least("harmonics", config.harmonics, 0)
+        require_between("harmonics", config.harmonics, 0, 4)
         require_at_least("occupancy_every", config.occupancy_every, 1)
         require_at_least("min_views", config.min_views, 1)
-        if config.harmonics > 4:
-            raise UserError(f"harmonics is {config.harmonics}: use at most 4.")
-        if not config.steps_per_voxel > 0:
-            raise UserError(f"steps_per_voxel is {config.steps_per_voxel}: use more than 0.")
+        require_above("steps_per_voxel", config.steps_per_voxel, 0)
+        size = bytes_of(config.resolutions, config.harmonics)
+        require_memory(f"resolutions is {config.resolutions}", size, self.device, "use smaller ones")
         if config.regularizers.frequency_steps:
             raise UserError("regularizers.frequency_steps: a grid has none; its levels (grow_at) do the same.")
         self.field = VoxelGrid(self.scene_box.aabb, config.resolutions, config.harmonics)

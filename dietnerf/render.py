@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_at_least, require_place
+from common.files import whole_file
+from common.runtime import require_memory
 from dietnerf.poses import estimate_ranges, interpolate_poses, orbit_path
 from dietnerf.scene import Rendering, Scene
 
@@ -130,12 +132,10 @@ def frames_of(renderings: Iterable[Rendering], *, depth: bool = True) -> list[UI
 def write_gif(path: Path, frames: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int) -> Path:
     """A GIF that plays over and over, written all at once."""
     pictures = [Image.fromarray(frame).quantize(128, dither=Image.Dither.NONE) for frame in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    pictures[0].save(
-        temporary, "GIF", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / fps)), loop=0
-    )
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        pictures[0].save(
+            file, "GIF", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / fps)), loop=0
+        )
     return path
 
 
@@ -158,11 +158,13 @@ def write_mp4(path: Path, frames: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int
     # The codec takes even sides only.
     command += ["-r", str(fps), "-i", "-", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-c:v", "libx264"]
     command += ["-pix_fmt", "yuv420p", "-crf", "18", "-movflags", "+faststart", str(temporary)]
-    done = subprocess.run(command, input=b"".join(f.tobytes() for f in frames), capture_output=True, check=False)
-    if done.returncode:
+    try:
+        done = subprocess.run(command, input=b"".join(f.tobytes() for f in frames), capture_output=True, check=False)
+        if done.returncode:
+            raise UserError(f"ffmpeg failed ({done.stderr.decode(errors='replace').strip()[:200]}): use --format gif.")
+        os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"ffmpeg failed ({done.stderr.decode(errors='replace').strip()[:200]}): use --format gif.")
-    os.replace(temporary, path)
     return path
 
 
@@ -182,7 +184,16 @@ def render(config: RenderConfig) -> Path:
     """
     for name, least in (("frames", 1), ("fps", 1), ("size", 0), ("chunk", 0)):
         require_at_least(name, getattr(config, name), least)
+    if config.out:
+        require_place(config.out, directory=config.format == "png")
     scene = Scene.load(config.run, device=config.device, data=config.data)
+    width, height = scene.training_views.metadata["size"]
+    pixels = (config.size or width) ** 2 * height / width
+    count = 1 if config.path == "test" else config.frames
+    cure = "use fewer frames, or a smaller size"
+    # Colour is kept in 3 bytes, depth in 4, and the picture of depth again in 3.
+    what = f"frames is {config.frames}, each of {pixels:,.0f} pixels"
+    require_memory(what, 10 * count * pixels, torch.device("cpu"), cure)
     cameras = path_cameras(scene, config.path, config.frames, config.elevation, size=config.size)
     shown = (
         scene.render_camera(camera, chunk=config.chunk)

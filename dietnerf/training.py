@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_at_least, require_between, require_place
 from common.files import write_json, write_text
 from common.images import ImageLimit
 from common.runtime import RuntimeConfig, hardware, start, versions
@@ -51,6 +51,7 @@ FREE = (
     "progress",
 )  # fmt: skip
 """Settings that may be others when a run is gone on with."""
+MOST_STEPS = 10_000_000
 GROW_AFTER = 100
 """A grid's level lasts at least so many steps, however short the run."""
 
@@ -174,7 +175,8 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     """
     run = method_config(METHODS[config.method])
     data, model = run.pipeline.datamanager, run.pipeline.model
-    for name in ("steps", "rays", "val_views", "val_every", "near", "far", "lr"):
+    require_between("steps", config.steps, 0, MOST_STEPS)
+    for name in ("rays", "val_views", "val_every", "near", "far", "lr"):
         require_at_least(name, getattr(config, name), 0)
     for name in ("chunk", "semantic_every", "semantic_resolution"):
         require_at_least(name, getattr(config, name), 1)
@@ -384,6 +386,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         UserError: anything in the scene or the settings that cannot work, with its cure.
     """
+    require_place(config.out, directory=True)
     device = start(config.runtime)
     run = nerfstudio_config(config)
     settings = settings_of(config, FREE) | {"scene": str(config.scene.resolve())}

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.checks import UserError, require_at_least, require_one_of
+from common.checks import UserError, require_at_least, require_between, require_one_of
 from common.files import write_json, write_text
 from common.language import IGNORE
 from recycle_gpt2.documents import Document, find_texts, read_documents, read_with_positions, size_of
@@ -115,7 +115,7 @@ def build_corpus(
         UserError: what `read_documents` raises, a split without a document, or less text than one block.
     """
     require_at_least("block", block, 2)
-    require_at_least("workers", workers, 1)
+    require_between("workers", workers, 1, 1024)
     require_at_least("seed", seed, 0)
     require_at_least("chunk", chunk, 1)
     if len(shares) != len(SPLITS) or min(shares) < 0 or shares[0] == 0 or abs(sum(shares) - 1) > 1e-6:

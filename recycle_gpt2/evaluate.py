@@ -14,10 +14,29 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common.checks import UserError, require_at_least, require_one_of
+from common.checks import (
+    UserError,
+    printable,
+    require_at_least,
+    require_between,
+    require_one_of,
+    require_place,
+    require_share,
+    require_temperature,
+    require_text,
+)
 from common.files import write_json, write_text
 from common.language import Score, score
-from common.runtime import RuntimeConfig, autocast, fork_generators, hardware, start, versions
+from common.runtime import (
+    RuntimeConfig,
+    autocast,
+    fork_generators,
+    hardware,
+    require_memory,
+    require_seed,
+    start,
+    versions,
+)
 from recycle_gpt2.corpus import Document, load_documents, read_documents
 
 if TYPE_CHECKING:
@@ -26,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["DocumentScore", "Score", "Summary", "sample", "score", "score_documents", "summarise"]
 
 STRATEGIES: tuple[str, ...] = ("greedy", "beam", "top_k", "nucleus")
+MOST_RESAMPLES = 1_000_000
 ALL = "all"
 """Name of the group of all documents."""
 
@@ -227,10 +247,10 @@ def sample(
     for name, value in (("count", count), ("max_new_tokens", max_new_tokens), ("top_k", top_k),
                         ("num_beams", num_beams)):
         require_at_least(name, value, 1)
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: use a share above 0, at most 1.")
-    if not temperature > 0:
-        raise UserError(f"temperature is {temperature}: use a number above 0.")
+    require_share("top_p", top_p)
+    require_temperature(temperature)
+    require_seed(seed)
+    require_text("prompt", prompt)
     if count > 1 and strategy in ("greedy", "beam"):
         raise UserError(f"count is {count} but {strategy} always writes the same: use 1, or top_k or nucleus.")
     ids = with_end(tokenizer, prompt)
@@ -238,6 +258,9 @@ def sample(
     if room < 1:
         raise UserError(f"the prompt has {len(ids) - 1} tokens but the model {model.config.n_positions} positions: "
                         f"shorten the prompt.")
+    width = max(count, num_beams if strategy == "beam" else 1)
+    size = width * 4 * (2 * model.config.n_layer * model.config.n_embd * model.config.n_positions + 4 * len(tokenizer))
+    require_memory(f"{width} texts are written at once", size, model.device, "use a smaller count, or fewer beams")
     how: dict[str, Any] = {
         "greedy": dict(do_sample=False),
         "beam": dict(do_sample=False, num_beams=num_beams),
@@ -269,6 +292,11 @@ def run(config: EvaluateConfig) -> int:
         raise UserError("no model is given: name a directory, a hub id, tiny or tiny-medium.")
     if bool(config.text) == bool(config.corpus):
         raise UserError("give either --text or --corpus, to say what is scored.")
+    require_between("resamples", config.resamples, 1, MOST_RESAMPLES)
+    for name, least in (("max_documents", 0), ("block", 2), ("stride", 1)):
+        require_at_least(name, getattr(config, name), least)
+    if config.out:
+        require_place(config.out)
     device = start(config.runtime)
     found = load_documents(config.corpus, "test") if config.corpus else read_documents(config.text)
     documents = list(islice(found, config.max_documents or None))
@@ -280,7 +308,7 @@ def run(config: EvaluateConfig) -> int:
                 model, tokenizer, documents, block=config.block, stride=config.stride, progress=True
             )
         results[name] = summarise_by(scores, config.by, resamples=config.resamples, seed=config.runtime.seed)
-        print(table(name, results[name]), flush=True)
+        print(printable(table(name, results[name]), lines=True), flush=True)
     if config.out:
         write_json(
             config.out,
@@ -307,6 +335,8 @@ def run_sample(config: SampleConfig) -> int:
     """`recycle-gpt2 sample`: print or write what the model continues."""
     from common.gpt2 import load_gpt2
 
+    if config.out:
+        require_place(config.out)
     device = start(config.runtime)
     model, tokenizer = load_gpt2(config.model, device=device, frozen=True)
     lines = []
@@ -329,7 +359,7 @@ def run_sample(config: SampleConfig) -> int:
             record = {"text": text, "prompt": prompt, "strategy": config.strategy, "seed": config.runtime.seed}
             lines.append(json.dumps(record, ensure_ascii=False))
             if config.out is None:
-                print(text, end="\n\n")
+                print(printable(text, lines=True), end="\n\n")
     if config.out:
         write_text(config.out, "\n".join(lines) + "\n")
         print(f"{len(lines)} samples written to {config.out}")

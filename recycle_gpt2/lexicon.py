@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.checks import UserError, require_at_least, require_file, require_one_of
+from common.checks import UserError, printable, require_at_least, require_file, require_one_of, require_place
 from common.files import write_json, write_text
 from common.runtime import resolve_device
 
@@ -78,6 +78,7 @@ def run(config: LexiconConfig) -> None:
         require_at_least("k (with a dictionary, for precision at 5)", config.k, 5)
     if config.out.suffix == ".json":
         raise UserError(f"out is {str(config.out)!r}, where the precision goes: use another ending, such as .tsv.")
+    require_place(config.out)
     device = resolve_device(config.device)
     model, tokenizer = load_gpt2(config.model, device=device)
     source, source_tokenizer = load_gpt2(config.source, device=device)
@@ -96,7 +97,7 @@ def run(config: LexiconConfig) -> None:
         lines.append("\t".join([entry.word, *(f"{word}\t{score:.4f}" for word, score in scored)]))
     write_text(config.out, "\n".join(lines) + "\n")
     for entry in lexicon[:10]:
-        print(f"{entry.word:>16}  {', '.join(entry.candidates[:5])}")
+        print(printable(f"{entry.word:>16}  {', '.join(entry.candidates[:5])}"))
     found = None
     if config.dictionary is not None:
         found = precision(lexicon, config.dictionary, source_words=word_tokens(source_tokenizer))

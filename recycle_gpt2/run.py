@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_at_least, require_place, require_text
 from common.files import write_text
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
@@ -168,6 +168,8 @@ def recycle(config: RunConfig) -> Path:
     if config.out.name in ("", ".."):
         raise UserError(f"out is {str(config.out)!r}, which names no new directory: give one that does, as out/gpt2.")
     work = config.out.with_name(config.out.name + ".stages")
+    require_text("out", config.out)
+    require_place(work, directory=True)
     if config.out.exists() and not (config.out / "config.json").exists():
         raise UserError(f"{str(config.out)!r} exists and is no model directory: give another --out.")
     start(config.runtime)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_between, require_place, require_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 NUM_BYTES = 256
+MOST_TOKENS = 1 << 24
+"""Above, the training itself would ask for more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ def run(config: TokenizerConfig) -> None:
     """Train the tokenizer on the text that `config` names and save it."""
     from recycle_gpt2.corpus import read_documents
 
+    require_text("out", config.out)
+    require_place(config.out, directory=True)
     tokenizer = train_tokenizer(
         (document.text for document in read_documents(config.text)), config.vocab_size, progress=True
     )
@@ -61,7 +65,7 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import GPT2TokenizerFast
 
-    require_at_least("vocab_size", vocab_size, NUM_BYTES + 1)
+    require_between("vocab_size", vocab_size, NUM_BYTES + 1, MOST_TOKENS)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -79,9 +79,9 @@ def test_captions_that_cannot_be_scored(captioner, photos, captions, message):
 
 def test_batch_size_follows_memory(captioner, monkeypatch, photos):
     assert captioner.auto_batch_size() == module.BATCH_MOST["cpu"]
-    monkeypatch.setattr(module, "_free_memory", lambda device: 0)
+    monkeypatch.setattr(module, "free_memory", lambda device: 0)
     assert captioner.auto_batch_size() == 1
-    monkeypatch.setattr(module, "_free_memory", lambda device: 8_000_000)
+    monkeypatch.setattr(module, "free_memory", lambda device: 8_000_000)
     some = captioner.auto_batch_size(max_new_tokens=5)
     assert 1 <= captioner.auto_batch_size(max_new_tokens=25) < some < module.BATCH_MOST["cpu"]
     images = find_images([photos])

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from clipcap.captioning import on_one_line
 from clipcap.cli import main
 from clipcap.images import IMAGE_SUFFIXES, LARGE_JPEG, ImageError, find_images, is_url, read_image
 from common import images as opening
@@ -363,8 +362,3 @@ def test_finding_images_meets_no_loop_and_waits_for_nothing(tmp_path, capsys, mo
     monkeypatch.setattr(os, "scandir", refuse)
     assert len(find_images([tmp_path])) == 4
     assert "closed' cannot be read (Permission denied)" in capsys.readouterr().err
-
-
-def test_a_name_with_line_breaks_is_one_line_of_the_output():
-    assert on_one_line("a\nb\tc\u2028.jpg") == r"a\nb\tc\u2028.jpg"
-    assert on_one_line("Ünïcode \\ name.jpg") == "Ünïcode \\ name.jpg"

@@ -212,7 +212,7 @@ def test_no_code_that_comes_with_weights_is_run_and_nobody_is_asked(directories,
     (place / "custom_generate").mkdir()
     (place / "custom_generate" / "generate.py").write_text(code)
     names = ["AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoImageProcessor", "AutoProcessor", "AutoFeatureExtractor"]
-    asked = {"auto_map": {name: "evil.Evil" for name in names} | {"AutoTokenizer": [None, "evil.Evil"]}}
+    asked = {"auto_map": dict.fromkeys(names, "evil.Evil") | {"AutoTokenizer": [None, "evil.Evil"]}}
     for name in CONFIGS:
         if (place / name).is_file():
             fields = json.loads((place / name).read_text()) | asked
