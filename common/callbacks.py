@@ -143,13 +143,15 @@ class KeepLast(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._begun = True
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            due = trainer.global_step > 0 and time.monotonic() - self._written >= self.seconds
-            signum, due = _most(trainer, self.request.signum, due)
+            signum, due = _most(trainer, self.request.signum, self._is_due(trainer))
             if due or signum:
                 self._write(trainer, _at_the_last_step)
             if signum:
                 raise Stopped(signum)
         self._let_stop(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return trainer.global_step > 0 and time.monotonic() - self._written >= self.seconds
 
     def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
         self.request.at_once = False  # the optimizer's step and its bookkeeping are one
@@ -223,9 +225,9 @@ def _at_the_last_step(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     done = current["processed"]
     if done < trainer.num_training_batches:
         done -= done % trainer.accumulate_grad_batches
-    if hasattr(trainer.train_dataloader, "state_before"):
-        place = trainer.train_dataloader.state_before(current["ready"] - done)
-        loop["state_dict"]["combined_loader"] = [place]
+    loader: Any = trainer.train_dataloader
+    if hasattr(loader, "state_before"):
+        loop["state_dict"]["combined_loader"] = [loader.state_before(current["ready"] - done)]
     undone = current["processed"] - done
     for counts in (current, progress["total"]):  # or the next validations come early
         counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), counts["processed"] - undone))

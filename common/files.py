@@ -201,6 +201,13 @@ def _written(directory: Path) -> set[str]:
         return set()
 
 
+def clear_leftovers(directory: Path) -> None:
+    """Delete what `whole_file` had begun in a directory that nobody else writes to when it was killed."""
+    for path in directory.glob(".*.tmp"):
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def claimed(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Keep other runs out of a directory, which is made, until the block ends; a kill ends the claim too.
@@ -216,9 +223,7 @@ def claimed(directory: str | os.PathLike[str]) -> Iterator[None]:
     try:
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        for leftover in path.parent.glob(".*.tmp"):
-            if LEFTOVER.fullmatch(leftover.name):
-                leftover.unlink(missing_ok=True)
+        clear_leftovers(path.parent)
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -384,6 +384,12 @@ def load_best(module: torch.nn.Module, directory: Path) -> None:
         raise _does_not_fit(path, error) from error
 
 
+def validation_interval(asked: int, steps: int, most: int | None = None) -> int:
+    """Steps between validations, at most all: those asked for or, for 0, a tenth of the run and no more than `most`."""
+    tenth = max(1, steps // 10)
+    return min(asked or min(tenth, most or tenth), steps)
+
+
 def settings_of(config: Any, free: Collection[str]) -> dict[str, Any]:
     """The fields of a configuration but those that are `free` to differ, in JSON's own types, and its seed."""
     fields = json.loads(json.dumps(asdict(config), default=str))
