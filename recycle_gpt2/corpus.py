@@ -331,9 +331,9 @@ class TokenBlocks(Dataset[Tensor]):
                 f"give more text or a smaller block."
             )
         for file, (_, length) in zip(self._files, lengths, strict=True):
-            size = file.stat().st_size if file.is_file() else 0
-            if size != length * self._dtype.itemsize:
-                raise UserError(f"{str(file)!r} has {size} bytes instead of {length * self._dtype.itemsize}: {REBUILD}.")
+            size, whole = file.stat().st_size if file.is_file() else 0, length * self._dtype.itemsize
+            if size != whole:
+                raise UserError(f"{str(file)!r} has {size} bytes instead of {whole}: {REBUILD}.")
         self._maps: dict[int, np.memmap] = {}
 
     def __len__(self) -> int:

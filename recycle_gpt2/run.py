@@ -347,7 +347,7 @@ def _sampled_hash(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _check_models(def _check_models(config: RunConfig) -> int:
+def _check_models(config: RunConfig) -> int:
     """Load both English models once, before hours of work; returns the block that fits their positions."""
     from recycle_gpt2.stages import require_shared_vocabulary
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from common.checks import UserError, require_directory, require_same_settings
-from common.files import LOCK, claimed, require_own_directory, whole_directory, write_json
+from common.files import claimed, require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2, token_table
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import settings_of
