@@ -108,7 +108,8 @@ def start(config: RuntimeConfig) -> torch.device:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu" and dtype == torch.bfloat16 and not can_pack(device, dtype):
-        print("warning: precision is 'bf16', for which this processor has no kernels: fp32 is faster here.", file=sys.stderr)
+        warning = "precision is 'bf16', for which this processor has no kernels: fp32 is faster here."
+        print(f"warning: {warning}", file=sys.stderr)
     return device
 
 

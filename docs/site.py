@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "LICENSES/*", "docs/**/*", "common/assets/**/README.md")
+PAGES = (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "LICENSES/*", "docs/**/*", "common/assets/**/README.md",
+)  # fmt: skip
 PACKAGES = ("common", "clipcap", "dietnerf", "recycle_gpt2")
 FETCHED = re.compile(r"""<(?:script|img|iframe|source|link rel="?stylesheet"?)[^>]*(?:src|href)="?(?:https?:)?//""")
 """What a browser would fetch from elsewhere when it opens a page; links that a reader follows are none."""

@@ -102,11 +102,14 @@ def find_texts(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> Ite
             raise UserError(f"directory {str(given)!r} holds no text: put {kinds} files there (or .xz, .gz of them).")
 
 
+def files_of(path: Path) -> list[Path]:
+    """A file, or all files in a directory, sorted."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a directory."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size
+    return sum(file.stat().st_size for file in files_of(path))
 
 
 def _is_dataset(directory: Path) -> bool:

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.checks import UserError, require_between, require_place, require_text
+from common.files import require_own_directory, whole_directory
+from recycle_gpt2.documents import read_documents
+from recycle_gpt2.records import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -36,14 +39,14 @@ class TokenizerConfig:
 
 def run(config: TokenizerConfig) -> None:
     """Train the tokenizer on the text that `config` names and save it."""
-    from recycle_gpt2.corpus import read_documents
-
     require_text("out", config.out)
     require_place(config.out, directory=True)
+    require_own_directory(config.out, "tokenizer")
     tokenizer = train_tokenizer(
         (document.text for document in read_documents(config.text)), config.vocab_size, progress=True
     )
-    save_tokenizer(tokenizer, config.out)
+    with whole_directory(config.out, "tokenizer") as partial, writing(config.out, "tokenizer"):
+        tokenizer.save_pretrained(partial)
     print(f"{len(tokenizer):,} tokens written to {config.out}")
 
 
@@ -98,7 +101,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as partial:
-        tokenizer.save_pretrained(partial)
+        with writing(directory, "tokenizer"):
+            tokenizer.save_pretrained(partial)
         # tokenizer.json last: it is what tells that a tokenizer is there.
         for file in sorted(Path(partial).iterdir(), key=lambda path: path.name == "tokenizer.json"):
             shutil.move(file, directory / file.name)
@@ -118,7 +122,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the Rust parser raises plain Exception
-        raise UserError(f"the tokenizer in {str(directory)!r} cannot be read ({error}): train it again.") from None
+        raise UserError(
+            f"the tokenizer in {str(directory)!r} cannot be read ({error}): delete that directory and train it again."
+        ) from None
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
