@@ -198,13 +198,10 @@ class Journal:
                 self._check(file.readline(), settings)
                 whole = file.tell()
                 for line in file:
-                    try:
-                        key, row = json.loads(line)
-                    except ValueError:  # the line that a killed run did not finish
+                    row = _row(line)
+                    if row is None:  # the line that a killed run did not finish
                         break
-                    if not line.endswith(b"\n"):
-                        break
-                    self.rows[key] = row
+                    self.rows[row[0]] = row[1]
                     whole += len(line)
         self.file = open(path, "r+b" if whole else "wb")  # noqa: SIM115, closed by close()
         self.file.seek(whole)
@@ -216,7 +213,7 @@ class Journal:
         try:
             old = json.loads(line)
             assert isinstance(old, dict)
-        except (ValueError, AssertionError):
+        except (ValueError, RecursionError, AssertionError):
             raise UserError(f"{str(self.path)!r} is not a list of captions begun earlier: delete it.") from None
         require_same_settings(self.path, old, settings, "use the same again, delete it, or give another --out")
 
@@ -234,6 +231,19 @@ class Journal:
         self.file.close()
         if not self.rows:
             self.path.unlink(missing_ok=True)
+
+
+def _row(line: bytes) -> tuple[str, Row] | None:
+    """A whole line of a journal; None of any other."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    match found:
+        case [str(key), {"image": str(), "captions": [_, *_] as captions, "scores": [*scores]} as row]:
+            if all(isinstance(text, str) for text in captions) and len(scores) == len(captions):
+                return key, row
+    return None
 
 
 def _model(config: CaptionConfig) -> str:

@@ -272,13 +272,18 @@ def _index(items: Sequence[CaptionedImage]) -> dict[str, str]:
 def _rows(path: Path) -> list[Any]:
     text = _read(path)
     if path.suffix.lower() == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        try:
+            return list(csv.DictReader(io.StringIO(text)))
+        except csv.Error as error:
+            raise UserError(f"captions {str(path)!r} is not CSV ({error}): write it again.") from None
     try:
         if path.suffix.lower() == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"captions {str(path)!r} is not JSON, line {error.lineno}: {error.msg}.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists in lists in lists
+        raise UserError(f"captions {str(path)!r} is JSON that cannot be read ({error}): write it again.") from None
     rows = rows.get("annotations") if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise UserError(f"captions {str(path)!r} is no list: give a list of objects with 'image_id' and 'caption'.")
@@ -399,7 +404,9 @@ def _made_before(path: Path, made_by: dict[str, Any]) -> dict[str, str]:
                 f"give another --out, or delete the file."
             )
         return {str(row["image_id"]): str(row["caption"]) for row in rows[1:]}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except UserError:
+        raise
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise UserError(f"{str(path)!r} was not written by this command: give another --out, or delete it.") from None
 
 

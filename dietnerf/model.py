@@ -493,7 +493,7 @@ class DietGridModel(FewViewModel):
         require_at_least("min_views", config.min_views, 1)
         require_above("steps_per_voxel", config.steps_per_voxel, 0)
         size = bytes_of(config.resolutions, config.harmonics)
-        require_memory(f"resolutions is {config.resolutions}", size, self.device, "use smaller ones")
+        require_memory(f"resolutions is {config.resolutions}", size, torch.device("cpu"), "use smaller ones")
         if config.regularizers.frequency_steps:
             raise UserError("regularizers.frequency_steps: a grid has none; its levels (grow_at) do the same.")
         self.field = VoxelGrid(self.scene_box.aabb, config.resolutions, config.harmonics)

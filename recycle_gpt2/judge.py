@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.checks import UserError, require_at_least, require_file
+from common.checks import UserError, printable, require_at_least, require_file, require_place
 from common.files import write_json, write_text
 from recycle_gpt2.documents import read_documents
 
@@ -148,6 +148,7 @@ def run_form(config: JudgeConfig) -> None:
     require_at_least("per_model", config.per_model, 1)
     require_at_least("words", config.words, 1)
     require_at_least("seed", config.seed, 0)
+    require_place(config.out, directory=True)
     sources = {HUMAN: list(config.human)}
     for given in config.machine:
         name, equals, path = given.partition("=")
@@ -180,13 +181,19 @@ def run_form(config: JudgeConfig) -> None:
 
 
 def run_report(config: JudgeReportConfig) -> None:
-    """Print, and write, how often each model was taken for human, with Wilson intervals."""
-    key = _read(config.key, "key", ("form", "models"))
+    """Print, and write, how often each model was taken for human, with Wilson intervals.
+
+    Raises:
+        UserError: files that the form was not saved with, answers to another form, or none.
+    """
+    if config.out is not None:
+        require_place(config.out)
+    key = _read(config.key, "key", ("form",), "models")
     files: list[Path] = []
     for path in config.answers:
         files += sorted(path.glob("*.json")) if path.is_dir() else [require_file(path, "answer file")]
     files.sort(key=lambda path: path.stat().st_mtime_ns)
-    answers = [_read(path, "answer file", ("form", "judge", "answers")) for path in files]
+    answers = [_read(path, "answer file", ("form", "judge"), "answers") for path in files]
     for path, saved in zip(files, answers, strict=True):
         if saved["form"] != key["form"]:
             raise UserError(f"answer file {str(path)!r} is of another form than key {str(config.key)!r}: use its key.")
@@ -200,12 +207,13 @@ def run_report(config: JudgeReportConfig) -> None:
     verdicts = tally(list(judges.values()), key["models"])
     if not any(verdict.judged for verdict in verdicts):
         raise UserError(f"there is no answer in {len(files)} files: give files that the form has saved.")
-    width = max(len(verdict.model) for verdict in verdicts)
+    names = {verdict.model: printable(verdict.model) for verdict in verdicts}
+    width = max(map(len, names.values()))
     print(f"{'model':<{width}}  taken for human  95% interval     answers")
     for verdict in verdicts:
         if verdict.judged:
             print(
-                f"{verdict.model:<{width}}  {verdict.share:15.1%}  {verdict.low:6.1%} to {verdict.high:6.1%}  "
+                f"{names[verdict.model]:<{width}}  {verdict.share:15.1%}  {verdict.low:6.1%} to {verdict.high:6.1%}  "
                 f"{verdict.judged:>7,}"
             )
     if config.out is not None:
@@ -268,11 +276,17 @@ def _choose(name: str, texts: Sequence[str], config: JudgeConfig) -> list[str]:
     return random.Random(f"{config.seed} {name}").sample(sorted(cut), config.per_model)
 
 
-def _read(path: Path, what: str, fields: Sequence[str]) -> dict[str, Any]:
+def _read(path: Path, what: str, texts: Sequence[str], mapping: str) -> dict[str, Any]:
+    """What a file of the form holds: under `texts` texts, under `mapping` texts by texts."""
     try:
         value = json.loads(require_file(path, what).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of thousands of digits, or too deep
         value = None
-    if not isinstance(value, dict) or not all(field in value for field in fields):
+    if (
+        not isinstance(value, dict)
+        or not all(isinstance(value.get(name), str) for name in texts)
+        or not isinstance(value.get(mapping), dict)
+        or not all(isinstance(inner, str) for inner in value[mapping].values())
+    ):
         raise UserError(f"{what} {str(path)!r} is not one that the form was saved with: give the right file.")
     return value

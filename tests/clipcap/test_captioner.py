@@ -187,3 +187,33 @@ def test_arrays_and_pil_images(captioner):
     array = np.random.default_rng(0).integers(0, 255, (2, 20, 30, 3), dtype=np.uint8)
     both = captioner.caption(array, max_new_tokens=3)
     assert both == [captioner.caption(Image.fromarray(a), max_new_tokens=3) for a in array]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature is nan"), ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": 1e-320}, "temperature is 1e-320"), ({"strategy": "sample", "top_p": float("nan")}, "top_p is nan"),
+        ({"num_beams": 10**9}, "num_beams is 1000000000"), ({"seed": 10**26}, "seed is"), ({"seed": -1}, "seed is -1"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens is|captioned at once"),
+        ({"strategy": "sample", "num_captions": 10**12}, "num_captions is|captioned at once"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_work_are_named(captioner, photos, options, message):
+    with pytest.raises(UserError, match=message):
+        captioner.caption([photos / "00.jpg"], **options)
+
+
+def test_a_batch_may_be_as_large_as_one_likes_but_must_fit_in_memory(captioner, photos, monkeypatch):
+    images = find_images([photos])
+    assert captioner.caption(images, batch_size=10**26, max_new_tokens=3) == captioner.caption(images, max_new_tokens=3)
+    monkeypatch.setattr("common.runtime.free_memory", lambda device: 100_000)
+    with pytest.raises(UserError, match="12 images are captioned at once, which takes .* GB"):
+        captioner.caption(images, batch_size=10**12, max_new_tokens=3)
+
+
+def test_a_coldest_temperature_still_gives_captions(captioner, photos):
+    from common.checks import LEAST_TEMPERATURE
+
+    (found,) = captioner.caption([photos / "00.jpg"], strategy="sample", temperature=LEAST_TEMPERATURE, max_new_tokens=4)
+    assert found == captioner.caption(photos / "00.jpg", strategy="greedy", max_new_tokens=4)

@@ -75,6 +75,21 @@ def test_animated_and_16_bit_images(capsys, tmp_path, model):
         (("caption", "{folder}", "--model", "{model}", "--num-captions", "9"), "num_captions"),
         (("caption", "{folder}", "--model", "{model}", "--strategy", "sample", "--top-p", "0"), "top_p"),
         (("caption", "{folder}", "--model", "{model}", "--device", "cuda:77"), "cuda:77"),
+        (("caption", "{folder}", "--model", "{model}", "--seed", "1" + 26 * "0"), "seed is 1e+26"),
+        (("caption", "{folder}", "--model", "{model}", "--device", "meta"), "device is 'meta'"),
+        (("caption", "{folder}", "--model", "{model}", "--temperature", "1e-320"), "temperature is 1e-320"),
+        (("caption", "{folder}", "--model", "{model}", "--temperature", "nan"), "temperature is nan"),
+        (("caption", "{folder}", "--model", "{model}", "--strategy", "sample", "--top-p", "nan"), "top_p is nan"),
+        (("caption", "{folder}", "--model", "{model}", "--num-beams", "1000000000"), "num_beams is 1000000000"),
+        (("caption", "{folder}", "--model", "{model}", "--max-new-tokens", "1000000000"), "max_new_tokens is"),
+        (("caption", "{folder}", "--model", "gone", "--out", "{folder}"), "is a directory"),
+        (("caption", "{folder}", "--model", "gone", "--out", "{folder}/" + 256 * "n"), "name of 256 characters"),
+        (("caption", "{folder}", "--model", "gone", "--sheet", "{folder}/" + 256 * "n" + ".png"), "sheet is"),
+        (("caption", "{folder}", "--model", "gone", "--spreadsheet"), "use --format csv"),
+        (("interpret", "{folder}", "--model", "gone", "--out", "{folder}/00.jpg/x"), "below the file"),
+        (("interpret", "{folder}", "--model", "{model}", "--batch-size", "0"), "batch_size is 0"),
+        (("evaluate", "--data", "{folder}", "--model", "gone", "--out", "{folder}/00.jpg"), "is a file"),
+        (("evaluate", "--data", "gone", "--model", "gone", "--resamples", "1000000000000"), "resamples is"),
         (("train", "--data", "{folder}/gone.json"), "gone.json"),
         (("train", "--data", "{empty}"), "no image"),
         (("convert", "{folder}/00.jpg", "{folder}/out", "--gpt2", "tiny"), "00.jpg"),
@@ -241,3 +256,84 @@ def test_sidecars_same_names_in_two_folders_and_a_sheet(capsys, model, tmp_path)
 def test_captions_in_8_bits(capsys, photos, model):
     code, out, _ = run(capsys, "caption", photos, "--model", model, "--max-new-tokens", 4, "--int8")
     assert code == 0 and len(out.splitlines()) == 12
+
+
+def test_paths_that_no_file_can_have_are_skipped_as_unreadable_ones_are(capsys, photos, model):
+    for format in ("text", "json"):
+        arguments = ("--model", model, "--max-new-tokens", 3, "--format", format)
+        bad = ("n" * 300 + ".jpg", "a\0b.jpg", f"{photos}/00.jpg/below.jpg", "d/" * 3000 + "x.jpg")
+        code, out, err = run(capsys, "caption", *bad, photos / "00.jpg", *arguments)
+        assert code == 0 and out.count("00.jpg") == 1 and "skipped 4 of 5 images" in err
+    code, _, err = run(capsys, "caption", "n" * 300 + ".jpg", "--model", model, "--format", "sidecar")
+    assert code == 2 and "skipped 1 of 1" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not every name is allowed elsewhere")
+def test_names_and_captions_cannot_write_to_the_terminal(capsys, photos, model, monkeypatch, tmp_path):
+    from clipcap.captioner import Captioner
+
+    monkeypatch.setattr(Captioner, "text", lambda self, caption: "a\x1b[31m cat\n")
+    name = "x\x1b]0;owned\x07\n\u202egnp.jpg"
+    (photos / "00.jpg").rename(photos / name)
+    (photos / f"bad-{name}").write_text("no image")
+    arguments = ("caption", photos / name, photos / f"bad-{name}", "--model", model, "--max-new-tokens", 2)
+    code, out, err = run(capsys, *arguments)
+    assert code == 0 and out.count("\n") == 1 and not any(char in out + err for char in "\x1b\x07\u202e")
+    assert r"x\x1b]0;owned\x07\n\u202egnp.jpg" in out and r"\x1b[31m cat\n" in out and "bad-x" in err
+    code, _, err = run(capsys, "caption", photos / f"bad-{name}", "--model", model)
+    assert code == 2 and "\x1b" not in err
+    assert run(capsys, *arguments, "--out", tmp_path / "real.json")[0] == 0
+    (row,) = json.loads((tmp_path / "real.json").read_text())
+    assert row["image"] == str(photos / name) and row["captions"] == ["a\x1b[31m cat\n"]
+
+
+def test_csv_for_a_spreadsheet_has_no_formula(capsys, photos, model, monkeypatch, tmp_path):
+    from clipcap.captioner import Captioner
+
+    monkeypatch.chdir(photos)
+    (photos / "00.jpg").rename(photos / "=1+1.jpg")
+    texts = ("=cmd()", "+1", "-1", "@x", "\tx", "\rx", "a = b", "")
+    for text in texts:
+        monkeypatch.setattr(Captioner, "text", lambda self, caption, text=text: text)
+        rows = []
+        for more in ((), ("--spreadsheet",)):
+            out = tmp_path / "table.csv"
+            arguments = ("=1+1.jpg", "--model", model, "--max-new-tokens", 2, "--out", out, *more)
+            assert run(capsys, "caption", *arguments)[0] == 0
+            with open(out, newline="") as file:
+                rows.append(next(csv.DictReader(file)))
+        exact, safe = rows
+        assert exact["image"] == "=1+1.jpg" and exact["caption"] == text and safe["image"] == "'=1+1.jpg"
+        assert safe["caption"] == (text if text in texts[-2:] else f"'{text}") and safe["score"] == exact["score"]
+
+
+@pytest.mark.parametrize("line", [b"5", b"[]", b"{}", b'["k", null]', b'["k", {"image": "x", "captions": []}]', b"[" * 99999])
+def test_a_line_that_no_run_has_written_is_done_again(capsys, photos, model, tmp_path, monkeypatch, line):
+    out, options = tmp_path / "c.jsonl", ("--model", model, "--max-new-tokens", 4, "--batch-size", 2)
+    from clipcap.captioner import Captioner
+
+    embed = Captioner._encode
+    stop_at_the_fourth_batch(monkeypatch)
+    assert run(capsys, "caption", photos, *options, "--out", out)[0] == 130
+    monkeypatch.setattr(Captioner, "_encode", embed)
+    with open(tmp_path / "c.jsonl.partial", "ab") as file:
+        file.write(line + b"\n")
+    code, _, err = run(capsys, "caption", photos, *options, "--out", out)
+    assert code == 0 and "6 of 12" in err and len(out.read_text().splitlines()) == 12
+
+
+def test_a_sidecar_that_is_not_utf8_is_shown_on_the_sheet_all_the_same(capsys, photos, model, tmp_path):
+    (photos / "00.txt").write_bytes(b"caf\xe9")
+    arguments = ("--model", model, "--format", "sidecar", "--sheet", tmp_path / "sheet.png")
+    assert run(capsys, "caption", photos / "00.jpg", *arguments)[0] == 0
+    assert (photos / "00.txt").read_bytes() == b"caf\xe9" and (tmp_path / "sheet.png").is_file()
+
+
+def test_domains_and_reasons_are_shown_as_they_are(capsys):
+    """Rich would take [/x] for a tag that is closed and was never opened."""
+    from clipcap.evaluate import Evaluation, print_scores
+
+    part = {"images": 1, "scores": {"CIDEr": 1.0}, "intervals": {}}
+    print_scores(Evaluation({"a": "x"}, {"CIDEr": 1.0}, {}, {"[/x]\x1b[2J": part}, {}, {"SPICE": "[/y]"}, "words", {}, {}))
+    shown = capsys.readouterr().out
+    assert "[/x]" in shown and "[/y]" in shown and "\x1b[2J" not in shown

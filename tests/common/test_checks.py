@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from common.checks import (
     UserError,
+    printable,
+    require_above,
     require_at_least,
+    require_between,
     require_directory,
     require_file,
     require_one_of,
+    require_place,
+    require_share,
+    require_temperature,
+    require_text,
+    require_usable,
     run_command,
 )
+from common.commands import Subcommand, run_cli
 
 
 def raising(error: BaseException):
@@ -85,3 +96,111 @@ def test_require_one_of():
     require_one_of("mode", "a", ("a", "b"))
     with pytest.raises(UserError, match=r"mode is 'c': choose one of a, b\."):
         require_one_of("mode", "c", ("a", "b"))
+
+
+def test_numbers_must_be_finite():
+    for check in (
+        lambda value: require_at_least("n", value, 0),
+        lambda value: require_above("n", value, 0),
+        lambda value: require_between("n", value, 0, 5),
+        lambda value: require_share("n", value),
+        require_temperature,
+    ):
+        check(1.0)
+        for value in (math.nan, math.inf, -math.inf, -1.0):
+            with pytest.raises(UserError, match=f"is {value}: use"):
+                check(value)
+    with pytest.raises(UserError, match="n is 6: use at most 5"):
+        require_between("n", 6, 0, 5)
+    with pytest.raises(UserError, match="n is 0: use a number above 0"):
+        require_above("n", 0, 0)
+    with pytest.raises(UserError, match="temperature is 1e-320"):
+        require_temperature(1e-320)
+
+
+def test_names_cannot_write_to_the_terminal():
+    assert printable("\x1b[31mred\x07\r\n\x9b") == r"\x1b[31mred\x07\r\n\x9b"
+    assert printable("a\u202eb\u2066\u2028\udcff\ufeff") == r"a\u202eb\u2066\u2028\udcff\ufeff"
+    for kept in ("één kat 😀", "👩\u200d🚀", "می\u200cخواهم", "東京\u3000", "a\\b 'c'"):
+        assert printable(kept) == kept
+    assert printable("a\tb\nc\r", lines=True) == "a\tb\nc\\r"
+    assert printable(Path("x")) == "x"
+
+
+def test_an_error_shows_a_hostile_name_escaped(capsys):
+    assert run_command(raising(UserError("image \x1b[2Jx\u202e is missing."))) == 2
+    assert capsys.readouterr().err == "error: image \\x1b[2Jx\\u202e is missing.\n"
+
+
+@pytest.mark.parametrize("check", [require_file, require_directory])
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b", "d/" * 3000 + "x"])
+def test_a_name_that_no_file_can_have_is_a_users_mistake(check, name):
+    with pytest.raises(UserError, match="cannot be opened"):
+        check(name, "image")
+
+
+def test_places_that_cannot_be_written_are_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    require_place(tmp_path / "new" / "deep" / "x.json")
+    require_place(tmp_path / "file")
+    require_place(tmp_path, directory=True)
+    require_place(tmp_path / "new", directory=True)
+    for path, directory, words in (
+        (tmp_path, False, "is a directory"), (tmp_path / "file", True, "is a file"),
+        (tmp_path / "file" / "x", False, "below the file"), (tmp_path / "file" / "x", True, "below the file"),
+        (tmp_path / ("n" * 256), False, "name of 256 characters"), (tmp_path / ("n" * 256) / "x", True, "256"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            require_place(path, directory=directory)
+
+
+def test_text_that_is_not_unicode():
+    require_text("prompt", "één 😀")
+    with pytest.raises(UserError, match="prompt is .* not UTF-8"):
+        require_text("prompt", "a\udcff")
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A command's settings."""
+
+    name: str = ""
+    """A name."""
+    seed: int = 0
+    """A seed."""
+    shares: tuple[float, ...] = (1.0,)
+    """Shares."""
+    inner: Inner = field(default_factory=Inner)
+
+
+def echo(config: Outer) -> None:
+    print(config.name)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Outer(name="a\0b"), "name is 'a.x00b': leave out the NUL"),
+        (Outer(seed=10**26), r"seed is 1e\+26: use a number below"),
+        (Outer(shares=(0.5, math.nan)), "shares is nan: use a finite number"),
+        (Outer(inner=Inner(math.inf)), "rate is inf: use a finite number"),
+    ],
+)
+def test_what_can_be_no_setting_is_refused_whatever_it_is_for(config, message):
+    require_usable(Outer())
+    with pytest.raises(UserError, match=message):
+        require_usable(config)
+
+
+def test_every_command_asks_this_and_prints_any_name(capsys):
+    commands = {"echo": Subcommand(__name__, "Outer", "echo", "say it")}
+    assert run_cli("x", "says it", commands, ["echo", "--seed", "1" + 26 * "0"]) == 2
+    assert capsys.readouterr().err == f"error: seed is 1e+26: use a number below {2**63}.\n"
+    assert run_cli("x", "says it", commands, ["echo", "--rate", "nan"]) == 2
+    assert run_cli("x", "says it", commands, ["echo", "--name", "caf\udce9"]) == 0
+    assert capsys.readouterr().out == "caf\\udce9\n"

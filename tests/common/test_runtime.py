@@ -13,8 +13,10 @@ from common.runtime import (
     RuntimeConfig,
     autocast,
     fork_generators,
+    free_memory,
     hardware,
     own_gpu,
+    require_memory,
     resolve_device,
     resolve_dtype,
     seed_everything,
@@ -31,6 +33,9 @@ def test_devices():
         resolve_device("gpu0")
     with pytest.raises(UserError, match="CUDA devices are here"):
         resolve_device("cuda:99")
+    for other in ("meta", "xpu", "hpu", "xla", "vulkan", "cpu:3", torch.device("meta"), "\udcff", "cuda:99999999999"):
+        with pytest.raises(UserError, match="device is"):
+            resolve_device(other)
 
 
 def test_precision():
@@ -55,8 +60,23 @@ def test_one_seed_decides_every_generator():
     seed_everything(3)
     assert draw() == first
     seed_everything(2**40)  # more than NumPy takes
-    with pytest.raises(UserError, match="seed is -1"):
-        seed_everything(-1)
+    for seed in (-1, 10**26):
+        with pytest.raises(UserError, match="seed is"):
+            seed_everything(seed)
+
+
+def test_threads_that_torch_could_not_start_are_refused():
+    for threads in (-1, 10**6, 10**26):
+        with pytest.raises(UserError, match="threads is"):
+            start(RuntimeConfig(device="cpu", threads=threads))
+
+
+def test_what_does_not_fit_in_memory_is_refused_with_its_size():
+    cpu = torch.device("cpu")
+    assert free_memory(cpu) > 0
+    require_memory("n is 1", 8, cpu, "use less")
+    with pytest.raises(UserError, match=r"n is 2, which takes 8,000,000,000.0 GB; .* GB are free on cpu: use less"):
+        require_memory("n is 2", 8e18, cpu, "use less")
 
 
 def test_start_applies_and_checks_the_configuration():

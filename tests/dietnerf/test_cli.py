@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -83,12 +84,27 @@ def test_scores_of_training_views_are_called_so(tmp_path, capsys):
         (["train", "SCENE", "--view-ids", "0", "99"], "view id 99 is out of range"),
         (["train", "SCENE", "--steps", "-1"], "steps is -1"),
         (["train", "SCENE", "--protocol", "paper"], "out of range"),
+        (["train", "SCENE", "--resolutions", "100000"], "GB are free"),
+        (["train", "SCENE", "--resolutions", "1000000000000"], "GB are free"),
+        (["train", "SCENE", "--steps", "1000000000000"], "steps is 1000000000000: use at most"),
+        (["train", "SCENE", "--devices", "1000000000000"], "devices is 1000000000000: use at most"),
+        (["train", "SCENE", "--strategy", "rocket"], "strategy is 'rocket': choose one of auto, ddp"),
+        (["render", "RUN", "--frames", "1000000000000"], "GB are free"),
+        (["render", "RUN", "--size", "10000000"], "GB are free"),
+        (["render", "RUN", "--out", "."], "is a directory"),
+        (["render", "RUN", "--out", "RUN/" + 256 * "n"], "name of 256 characters"),
+        (["evaluate", "RUN", "--chunk", "-1"], "chunk is -1"),
+        (["evaluate", "RUN", "--out", "RUN/config.yml"], "is a file"),
+        (["evaluate", "RUN", "--vgg", "RUN/config.yml"], "cannot be read: give torchvision's"),
+        (["evaluate", "RUN", "--inception", "RUN/config.yml"], "cannot be read: give"),
+        (["consistency", "SCENE", "--out", "RUN/config.yml"], "is a file"),
         (["paint"], "dietnerf has no command 'paint'"),
     ],
 )
 def test_mistakes_are_one_line(run, arguments, message, capsys, tmp_path):
     places = {"RUN": str(run), "SCENE": str(run.parent / "scene")}
-    arguments = [places.get(argument, argument) for argument in arguments]
+    for name, place in places.items():
+        arguments = [re.sub(f"^{name}(?=/|$)", place, argument) for argument in arguments]
     if arguments[0] == "train":
         arguments += ["--out", str(tmp_path / "run"), "--device", "cpu", "--no-progress"]
     assert main(arguments) == 2

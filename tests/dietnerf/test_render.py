@@ -112,3 +112,11 @@ def test_pngs(tmp_path, frames):
     directory = write_pngs(tmp_path / "p", frames)
     assert sorted(p.name for p in Path(directory).iterdir()) == ["0000.png", "0001.png", "0002.png"]
     assert np.array_equal(np.asarray(Image.open(directory / "0001.png")), frames[1])
+
+
+def test_a_place_that_is_taken_leaves_no_half_file_behind(tmp_path, frames):
+    (tmp_path / "taken").mkdir()
+    for write in (write_gif, write_mp4):
+        with pytest.raises(OSError):
+            write(tmp_path / "taken", frames, 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

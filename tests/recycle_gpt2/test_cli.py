@@ -96,3 +96,35 @@ def test_a_full_disk_is_one_line(text, tmp_path, english_models, capsys, monkeyp
     error = refused(run_with(text, english_models, tmp_path / "out"), capsys)
     assert "No space left" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tokenizer", "--text", "TEXT", "--out", "o", "--vocab-size", "1000000000000"], "vocab_size is 1000000000000: use"),
+        (["tokenizer", "--text", "TEXT", "--out", "caf\udce9"], "out is 'caf.udce9', which is not UTF-8"),
+        (["tokenizer", "--text", "TEXT", "--out", "n" * 256], "name of 256 characters"),
+        (["corpus", "--text", "TEXT", "--tokenizer", "MODEL", "--out", "o", "--workers", "1000000000000"], "workers is"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--max-documents", "-1"], "max_documents is -1"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--resamples", "1000000000000"], "resamples is 1000000000000"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--out", "TEXT"], "is a directory"),
+        (["sample", "MODEL", "--prompts", "caf\udce9"], "prompt is 'caf.udce9', which is not UTF-8"),
+        (["sample", "MODEL", "--count", "1000000000000"], "GB are free"),
+        (["sample", "MODEL", "--temperature", "1e-320"], "temperature is 1e-320"),
+        (["sample", "MODEL", "--top-p", "nan"], "top_p is nan"),
+        (["sample", "MODEL", "--out", "TEXT/stories.txt/x"], "below the file"),
+        (["lexicon", "--model", "MODEL", "--source", "MODEL", "--out", "n" * 256], "name of 256 characters"),
+    ],
+)  # fmt: skip
+def test_absurd_values_are_one_line(arguments, message, text, gpt2_directory, tmp_path, monkeypatch, capsys):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    arguments = [a.replace("TEXT", str(text)).replace("MODEL", str(gpt2_directory)) for a in arguments]
+    assert re.search(message, refused(arguments, capsys).replace("\\\\", "\\"))
+
+
+def test_a_text_cannot_write_to_the_terminal(gpt2_directory, monkeypatch, capsys):
+    monkeypatch.setattr("recycle_gpt2.evaluate.sample", lambda *_, **__: ["een\n\x1b[2Jkat"])
+    assert main(["sample", str(gpt2_directory), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "een\n\\x1b[2Jkat\n\n"

@@ -110,6 +110,35 @@ def test_report(config, tmp_path, capsys):
             run_report(only)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]", "null", "5", '"form"', "[" * 100_000, "9" * 5000, '{"form": 1e999, "judge": "", "answers": {}}', "\\xff",
+        '{"form": "FORM", "judge": ["Ann"], "answers": {}}', '{"form": "FORM", "judge": null, "answers": {}}',
+        '{"form": "FORM", "judge": "", "answers": []}', '{"form": "FORM", "judge": "", "answers": {"t1": ["human"]}}',
+        '{"form": "FORM", "judge": "", "answers": {"t1": {}}}', '{"form": ["FORM"], "judge": "", "answers": {}}',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("which", ["answers", "key"])
+def test_files_that_no_form_has_saved_are_one_line(config, tmp_path, content, which):
+    run_form(config)
+    key = config.out / "key.json"
+    content = content.replace("FORM", json.loads(key.read_text())["form"])
+    (tmp_path / "bad.json").write_text(content.replace('"answers": ', '"models": ') if which == "key" else content)
+    (tmp_path / "answers.json").write_text('{"form": "x", "judge": "", "answers": {"t1": "human"}}')
+    paths = (tmp_path / "bad.json", key) if which == "answers" else (tmp_path / "answers.json", tmp_path / "bad.json")
+    with pytest.raises(UserError, match="not one that the form was saved with|of another form"):
+        run_report(JudgeReportConfig(answers=paths[:1], key=paths[1]))
+
+
+def test_a_models_name_cannot_write_to_the_terminal(tmp_path, capsys):
+    (tmp_path / "key.json").write_text(json.dumps({"form": "f", "models": {"t1": "\x1b[2Jmodel"}}))
+    (tmp_path / "a.json").write_text(json.dumps({"form": "f", "judge": "", "answers": {"t1": "human"}}))
+    out = tmp_path / "report.json"
+    run_report(JudgeReportConfig(answers=(tmp_path / "a.json",), key=tmp_path / "key.json", out=out))
+    assert "\x1b" not in capsys.readouterr().out and json.loads(out.read_text())["models"][0]["model"] == "\x1b[2Jmodel"
+
+
 def test_of_files_by_one_judge_the_one_saved_last_holds(config, tmp_path):
     run_form(config)
     key = json.loads((config.out / "key.json").read_text())
