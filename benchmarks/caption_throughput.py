@@ -159,7 +159,7 @@ def main() -> None:
 
     @torch.no_grad()
     def embed_packed(images: Tensor) -> Tensor:
-        """As `clipcap.embeddings.encode` does it."""
+        """As `clipcap.data.embeddings.encode` does it."""
         packed = packed_vision(vision, model.dtype)
         return packed(images)[1] if packed is not None else embed(images.to(vision.dtype))
 

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcap.data import CaptionDataset, CaptionedImage
-from clipcap.embeddings import EmbeddingStore, Source, StoreWriter
+from clipcap.data.dataset import CaptionDataset, CaptionedImage
+from clipcap.data.embeddings import EmbeddingStore, Source, StoreWriter
 from common.gpt2 import load_gpt2
 from common.runtime import hardware, versions
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config
 
 from benchmarks.caption_throughput import cpu_seconds, fast_precisions, stock_activation
-from clipcap.data import collate
+from clipcap.data.dataset import collate
 from clipcap.model import ClipCapConfig, ClipCapModel
 from common.runtime import autocast, fork_generators, hardware, resolve_dtype, versions
 from common.training import BatchOrder

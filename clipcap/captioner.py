@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from clipcap.data.embeddings import encode
+from clipcap.data.images import ImageError, ImageSource, read_image
 from clipcap.decoding import Caption, bytes_of, decode, require_options
-from clipcap.embeddings import encode
-from clipcap.images import ImageError, ImageSource, read_image
 from clipcap.model import ClipCapModel, absolute
 from clipcap.packing import require_int8
 from common.checks import UserError, require_at_least
@@ -131,7 +131,7 @@ class Captioner:
 
         Args:
             images: one image, or several as a list, an array (n, h, w, c) or a generator: paths, URLs, PIL images and
-                arrays, mixed as you like (see `clipcap.images.read_image`).
+                arrays, mixed as you like (see `clipcap.data.images.read_image`).
             strategy: "beam", "beam_original", "greedy" or "sample" (see `clipcap.decoding.decode`).
             num_captions: captions for each image.
             batch_size: images captioned at once; None or "auto" lets the memory decide (`auto_batch_size`).
@@ -176,7 +176,7 @@ class Captioner:
             batch_size: images captioned at once; None or "auto" lets the memory decide (`auto_batch_size`).
             on_error: called with the error of an image that cannot be read, which is then left out; None raises it.
             seed: of strategy "sample".
-            max_pixels: of an image (see `clipcap.images.read_image`).
+            max_pixels: of an image (see `clipcap.data.images.read_image`).
             options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...
         """
         require_options(**{k: options[k] for k in OPTIONS if k in options})

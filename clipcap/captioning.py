@@ -84,8 +84,8 @@ def caption(config: CaptionConfig) -> int:
     """Caption images and print or write the result. Returns an exit code."""
     from tqdm import tqdm
 
+    from clipcap.data.images import ImageError, find_images
     from clipcap.decoding import require_options
-    from clipcap.images import ImageError, find_images
     from common.runtime import resolve_dtype, start
 
     require_at_least("batch_size", config.batch_size, 0)
@@ -308,7 +308,7 @@ def _write_sidecar(place: Path, captions: list[str]) -> None:
 
 def _write_sheet(path: Path, rows: list[Row], max_pixels: int) -> None:
     """The first SHEET_MOST images above their best captions."""
-    from clipcap.images import ImageError, read_image
+    from clipcap.data.images import ImageError, read_image
     from common.report import contact_sheet
 
     pictures, texts = [], []

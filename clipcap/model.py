@@ -485,7 +485,7 @@ class ClipCapModel(PreTrainedModel):
     @torch.inference_mode()
     def _embed(self, pixel_values: Float[Tensor, "b 3 s s"]) -> Tensor:
         """What the mapper reads of preprocessed images."""
-        from clipcap.embeddings import encode
+        from clipcap.data.embeddings import encode
         from common.clip import load_clip
 
         if self.config.clip is None:

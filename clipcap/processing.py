@@ -13,7 +13,7 @@ import torch
 from transformers import AutoProcessor, BatchFeature
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from clipcap.images import ImageSource, read_image
+from clipcap.data.images import ImageSource, read_image
 from clipcap.model import PACKAGED, WHAT, ClipCapConfig, ClipCapModel
 from common.checks import UserError
 from common.clip import Preprocess, load_clip

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from clipcap.captioner import Captioner
+from clipcap.data.images import ImageError, read_image
 from clipcap.decoding import decode
-from clipcap.images import ImageError, read_image
-from clipcap.interpret import Tokens, nearest_tokens, unit_tokens
+from clipcap.evaluation.interpret import Tokens, nearest_tokens, unit_tokens
 from common.checks import UserError, require_at_least, require_between, require_one_of
 from common.runtime import RuntimeConfig, resolve_dtype, start
 

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import torch
 
-from clipcap.embeddings import build_store
+from clipcap.data.embeddings import build_store
+from clipcap.data.readers import read_dataset
 from clipcap.model import ClipCapModel
-from clipcap.readers import read_dataset
-from clipcap.training import TrainConfig, train
+from clipcap.training.train import TrainConfig, train
 from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
 from common.files import write_json, write_text

@@ -18,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from clipcap.data import CaptionedImage, read_dataset
+from clipcap.data.dataset import CaptionedImage, read_dataset
+from clipcap.data.embeddings import build_store
 from clipcap.decoding import decode
-from clipcap.embeddings import build_store
-from clipcap.metrics import score_captions
+from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapModel
-from clipcap.training import TrainConfig, train
+from clipcap.training.train import TrainConfig, train
 from common.checks import require_one_of, run_command
 from common.clip import load_clip
 from common.files import write_json, write_text

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clipcap.data import read_dataset
+from clipcap.data.dataset import read_dataset
 from common.checks import UserError, require_one_of, run_command
 from common.files import write_json
 from experiments import from_command_line

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipcap.data import read_dataset
-from clipcap.evaluate import EvaluateConfig, Evaluation, evaluate
-from clipcap.training import TrainConfig, train
+from clipcap.data.dataset import read_dataset
+from clipcap.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate
+from clipcap.training.train import TrainConfig, train
 from common.checks import UserError
 from common.files import write_json, write_text
 from common.pretrained import ASSETS

@@ -20,7 +20,7 @@ from experiments.reproduce.rehearsal import clock, random_clip, sizes_of, two_st
 
 def named_images(captions: Path, images: Path) -> tuple[list[Path], str]:
     """The images that a file of captions names, and what is wrong with the file."""
-    from clipcap.data import read_dataset
+    from clipcap.data.dataset import read_dataset
 
     if not captions.is_file() or not images.is_dir():
         return [], ""
@@ -34,7 +34,7 @@ def java_needs() -> list[Need]:
     """What METEOR and SPICE need."""
     from pycocoevalcap.spice import spice
 
-    from clipcap.metrics import SPICE_JARS
+    from clipcap.evaluation.metrics import SPICE_JARS
 
     library = Path(spice.__file__).parent / "lib"
     return [
@@ -85,8 +85,8 @@ def conceptual_needs(config: Config) -> list[Need]:
 
 def downloaded(captions: Path, place: Path) -> tuple[int, int]:
     """Of how many lines of a Conceptual Captions file `clipcap download` left the image, and how many there are."""
-    from clipcap.download import read_journal, url_key
-    from clipcap.readers import conceptual_rows
+    from clipcap.data.download import read_journal, url_key
+    from clipcap.data.readers import conceptual_rows
 
     images = {key: entry.file for key, entry in read_journal(place).items() if entry.file}
     names = {name for folder in {Path(file).parent for file in images.values()} if (place / folder).is_dir()
@@ -175,10 +175,10 @@ def rehearse_captioners(config: Config) -> Iterator[str]:
     """Embeds, trains both captioners for two steps of 4 captions, and captions by beam search."""
     from transformers import GPT2Config
 
+    from clipcap.data.embeddings import encode
     from clipcap.decoding import decode
-    from clipcap.embeddings import encode
     from clipcap.model import ClipCapConfig, ClipCapModel
-    from clipcap.training import Captioning
+    from clipcap.training.train import Captioning
     from common.clip import load_clip
     from experiments.captions.tables import VARIANTS
 

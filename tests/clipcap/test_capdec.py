@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from clipcap import Captioner
-from clipcap.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
-from clipcap.readers import CaptionedImage
-from clipcap.training import Captioning, TrainConfig, encode_items, read_items, train
+from clipcap.data.readers import CaptionedImage
+from clipcap.training.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
+from clipcap.training.train import Captioning, TrainConfig, encode_items, read_items, train
 from common.checks import UserError
 from common.clip import load_clip
 from common.runtime import RuntimeConfig

@@ -11,8 +11,8 @@ from PIL import Image
 
 from clipcap import Captioner, ClipCapConfig, ClipCapModel
 from clipcap import captioner as module
+from clipcap.data.images import ImageError, find_images, read_image
 from clipcap.decoding import decode
-from clipcap.images import ImageError, find_images, read_image
 from common.checks import UserError
 from common.clip import load_clip
 from common.pretrained import ASSETS
@@ -143,7 +143,7 @@ def test_a_clip_in_memory_is_taken_when_it_is_the_captioners(captioner, clip_dir
 
 
 def test_urls(monkeypatch, captioner, photos):
-    from clipcap import download
+    from clipcap.data import download
 
     asked = []
 

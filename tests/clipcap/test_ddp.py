@@ -9,7 +9,7 @@ import sys
 import torch
 from safetensors.torch import load_file
 
-from clipcap.training import TrainConfig, train
+from clipcap.training.train import TrainConfig, train
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 torch.set_num_threads(1)
-from clipcap.training import Captioning, TrainConfig, train
+from clipcap.training.train import Captioning, TrainConfig, train
 from common.runtime import RuntimeConfig
 
 photos, clip, gpt2, out = sys.argv[1:]

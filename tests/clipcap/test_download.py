@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipcap import download as module
 from clipcap.cli import main
-from clipcap.download import DownloadConfig, Dropped, download, fetch, is_public, read_journal, url_key
-from clipcap.readers import read_dataset
+from clipcap.data import download as module
+from clipcap.data.download import DownloadConfig, Dropped, download, fetch, is_public, read_journal, url_key
+from clipcap.data.readers import read_dataset
 from common.checks import UserError
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from clipcap import embeddings
 from clipcap.cli import main
-from clipcap.data import CaptionDataset, read_dataset
-from clipcap.embeddings import EmbeddingStore, StoreWriter, build_store, encode, fingerprint
-from clipcap.images import read_image
+from clipcap.data import embeddings
+from clipcap.data.dataset import CaptionDataset, read_dataset
+from clipcap.data.embeddings import EmbeddingStore, StoreWriter, build_store, encode, fingerprint
+from clipcap.data.images import read_image
 from common.checks import UserError
 from common.clip import load_clip
 from common.gpt2 import load_gpt2

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from clipcap import captioner as captioner_module
-from clipcap import metrics
 from clipcap.cli import main
-from clipcap.data import read_dataset
-from clipcap.evaluate import EvaluateConfig, evaluate, evaluate_captions, evaluation_page, read_captions
-from clipcap.metrics import score_captions
+from clipcap.data.dataset import read_dataset
+from clipcap.evaluation import metrics
+from clipcap.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_captions, evaluation_page, read_captions
+from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapConfig, ClipCapModel
 from common import clip as clip_module
 from common.checks import UserError

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from clipcap.cli import main
-from clipcap.images import IMAGE_SUFFIXES, LARGE_JPEG, ImageError, find_images, is_url, read_image
+from clipcap.data.images import IMAGE_SUFFIXES, LARGE_JPEG, ImageError, find_images, is_url, read_image
 from common import images as opening
 from common.checks import UserError
 from common.clip import load_clip
@@ -238,7 +238,7 @@ def test_a_small_tiff_of_a_huge_tile_is_refused(tmp_path):
 
 MEMORY = """
 import resource, sys
-from clipcap.images import read_image
+from clipcap.data.images import read_image
 read_image(sys.argv[1])  # what is imported on the way
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 image = read_image(sys.argv[2])
@@ -310,7 +310,7 @@ def photograph(path, size, **options):
 
 
 def test_a_large_jpeg_is_decoded_at_a_scale_that_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipcap.images.LARGE_JPEG", 1_000_000)
+    monkeypatch.setattr("clipcap.data.images.LARGE_JPEG", 1_000_000)
     path, clip = tmp_path / "photo.jpg", load_clip("tiny", device="cpu")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -325,7 +325,7 @@ def test_a_large_jpeg_is_decoded_at_a_scale_that_is_enough(tmp_path, monkeypatch
 
 def test_other_images_are_the_same_at_every_scale(tmp_path, monkeypatch):
     assert LARGE_JPEG == 4_000_000
-    monkeypatch.setattr("clipcap.images.LARGE_JPEG", 40_000)
+    monkeypatch.setattr("clipcap.data.images.LARGE_JPEG", 40_000)
     small, odd, png = tmp_path / "small.jpg", tmp_path / "odd.jpg", tmp_path / "a.png"
     photograph(small, (200, 200))
     photograph(odd, (251, 191))  # at half its size it would not be the same picture

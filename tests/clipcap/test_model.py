@@ -15,8 +15,8 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 
 from clipcap import ClipCapConfig, ClipCapModel
 from clipcap.captioner import Captioner
+from clipcap.data.images import ImageError, find_images, read_image
 from clipcap.decoding import decode
-from clipcap.images import ImageError, find_images, read_image
 from common.checks import UserError
 from common.clip import ImageFeatures
 from common.language import IGNORE

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clipcap import readers, untrusted
-from clipcap.readers import Format, is_plain_text, read_dataset
+from clipcap.data import readers, untrusted
+from clipcap.data.readers import Format, is_plain_text, read_dataset
 from common.checks import UserError
 from common.files import MARKER
 
@@ -328,7 +328,7 @@ def test_a_damaged_pickle_is_one_line(folder):
 
 @pytest.mark.parametrize("order", ["cc3m", "cc12m"])
 def test_conceptual_captions_in_both_orders(folder, order):
-    from clipcap.download import url_key
+    from clipcap.data.download import url_key
 
     urls = [f"https://images.example/{n}.jpg?x=1" for n in range(4)]
     pairs = [("a cat", urls[0]), ("a dog", urls[1]), ("the cat again", urls[0]), ("gone", urls[2])]

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from clipcap import Captioner
-from clipcap.capdec import NOWHERE, TextStore
+from clipcap.data.readers import CaptionedImage
 from clipcap.model import ClipCapModel
-from clipcap.readers import CaptionedImage
 from clipcap.retrieval import FILE, Datastore
-from clipcap.training import Captioning, Material, TrainConfig, _with_prompts, train
+from clipcap.training.capdec import NOWHERE, TextStore
+from clipcap.training.train import Captioning, Material, TrainConfig, _with_prompts, train
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
@@ -62,7 +62,7 @@ def test_the_search_is_on_the_gpu_of_the_queries(datastore, monkeypatch):
 
 def test_training_searches_where_it_will_train(datastore, monkeypatch):
     asked = []
-    monkeypatch.setattr("clipcap.training.resolve_device", lambda name: torch.device("meta"))  # stands for a GPU
+    monkeypatch.setattr("clipcap.training.train.resolve_device", lambda name: torch.device("meta"))  # stands for a GPU
     monkeypatch.setattr(
         datastore, "prompts", lambda part, *_: asked.append(part.device.type) or torch.zeros(len(part), 3)
     )

@@ -9,8 +9,8 @@ from pycocoevalcap.cider import cider_scorer
 from pycocoevalcap.cider.cider import Cider
 
 from clipcap.model import ClipCapConfig, ClipCapModel
-from clipcap.scst import END, CorpusCider, rewarded_samples, self_critical_loss, token_log_probs
-from clipcap.training import TrainConfig, train
+from clipcap.training.scst import END, CorpusCider, rewarded_samples, self_critical_loss, token_log_probs
+from clipcap.training.train import TrainConfig, train
 from common.runtime import RuntimeConfig, seed_everything
 
 CORPUS = [

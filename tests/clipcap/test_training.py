@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipcap import Captioner, training
+from clipcap import Captioner
 from clipcap.decoding import decode
-from clipcap.lora import add_lora, merge_lora
 from clipcap.model import ClipCapConfig, ClipCapModel
-from clipcap.training import Captioning, TrainConfig, train
+from clipcap.training.lora import add_lora, merge_lora
+from clipcap.training.train import Captioning, TrainConfig, train
+from clipcap.training.train import train as training
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig

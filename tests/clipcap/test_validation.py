@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from clipcap import Captioner
-from clipcap.metrics import score_captions
+from clipcap.data.readers import read_dataset
+from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapModel
-from clipcap.readers import read_dataset
-from clipcap.training import TrainConfig, train
-from clipcap.validation import CaptionValidation, Subset, explain_collapse, measure_variety
+from clipcap.training.train import TrainConfig, train
+from clipcap.training.validation import CaptionValidation, Subset, explain_collapse, measure_variety
 from common.runtime import RuntimeConfig
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from clipcap import ClipCapConfig, ClipCapModel, ClipCapProcessor, load_original_checkpoint
-from clipcap.data import CaptionedImage
-from clipcap.embeddings import EmbeddingStore, StoreWriter, build_store
+from clipcap.data.dataset import CaptionedImage
+from clipcap.data.embeddings import EmbeddingStore, StoreWriter, build_store
 from clipcap.retrieval import Datastore
 from common.checks import UserError
 from common.clip import load_clip

@@ -47,7 +47,7 @@ VALUES: dict[type, list[Any]] = {
 WORDS = ["-1", "0", str(LARGE), "nan", "inf", "-inf", "1e-320", "1e308", "", "a\0b", "n" * 300, "../..", "😀", "\udcff"]
 LONG_STEPS = {
     ("clipcap", "serve"): "clipcap.serve.launch",
-    ("clipcap", "train"): "clipcap.training.fit",
+    ("clipcap", "train"): "clipcap.training.train.fit",
     ("recycle-gpt2", "run"): "recycle_gpt2.training.fit",
     ("recycle-gpt2", "relearn"): "recycle_gpt2.training.fit",
     ("recycle-gpt2", "finetune"): "recycle_gpt2.training.fit",

@@ -24,7 +24,7 @@ import tyro
 import urllib3
 from tqdm import tqdm
 
-from clipcap.readers import conceptual_rows
+from clipcap.data.readers import conceptual_rows
 from common.checks import UserError, printable, require_at_least, require_file
 from common.files import claimed, whole_file, write_json
 from common.images import ImageTooLarge, open_image

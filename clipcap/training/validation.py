@@ -16,10 +16,10 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from clipcap.data import CaptionedImage
+from clipcap.data.dataset import CaptionedImage
+from clipcap.data.images import ImageError, read_image
 from clipcap.decoding import decode
-from clipcap.images import ImageError, read_image
-from clipcap.metrics import score_captions
+from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapModel
 from common.images import MAX_PIXELS
 from common.report import Page

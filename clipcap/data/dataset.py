@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipcap.readers import CaptionedImage, read_dataset
-from clipcap.tokens import tokenize
+from clipcap.data.readers import CaptionedImage, read_dataset
+from clipcap.data.tokens import tokenize
 from common.checks import UserError
 from common.language import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from clipcap.embeddings import EmbeddingStore
+    from clipcap.data.embeddings import EmbeddingStore
 
 __all__ = ["CaptionDataset", "CaptionedImage", "collate", "read_dataset"]
 

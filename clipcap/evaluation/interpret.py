@@ -22,7 +22,7 @@ from common.runtime import RuntimeConfig, resolve_dtype, start
 
 if TYPE_CHECKING:
     from clipcap.captioner import Captioner
-    from clipcap.images import ImageError
+    from clipcap.data.images import ImageError
     from clipcap.model import ClipCapModel
     from common.report import Page
 
@@ -123,8 +123,8 @@ def interpret(
     Raises:
         UserError: no image can be read.
     """
+    from clipcap.data.images import ImageError, read_image
     from clipcap.decoding import decode
-    from clipcap.images import ImageError, read_image
 
     require_at_least("batch size", batch_size, 1)
     paths = list(images)
@@ -199,7 +199,7 @@ def run(config: InterpretConfig) -> int:
 
     from clipcap.captioner import Captioner
     from clipcap.captioning import write_out
-    from clipcap.images import find_images
+    from clipcap.data.images import find_images
     from common.files import write_json, write_text
 
     require_at_least("top", config.top, 1)
@@ -265,7 +265,7 @@ def as_text(found: Interpretation) -> str:
 
 def interpretation_page(found: Interpretation, name: str, *, max_pixels: int = MAX_PIXELS) -> Page:
     """A page of the images with captions and tokens, and of the mean prefix by position."""
-    from clipcap.images import read_image
+    from clipcap.data.images import read_image
     from common.report import Page, thumbnail
 
     page = Page("What prefixes say", f"captioner {name}, {len(found.images)} images")

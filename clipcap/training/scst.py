@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from clipcap.data import CaptionedImage
+from clipcap.data.dataset import CaptionedImage
 from clipcap.decoding import Caption, decode
-from clipcap.metrics import tokenize
+from clipcap.evaluation.metrics import tokenize
 from common.language import IGNORE
 
 if TYPE_CHECKING:
-    from clipcap.embeddings import EmbeddingStore
+    from clipcap.data.embeddings import EmbeddingStore
     from clipcap.model import ClipCapModel
 
 END = "endofcaption"

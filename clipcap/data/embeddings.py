@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipcap.images import ImageError, read_image
-from clipcap.readers import CaptionedImage, Format, read_dataset
+from clipcap.data.images import ImageError, read_image
+from clipcap.data.readers import CaptionedImage, Format, read_dataset
 from common.checks import UserError, printable, require_at_least
 from common.files import write_json
 from common.images import MAX_PIXELS, ImageLimit
@@ -508,7 +508,7 @@ def _taken_over(
     items: Sequence[CaptionedImage], path: Path, clip: FrozenCLIP, inputs: Inputs, batch_size: int
 ) -> Iterator[_Batch]:
     """Embeddings that the original project's pickle holds."""
-    from clipcap.untrusted import read_pickle
+    from clipcap.data.untrusted import read_pickle
 
     if inputs != "embedding":
         raise UserError(f"pickle {str(path)!r} holds embeddings, no {inputs}: use inputs embedding.")

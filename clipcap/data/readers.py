@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clipcap.images import IMAGE_SUFFIXES, files_below
-from clipcap.untrusted import read_pickle, read_tar
+from clipcap.data.images import IMAGE_SUFFIXES, files_below
+from clipcap.data.untrusted import read_pickle, read_tar
 from common.checks import UserError, require_directory, require_file, require_one_of
 from common.files import MARKER, whole_file, write_json
 from common.images import ImageTooLarge, open_image
@@ -488,7 +488,7 @@ def conceptual_rows(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _read_conceptual(path: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
-    from clipcap.download import read_journal, url_key
+    from clipcap.data.download import read_journal, url_key
 
     directory = images or path.parent
     journal = read_journal(directory)

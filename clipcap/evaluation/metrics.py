@@ -405,7 +405,7 @@ def measure_clip(
 
     Args:
         clip: any CLIP; published scores are ViT-B/32's.
-        images: of the captions, as `clipcap.images.read_image` takes them.
+        images: of the captions, as `clipcap.data.images.read_image` takes them.
         candidates: a caption for each image.
         references: the reference captions of each image.
         embeddings: of images, by their places, that this CLIP has encoded already.
@@ -415,7 +415,7 @@ def measure_clip(
     """
     import torch
 
-    from clipcap.images import read_image
+    from clipcap.data.images import read_image
 
     texts = list(dict.fromkeys([*candidates, *(text for several in references for text in several)]))
     rows = {text: row for row, text in enumerate(texts)}

@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcap.data import CaptionedImage
-from clipcap.embeddings import alone, fingerprint
-from clipcap.readers import hash_share
+from clipcap.data.dataset import CaptionedImage
+from clipcap.data.embeddings import alone, fingerprint
+from clipcap.data.readers import hash_share
 from common.checks import UserError, require_file
 from common.files import write_json
 from common.pretrained import saving

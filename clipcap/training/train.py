@@ -17,14 +17,14 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clipcap.capdec import TextStore, build_text_store, inject_noise, one_item_a_caption, read_captions
-from clipcap.data import CaptionDataset, CaptionedImage, collate
-from clipcap.embeddings import EmbeddingStore, build_store
-from clipcap.lora import add_lora, merge_lora
+from clipcap.data.dataset import CaptionDataset, CaptionedImage, collate
+from clipcap.data.embeddings import EmbeddingStore, build_store
+from clipcap.data.readers import Format, is_plain_text, read_dataset
 from clipcap.model import ClipCapConfig, ClipCapModel, absolute
-from clipcap.readers import Format, is_plain_text, read_dataset
 from clipcap.retrieval import Datastore, PromptedDataset, number_images
-from clipcap.scst import (
+from clipcap.training.capdec import TextStore, build_text_store, inject_noise, one_item_a_caption, read_captions
+from clipcap.training.lora import add_lora, merge_lora
+from clipcap.training.scst import (
     CorpusCider,
     ReferencedImages,
     join_images,
@@ -32,7 +32,7 @@ from clipcap.scst import (
     self_critical_loss,
     token_log_probs,
 )
-from clipcap.validation import CaptionValidation, Subset
+from clipcap.training.validation import CaptionValidation, Subset
 from common.checks import UserError, printable, require_at_least
 from common.clip import FrozenCLIP, load_clip
 from common.files import require_own_directory, whole_directory, write_json
@@ -263,7 +263,7 @@ class Captioning(LightningModule):
 
 
 class SelfCritical(Captioning):
-    """Self-critical training: batches are of images with references, the loss that of `clipcap.scst`."""
+    """Self-critical training: batches are of images with references, the loss that of `clipcap.training.scst`."""
 
     def __init__(
         self, model: ClipCapModel, cider: CorpusCider, *, samples: int, max_new_tokens: int, **options: Any

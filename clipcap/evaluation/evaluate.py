@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from clipcap.data import CaptionedImage, read_dataset
+from clipcap.data.dataset import CaptionedImage, read_dataset
+from clipcap.data.readers import Format, whole_characters
 from clipcap.decoding import require_options
-from clipcap.metrics import (
+from clipcap.evaluation.metrics import (
     Metric,
     bootstrap,
     diversity,
@@ -26,7 +27,6 @@ from clipcap.metrics import (
     measure_clip,
     sacrebleu_score,
 )
-from clipcap.readers import Format, whole_characters
 from common.checks import UserError, printable, require_at_least, require_between, require_file, require_place
 from common.files import write_json
 from common.images import MAX_PIXELS, ImageLimit
@@ -331,7 +331,7 @@ def caption_items(
     from tqdm import tqdm
 
     from clipcap.captioner import Captioner
-    from clipcap.images import ImageError
+    from clipcap.data.images import ImageError
     from common.runtime import resolve_dtype
 
     assert config.model is not None
@@ -538,7 +538,7 @@ def evaluation_page(
         page: a page to add the sections to; None begins one.
         max_pixels: of an image.
     """
-    from clipcap.images import read_image
+    from clipcap.data.images import read_image
 
     by_id = {item.image_id: item for item in items if item.image_id in found.captions}
     if page is None:

@@ -123,7 +123,7 @@ def _read_file(path: Path, max_pixels: int, side: int) -> Image.Image:
 
 def _fetch(url: str) -> bytes:
     """The bytes at a URL; addresses that are not public are refused, redirects included."""
-    from clipcap.download import Dropped, fetch
+    from clipcap.data.download import Dropped, fetch
 
     try:
         return fetch(url, timeout=URL_SECONDS, max_bytes=URL_BYTES)
