@@ -34,9 +34,9 @@ from common.training import (
     validation_interval,
 )
 from dietnerf.data import PROTOCOLS
+from dietnerf.grid import DietGridModelConfig
 from dietnerf.methods import DESCRIPTIONS, FewViewTrainerConfig, method_config
 from dietnerf.metrics import psnr
-from dietnerf.model import DietGridModelConfig
 from dietnerf.pipeline import FewViewPipeline
 from dietnerf.regularizers import RegularizerConfig
 
