@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,10 +21,25 @@ from common.checks import UserError, require_at_least, require_one_of, require_s
 from common.runtime import require_memory
 
 if TYPE_CHECKING:
-    from clipcap.model import ClipCapModel
+    from transformers import GPT2LMHeadModel
 
 STRATEGIES = ("beam", "beam_original", "greedy", "sample")
 NEVER = float("-inf")
+
+
+class PrefixModel(Protocol):
+    """What decoding asks of a captioner (`clipcap.model.ClipCapModel` is one)."""
+
+    config: Any
+    """Has `eos_token_id` and `prefix_length`."""
+    gpt2: GPT2LMHeadModel
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+    def prefix(self, clip_embeddings: Tensor) -> Float[Tensor, "b K d"]: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class Caption:
 
 @torch.inference_mode()
 def decode(
-    model: ClipCapModel,
+    model: PrefixModel,
     clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"],
     *,
     strategy: str = "beam",
@@ -153,7 +168,7 @@ def require_options(
     return most
 
 
-def bytes_of(model: ClipCapModel, strategy: str, width: int, max_new_tokens: int) -> int:
+def bytes_of(model: PrefixModel, strategy: str, width: int, max_new_tokens: int) -> int:
     """Memory that decoding takes for each image of a batch: the cache of keys and values, and the logits of a step.
 
     Args:
@@ -168,7 +183,7 @@ def bytes_of(model: ClipCapModel, strategy: str, width: int, max_new_tokens: int
     return 2 * config.n_layer * config.n_embd * slots * size + logits
 
 
-def _stop_tokens(model: ClipCapModel, given: int | Sequence[int] | None) -> Int[Tensor, " s"]:
+def _stop_tokens(model: PrefixModel, given: int | Sequence[int] | None) -> Int[Tensor, " s"]:
     if given is None:
         given = model.config.eos_token_id
     if given is None:
@@ -182,7 +197,7 @@ def _stop_tokens(model: ClipCapModel, given: int | Sequence[int] | None) -> Int[
 
 
 def _run(
-    model: ClipCapModel, prefix: Float[Tensor, "b K d"], search: _Search, width: int, max_new_tokens: int, int8: bool
+    model: PrefixModel, prefix: Float[Tensor, "b K d"], search: _Search, width: int, max_new_tokens: int, int8: bool
 ) -> list[list[Caption]]:
     """Let `search` choose tokens step by step until it is done with every image; a finished image leaves the batch."""
     found: list[list[Caption]] = [[] for _ in prefix]
@@ -222,7 +237,7 @@ class _Decoder:
     """
 
     def __init__(
-        self, model: ClipCapModel, prefix: Float[Tensor, "b K d"], width: int, max_new_tokens: int, int8: bool
+        self, model: PrefixModel, prefix: Float[Tensor, "b K d"], width: int, max_new_tokens: int, int8: bool
     ) -> None:
         config = model.gpt2.config
         self.transformer, self.head = decoding_parts(model.gpt2, int8=int8)

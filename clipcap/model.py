@@ -24,6 +24,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from clipcap.decoding import decode
 from clipcap.mapper import build_mapper
 from clipcap.retrieval import FILE, Datastore
 from common import gpt2 as gpt2_backbones
@@ -467,8 +468,6 @@ class ClipCapModel(PreTrainedModel):
         Raises:
             UserError: both or neither is given, or the config names no CLIP.
         """
-        from clipcap.decoding import decode
-
         if (clip_embeddings is None) == (pixel_values is None):
             raise UserError("generate takes either clip_embeddings or pixel_values: give one of them.")
         if pixel_values is not None:

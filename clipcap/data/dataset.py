@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipcap.data.readers import CaptionedImage, read_dataset
+from clipcap.data.readers import read_dataset
+from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.data.tokens import tokenize
 from common.checks import UserError
 from common.language import IGNORE

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import io
-import ipaddress
 import json
-import re
-import socket
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
 
 import tyro
-import urllib3
 from tqdm import tqdm
 
-from clipcap.data.readers import conceptual_rows
+from clipcap.data.journal import JOURNAL, SUFFIXES, TEMPORARY, Entry, place_of, read_journal, url_key
+from clipcap.data.net import Dropped, fetch
+from clipcap.data.readers.conceptual import conceptual_rows
 from common.checks import UserError, printable, require_at_least, require_file
 from common.files import claimed, whole_file, write_json
 from common.images import ImageTooLarge, open_image
 
-SUFFIXES = {
-    "JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff",
-    "AVIF": ".avif",
-}  # fmt: skip
 MAX_PIXELS = 40_000_000
 """Of an image from a server that nobody chose."""
-REDIRECTS = 5
-JOURNAL = "journal.jsonl"
-JOURNAL_LINE = 1 << 16
-_TEMPORARY = re.compile(r"\.[0-9a-f]{40}\.[a-z]+\.\w+\.tmp")
 LONGEST_WAIT = 30.0
 """Seconds between two tries, whatever the server asks for."""
 
@@ -77,217 +62,6 @@ RANGES = {
     "max_megabytes": (0.001, 1000),
 }  # fmt: skip
 """Smallest and largest value of each number."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What became of one URL."""
-
-    file: str = ""
-    """Relative to the output directory; empty when it was dropped."""
-    dropped: str = ""
-    """Why there is no file."""
-    again: bool = False
-    """It may work another time, so the next run tries it again."""
-
-
-class Dropped(Exception):
-    """Why a URL gives no image."""
-
-    def __init__(self, reason: str, *, again: bool = False, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.reason, self.again, self.wait = reason, again, wait
-
-
-def url_key(url: str) -> str:
-    """The name of a URL's image, without its suffix: a hash, so that no URL decides where something is written."""
-    return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:40]
-
-
-def _place(key: str, suffix: str) -> str:
-    """Where an image goes in the output directory.
-
-    Raises:
-        ValueError: not an `url_key`, or not a suffix of `SUFFIXES`: a name that this command never gives.
-    """
-    if not re.fullmatch("[0-9a-f]{40}", key) or suffix and suffix not in SUFFIXES.values():
-        raise ValueError(key)
-    return f"images/{key[:2]}/{key}{suffix}"
-
-
-def read_journal(directory: Path) -> dict[str, Entry]:
-    """What became of every URL so far, by `url_key`; empty where nothing was downloaded."""
-    path = directory / JOURNAL
-    found: dict[str, Entry] = {}
-    if path.is_file():
-        with open(path, "rb") as file:
-            while line := file.readline(JOURNAL_LINE):
-                try:
-                    row = json.loads(line)
-                    key = row.pop("key")
-                    entry = Entry(**row)
-                    if entry.file in ("", _place(key, Path(entry.file).suffix)) and isinstance(entry.dropped, str):
-                        found[key] = entry
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    continue  # the line that a killed run did not finish, or that this command did not write
-    return found
-
-
-def public_address(host: str, port: int, *, allow_private: bool = False) -> str:
-    """Resolve a host and return its first address.
-
-    Raises:
-        Dropped: it has none, or one that is not public: loopback, private, link-local, multicast, reserved, or one
-            of these inside an IPv6 address.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise Dropped("host not found", again=True) from None
-    addresses = [str(entry[4][0]) for entry in found]
-    for address in addresses if not allow_private else ():
-        if not is_public(address):
-            raise Dropped("address is not public")
-    return addresses[0]
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address, and any IPv4 address that it wraps, is on the public internet."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    wrapped: list[ipaddress.IPv4Address | None] = []
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.is_site_local:
-            return False
-        wrapped = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in ipaddress.ip_network("64:ff9b::/96") or int(ip) >> 32 == 0:  # NAT64; IPv4-compatible
-            wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    if any(inner is not None and not is_public(str(inner)) for inner in wrapped):
-        return False
-    if any(inner is not None for inner in wrapped):
-        return True
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
-
-
-def fetch(url: str, *, timeout: float, max_bytes: int, allow_private: bool = False) -> bytes:
-    """The bytes at a URL. Every redirect is checked as the URL itself is, and the connection goes to the very address
-    that was checked, without a proxy.
-
-    Raises:
-        Dropped: anything that keeps it from coming.
-    """
-    deadline = time.monotonic() + timeout
-    for _ in range(REDIRECTS + 1):
-        try:
-            parts = urlsplit(url)
-            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
-            host = parts.hostname
-        except ValueError:
-            raise Dropped("not a URL") from None
-        if parts.scheme not in ("http", "https") or not host:
-            raise Dropped("not an http(s) URL")
-        address = public_address(host, port, allow_private=allow_private)
-        target = quote(parts.path or "/", safe="/%:=&+!$,;'()*~@") + (
-            f"?{quote(parts.query, safe='/%:=&?+!$,;()*~@')}" if parts.query else ""
-        )
-        try:
-            with _pool(parts.scheme, host, address, port, deadline) as pool:
-                response = pool.request(
-                    "GET", target, headers=_headers(host, port), redirect=False, retries=False, preload_content=False
-                )
-                try:
-                    if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
-                        url = urljoin(url, response.headers["Location"])
-                        continue
-                    return _body(response, max_bytes)
-                finally:
-                    response.close()
-        except (TimeoutError, urllib3.exceptions.TimeoutError):
-            raise Dropped("timeout", again=True) from None
-        except (urllib3.exceptions.SSLError, urllib3.exceptions.LocationParseError):
-            raise Dropped("no secure connection") from None
-        except (urllib3.exceptions.HTTPError, OSError, ValueError):
-            raise Dropped("connection failed", again=True) from None
-    raise Dropped("too many redirects")
-
-
-def _pool(scheme: str, host: str, address: str, port: int, deadline: float) -> urllib3.HTTPConnectionPool:
-    """Connections to `address` that are secured and addressed as `host`, and give nothing after `deadline`."""
-    limit = urllib3.Timeout(total=_left(deadline))
-    if scheme == "http":
-        pool = urllib3.HTTPConnectionPool(address, port, timeout=limit)
-    else:
-        pool = urllib3.HTTPSConnectionPool(
-            address, port, timeout=limit, cert_reqs="CERT_REQUIRED", server_hostname=host, assert_hostname=host
-        )
-    base: Any = pool.ConnectionCls
-
-    def respond(sock: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
-        response: Any = http.client.HTTPResponse(sock, *args, **options)
-        response.fp = io.BufferedReader(_Bounded(sock, response.fp.detach(), deadline))
-        return response
-
-    class Connection(base):  # type: ignore[misc]
-        response_class = staticmethod(respond)
-
-        def _new_conn(self) -> socket.socket:
-            sock = super()._new_conn()
-            sock.settimeout(_left(deadline))  # of the whole handshake
-            return sock
-
-    pool.ConnectionCls = Connection
-    return pool
-
-
-class _Bounded(io.RawIOBase):
-    """What comes through a socket until a deadline: the socket's own timeout is of each read alone."""
-
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: float) -> None:
-        self.sock, self.raw, self.deadline = sock, raw, deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self.sock.settimeout(_left(self.deadline))
-        return self.raw.readinto(buffer)
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-def _left(deadline: float) -> float:
-    """Seconds to a deadline; TimeoutError after it."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _headers(host: str, port: int) -> dict[str, str]:
-    name = f"[{host}]" if ":" in host else host
-    return {
-        "Host": name if port in (80, 443) else f"{name}:{port}",
-        "User-Agent": "clipcap-download",
-        "Accept": "image/*,*/*;q=0.5",
-        "Accept-Encoding": "identity",  # nothing that grows when it is unpacked
-    }
-
-
-def _body(response: urllib3.BaseHTTPResponse, max_bytes: int) -> bytes:
-    if response.status != 200:
-        asked = response.headers.get("Retry-After", "")
-        again = response.status in (408, 425, 429) or response.status >= 500
-        raise Dropped(f"HTTP {response.status}", again=again, wait=float(asked) if asked.isdigit() else 0.0)
-    length = response.headers.get("Content-Length", "")
-    if length.isdigit() and int(length) > max_bytes:
-        raise Dropped("too large")
-    data = bytearray()
-    for chunk in response.stream(1 << 16, decode_content=False):
-        data += chunk
-        if len(data) > max_bytes:
-            raise Dropped("too large")
-    return bytes(data)
 
 
 def image_suffix(data: bytes) -> str:
@@ -342,7 +116,7 @@ def _require_own(directory: Path) -> None:
         if place.exists() and not (directory / JOURNAL).exists():
             raise UserError(f"{str(place)!r} was not written by this command: move it away, or give another --out.")
     for left in images.glob("[0-9a-f][0-9a-f]/.*.tmp"):
-        if _TEMPORARY.fullmatch(left.name):
+        if TEMPORARY.fullmatch(left.name):
             left.unlink()
 
 
@@ -402,7 +176,7 @@ def _save(url: str, key: str, config: DownloadConfig, stop: threading.Event) -> 
                 max_bytes=int(config.max_megabytes * 1e6),
                 allow_private=config.allow_private,
             )
-            name = _place(key, image_suffix(data))
+            name = place_of(key, image_suffix(data))
         except Dropped as error:
             dropped = error
             if not error.again or attempt == config.retries:

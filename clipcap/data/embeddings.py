@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipcap.data.images import ImageError, read_image
-from clipcap.data.readers import CaptionedImage, Format, read_dataset
+from clipcap.data.readers import Format, read_dataset
+from clipcap.data.readers.captioned import CaptionedImage
 from common.checks import UserError, printable, require_at_least
 from common.files import write_json
 from common.images import MAX_PIXELS, ImageLimit

@@ -12,6 +12,7 @@ from typing import BinaryIO, TypeAlias, TypeGuard, Union
 import numpy as np
 from PIL import Image
 
+from clipcap.data.net import Dropped, fetch
 from common.checks import UserError, require_file
 from common.images import MAX_PIXELS, bands, open_image, require_pixels, to_rgb
 
@@ -123,8 +124,6 @@ def _read_file(path: Path, max_pixels: int, side: int) -> Image.Image:
 
 def _fetch(url: str) -> bytes:
     """The bytes at a URL; addresses that are not public are refused, redirects included."""
-    from clipcap.data.download import Dropped, fetch
-
     try:
         return fetch(url, timeout=URL_SECONDS, max_bytes=URL_BYTES)
     except Dropped as error:

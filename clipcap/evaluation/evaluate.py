@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from clipcap.data.dataset import CaptionedImage, read_dataset
-from clipcap.data.readers import Format, whole_characters
+from clipcap.data.readers import Format
+from clipcap.data.readers.text import whole_characters
 from clipcap.decoding import require_options
 from clipcap.evaluation.metrics import (
     Metric,

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.embeddings import alone, fingerprint
-from clipcap.data.readers import hash_share
+from clipcap.data.readers.captioned import hash_share
 from common.checks import UserError, require_file
 from common.files import write_json
 from common.pretrained import saving

@@ -85,8 +85,8 @@ def conceptual_needs(config: Config) -> list[Need]:
 
 def downloaded(captions: Path, place: Path) -> tuple[int, int]:
     """Of how many lines of a Conceptual Captions file `clipcap download` left the image, and how many there are."""
-    from clipcap.data.download import read_journal, url_key
-    from clipcap.data.readers import conceptual_rows
+    from clipcap.data.journal import read_journal, url_key
+    from clipcap.data.readers.conceptual import conceptual_rows
 
     images = {key: entry.file for key, entry in read_journal(place).items() if entry.file}
     names = {name for folder in {Path(file).parent for file in images.values()} if (place / folder).is_dir()

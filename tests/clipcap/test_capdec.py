@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from clipcap import Captioner
-from clipcap.data.readers import CaptionedImage
+from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.training.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
 from clipcap.training.train import Captioning, TrainConfig, encode_items, read_items, train
 from common.checks import UserError

@@ -12,6 +12,7 @@ from PIL import Image
 from clipcap import Captioner, ClipCapConfig, ClipCapModel
 from clipcap import captioner as module
 from clipcap.data.images import ImageError, find_images, read_image
+from clipcap.data.net import Dropped
 from clipcap.decoding import decode
 from common.checks import UserError
 from common.clip import load_clip
@@ -143,17 +144,15 @@ def test_a_clip_in_memory_is_taken_when_it_is_the_captioners(captioner, clip_dir
 
 
 def test_urls(monkeypatch, captioner, photos):
-    from clipcap.data import download
-
     asked = []
 
     def fetch(url, **options):
         asked.append(options)
         if "gone" in url:
-            raise download.Dropped("HTTP 404")
+            raise Dropped("HTTP 404")
         return (photos / "00.jpg").read_bytes()[: 150 if "cut" in url else None]
 
-    monkeypatch.setattr(download, "fetch", fetch)
+    monkeypatch.setattr("clipcap.data.images.fetch", fetch)
     local = captioner.caption(photos / "00.jpg", max_new_tokens=4)
     assert captioner.caption("https://example.org/a.jpg", max_new_tokens=4) == local
     assert asked[0]["max_bytes"] > 0 and not asked[0].get("allow_private")

@@ -20,7 +20,9 @@ from PIL import Image
 
 from clipcap.cli import main
 from clipcap.data import download as module
-from clipcap.data.download import DownloadConfig, Dropped, download, fetch, is_public, read_journal, url_key
+from clipcap.data.download import DownloadConfig, download
+from clipcap.data.journal import read_journal, url_key
+from clipcap.data.net import Dropped, fetch, is_public
 from clipcap.data.readers import read_dataset
 from common.checks import UserError
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipcap.data import readers, untrusted
+from clipcap.data import untrusted
 from clipcap.data.readers import Format, is_plain_text, read_dataset
 from common.checks import UserError
 from common.files import MARKER
@@ -328,7 +328,7 @@ def test_a_damaged_pickle_is_one_line(folder):
 
 @pytest.mark.parametrize("order", ["cc3m", "cc12m"])
 def test_conceptual_captions_in_both_orders(folder, order):
-    from clipcap.data.download import url_key
+    from clipcap.data.journal import url_key
 
     urls = [f"https://images.example/{n}.jpg?x=1" for n in range(4)]
     pairs = [("a cat", urls[0]), ("a dog", urls[1]), ("the cat again", urls[0]), ("gone", urls[2])]
@@ -589,9 +589,10 @@ def test_a_compressed_tar_that_unpacks_to_much_is_refused(tmp_path, monkeypatch)
 
 
 def test_texts_that_are_no_captions_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LARGEST_TEXT", 50)
-    monkeypatch.setattr(readers, "LARGEST_JSON", 300)
-    monkeypatch.setattr(readers, "LONGEST_LINE", 200)
+    monkeypatch.setattr("clipcap.data.readers.tables.LARGEST_TEXT", 50)
+    monkeypatch.setattr("clipcap.data.readers.archives.LARGEST_TEXT", 50)
+    monkeypatch.setattr("clipcap.data.readers.json_files.LARGEST_JSON", 300)
+    monkeypatch.setattr("clipcap.data.readers.text.LONGEST_LINE", 200)
     image = tmp_path / "images"
     image.mkdir()
     Image.new("RGB", (4, 4)).save(image / "a.png")

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from clipcap import Captioner
-from clipcap.data.readers import CaptionedImage
+from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.model import ClipCapModel
 from clipcap.retrieval import FILE, Datastore
 from clipcap.training.capdec import NOWHERE, TextStore

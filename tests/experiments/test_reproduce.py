@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipcap.data.download import url_key
+from clipcap.data.journal import url_key
 from common.checks import UserError
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig

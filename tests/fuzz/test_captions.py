@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipcap.data.download import read_journal
+from clipcap.data.journal import read_journal
 from clipcap.data.readers import read_dataset
 from common.checks import UserError
 from tests.fuzz.mutations import FUZZ, JUNK, bad_json, damaged, files_below, only_user_errors
