@@ -221,7 +221,7 @@ def build_store(
     require_at_least("workers", workers, 0)
     directory.mkdir(parents=True, exist_ok=True)
     key = {
-        "weights": fingerprint(clip),
+        "weights": clip_fingerprint(clip),
         "preprocessing": json.loads(json.dumps(asdict(clip.preprocess))),
         "inputs": inputs,
         "normalization": "none",
@@ -276,7 +276,7 @@ def build_store(
     return EmbeddingStore(directory)
 
 
-def fingerprint(clip: FrozenCLIP) -> str:
+def clip_fingerprint(clip: FrozenCLIP) -> str:
     """Hash of a CLIP's weights (a sample of every tensor), the same wherever its files are and who loads them."""
     digests = []
     for value in clip.backbone.state_dict().values():

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcap.data.dataset import CaptionedImage
-from clipcap.data.embeddings import alone, fingerprint
+from clipcap.data.embeddings import alone, clip_fingerprint
 from clipcap.data.readers.captioned import hash_share
 from common.checks import UserError, require_file
 from common.files import write_json
@@ -116,7 +116,7 @@ def build_text_store(
     texts = [item.captions[0] for item in items]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     shape = (len(texts), clip.width)
-    key = {"weights": fingerprint(clip), "captions": digest, "shape": list(shape)}
+    key = {"weights": clip_fingerprint(clip), "captions": digest, "shape": list(shape)}
     state_path, path = directory / "text.json", directory / "text.npy"
     with alone(directory):
         done = _rows_done(state_path, key) if _holds(path, shape) else 0

@@ -19,7 +19,8 @@ import torch
 from clipcap.data.embeddings import build_store
 from clipcap.data.readers import read_dataset
 from clipcap.model import ClipCapModel
-from clipcap.training.train import TrainConfig, train
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
 from common.files import write_json, write_text

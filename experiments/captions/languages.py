@@ -28,7 +28,8 @@ from matplotlib.figure import Figure
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.embeddings import EmbeddingStore, build_store
 from clipcap.model import ClipCapModel
-from clipcap.training.train import TrainConfig, train
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.checks import UserError, require_at_least, require_one_of, require_same_settings, run_command
 from common.clip import load_clip
 from common.files import write_json, write_text

@@ -23,7 +23,8 @@ from clipcap.data.embeddings import build_store
 from clipcap.decoding import decode
 from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapModel
-from clipcap.training.train import TrainConfig, train
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.checks import require_one_of, run_command
 from common.clip import load_clip
 from common.files import write_json, write_text

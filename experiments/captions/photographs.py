@@ -12,8 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipcap.evaluation.evaluate import EvaluateConfig, evaluate, print_scores
-from clipcap.training.train import TrainConfig, train
+from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
+from clipcap.evaluation.page import print_scores
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.checks import run_command
 from common.runtime import RuntimeConfig
 from experiments import from_command_line

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from clipcap.data.dataset import read_dataset
-from clipcap.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate
-from clipcap.training.train import TrainConfig, train
+from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
+from clipcap.evaluation.scores import Evaluation
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.checks import UserError
 from common.files import write_json, write_text
 from common.pretrained import ASSETS

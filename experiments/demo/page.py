@@ -20,9 +20,10 @@ from rich.console import Console
 from clipcap.captioner import Captioner
 from clipcap.data.dataset import read_dataset
 from clipcap.data.images import read_image
-from clipcap.evaluation.evaluate import evaluate_captions, evaluation_page
 from clipcap.evaluation.interpret import nearest_tokens
 from clipcap.evaluation.metrics import score_captions
+from clipcap.evaluation.page import evaluation_page
+from clipcap.evaluation.scores import evaluate_captions
 from common.files import write_json, write_text
 from common.gpt2 import load_gpt2
 from common.language import score

@@ -178,7 +178,7 @@ def rehearse_captioners(config: Config) -> Iterator[str]:
     from clipcap.data.embeddings import encode
     from clipcap.decoding import decode
     from clipcap.model import ClipCapConfig, ClipCapModel
-    from clipcap.training.train import Captioning
+    from clipcap.training.module import CaptionTraining
     from common.clip import load_clip
     from experiments.captions.tables import VARIANTS
 
@@ -192,7 +192,7 @@ def rehearse_captioners(config: Config) -> Iterator[str]:
     sizes = GPT2Config().to_dict()
     for name, variant in VARIANTS.items():
         model = ClipCapModel(ClipCapConfig(gpt2_config=sizes, clip_width=512, eos_token_id=50256, **variant)).train()
-        module = Captioning(model, lr=2e-5, warmup=1, total=2, weight_decay=0.01, schedule="linear")
+        module = CaptionTraining(model, lr=2e-5, warmup=1, total=2, weight_decay=0.01, schedule="linear")
         ids = torch.randint(50257, (4, CAPTION))
         batch = {"clip_embeddings": torch.randn(4, 512), "input_ids": ids, "labels": ids}
         seconds = two_steps(module, batch, config.runtime)

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from clipcap import Captioner
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.training.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
-from clipcap.training.train import Captioning, TrainConfig, encode_items, read_items, train
+from clipcap.training.material import encode_items, read_items
+from clipcap.training.module import CaptionTraining
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.checks import UserError
 from common.clip import load_clip
 from common.runtime import RuntimeConfig
@@ -149,14 +152,14 @@ def test_captions_of_a_layout_need_no_images(tmp_path, photos, clip_directory, l
 def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_directory, with_images, monkeypatch):
     captions = tmp_path / "captions.txt"
     captions.write_text("".join(f"the cat sat on mat {n}\n" for n in range(60)))
-    seen, original = [], Captioning._loss
+    seen, original = [], CaptionTraining._loss
 
     def spy(self, batch):
         if self.trainer.training:
             seen.append(batch["clip_embeddings"].norm(dim=-1))
         return original(self, batch)
 
-    monkeypatch.setattr(Captioning, "_loss", spy)
+    monkeypatch.setattr(CaptionTraining, "_loss", spy)
     config = TrainConfig(
         data=photos / "dataset.json" if with_images else captions, out=tmp_path / "run", text_only=True,
         clip=str(clip_directory), gpt2=str(gpt2_directory), mapper="mlp", prefix_length=3, steps=4, batch_size=6,

@@ -331,7 +331,8 @@ def test_a_sidecar_that_is_not_utf8_is_shown_on_the_sheet_all_the_same(capsys, p
 
 def test_domains_and_reasons_are_shown_as_they_are(capsys):
     """Rich would take [/x] for a tag that is closed and was never opened."""
-    from clipcap.evaluation.evaluate import Evaluation, print_scores
+    from clipcap.evaluation.page import print_scores
+    from clipcap.evaluation.scores import Evaluation
 
     part = {"images": 1, "scores": {"CIDEr": 1.0}, "intervals": {}}
     print_scores(Evaluation({"a": "x"}, {"CIDEr": 1.0}, {}, {"[/x]\x1b[2J": part}, {}, {"SPICE": "[/y]"}, "words", {}, {}))

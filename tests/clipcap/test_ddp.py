@@ -9,7 +9,8 @@ import sys
 import torch
 from safetensors.torch import load_file
 
-from clipcap.training.train import TrainConfig, train
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 torch.set_num_threads(1)
-from clipcap.training.train import Captioning, TrainConfig, train
+from clipcap.training.train import CaptionTraining, TrainConfig, train
 from common.runtime import RuntimeConfig
 
 photos, clip, gpt2, out = sys.argv[1:]
@@ -31,7 +32,7 @@ config = TrainConfig(
 )
 train(config)
 part = replace(config, out=Path(out) / "part", tune_gpt2=True)
-original = Captioning.training_step
+original = CaptionTraining.training_step
 
 def die(self, batch, batch_idx):
     if self.global_step == 5:
@@ -39,11 +40,11 @@ def die(self, batch, batch_idx):
     return original(self, batch, batch_idx)
 
 train(replace(part, out=Path(out) / "tuned"))
-Captioning.training_step = die
+CaptionTraining.training_step = die
 try:
     train(part)
 except KeyError:
-    Captioning.training_step = original
+    CaptionTraining.training_step = original
 train(part)
 print("done", os.environ.get("LOCAL_RANK"))
 """

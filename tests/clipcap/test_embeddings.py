@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 from clipcap.cli import main
 from clipcap.data import embeddings
 from clipcap.data.dataset import CaptionDataset, read_dataset
-from clipcap.data.embeddings import EmbeddingStore, StoreWriter, build_store, encode, fingerprint
+from clipcap.data.embeddings import EmbeddingStore, StoreWriter, build_store, clip_fingerprint, encode
 from clipcap.data.images import read_image
 from common.checks import UserError
 from common.clip import load_clip
@@ -114,7 +114,7 @@ def test_a_mismatch_is_an_error_and_never_a_silent_one(items, clip, clip_directo
     store = tmp_path / "store"
     build_store(items, clip, store)
     shutil.copytree(clip_directory, tmp_path / "elsewhere")
-    assert fingerprint(load_clip(tmp_path / "elsewhere", device="cpu")) == fingerprint(clip)
+    assert clip_fingerprint(load_clip(tmp_path / "elsewhere", device="cpu")) == clip_fingerprint(clip)
     build_store(items, load_clip(tmp_path / "elsewhere", device="cpu"), store)  # the same weights in another place
     with pytest.raises(UserError, match=r"other weights.*'tiny'"):
         build_store(items, load_clip("tiny", device="cpu"), store)

@@ -15,8 +15,11 @@ from clipcap import captioner as captioner_module
 from clipcap.cli import main
 from clipcap.data.dataset import read_dataset
 from clipcap.evaluation import metrics
-from clipcap.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_captions, evaluation_page, read_captions
+from clipcap.evaluation.caption_files import read_captions
+from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
 from clipcap.evaluation.metrics import score_captions
+from clipcap.evaluation.page import evaluation_page
+from clipcap.evaluation.scores import evaluate_captions
 from clipcap.model import ClipCapConfig, ClipCapModel
 from common import clip as clip_module
 from common.checks import UserError

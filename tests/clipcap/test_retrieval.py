@@ -14,7 +14,10 @@ from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.model import ClipCapModel
 from clipcap.retrieval import FILE, Datastore
 from clipcap.training.capdec import NOWHERE, TextStore
-from clipcap.training.train import Captioning, Material, TrainConfig, _with_prompts, train
+from clipcap.training.material import Material
+from clipcap.training.module import CaptionTraining
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import _with_prompts, train
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
@@ -120,14 +123,14 @@ def test_run(photos, clip_directory, roomy_gpt2, tmp_path, monkeypatch, tokenize
     for number, row in enumerate(data["images"]):
         row["sentences"] = [{"raw": f"the cat {number}"}, {"raw": f"the bat {number}"}]
     (photos / "dataset.json").write_text(json.dumps(data))
-    batches, original = [], Captioning._loss
+    batches, original = [], CaptionTraining._loss
 
     def spy(self, batch):
         if self.trainer.training:
             batches.append(batch)
         return original(self, batch)
 
-    monkeypatch.setattr(Captioning, "_loss", spy)
+    monkeypatch.setattr(CaptionTraining, "_loss", spy)
     config = TrainConfig(
         data=photos / "dataset.json", out=tmp_path / "run", clip=str(clip_directory), gpt2=str(roomy_gpt2),
         mapper="mlp", prefix_length=3, retrieval=2, steps=4, batch_size=8, val_every=4, val_captions=2,

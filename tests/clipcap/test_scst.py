@@ -10,7 +10,8 @@ from pycocoevalcap.cider.cider import Cider
 
 from clipcap.model import ClipCapConfig, ClipCapModel
 from clipcap.training.scst import END, CorpusCider, rewarded_samples, self_critical_loss, token_log_probs
-from clipcap.training.train import TrainConfig, train
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.runtime import RuntimeConfig, seed_everything
 
 CORPUS = [

@@ -11,7 +11,9 @@ from clipcap import Captioner
 from clipcap.decoding import decode
 from clipcap.model import ClipCapConfig, ClipCapModel
 from clipcap.training.lora import add_lora, merge_lora
-from clipcap.training.train import Captioning, TrainConfig, train
+from clipcap.training.module import CaptionTraining
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from clipcap.training.train import train as training
 from common.checks import UserError
 from common.gpt2 import load_gpt2
@@ -78,7 +80,7 @@ def test_a_training_step_leaves_a_frozen_gpt2_untouched(config):
     """Regression: the original's frozen GPT-2 collects gradients and sits in the optimizer."""
     model = ClipCapModel.from_backbones(ClipCapConfig(clip_width=12, prefix_length=3, gpt2=config.gpt2)).train()
     before = {name: value.clone() for name, value in model.gpt2.state_dict().items()}
-    module = Captioning(model, lr=0.1, warmup=0, total=10, weight_decay=0.1)
+    module = CaptionTraining(model, lr=0.1, warmup=0, total=10, weight_decay=0.1)
     optimizer = module.configure_optimizers()["optimizer"]
     ids = torch.randint(1, 200, (4, 6))
     loss = module._loss({"clip_embeddings": torch.randn(4, 12), "input_ids": ids, "labels": ids})
@@ -94,7 +96,7 @@ def test_a_training_step_leaves_a_frozen_gpt2_untouched(config):
 def test_resume_is_exact(config, tmp_path, monkeypatch):
     whole = weights(train(replace(config, tune_gpt2=True)))
     part = replace(config, tune_gpt2=True, out=tmp_path / "part")
-    original, calls = Captioning.training_step, []
+    original, calls = CaptionTraining.training_step, []
 
     def interrupted(self, batch, batch_idx):
         calls.append(batch_idx)
@@ -102,10 +104,10 @@ def test_resume_is_exact(config, tmp_path, monkeypatch):
             raise RuntimeError("killed")
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(Captioning, "training_step", interrupted)
+    monkeypatch.setattr(CaptionTraining, "training_step", interrupted)
     with pytest.raises(RuntimeError, match="killed"):
         train(part)
-    monkeypatch.setattr(Captioning, "training_step", original)
+    monkeypatch.setattr(CaptionTraining, "training_step", original)
     resumed = weights(train(part))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -215,13 +217,13 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(config, monkeypatch):
     images, ids = torch.randn(6, 12), torch.randint(1, 200, (6, 9))
     labels = ids.clone()
     labels[:3, 2:] = -100  # a short batch and a long one
-    module = Captioning(model, lr=1.0, warmup=0, total=1, weight_decay=0.0)
+    module = CaptionTraining(model, lr=1.0, warmup=0, total=1, weight_decay=0.0)
 
     class Fake:
         world_size, accumulate_grad_batches = 1, 2
 
     logged = {}
-    monkeypatch.setattr(Captioning, "trainer", Fake)
+    monkeypatch.setattr(CaptionTraining, "trainer", Fake)
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.setdefault(name, value))
     for part in (slice(0, 3), slice(3, 6)):
         batch = {"clip_embeddings": images[part], "input_ids": ids[part], "labels": labels[part]}

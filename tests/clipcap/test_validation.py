@@ -10,7 +10,8 @@ from clipcap import Captioner
 from clipcap.data.readers import read_dataset
 from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapModel
-from clipcap.training.train import TrainConfig, train
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from clipcap.training.validation import CaptionValidation, Subset, explain_collapse, measure_variety
 from common.runtime import RuntimeConfig
 
