@@ -35,9 +35,10 @@ from clipcap.scst import (
 from clipcap.validation import CaptionValidation, Subset
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
-from common.files import write_json
+from common.files import require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2
 from common.language import IGNORE
+from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, own_gpu, resolve_device, start, versions
 from common.training import (
     BatchOrder,
@@ -46,11 +47,11 @@ from common.training import (
     build_trainer,
     fit,
     fused,
-    is_first_process,
     load_best,
     mean_over_processes,
     require_same_run,
     settings_of,
+    validation_interval,
     warmup_cosine,
     warmup_linear,
 )
@@ -133,8 +134,8 @@ class TrainConfig:
     """AdamW's weight decay."""
     max_tokens: int = 67
     """Longest caption, its end token included."""
-    val_every: int = 500
-    """Steps between validations."""
+    val_every: int = 0
+    """Steps between validations; 0 is a tenth of the run, at most 500."""
     val_captions: int = 200
     """Images that are captioned at each validation, for CIDEr and OUT/samples.html; 0 for none."""
     val_beams: int = 1
@@ -480,14 +481,16 @@ def _resolve_init(config: TrainConfig) -> TrainConfig:
 
 def _check(config: TrainConfig) -> None:
     """Raise UserError for settings that cannot work."""
-    least_one = ("batch_size", "max_tokens", "val_every", "accumulate", "mapper_layers", "prefix_length", "val_beams",
+    least_one = ("batch_size", "max_tokens", "accumulate", "mapper_layers", "prefix_length", "val_beams",
                  "devices", "num_nodes", "epochs", "scst_samples")
     for name in least_one:
         require_at_least(name, getattr(config, name), 1)
-    least_zero = ("lora", "retrieval", "val_captions", "patience", "clip_gradients", "text_noise", "warmup", "steps",
-                  "weight_decay", "workers")
+    least_zero = ("lora", "retrieval", "val_every", "val_captions", "patience", "clip_gradients", "text_noise",
+                  "warmup", "steps", "weight_decay", "workers")
     for name in least_zero:
         require_at_least(name, getattr(config, name), 0)
+    if config.embeddings is not None and config.embeddings.resolve() == config.out.resolve():
+        raise UserError(f"embeddings and out are both {str(config.out)!r}: give each a directory of its own.")
     if not config.lr > 0:
         raise UserError(f"lr is {config.lr}: use a rate above 0.")
     ways = [name for name in ("text_only", "scst", "retrieval") if getattr(config, name)]
@@ -510,10 +513,18 @@ def train(config: TrainConfig) -> Path:
     from its last checkpoint, exactly. With several processes, all of them call this, and the first one writes.
 
     Raises:
-        UserError: anything in the data or the settings that cannot work, with its cure.
+        UserError: anything in the data or the settings that cannot work, with its cure; another run uses OUT.
     """
     _check(config)
     config = _resolve_init(config)
+    with sole_run(config.out):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Path:
+    """`train`, alone in its directory and with settings that can work."""
+    directory = config.out / "model"
+    require_own_directory(directory)
     device = start(config.runtime)
     items = read_items(config)
     settings = _settings(config, items["train"])
@@ -549,7 +560,7 @@ def train(config: TrainConfig) -> Path:
     trainer = build_trainer(
         TrainerConfig(
             max_steps=steps,
-            val_every=min(config.val_every, steps) * config.accumulate,
+            val_every=validation_interval(config.val_every, steps, most=500) * config.accumulate,
             accumulate=config.accumulate,
             clip_gradients=config.clip_gradients,
             precision=config.runtime.precision,
@@ -583,7 +594,6 @@ def train(config: TrainConfig) -> Path:
     fit(trainer, module, config.out, resume=config.resume, **loaders)
     cpu_seconds = time.process_time() - begun
 
-    directory = config.out / "model"
     if not is_first_process():
         return directory
     if "val" in data and (config.out / "best.ckpt").is_file():
@@ -593,7 +603,8 @@ def train(config: TrainConfig) -> Path:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if config.lora:
         merge_lora(model)
-    model.float().eval().save_pretrained(directory)
+    with whole_directory(directory) as whole:
+        model.float().eval().save_pretrained(whole)
     record = config.out / "training.json"
     if record.is_file() and not trainer.callback_metrics:  # all its steps were made before
         return directory

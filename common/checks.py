@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from common.signals import Stopped, StopRequest, name_of
 
 
 class UserError(ValueError):
@@ -65,15 +68,18 @@ def run_command(command: Callable[[], int | None]) -> int:
     """Run a command line's body; a user's mistake becomes one line on stderr and exit code 2.
 
     Exit codes: 0 done (or what `command` returns), 2 a user's mistake or no room or permission on
-    the disk, 130 after Ctrl-C. Anything else is our bug and keeps its traceback.
+    the disk, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, which unwind it as Ctrl-C does. Anything else is
+    our bug and keeps its traceback.
     """
     try:
-        return command() or 0
+        with StopRequest((signal.SIGTERM, signal.SIGHUP)):
+            return command() or 0
     except UserError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; what was saved before is kept.", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Stopped) as stop:
+        signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+        print(f"\nstopped by {name_of(signum)}; what was saved before is kept.", file=sys.stderr)
+        return 128 + signum
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
