@@ -108,9 +108,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_tokenizer_that_was_there(text, t
         raise Exception("No space left on device (os error 28)")
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
-    with pytest.raises(UserError, match=r"out' could not be written \(No space left on device"):
+    with pytest.raises(OSError, match=r"No space left on device: .*out'"):
         run(TokenizerConfig(text=(text,), out=tmp_path / "out", vocab_size=290))
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(OSError, match="No space left"):
         save_tokenizer(load_tokenizer(tmp_path / "out"), tmp_path / "out")
     assert len(load_tokenizer(tmp_path / "out")) == 300
     assert {path.name for path in tmp_path.iterdir()} == {"text", "out"}
