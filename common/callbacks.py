@@ -228,6 +228,7 @@ def _at_the_last_step(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     loader: Any = trainer.train_dataloader
     if hasattr(loader, "state_before"):
         loop["state_dict"]["combined_loader"] = [loader.state_before(current["ready"] - done)]
+    progress["is_last_batch"] = done >= trainer.num_training_batches  # what has begun may be the last
     undone = current["processed"] - done
     for counts in (current, progress["total"]):  # or the next validations come early
         counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), counts["processed"] - undone))

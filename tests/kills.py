@@ -22,16 +22,29 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+AS_TESTS = f"""
+import sys
+import types
+sys.path.insert(0, {str(ROOT)!r})
+sys.modules["tests"] = types.ModuleType("tests")
+sys.modules["tests"].__path__ = [{str(ROOT / "tests")!r}]
+"""
+"""Beginning of a script that imports modules of `tests`; an installed package has that name too."""
 OPERATIONS = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync", "ftruncate")
 """What is waited for beside writes to files."""
 
 
 def kill_everywhere(scenario: str, place: Path, *, points: int = 20) -> None:
-    """Assert that a scenario ends the same wherever it was killed: at up to `points` of its writes, evenly spread."""
+    """Assert that a scenario ends the same wherever it was killed.
+
+    Half of the `points` are writes to files, which are then half done, and half are before a file is synced, renamed,
+    deleted and the like; both are evenly spread.
+    """
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=shared) as temporary:
-        environment = os.environ | {"TMPDIR": temporary, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.kills", scenario, str(place), str(points)]
+        environment = os.environ | {"TMPDIR": temporary, "OMP_NUM_THREADS": "1"}
+        script = f"{AS_TESTS}\nfrom tests.kills import main\nmain({scenario!r}, {str(place)!r}, {points})"
+        command = [sys.executable, "-c", script]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         found = json.loads(done.stdout.splitlines()[-1])
@@ -39,15 +52,16 @@ def kill_everywhere(scenario: str, place: Path, *, points: int = 20) -> None:
         assert not os.listdir(temporary), "files for ever in the directory for temporary ones"
 
 
-def main(scenario: str, place: Path, points: int) -> None:
+def main(scenario: str, where: str, points: int) -> None:
     """Print, as JSON, how many kills there were and which of them made a difference."""
     module, name = scenario.split(":")
     run: Callable[[Path], str] = getattr(importlib.import_module(module), name)
-    place = place.resolve()
+    place = Path(where).resolve()
     writes = place / "writes"
     whole = _forked(run, place / "whole", writes, 0)
     kinds = writes.read_text().split()
-    numbers = sorted({1 + i * (len(kinds) - 1) // max(1, points - 1) for i in range(points)})
+    numbers = _spread([number for number, kind in enumerate(kinds, 1) if kind == "write"], points // 2)
+    numbers += _spread([number for number, kind in enumerate(kinds, 1) if kind != "write"], points - points // 2)
     failed = {}
     for number in numbers:
         directory = place / f"{number}"
@@ -57,6 +71,11 @@ def main(scenario: str, place: Path, points: int) -> None:
         if first != "killed" or second != whole or leftovers:
             failed[f"{number}, {kinds[number - 1]}"] = [first, second, whole, leftovers]
     print(json.dumps({"writes": len(kinds), "killed": len(numbers), "failed": failed}))
+
+
+def _spread(numbers: list[int], count: int) -> list[int]:
+    """`count` of the numbers, evenly spread; all where there are fewer."""
+    return [numbers[i * len(numbers) // count] for i in range(count)] if count < len(numbers) else numbers
 
 
 def _forked(run: Callable[[Path], str], directory: Path, writes: Path, kill_at: int) -> str:
@@ -140,7 +159,3 @@ def _watch(directory: Path, kill_at: int) -> list[str]:
     os.fdopen = opening(os.fdopen)
     builtins.open = io.open = opening(builtins.open)  # type: ignore[assignment]
     return seen
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from common.callbacks import KeepBest, KeepLast
 from common.checks import UserError, run_command
+from common.processes import sole_run
 from common.training import (
     BatchOrder,
     MuonAndAdam,
@@ -36,7 +37,7 @@ from common.training import (
     warmup_cosine,
     warmup_linear,
 )
-from tests.kills import kill_everywhere
+from tests.kills import AS_TESTS, kill_everywhere
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -375,7 +376,7 @@ def test_without_validation_a_killed_run_goes_on_from_its_last_checkpoint(tmp_pa
 @pytest.mark.parametrize("at", [1, 3, 4, 6, 7, 8])  # within and between epochs and validations, and just after one
 def test_a_run_goes_on_from_a_checkpoint_that_was_due_by_time(tmp_path, accumulate, at):
     def die(step: int) -> None:
-        if step == at + 1:
+        if step == at:
             raise Killed
 
     options = {"val_every": 3, "accumulate": accumulate}
@@ -523,12 +524,13 @@ def weights_hash(directory: Path) -> str:
 def killed_run(directory: Path) -> str:
     """A scenario of `tests.kills`."""
     torch.set_num_threads(1)
-    train(directory, 12, val_every=4, accumulate=2, save_at=range(20))
+    with sole_run(directory):
+        train(directory, 9, val_every=3, accumulate=2, save_at=[1, 4])
     return weights_hash(directory)
 
 
 def test_a_run_killed_at_any_of_its_writes_ends_the_same(tmp_path):
-    kill_everywhere("tests.common.test_training:killed_run", tmp_path, points=12)
+    kill_everywhere("tests.common.test_training:killed_run", tmp_path, points=6)
 
 
 @pytest.mark.slow
@@ -552,8 +554,8 @@ raise SystemExit(run_command(lambda: train(Path(sys.argv[1]), 18, fill, val_ever
 
 @pytest.mark.parametrize("room", [100, 6000])
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, root, whole, room):
-    command = [sys.executable, "-c", FULL, str(tmp_path / "run"), str(room)]
-    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    command = [sys.executable, "-c", AS_TESTS + FULL, str(tmp_path / "run"), str(room)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and "File too large" in done.stderr and "free disk space" in done.stderr
     assert str(tmp_path / "run/last.ckpt") in done.stderr or str(tmp_path / "run/metrics.csv") in done.stderr
@@ -615,10 +617,10 @@ raise SystemExit(run_command(command))
 
 
 @pytest.mark.parametrize("whom", ["first", "second", "both"])
-def test_a_signal_to_one_of_two_processes_ends_both_after_they_have_saved(tmp_path, root, whom):
+def test_a_signal_to_one_of_two_processes_ends_both_after_they_have_saved(tmp_path, whom):
     script = tmp_path / "script.py"
-    script.write_text(TWO)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    script.write_text(AS_TESTS + TWO)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
