@@ -1,4 +1,4 @@
-"""Errors of reading what an earlier command wrote, and of writing, each as one line."""
+"""What earlier commands wrote, or one line on what is wrong with it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from common.checks import UserError
 
@@ -40,17 +38,3 @@ def read_json(path: Path, cure: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise TypeError
         return found
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Raise UserError where the libraries written in Rust cannot write; they know no OSError."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, SafetensorError) and type(error) is not Exception:
-            raise
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{what} {str(path)!r} could not be written ({reason}): check the permissions and free disk space."
-        ) from error

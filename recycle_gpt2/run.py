@@ -12,6 +12,7 @@ from typing import Any, Literal
 from common.checks import UserError, require_at_least, require_place, require_text
 from common.files import MARKER, require_own_directory, write_json, write_text
 from common.gpt2 import load_gpt2
+from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.card import model_card
 from recycle_gpt2.corpus import (
@@ -37,10 +38,8 @@ from recycle_gpt2.stages import (
     Initialisation,
     RelearnConfig,
     align_models,
-    alone,
     file_hash,
     finetune,
-    leader,
     model_hash,
     once,
     read_done,
@@ -143,7 +142,7 @@ class _Scoring:
 def run(config: RunConfig) -> int:
     """`recycle-gpt2 run`: every stage that is not done yet, and say where the model is."""
     directory = recycle(config)
-    if leader():
+    if is_first_process():
         if config.push_to_hub:
             print(f"uploaded: {upload(directory, config.push_to_hub)}")
         print(f"model: {directory}; try: recycle-gpt2 sample {directory}")
@@ -188,22 +187,22 @@ def recycle(config: RunConfig) -> Path:
     require_text("out", config.out)
     require_place(work, directory=True)
     text = _text(config.text)
-    if leader():
+    if is_first_process():
         _require_own(config, work, text)
     start(config.runtime)
     block = _check_models(config)
-    with alone(work):
+    with sole_run(work):
         _make_stages(config, work, block, text)
     return config.out
 
 
 def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | None) -> None:
     """Every stage that is not done."""
-    if leader() and known_text is not None:
+    if is_first_process() and known_text is not None:
         _take_over(config, work, known_text)
 
     def begin(name: str) -> Path:
-        if leader():
+        if is_first_process():
             print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
         return work / name
 
@@ -288,16 +287,16 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
         lambda: _finish(config, work, current, scores),
         inputs={"model": model, "scores": file_hash(evaluation / DONE)},
     )
-    if leader() and not (config.out / "config.json").exists():  # moved or deleted since
+    if is_first_process() and not (config.out / "config.json").exists():  # moved or deleted since
         _finish(config, work, current, scores)
-    elif not leader():
+    elif not is_first_process():
         wait_for(config.out / "config.json")
 
 
 def _text(paths: Sequence[Path]) -> str | None:
     """The text's hash, the same to every process; None where it is not there any more."""
     try:
-        return text_hash(paths, progress=leader())
+        return text_hash(paths, progress=is_first_process())
     except UserError:  # the stage that reads it complains, if it is not done
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from common.checks import UserError, require_directory, require_same_settings
-from common.files import claimed, require_own_directory, whole_directory, write_json
+from common.files import require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2, token_table
+from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import settings_of
 from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
@@ -29,7 +29,7 @@ from recycle_gpt2.lexical import (
     replace_lexical,
     train_only,
 )
-from recycle_gpt2.records import RENEW, read_json, reading, writing
+from recycle_gpt2.records import RENEW, read_json, reading
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 from recycle_gpt2.training import StageConfig, StageRecord, train_stage
 
@@ -111,13 +111,6 @@ class FinetuneConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
-def leader() -> bool:
-    """Whether this process writes (the others, of distributed training, wait for what it has written)."""
-    # Lightning's own launcher sets the first two, torchrun the third, srun the last.
-    ranks = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
-
-
 def wait_for(path: Path, ready: Callable[[], bool] | None = None) -> None:
     """Return when `path` is there, or when it is `ready`; end with the process that was to write it."""
     parent, ready = os.getppid(), ready or path.exists
@@ -147,11 +140,6 @@ def model_hash(model: Path | str) -> str | None:
     return file_hash(Path(model).parent / DONE) if Path(model).name == MODEL else None
 
 
-def alone(directory: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep other runs out of a directory; the first process does it for all of its run."""
-    return claimed(directory) if leader() else contextlib.nullcontext()
-
-
 def once(
     directory: Path,
     config: Any,
@@ -179,7 +167,7 @@ def once(
     """
     directory = Path(directory)
     known = {name: value for name, value in inputs.items() if value is not None}
-    with alone(directory):
+    with sole_run(directory):
         return _once(directory, stage_settings(config), work, known, everyone)
 
 
@@ -194,7 +182,7 @@ def _once(
         if done.exists():
             before.pop(PROCESSES, None)
         _require_same(directory, settings, before, known)
-    if leader():
+    if is_first_process():
         if changed := changed_inputs(before, known):
             begin_anew(directory, changed)
         known = before.get("inputs", {}) | known
@@ -205,13 +193,13 @@ def _once(
         wait_for(begun, lambda: not changed_inputs(read_settings(directory), known))
     if done.exists():
         return read_done(directory)
-    if not (leader() or everyone):
+    if not (is_first_process() or everyone):
         wait_for(done)
         return read_done(directory)
-    if leader():
+    if is_first_process():
         require_own_directory(directory / MODEL)  # where the work ends
     record = work()
-    if leader():
+    if is_first_process():
         write_json(done, record | {"inputs": known})
     else:
         wait_for(done)
@@ -293,7 +281,7 @@ def save_model(
     Raises:
         UserError: something else lies there, or the disk takes no more.
     """
-    with whole_directory(directory) as partial, writing(directory, "model"):
+    with whole_directory(directory) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if card:
@@ -327,7 +315,7 @@ def relearn(config: RelearnConfig) -> Path:
             runtime=config.runtime,
             order=int(config.keep_table),  # a short second relearning sees other blocks than the first began with
         )
-        if leader():
+        if is_first_process():
             save_model(model, tokenizer, config.out / MODEL)
         return described(record)
 
@@ -452,7 +440,7 @@ def finetune(config: FinetuneConfig) -> Path:
             records.append(
                 train_stage(model, train, valid, directory, part, runtime=config.runtime, order=number + 1)
             )
-        if leader():
+        if is_first_process():
             save_model(model, tokenizer, config.out / MODEL)
         last = records[-1]
         return described(

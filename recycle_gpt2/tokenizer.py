@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.checks import UserError, require_between, require_place, require_text
-from common.files import require_own_directory, whole_directory
+from common.files import MARKER, require_own_directory, whole_directory
 from recycle_gpt2.documents import read_documents
-from recycle_gpt2.records import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -45,7 +44,7 @@ def run(config: TokenizerConfig) -> None:
     tokenizer = train_tokenizer(
         (document.text for document in read_documents(config.text)), config.vocab_size, progress=True
     )
-    with whole_directory(config.out, "tokenizer") as partial, writing(config.out, "tokenizer"):
+    with whole_directory(config.out, "tokenizer") as partial:
         tokenizer.save_pretrained(partial)
     print(f"{len(tokenizer):,} tokens written to {config.out}")
 
@@ -99,13 +98,14 @@ def train_tokenizer(
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
     """Save `tokenizer` in `directory` so that a stop leaves the old files or the new ones; returns `directory`."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as partial:
-        with writing(directory, "tokenizer"):
-            tokenizer.save_pretrained(partial)
-        # tokenizer.json last: it is what tells that a tokenizer is there.
-        for file in sorted(Path(partial).iterdir(), key=lambda path: path.name == "tokenizer.json"):
-            shutil.move(file, directory / file.name)
+    with whole_directory(directory / ".new-tokenizer", "tokenizer") as new:
+        tokenizer.save_pretrained(new)
+    new = directory / ".new-tokenizer"
+    # tokenizer.json last: it is what tells that a tokenizer is there.
+    names = sorted({file.name for file in new.iterdir()} - {MARKER}, key=lambda name: name == "tokenizer.json")
+    for name in names:
+        os.replace(new / name, directory / name)
+    shutil.rmtree(new)
     return directory
 
 

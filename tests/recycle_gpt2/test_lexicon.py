@@ -145,3 +145,10 @@ def test_run(tables, tokenizer, english_tokenizer, dictionary, tmp_path, capsys)
         run(LexiconConfig(model=tmp_path / "nld", source=str(tmp_path / "eng"), out=out.with_suffix(".json")))
     with pytest.raises(UserError, match="k .*is 3: use at least 5"):
         run(LexiconConfig(model=tmp_path / "nld", source=str(tmp_path / "eng"), out=out, k=3, dictionary=dictionary))
+    others = tmp_path / "words.json"
+    others.write_text('{"mine": 1}')
+    for out, message in ((tmp_path, "a directory"), (tmp_path / "words.tsv", r"words.json' would be replaced")):
+        with pytest.raises(UserError, match=message):
+            run(LexiconConfig(model=tmp_path / "absent", out=out))
+    assert others.read_text() == '{"mine": 1}'
+    run(LexiconConfig(model=tmp_path / "nld", source=str(tmp_path / "eng"), out=tmp_path / "lexicon.tsv", k=5))

@@ -145,6 +145,17 @@ def test_plan_ends_with_a_validation(epochs, tokens, every):
     assert wanted <= found.steps <= math.ceil(wanted) + found.steps / found.val_every
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 11, 19, 99, 305, 499, 500, 700, 5000, 12_345])
+def test_a_stage_is_validated_about_ten_times_or_more_and_at_least_every_val_every_steps(steps):
+    for every in (1, 7, 500):
+        found = plan(steps, BLOCK, StageConfig(batch_size=1, val_every=every))
+        validations = found.steps / found.val_every
+        assert found.val_every <= every
+        assert min(steps, 6) <= validations <= max(10, math.ceil(steps / every))
+        assert validations >= 10 or steps < 100
+        assert steps <= found.steps <= max(steps + 1, 1.1 * steps)
+
+
 @pytest.mark.parametrize("count, accumulate, epochs", [(10, 2, 2), (40, 8, 4), (9, 3, 1)])
 def test_a_stage_of_accumulated_batches_is_validated_at_its_end(model, tmp_path, count, accumulate, epochs):
     train_only(model)
