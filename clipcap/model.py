@@ -40,7 +40,6 @@ from common.pretrained import (
     load_tokenizer,
     loading,
     locate,
-    one_of,
     read_config,
     require_finite,
     require_reachable,
@@ -521,6 +520,7 @@ def _take_places(source: Path, target: Path) -> None:
         if OLD_WEIGHTS.fullmatch(file.name) and file.name not in new:
             file.unlink()
     for name in sorted(new, key=lambda name: (name == "config.json", name)):
+        (source / name).chmod(0o644)  # safetensors makes files that nobody else may read
         os.replace(source / name, target / name)
 
 

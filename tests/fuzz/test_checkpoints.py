@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -212,7 +211,7 @@ def test_no_code_that_comes_with_weights_is_run_and_nobody_is_asked(directories,
     (place / "custom_generate").mkdir()
     (place / "custom_generate" / "generate.py").write_text(code)
     names = ["AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoImageProcessor", "AutoProcessor", "AutoFeatureExtractor"]
-    asked = {"auto_map": {name: "evil.Evil" for name in names} | {"AutoTokenizer": [None, "evil.Evil"]}}
+    asked = {"auto_map": dict.fromkeys(names, "evil.Evil") | {"AutoTokenizer": [None, "evil.Evil"]}}
     for name in CONFIGS:
         if (place / name).is_file():
             fields = json.loads((place / name).read_text()) | asked
@@ -388,11 +387,9 @@ def test_silly_values_of_a_processor(directories, tmp_path):
 
 
 def refused(read, *words: str) -> None:
-    """A UserError of one line with these words, soon."""
-    begin = time.perf_counter()
+    """A UserError of one line with these words."""
     with pytest.raises(UserError) as caught:
         read()
-    assert time.perf_counter() - begin < 30
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and len(message) < 1000 and all(word in message for word in words), message
 
