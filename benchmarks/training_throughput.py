@@ -29,8 +29,8 @@ from transformers import GPT2Config
 from benchmarks.caption_throughput import cpu_seconds, fast_precisions, stock_activation
 from clipcap.data.dataset import collate
 from clipcap.model import ClipCapConfig, ClipCapModel
+from common.batches import BatchOrder
 from common.runtime import autocast, fork_generators, hardware, resolve_dtype, versions
-from common.training import BatchOrder
 
 PADDED = 40
 """Length to which the original pads every caption: about the mean of COCO's and ten standard deviations."""

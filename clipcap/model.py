@@ -519,6 +519,7 @@ def _take_places(source: Path, target: Path) -> None:
         if OLD_WEIGHTS.fullmatch(file.name) and file.name not in new:
             file.unlink()
     for name in sorted(new, key=lambda name: (name == "config.json", name)):
+        (source / name).chmod(0o644)  # safetensors makes files that nobody else may read
         os.replace(source / name, target / name)
 
 

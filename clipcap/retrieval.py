@@ -155,6 +155,7 @@ class Datastore:
             with saving(path, "datastore"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, temporary, {"pad": str(self.pad)})
+                temporary.chmod(0o644)
                 temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -446,8 +446,8 @@ def _read_preprocess(source: str, size: int) -> Preprocess:
         fields = fields.get("image_processor", fields)
     place = f"{file} of {source!r}"
     yes = one_of(True)
-    rules = {"do_resize": yes, "do_rescale": yes, "do_normalize": yes, "do_center_crop": SWITCH, "resample": one_of(2, 3)}
-    rules |= {"rescale_factor": number(0.0039, 0.00393)}
+    rules = {"do_resize": yes, "do_rescale": yes, "do_normalize": yes, "do_center_crop": SWITCH}
+    rules |= {"resample": one_of(2, 3), "rescale_factor": number(0.0039, 0.00393)}
     checked(fields, rules, place)
     crops, square = fields.get("do_center_crop", True), {"height": size, "width": size}
     squash = fields.get("size") == square
@@ -455,7 +455,7 @@ def _read_preprocess(source: str, size: int) -> Preprocess:
     if not squash and "size" in fields and fields["size"] not in usual:
         raise UserError(f"{place}: size is {fields['size']!r}: the vision tower sees {size} pixels, use {square}.")
     if crops and fields.get("crop_size", size) not in (size, square):
-        raise UserError(f"{place}: crop_size is {fields['crop_size']!r}: the vision tower sees {size} pixels, use {size}.")
+        raise UserError(f"{place}: crop_size is {fields['crop_size']!r}: the vision tower sees {size}, use {square}.")
     given = {f"image_{name}": fields.get(f"image_{name}") for name in ("mean", "std")}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     checked(given, {f"image_{name}": PREPROCESSING[name] for name in ("mean", "std")}, place)
@@ -488,6 +488,7 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
         raise UserError(
             f"open_clip has no weights {weights!r} for {arch!r}: give a file's path, or one of {', '.join(tags)}."
         )
+    state = None if tagged else _read_checkpoint(weights)
     with loading(name, PACKAGED, "CLIP"):
         if tagged.get("hf_hub"):
             repository, file = os.path.split(tagged["hf_hub"])
@@ -502,9 +503,10 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
         # transformers' own tokenizers may come with code; open_clip's has none and knows no such option
         trust = {"trust_remote_code": False} if "hf_tokenizer_name" in architecture["text_cfg"] else {}
         tokenizer = open_clip.get_tokenizer(arch, **trust)
-    if not tagged:
-        _load_checkpoint(model, arch, weights)
-    require_finite(model.state_dict(), f"CLIP {name!r}")
+    if state is not None:
+        _put_in(model, arch, state, weights)
+    if tagged:
+        require_finite(model.state_dict(), f"CLIP {name!r}")
     config = model.visual.preprocess_cfg
     if config["resize_mode"] == "longest":
         raise UserError(f"CLIP {name!r} pads its images, which is not supported: use other weights.")
@@ -519,16 +521,12 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
     return _OpenClip(model, tokenizer), preprocess
 
 
-def _load_checkpoint(model: Any, arch: str, path: str) -> None:
-    """Put a checkpoint file's weights into an open_clip model, exactly: none missing, left over or of another size.
-
-    open_clip's own loader would stretch position embeddings of another image size without a word.
-    """
+def _read_checkpoint(path: str) -> dict[str, Tensor]:
+    """The weights in a checkpoint file, without running any code that it may hold."""
     from open_clip.factory import load_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict
 
     try:
-        state = dict(load_state_dict(path, weights_only=True))
+        state = {str(key): value for key, value in load_state_dict(path, weights_only=True).items()}
     except Exception as error:  # pickle, zip, safetensors and torch each have their own for a broken file
         if "TorchScript" in str(error):
             raise UserError(
@@ -538,12 +536,22 @@ def _load_checkpoint(model: Any, arch: str, path: str) -> None:
         raise UserError(
             f"open_clip checkpoint {path!r} is corrupt, cut short or not a checkpoint: copy it again."
         ) from error
-    state = {str(key): value for key, value in state.items()}
-    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
-        state = convert_to_custom_text_state_dict(state)
     for key in ("input_resolution", "context_length", "vocab_size"):  # notes in OpenAI's files
         state.pop(key, None)
     require_plain(state, f"open_clip checkpoint {path!r}")
+    require_finite(state, f"open_clip checkpoint {path!r}")
+    return state
+
+
+def _put_in(model: Any, arch: str, state: dict[str, Tensor], path: str) -> None:
+    """Put a checkpoint file's weights into an open_clip model, exactly: none missing, left over or of another size.
+
+    open_clip's own loader would stretch position embeddings of another image size without a word.
+    """
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
     needed = model.state_dict()
     fix = f"choose the architecture that it was trained with instead of {arch!r}."
     for key in sorted(needed.keys() & state.keys()):

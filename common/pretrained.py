@@ -137,7 +137,8 @@ def whole(least: int, most: int) -> Rule:
 
 def number(least: float, most: float) -> Rule:
     """A number from `least` to `most`, neither NaN nor infinite."""
-    return Rule(lambda value: type(value) in (int, float) and least <= value <= most, f"a number from {least} to {most}")
+    words = f"a number from {least} to {most}"
+    return Rule(lambda value: type(value) in (int, float) and least <= value <= most, words)
 
 
 def one_of(*choices: Any) -> Rule:
@@ -174,7 +175,7 @@ def checked(fields: Any, rules: Mapping[str, Rule], place: str) -> dict[str, Any
         UserError: a value that breaks its rule, or no fields at all.
     """
     if not isinstance(fields, Mapping):
-        raise UserError(f"{place} is {_cut(fields)} instead of named values: use the one that was saved with the weights.")
+        raise UserError(f"{place} is {_cut(fields)} instead of named values: use what was saved with the weights.")
     for name, rule in rules.items():
         if name in fields and not rule.holds(fields[name]):
             raise UserError(f"{place}: {name} is {_cut(fields[name])}: use {rule.words}.")
@@ -305,7 +306,8 @@ def require_finite(weights: Mapping[str, Tensor], place: str) -> None:
     for name, tensor in weights.items():
         if not tensor.is_floating_point() or tensor.is_meta:
             continue
-        total = tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None)  # NaN and infinity survive a sum
+        # NaN and infinity survive a sum
+        total = tensor.detach().sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
         if not math.isfinite(total) and not torch.isfinite(tensor).all():
             raise UserError(f"{place}: {name} holds NaN or infinity: copy it again, or use an earlier checkpoint.")
 

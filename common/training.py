@@ -8,21 +8,18 @@ import logging
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.connectors import checkpoint_connector
-from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
 
 from common import callbacks as kept
 from common.callbacks import (
@@ -51,7 +48,6 @@ from common.signals import Stopped, StopRequest
 
 MOST_PROCESSES = 4096
 """On a machine, and machines."""
-SAME_BATCHES = "go on with as many, or begin anew"
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -87,173 +83,6 @@ class TrainerConfig:
     """Show a progress bar."""
     save_minutes: float = 10.0
     """Longest time between two checkpoints to go on from, after which one is written before the next step."""
-
-
-class BatchOrder(Sampler[list[int]]):
-    """Batches of indices whose order is a function of (seed, epoch) alone, so that a run can go on where it stopped.
-
-    Every index occurs exactly once per epoch over all processes, which all get as many batches; the last batches of an
-    epoch may be short, or longer by one where the rest is not enough for every process. What the processes take
-    together in a step is what one process would take with a `batch_size` as many times as large. An epoch is a whole
-    number of optimizer steps: its last step has as many batches as the others, of fewer items.
-
-    Args:
-        num_items: items in the data set.
-        batch_size: of each process.
-        accumulate: batches of an optimizer step.
-        seed: of the order.
-        shuffle: another order in every epoch; False takes the items as they come.
-        rank, world: this process and their number; None asks torch.distributed when batches are made.
-        lengths: of the items; batches then hold items of similar length, so that little of them is padding.
-    """
-
-    POOL = 50
-    """Steps whose items are sorted by length together."""
-
-    def __init__(
-        self,
-        num_items: int,
-        batch_size: int,
-        *,
-        accumulate: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        rank: int | None = None,
-        world: int | None = None,
-        lengths: Sequence[int] | np.ndarray | None = None,
-    ) -> None:
-        require_at_least("batch size", batch_size, 1)
-        require_at_least("accumulate", accumulate, 1)
-        self.num_items, self.batch_size, self.accumulate = num_items, batch_size, accumulate
-        self.seed, self.shuffle = seed, shuffle
-        self._rank, self._world, self.epoch = rank, world, 0
-        self.lengths = None if lengths is None else np.asarray(lengths)
-        if num_items < (world or 1) * accumulate:
-            raise self._too_few()
-
-    @property
-    def rank(self) -> int:
-        """This process, counted from 0."""
-        if self._rank is not None:
-            return self._rank
-        return distributed.get_rank() if _is_distributed() else 0
-
-    @property
-    def world(self) -> int:
-        """Number of processes."""
-        if self._world is not None:
-            return self._world
-        return distributed.get_world_size() if _is_distributed() else 1
-
-    def order(self) -> np.ndarray:
-        """Indices of this epoch in their order, before they are cut into batches."""
-        if not self.shuffle:
-            return np.arange(self.num_items)
-        shuffled = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_items)
-        return shuffled if self.lengths is None else self._by_length(shuffled, self.lengths)
-
-    def _by_length(self, shuffled: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The same indices sorted by length within pools; then the steps change places."""
-        step = self.batch_size * self.world
-        pools = np.split(shuffled, range(self.POOL * step, len(shuffled), self.POOL * step))
-        ordered = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in pools])
-        whole = len(ordered) // step * step
-        steps = ordered[:whole].reshape(-1, step)
-        mixed = np.random.default_rng((self.seed, self.epoch, 1)).permutation(steps)
-        return np.concatenate([mixed.ravel(), ordered[whole:]])
-
-    def batches(self) -> list[list[int]]:
-        """This process's batches of this epoch."""
-        order, ends = self.order().tolist(), self._ends()
-        return [order[i:j][self.rank :: self.world] for i, j in zip([0, *ends], ends, strict=False)]
-
-    def _ends(self) -> list[int]:
-        """Where the batches of all processes together end in the order."""
-        least = self.accumulate * self.world
-        if self.num_items < least:
-            raise self._too_few()
-        step = self.batch_size * least
-        ends = list(range(step, self.num_items, step))
-        if ends and self.num_items - ends[-1] < least:
-            ends.pop()
-        ends = [0, *ends, self.num_items]
-        parts = range(1, self.accumulate + 1)
-        return [i + (j - i) * part // self.accumulate for i, j in pairwise(ends) for part in parts]
-
-    def _too_few(self) -> UserError:
-        needed = f"{self.world} processes" + (f" of {self.accumulate} batches a step" if self.accumulate > 1 else "")
-        cure = "give at least one to each" + (", or lower accumulate" if self.accumulate > 1 else "")
-        return UserError(f"dataset has {self.num_items} items for {needed}: {cure}.")
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches())
-
-    def __len__(self) -> int:
-        return len(self._ends())
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-class ResumableLoader(DataLoader):  # type: ignore[type-arg]
-    """A DataLoader over a BatchOrder that Lightning can save in the middle of an epoch and continue exactly."""
-
-    def __init__(self, dataset: Dataset[Any], order: BatchOrder, **kwargs: Any) -> None:
-        super().__init__(dataset, batch_sampler=order, **kwargs)
-        self.order = order
-        self._done = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        todo = self.order.batches()[self._done :]
-        inner = DataLoader(
-            self.dataset,
-            batch_sampler=todo,
-            num_workers=self.num_workers,
-            collate_fn=self.collate_fn,
-            pin_memory=self.pin_memory,
-            worker_init_fn=self.worker_init_fn,
-            # Of its own, or a resumed run would draw once more from torch's and its dropout would differ.
-            generator=torch.Generator().manual_seed(hash((self.order.seed, self.order.epoch, self._done)) % 2**63),
-        )
-        for left, batch in zip(range(len(todo) - 1, -1, -1), inner, strict=True):
-            # Counted before it is handed out: the trainer does not come back after an epoch's last batch.
-            self._done = self._done + 1 if left else 0
-            self.order.epoch += not left
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the run stands: the epoch and the batches of it that were handed out, and what they are made by."""
-        return self.state_before(0)
-
-    def state_before(self, batches: int) -> dict[str, Any]:
-        """Where it stood before the last `batches`, which are of one epoch, were handed out."""
-        epoch, done = self.order.epoch, self._done
-        if not done and batches:  # the last was an epoch's last
-            epoch, done = epoch - 1, len(self.order)
-        return {"epoch": epoch, "done": done - batches, "batches": self._made_by()}
-
-    def _made_by(self) -> dict[str, int]:
-        order = self.order
-        return {
-            "batch_size": order.batch_size, "accumulate": order.accumulate, "seed": order.seed,
-            "processes": order.world,
-        }  # fmt: skip
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where `state_dict` was taken; UserError where batches are others, or it is no such place."""
-        match state:
-            case {"epoch": int(epoch), "done": int(done), **rest} if epoch >= 0 <= done:
-                before = rest.get("batches")
-                if done and isinstance(before, dict):  # between epochs they may change; older checkpoints have none
-                    require_same_settings("an epoch", before, self._made_by(), SAME_BATCHES)
-                if done < len(self.order):
-                    self.order.epoch, self._done = epoch, done
-                    return
-        raise UserError(
-            f"the checkpoint was written at {str(state)[:150]}, which is no place in epochs of {len(self.order)} "
-            f"batches: use the data it was written with, or begin anew."
-        )
 
 
 def build_trainer(
@@ -480,97 +309,3 @@ def _is_from_restoring(error: Exception) -> bool:
         and frame.f_code.co_name.startswith(("restore", "_restore"))
         for frame, _ in traceback.walk_tb(error.__traceback__)
     )
-
-
-def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:
-    """Factor on the learning rate: linear to 1 over `warmup` steps, then a half cosine to `floor` at `total`."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + float(np.cos(np.pi * progress)))
-
-    return factor
-
-
-def warmup_linear(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:
-    """Factor on the learning rate: linear to 1 over `warmup` steps, then linear to `floor` at `total`."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return 1 - (1 - floor) * progress
-
-    return factor
-
-
-def fused(kind: Callable[..., torch.optim.Optimizer], parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    """An Adam or AdamW that takes one pass over each parameter, whose gradients Lightning may clip."""
-    optimizer = kind(parameters, fused=True, **options)
-    # A fused step could undo fp16's loss scaling, for which Lightning refuses to clip gradients; bf16 has none.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-    return optimizer
-
-
-def decay_matrices(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """An optimizer's groups: weight decay is for matrices, not for norms and biases."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-class MuonAndAdam(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for hidden matrices and AdamW for the rest; to Lightning and schedules one optimizer.
-
-    Args:
-        model: whose parameters are trained, those that ask for a gradient.
-        hidden: part of the names of the parameters whose matrices are Muon's, such as ".h.".
-        lr_muon, lr: Muon's and AdamW's rate.
-        weight_decay: of matrices, both parts'.
-        betas: AdamW's.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        *,
-        hidden: str,
-        lr_muon: float,
-        lr: float,
-        weight_decay: float,
-        betas: tuple[float, float] = (0.9, 0.95),
-    ) -> None:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        by_muon = sorted(name for name, p in trained.items() if hidden in name and p.ndim == 2)
-        matrices = [trained.pop(name) for name in by_muon]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=lr_muon, weight_decay=weight_decay, momentum=0.95),
-            torch.optim.AdamW(decay_matrices([*trained.values()], weight_decay), lr=lr, betas=betas),
-        ]
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Let both parts read this optimizer's groups, which schedules write to, and their states be its own."""
-        first = len(self.parts[0].param_groups)
-        self.parts[0].param_groups, self.parts[1].param_groups = self.param_groups[:first], self.param_groups[first:]
-        for part in self.parts:
-            part.state = self.state
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self.parts:
-            part.step()
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()

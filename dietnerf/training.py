@@ -15,19 +15,18 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from common.batches import BatchOrder, ResumableLoader
 from common.callbacks import save_whole
 from common.checks import UserError, require_at_least, require_between, require_place
 from common.files import clear_leftovers, write_json, write_text
 from common.images import ImageLimit
+from common.optimizers import fused
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import (
-    BatchOrder,
-    ResumableLoader,
     TrainerConfig,
     build_trainer,
     fit,
-    fused,
     mean_over_processes,
     require_same_run,
     settings_of,

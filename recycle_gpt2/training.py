@@ -15,22 +15,13 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError, require_at_least
 from common.files import write_json
 from common.language import IGNORE
+from common.optimizers import MuonAndAdam, decay_matrices, warmup_cosine
 from common.runtime import RuntimeConfig, seed_everything
-from common.training import (
-    BatchOrder,
-    MuonAndAdam,
-    ResumableLoader,
-    TrainerConfig,
-    build_trainer,
-    decay_matrices,
-    fit,
-    load_best,
-    mean_over_processes,
-    warmup_cosine,
-)
+from common.training import TrainerConfig, build_trainer, fit, load_best, mean_over_processes
 from recycle_gpt2.corpus import labels
 from recycle_gpt2.loss import next_token_loss
 from recycle_gpt2.records import RENEW, read_json, reading

@@ -94,7 +94,7 @@ class EmbeddingStore:
     """CLIP embeddings of a set of images: (n, e), or patch features (n, p, w), in memory-mapped files.
 
     Raises:
-        UserError: the directory holds no finished store, or the sizes of its files are not those that its manifest says.
+        UserError: the directory holds no finished store, or its files have not the sizes that its manifest asks for.
     """
 
     def __init__(self, directory: Path) -> None:

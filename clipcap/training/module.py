@@ -14,7 +14,8 @@ from clipcap.model import ClipCapModel
 from clipcap.training.capdec import inject_noise
 from clipcap.training.scst import CorpusCider, rewarded_samples, self_critical_loss, token_log_probs
 from common.language import IGNORE
-from common.training import fused, mean_over_processes, warmup_cosine, warmup_linear
+from common.optimizers import fused, warmup_cosine, warmup_linear
+from common.training import mean_over_processes
 
 SCHEDULES: dict[str, Callable[[int, int], Callable[[int], float]]] = {"cosine": warmup_cosine, "linear": warmup_linear}
 

@@ -23,21 +23,13 @@ from clipcap.training.module import CaptionTraining, SelfCriticalTraining
 from clipcap.training.scst import CorpusCider, ReferencedImages, join_images
 from clipcap.training.settings import TrainConfig, check, resolve_init, settings_of_run
 from clipcap.training.validation import CaptionValidation, Subset
+from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError
 from common.clip import load_clip
 from common.files import require_own_directory, whole_directory, write_json
 from common.processes import is_first_process, sole_run
 from common.runtime import hardware, own_gpu, resolve_device, start, versions
-from common.training import (
-    BatchOrder,
-    ResumableLoader,
-    TrainerConfig,
-    build_trainer,
-    fit,
-    load_best,
-    require_same_run,
-    validation_interval,
-)
+from common.training import TrainerConfig, build_trainer, fit, load_best, require_same_run, validation_interval
 
 
 def build_model(config: TrainConfig, material: Material) -> ClipCapModel:

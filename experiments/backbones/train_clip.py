@@ -29,9 +29,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from common.batches import BatchOrder, ResumableLoader
 from common.checks import require_at_least, run_command
+from common.optimizers import MuonAndAdam, warmup_cosine
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import BatchOrder, MuonAndAdam, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+from common.training import TrainerConfig, build_trainer, fit
 from experiments.scenes.captions import caption, counterfactual
 from experiments.scenes.dataset import load_split
 from experiments.scenes.graph import COLOURS, HELD_OUT, SHAPES, Scene

@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, PreTrainedTokenizerFast
 
+from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError, run_command
 from common.language import chunked_cross_entropy, score
+from common.optimizers import MuonAndAdam, warmup_cosine
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import BatchOrder, MuonAndAdam, ResumableLoader, TrainerConfig, build_trainer, fit, warmup_cosine
+from common.training import TrainerConfig, build_trainer, fit
 from recycle_gpt2.tokenizer import save_tokenizer, train_tokenizer
 
 WARMUP = 100

@@ -1,6 +1,7 @@
 """Text-only training: the noise, the store of captions' embeddings, and a run without any image."""
 
 import json
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,12 +13,18 @@ import torch
 from torch.nn import functional as F
 
 from clipcap import Captioner
+<<<<<<< HEAD
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.training.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
 from clipcap.training.material import encode_items, read_items
 from clipcap.training.module import CaptionTraining
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
+=======
+from clipcap.capdec import NOWHERE, build_text_store, inject_noise, one_item_a_caption, read_captions
+from clipcap.readers import CaptionedImage
+from clipcap.training import Captioning, TrainConfig, encode_items, read_items, train
+>>>>>>> wt-loading
 from common.checks import UserError
 from common.clip import load_clip
 from common.runtime import RuntimeConfig
@@ -174,3 +181,27 @@ def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_d
     captioner = Captioner.from_pretrained(directory, device="cpu")
     assert captioner.model.config.normalize_embeddings  # images are read as the captions were
     assert isinstance(captioner.caption(photos / "00.jpg", max_new_tokens=5), str)
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}", '{"done": 2}', '{"key": KEY, "done": "x"}', '{"key": KEY, "done": -1}',
+                                   '{"key": KEY, "done": 1000}', '{"key": KEY, "done": true}', "[" * 50_000])  # fmt: skip
+def test_a_damaged_text_store_is_made_again(state, clip_directory, tmp_path):
+    items = [CaptionedImage(f"{n}", NOWHERE, (f"the cat {n}",), "train") for n in range(3)]
+    clip = load_clip(clip_directory, device="cpu")
+    good = build_text_store(items, clip, tmp_path / "store").array[:].copy()
+    path = tmp_path / "store" / "text.json"
+    path.write_text(state.replace("KEY", json.dumps(json.loads(path.read_text())["key"])))
+    assert (build_text_store(items, clip, tmp_path / "store").array == good).all()
+
+
+def test_a_disk_without_room_for_all_rows_is_one_line(clip_directory, tmp_path):
+    """A memory map that finds no room while it is written would end the process."""
+    items = [CaptionedImage(f"{n}", NOWHERE, ("the cat",), "train") for n in range(3000)]
+    clip = load_clip(clip_directory, device="cpu")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="store of captions' embeddings .* cannot be written"):
+            build_text_store(items, clip, tmp_path / "store")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -272,6 +273,64 @@ def test_checkpoint_of_other_sizes_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:300])
     with pytest.raises(UserError, match="corrupt|cut short|cannot be loaded"):
         ClipCapModel.from_pretrained(tmp_path)
+
+
+def files(directory) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def small_disk():
+    """As if a disk had room for files of 4000 bytes alone."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_while_saving_is_one_line_and_changes_nothing(tmp_path, small_disk):
+    model = make(tune_gpt2=True)
+    with pytest.raises(UserError, match="captioner .* cannot be written .*free some space") as caught:
+        model.save_pretrained(tmp_path / "new")
+    assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("before")
+    with pytest.raises(UserError, match="cannot be written"):
+        model.save_pretrained(tmp_path / "old")
+    assert files(tmp_path) == {"old/config.json": b"before"}
+
+
+def test_saving_replaces_its_own_files_and_no_others(tmp_path):
+    place, elsewhere = tmp_path / "clone", tmp_path / "elsewhere.safetensors"
+    (place / ".git").mkdir(parents=True)
+    others = {".git/HEAD": b"main", "README.md": b"mine", "onnx.bin": b"mine", "tokenizer.model": b"mine"}
+    for name, content in others.items():
+        (place / name).write_bytes(content)
+    elsewhere.write_bytes(b"in the hub's cache")
+    (place / "model.safetensors").symlink_to(elsewhere)
+    first, second = make(0, tune_gpt2=True), make(1, tune_gpt2=True)
+    first.save_pretrained(place, max_shard_size="20kB")  # several files
+    assert len(list(place.glob("model-*.safetensors"))) > 1 and not (place / "model.safetensors").exists()
+    batch = example(first)
+    assert torch.equal(ClipCapModel.from_pretrained(place)(**batch).logits, first(**batch).logits)
+    second.save_pretrained(place)
+    assert torch.equal(ClipCapModel.from_pretrained(place)(**batch).logits, second(**batch).logits)
+    first.save_pretrained(place, max_shard_size="20kB")
+    assert torch.equal(ClipCapModel.from_pretrained(place)(**batch).logits, first(**batch).logits)
+    assert elsewhere.read_bytes() == b"in the hub's cache"
+    assert files(place).items() >= others.items() and not list(place.glob(".saving-*"))
+    modes = {file.stat().st_mode & 0o777 for file in place.glob("*.safetensors")}
+    assert modes == {0o644}  # anybody may read them, as the rest
+
+
+def test_a_config_keeps_nothing_that_chooses_code():
+    config = ClipCapConfig(
+        gpt2_config=GPT2 | {"_attn_implementation": "somebody/kernel"}, attn_implementation="somebody/kernel",
+        _attn_implementation="somebody/kernel", quantization_config={}, auto_map={"AutoModel": "evil.Evil"},
+    )  # fmt: skip
+    assert config._attn_implementation is None
+    assert not hasattr(config, "auto_map") and not hasattr(config, "quantization_config")
+    assert ClipCapModel(config).gpt2.config._attn_implementation == "sdpa"
 
 
 def test_not_a_captioner(backbone, tmp_path):

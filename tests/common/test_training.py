@@ -22,21 +22,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from common.batches import BatchOrder, ResumableLoader
 from common.callbacks import KeepBest, KeepLast
 from common.checks import UserError, run_command
+from common.optimizers import MuonAndAdam, warmup_cosine, warmup_linear
 from common.processes import sole_run
-from common.training import (
-    BatchOrder,
-    MuonAndAdam,
-    ResumableLoader,
-    TrainerConfig,
-    build_trainer,
-    fit,
-    require_same_run,
-    validation_interval,
-    warmup_cosine,
-    warmup_linear,
-)
+from common.training import TrainerConfig, build_trainer, fit, require_same_run, validation_interval
 from tests.kills import AS_TESTS, kill_everywhere
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -388,11 +387,9 @@ def test_silly_values_of_a_processor(directories, tmp_path):
 
 
 def refused(read, *words: str) -> None:
-    """A UserError of one line with these words, soon."""
-    begin = time.perf_counter()
+    """A UserError of one line with these words."""
     with pytest.raises(UserError) as caught:
         read()
-    assert time.perf_counter() - begin < 30
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and len(message) < 1000 and all(word in message for word in words), message
 

@@ -13,16 +13,9 @@ from lightning import LightningModule
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError
-from common.training import (
-    BatchOrder,
-    ResumableLoader,
-    TrainerConfig,
-    build_trainer,
-    fit,
-    load_best,
-    require_same_run,
-)
+from common.training import TrainerConfig, build_trainer, fit, load_best, require_same_run
 from tests.fuzz.mutations import FUZZ, JUNK, break_file, changed, damaged, only_user_errors
 
 SETTINGS = {"lr": 0.1}

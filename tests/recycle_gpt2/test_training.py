@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.checks import UserError
 from common.language import IGNORE
+from common.optimizers import MuonAndAdam
 from common.runtime import RuntimeConfig
-from common.training import MuonAndAdam
 from recycle_gpt2 import loss as loss_module
 from recycle_gpt2.lexical import layers_from_top, train_only
 from recycle_gpt2.loss import next_token_loss, positions_at_once, tied_cross_entropy
