@@ -13,18 +13,12 @@ import torch
 from torch.nn import functional as F
 
 from clipcap import Captioner
-<<<<<<< HEAD
 from clipcap.data.readers.captioned import CaptionedImage
-from clipcap.training.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
+from clipcap.training.capdec import NOWHERE, build_text_store, inject_noise, one_item_a_caption, read_captions
 from clipcap.training.material import encode_items, read_items
 from clipcap.training.module import CaptionTraining
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
-=======
-from clipcap.capdec import NOWHERE, build_text_store, inject_noise, one_item_a_caption, read_captions
-from clipcap.readers import CaptionedImage
-from clipcap.training import Captioning, TrainConfig, encode_items, read_items, train
->>>>>>> wt-loading
 from common.checks import UserError
 from common.clip import load_clip
 from common.runtime import RuntimeConfig
