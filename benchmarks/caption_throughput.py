@@ -8,10 +8,10 @@ Keys of the last line: `{strategy}_{precision}_b{batch}_ratio`, times faster tha
 is the original's rule (`beam_original`), `beam_mean` our length-normalised beam and `greedy` one beam;
 `..._seconds`, CPU seconds for each caption; `beam_fp32_identical`, share of the plain loop's images whose five captions
 are the same, in order, and `beam_{bf16,int8}_same_best`, share whose best caption is the same; `int8` is 8-bit integers
-in GPT-2, of which weights take up to `int8_largest_weight` (127, or 64 where the processor has no VNNI), and bf16
-elsewhere; `..._of_floor`, arithmetic over the matrix rate measured in this run, or reading GPT-2's
-weights once a step at the memory bandwidth measured in it (`..._weights_read_seconds`), whichever is longer, as a share
-of the time. A processor without bf16 computes in fp32 what is bf16 on others, and leaves `bf16` out.
+in GPT-2, with weights up to `int8_largest_weight` (127, or 64 on a processor without VNNI), and bf16 elsewhere;
+`..._of_floor`, arithmetic over the matrix rate measured in this run, or reading GPT-2's weights once a step at the
+memory bandwidth measured in it (`..._weights_read_seconds`), whichever is longer, as a share of the time. A processor
+without bf16 leaves `bf16` out, and computes in fp32 what is bf16 elsewhere.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ and their loss is the same at the same weights.
 
 Keys of the last line: `{mapper}_{tuned|frozen}_{precision}_ratio`, times faster than the plain step in fp32 with the
 same mapper; `..._seconds`, CPU seconds for each caption; `..._of_floor`, the arithmetic that our step cannot do without
-over the matrix rate measured in this run, as a share of the time; `..._loss_difference` between the two sides. A processor
-without bf16 leaves `bf16` out.
+over the matrix rate measured in this run, as a share of the time; `..._loss_difference` between the two sides. A
+processor without bf16 leaves `bf16` out.
 """
 
 from __future__ import annotations

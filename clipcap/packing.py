@@ -100,7 +100,8 @@ def largest_int8_weight() -> int:
     """The largest integer weight with which this processor's 8-bit products are exact: 127, 64, or 0 if neither.
 
     With VNNI or AMX they are summed in 32 bits, hence 127. Without (AVX2, the first AVX-512), oneDNN first adds two
-    neighbours in 16 bits, where a sum above 32,767 is cut off: 2·255·127 = 64,770 is, 2·255·64 = 32,640 is not.
+    products in 16 bits, where what is above 32,767 is cut off: 2·255·127 = 64,770 is, 2·255·64 = 32,640 is not. Which
+    two depends on the kernel and the width, so that every two must fit.
     """
     return next((largest for largest in (127, 64) if _is_exact(largest)), 0)
 

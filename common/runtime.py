@@ -108,8 +108,7 @@ def start(config: RuntimeConfig) -> torch.device:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu" and dtype == torch.bfloat16 and not can_pack(device, dtype):
-        warning = "precision is 'bf16', for which this processor has no kernels: fp32 is faster here."
-        print(f"warning: {warning}", file=sys.stderr)
+        print("warning: precision is 'bf16', but this processor is faster in fp32: leave it out.", file=sys.stderr)
     return device
 
 

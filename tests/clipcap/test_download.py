@@ -214,7 +214,7 @@ def test_this_machine_is_never_asked_without_allowance(server, tmp_path, host):
 
 def test_a_redirect_inward_is_not_followed(server, monkeypatch):
     # The test's own server stands for a public one; the address it sends to does not.
-    monkeypatch.setattr(module, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("clipcap.data.net.is_public", lambda address: address == "127.0.0.1")
     options = dict(timeout=5, max_bytes=10**6)
     assert fetch(f"{server.url}/redirect.jpg", **options) == picture()
     with pytest.raises(Dropped, match="address is not public"):
@@ -234,7 +234,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(server, monkeypatch
         return resolve("127.0.0.1" if len(asked) == 1 else "127.0.0.2", *rest, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
-    monkeypatch.setattr(module, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("clipcap.data.net.is_public", lambda address: address == "127.0.0.1")
     port = server.server_address[1]
     assert fetch(f"http://rebind.example:{port}/good.jpg", timeout=5, max_bytes=10**6) == picture()
     assert asked == ["rebind.example"]
