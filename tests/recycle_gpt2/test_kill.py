@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning  # noqa: F401  imported before the forks, as is all that a run needs
 import pytest
 import torch
+import torch._dynamo  # as an optimizer does at its first step
 import transformers.models.auto.tokenization_auto  # noqa: F401
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast  # noqa: F401
 
