@@ -186,7 +186,8 @@ class Captioner:
         reader = ThreadPoolExecutor(1)
 
         def begin() -> list[tuple[ImageSource, Future[Tensor]]]:
-            return [(source, reader.submit(self._pixels, source, max_pixels)) for source in islice(remaining, batch_size)]
+            several = islice(remaining, batch_size)
+            return [(source, reader.submit(self._pixels, source, max_pixels)) for source in several]
 
         try:
             batch = begin()

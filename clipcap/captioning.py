@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -310,7 +311,12 @@ def _escape(text: str, encoding: str) -> str:
 
 
 def _as_text(rows: list[Row]) -> str:
-    return "".join(f"{row['image']}\t{text}\n" for row in rows for text in row["captions"])
+    return "".join(f"{on_one_line(row['image'])}\t{text}\n" for row in rows for text in row["captions"])
+
+
+def on_one_line(name: str) -> str:
+    """A file's name, which may hold anything, with line breaks and tabs as escapes."""
+    return re.sub(r"[\t\n\v\f\r\x1b\x85\u2028\u2029]", lambda found: repr(found[0])[1:-1], name)
 
 
 def _as_json(rows: list[Row]) -> str:

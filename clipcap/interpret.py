@@ -251,7 +251,9 @@ def _shown(token: str) -> str:
 
 def as_text(found: Interpretation) -> str:
     """A line for each image (path, caption, tokens, tab-separated), the mean, and the common share."""
-    lines = [f"{one.image}\t{one.caption}\t{tokens_line(one.tokens)}" for one in found.images]
+    from clipcap.captioning import on_one_line
+
+    lines = [f"{on_one_line(one.image)}\t{one.caption}\t{tokens_line(one.tokens)}" for one in found.images]
     lines.append(f"mean of {len(found.images)} images\t\t{tokens_line(found.mean)}")
     shares = " ".join(f"{share:.3f}" for share in found.common_share_by_position)
     lines.append(f"common to all images\t{found.common_share:.3f}\tby position {shares}")

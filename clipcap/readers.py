@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -518,7 +519,7 @@ def _read_saved(source: Path, images: Path | None, need_images: bool) -> Iterato
     except Exception as error:  # pyarrow and datasets each have their own for a broken file
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"data set {str(source)!r} cannot be loaded ({reason}): save it again.") from error
-    root = images or source.with_name(f"{source.name}.images")
+    root = images.resolve() if images else source.with_name(f"{source.name}.images")
     for name, part in loaded.items() if isinstance(loaded, DatasetDict) else [("", loaded)]:
         if name and name not in SPLITS:
             raise UserError(f"data set {str(source)!r}: split is {name!r}: use train, val or test.")
@@ -547,7 +548,7 @@ def _read_saved(source: Path, images: Path | None, need_images: bool) -> Iterato
 def _suffix(data: bytes, where: str) -> str:
     """File suffix of an image's bytes."""
     try:
-        with open_image(io.BytesIO(data), where) as image:
+        with open_image(io.BytesIO(data), where, max_pixels=sys.maxsize) as image:  # counted when it is read
             return f".{(image.format or '').lower()}"
     except ImageTooLarge:
         raise

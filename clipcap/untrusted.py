@@ -105,14 +105,14 @@ def read_tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name:
                     raise UserError(f"{where} leaves the directory: {refused} without it.")
+                if not 0 <= member.size <= MEMBER_BYTES:
+                    raise UserError(
+                        f"{where} has {member.size:,} bytes, of at most {MEMBER_BYTES:,}: {refused} without it."
+                    )
                 if member.isdir():
                     continue
                 if not member.isfile() or member.issparse():
                     raise UserError(f"{where} is a link, a device or sparse: {refused} with plain files.")
-                if member.size > MEMBER_BYTES:
-                    raise UserError(
-                        f"{where} has {member.size:,} bytes, of at most {MEMBER_BYTES:,}: {refused} without it."
-                    )
                 yield name, unpacked.content(member)
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
         if isinstance(error, UserError) or isinstance(error, OSError) and error.filename is not None:
@@ -138,7 +138,8 @@ class _Bounded(io.BufferedIOBase):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """For `tarfile`, which takes a header's word for its own length."""
-        if size is None or not 0 <= size <= HEADER_BYTES:
+        size = -1 if size is None else size
+        if not 0 <= size <= HEADER_BYTES:
             raise UserError(f"{self.name} has a header of {size:,} bytes: it is refused; make the tar again.")
         data = self.file.read(size)
         self._count(len(data))

@@ -77,8 +77,9 @@ def open_image(
             raise
         raise UserError(f"{name} is damaged or cut short ({error}): copy it again.") from error
     except Exception as error:  # Pillow's decoders raise what they like on broken data
-        reason = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
-        raise UserError(f"{name} is damaged or cut short ({reason or type(reason).__name__}): copy it again.") from error
+        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+        reason = str(cause) or type(cause).__name__
+        raise UserError(f"{name} is damaged or cut short ({reason}): copy it again.") from error
 
 
 class ImageTooLarge(UserError):

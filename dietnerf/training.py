@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from common.checks import UserError, require_at_least
 from common.files import write_json, write_text
+from common.images import ImageLimit
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import (
     BatchOrder,
@@ -161,6 +162,7 @@ class TrainConfig:
     """Write TensorBoard logs beside the CSV."""
     progress: bool = True
     """Show a progress bar; --no-progress shows none."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -201,6 +203,7 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     parser.data = data.data = config.scene.resolve()
     parser.view_ids = config.view_ids or (protocol.view_ids if protocol and not config.num_views else ())
     parser.num_views, parser.view_order, parser.view_seed = config.num_views, config.view_order, config.runtime.seed
+    parser.max_megapixels = config.limit.max_megapixels
     parser.image_size = config.image_size or (protocol.image_size if protocol else 0)
     parser.background = "white" if config.background == "random" else config.background
     if config.background == "random":

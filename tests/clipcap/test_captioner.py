@@ -106,11 +106,11 @@ def test_streaming_reads_no_further_than_its_batch(captioner, photos):
 def test_of_a_list_the_next_batch_is_read_while_one_is_captioned(captioner, photos, monkeypatch):
     images, read, ready = sorted(photos.glob("0*")), [], threading.Event()
 
-    def reading(path):
+    def reading(path, **options):
         read.append(path)
         if len(read) == 4:
             ready.set()
-        return read_image(path)
+        return read_image(path, **options)
 
     def decoding(*arguments, **options):
         assert ready.wait(60)  # for the second batch, with the first in hand

@@ -190,10 +190,10 @@ def test_no_readable_image_is_an_error(items, photos, clip, tmp_path):
 
 
 def test_a_killed_worker_is_one_line_and_nothing_is_lost(items, clip, tmp_path, monkeypatch):
-    def read_or_die(path):
+    def read_or_die(path, **options):
         if path == items[9].path and get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read_image(path)
+        return read_image(path, **options)
 
     monkeypatch.setattr(embeddings, "read_image", read_or_die)
     assert multiprocessing.get_start_method() == "fork"  # or the workers would not have the patch

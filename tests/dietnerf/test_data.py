@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import images as opening
 from common.checks import UserError
 from dietnerf.data import (
     PAPER_VIEWS,
@@ -17,6 +18,7 @@ from dietnerf.data import (
     FewViewDataset,
     FewViewParserConfig,
     load_image,
+    load_mask,
     scene_kind,
     select_views,
 )
@@ -293,7 +295,7 @@ def test_broken_images(tmp_path):
     with pytest.raises(UserError, match="is empty"):
         read(scene)
     path.write_bytes(b"no picture at all")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not an image"):
         read(scene)
     Image.new("RGBA", (8, 16)).save(path)
     with pytest.raises(UserError, match="8x16 but .* is 16x16"):
@@ -471,3 +473,49 @@ def test_the_training_views_decide_what_is_behind_all_views(tmp_path, opaque):
     for order in (("train", "test"), ("test", "train")):
         parser = FewViewParserConfig(data=scene).setup()
         assert {parser.get_dataparser_outputs(split).metadata["background"] for split in order} == {expected}
+
+
+def test_images_and_masks_are_no_larger_than_the_limit(tmp_path):
+    scene = write_scene(tmp_path / "blender")
+    assert len(read(scene, max_megapixels=256e-6).images)
+    masked = masked_scene(tmp_path / "other", np.full((16, 16), 255, np.uint8))
+    assert read(masked, max_megapixels=256e-6).mask(0).all()
+    for path in (scene, masked):
+        with pytest.raises(UserError, match="16x16 pixels") as caught:
+            read(path, max_megapixels=255e-6)
+        assert "scale it down" in str(caught.value)
+    path = tmp_path / "large.png"
+    Image.new("L", (16, 16), 9).save(path)
+    for refused in (load_image, load_mask):
+        options = ("image",) if refused is load_image else ()
+        with pytest.raises(UserError, match="too large"):
+            refused(path, (16, 16), *options, max_pixels=255)
+    with pytest.raises(UserError, match="max_megapixels is 0"):
+        read(scene, max_megapixels=0)
+
+
+def test_grey_of_sixteen_bits_and_palettes(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    colour, alpha = load_image(tmp_path / "deep.png", (8, 8), "image")
+    assert alpha is None and np.allclose(colour.numpy(), (values / 65535)[..., None], atol=0.5 / 255)
+    Image.fromarray((values > 30000).astype(np.uint16)).save(tmp_path / "mask.png")  # 1 of 65535 is not black
+    assert np.array_equal(load_mask(tmp_path / "mask.png", (8, 8)).numpy()[..., 0], values > 30000)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    colour, alpha = load_image(tmp_path / "palette.png", (8, 8), "white")
+    assert (colour == 1).all() and (alpha == 0).all()
+
+
+@pytest.mark.parametrize("size", [(40, 30), (13, 7), (20, 15), (1, 1)])
+def test_images_are_converted_in_parts(tmp_path, monkeypatch, size):
+    values = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    whole = load_image(tmp_path / "a.png", size, "white"), load_mask(tmp_path / "a.png", size)
+    monkeypatch.setattr(opening, "BAND_PIXELS", 170)
+    parts = load_image(tmp_path / "a.png", size, "white"), load_mask(tmp_path / "a.png", size)
+    for one, other in zip(whole[0], parts[0], strict=True):
+        assert one.shape == other.shape == (size[1], size[0], one.shape[-1])
+        assert torch.allclose(one, other, atol=1e-6)
+    assert torch.equal(whole[1], parts[1])

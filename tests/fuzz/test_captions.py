@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,10 +120,11 @@ def test_tar(tmp_path_factory, members, cut, data):
 
 
 @FUZZ
-@given(damaged(b'{"key": "k", "file": "images/k.jpg", "reason": "", "again": false}\n'))
+@given(damaged(b'{"key": "%b", "file": "images/00/%b.jpg", "dropped": "", "again": false}\n' % (b"0" * 40, b"0" * 40)))
 def test_journal_of_downloads(place, data):
     (place / "journal.jsonl").write_bytes(data)
-    read_journal(place)
+    for key, entry in read_journal(place).items():
+        assert len(key) == 40 and entry.file in ("", f"images/{key[:2]}/{key}{Path(entry.file).suffix}")
 
 
 @pytest.mark.parametrize("data, message", [
