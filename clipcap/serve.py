@@ -195,9 +195,12 @@ def build_page(worker: Worker, uploads: Uploads, name: str) -> gradio.Blocks:
             raise gr.Error("Choose an image first.", print_exception=False)
         if path not in uploads:
             raise gr.Error(NOT_UPLOADED, print_exception=False)
+        kind = STRATEGIES[strategy]  # gradio lets no other pass
         try:
-            kind = STRATEGIES[strategy]  # gradio lets no other pass
             settings = Settings(kind, int(count), int(beams), float(top_p), float(temperature), int(seed or 0))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise gr.Error(f"These settings do not work: {error}", print_exception=False) from error
+        try:
             found = worker.submit(path, settings, name=os.path.basename(path)).result()
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error

@@ -246,6 +246,15 @@ def test_a_call_is_small_and_of_its_form(address):
     assert call(address, None, session_hash=["x"])[0] == 400
 
 
+@pytest.mark.parametrize("settings", [["x", 1, 0.9, 1, 0], [1, None, 0.9, 1, 0], [1, 1, 0.9, 1, -1]])
+def test_settings_of_a_call_that_cannot_be_are_an_error(address, settings):
+    path = uploaded(address)
+    status, text = call(address, {"path": path}, settings=["Sampling", *settings], session_hash=None)
+    assert status == 200
+    status, text = ask(address, "GET", f"{CALLS[0]}/{json.loads(text)['event_id']}")
+    assert "event: error" in text
+
+
 def test_many_small_files_do_not_fill_the_disk(address):
     folder = Path(uploaded(address)).parents[1]
     status, _ = upload(address, *(b"%d" % number for number in range(150)))
