@@ -405,7 +405,7 @@ def _clip_config(fields: Mapping[str, Any], place: str) -> CLIPConfig:
     from transformers import CLIPConfig
     from transformers.activations import ACT2FN
 
-    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "projection_dim"), SIZE)
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), SIZE)
     tower = sizes | {"num_hidden_layers": LAYERS, "hidden_act": one_of(*ACT2FN), "layer_norm_eps": EPSILON}
     tower |= {"attention_dropout": DROPOUT}
     text = tower | dict.fromkeys(("vocab_size", "max_position_embeddings"), SIZE) | {"eos_token_id": whole(0, 10**7)}
@@ -437,13 +437,14 @@ def _read_preprocess(source: str, size: int) -> Preprocess:
     from transformers.utils import cached_file
 
     for file in ("processor_config.json", "preprocessor_config.json"):
-        if found := cached_file(source, file, _raise_exceptions_for_missing_entries=False):
+        found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+        fields = json.loads(Path(found).read_text(encoding="utf-8")) if found else None
+        if found and file == "processor_config.json":  # of images, text and more
+            fields = fields.get("image_processor") if isinstance(fields, dict) else None
+        if fields is not None:
             break
     else:
         return Preprocess(size)
-    fields = json.loads(Path(found).read_text(encoding="utf-8"))
-    if isinstance(fields, dict):
-        fields = fields.get("image_processor", fields)
     place = f"{file} of {source!r}"
     yes = one_of(True)
     rules = {"do_resize": yes, "do_rescale": yes, "do_normalize": yes, "do_center_crop": SWITCH}

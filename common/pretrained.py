@@ -201,7 +201,6 @@ def read_config(source: str, what: str, model_type: str, **hub: Any) -> dict[str
         UserError: of another type, or its weights are quantized or changed by an adapter.
     """
     from transformers.configuration_utils import PreTrainedConfig
-    from transformers.utils import cached_file
 
     fields: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **hub)[0]
     kind = fields.get("model_type")
@@ -209,7 +208,7 @@ def read_config(source: str, what: str, model_type: str, **hub: Any) -> dict[str
         raise UserError(f"{source!r} is a {_cut(kind)} model, not a {what}: give another name or directory.")
     if fields.get("quantization_config") is not None:
         raise UserError(f"{what} {source!r} is quantized (quantization_config): give its unquantized weights.")
-    if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+    if _optional_file(source, "adapter_config.json", hub):
         raise UserError(
             f"{what} {source!r} holds an adapter (adapter_config.json) for other weights: merge the two first, with "
             f"peft's merge_and_unload."
@@ -260,6 +259,19 @@ def require_room(source: str, what: str, build: Callable[[], nn.Module], **hub: 
         )
 
 
+def _optional_file(source: str, name: str, hub: dict[str, Any]) -> str | None:
+    """A file of a directory or hub id; None where there is none, or none in the cache and no connection."""
+    from transformers.utils import cached_file
+
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+
+
 def _weights_files(source: str, hub: dict[str, Any]) -> list[str]:
     """The files that transformers takes weights from, fetched when they are on the hub."""
     from transformers.utils import (
@@ -267,12 +279,11 @@ def _weights_files(source: str, hub: dict[str, Any]) -> list[str]:
         SAFE_WEIGHTS_NAME,
         WEIGHTS_INDEX_NAME,
         WEIGHTS_NAME,
-        cached_file,
     )
     from transformers.utils.hub import get_checkpoint_shard_files
 
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        file = _optional_file(source, name, hub)
         if file and name.endswith(".json"):
             return get_checkpoint_shard_files(source, file, **hub)[0]
         if file:

@@ -377,6 +377,22 @@ def test_preprocessing_that_is_honoured(clip_directory, values, expected, tmp_pa
     assert (found.interpolation, found.squash) == expected and found.size == 8
 
 
+def test_where_preprocessing_is_read_from(clip_directory, tmp_path):
+    place = shutil.copytree(clip_directory, tmp_path / "clip")
+    fields = json.loads((place / "preprocessor_config.json").read_text())
+    (place / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # says nothing of images
+    assert load_clip(place, device="cpu").mean == tuple(fields["image_mean"])
+    newer = {"image_processor": fields | {"image_mean": [0.1, 0.2, 0.3]}}
+    (place / "processor_config.json").write_text(json.dumps(newer))
+    assert load_clip(place, device="cpu").mean == (0.1, 0.2, 0.3)
+    for bad in ("[]", "3", "{", '{"image_processor": []}'):
+        (place / "processor_config.json").write_text(bad)
+        if bad in ("[]", "3"):
+            assert load_clip(place, device="cpu").mean == tuple(fields["image_mean"])
+        else:
+            refused(lambda: load_clip(place, device="cpu"))
+
+
 def test_silly_values_of_a_processor(directories, tmp_path):
     place = shutil.copytree(directories["processor"][0], tmp_path / "processor")
     good = (place / "processor_config.json").read_text()
