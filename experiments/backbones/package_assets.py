@@ -53,7 +53,7 @@ TEXT_DATA = (
     "packages (`python -m experiments.backbones.build_corpus` makes such a corpus)"
 )
 TEXT_LICENCE = (
-    "weights: Apache-2.0, as this project. Text: LibreOffice's help (MPL-2.0), GIMP's manual (GFDL), "
+    "weights: Apache-2.0, like this project. Text: LibreOffice's help (MPL-2.0), GIMP's manual (GFDL), "
     "Debian's manuals (GPL), WordNet (WordNet licence)"
 )
 
@@ -130,14 +130,14 @@ def package_gpt2(directory: Path) -> None:
             record,
             title=f"{name}: a tiny GPT-2 ({size})",
             what=f"GPT-2 with a byte-level BPE of {config['vocab_size']:,} tokens and {config['block']} positions, for "
-            "tests, demonstrations and experiments that must run anywhere. Both sizes share the tokenizer.",
+            "tests, demonstrations and experiments that must run anywhere. Both sizes share one tokenizer.",
             parameters=record["parameters"],
             data=TEXT_DATA,
             licence=TEXT_LICENCE,
             command="python -m experiments.backbones.train_gpt2 --corpus DIR "
             f"--size {size} --epochs {config['epochs']:g}",
-            limits="It knows manuals and dictionary glosses; it writes fluent phrases without sense, repeats the "
-            "biases of those texts, and is no source of facts. English only.",
+            limits="It knows only manuals and dictionary glosses: it writes fluent nonsense, repeats the biases of "
+            "those texts, and is no source of facts. English only.",
         )
 
 
@@ -167,16 +167,16 @@ def package_clip(directory: Path) -> None:
         record,
         title="clip-tiny: a tiny CLIP of rendered scenes",
         what="Image and text Transformers trained with the symmetric contrastive loss on rendered scenes of one to "
-        "three objects, 96x96 pixels, patches of 12, embeddings of width 128.",
+        "three objects: 96x96 pixels, patches of 12, embeddings of width 128.",
         parameters=record["parameters"],
         data=f"{record['images']:,} renders by Blender's Cycles (`experiments/scenes/render.py`, seed 0) with captions "
         "generated from their scene graphs; scores on the held-out test split",
-        licence="weights: Apache-2.0, as this project; scenes: CC0",
+        licence="weights: Apache-2.0, like this project; scenes: CC0",
         command="python -m experiments.backbones.clip_recipe",
-        limits="It has seen eight shapes, eight colours, three materials and two sizes, and no photograph. On anything "
-        "else its embeddings mean little. Eight pairs of colour and shape were never shown to it. Its captions are of "
-        "one generator, which takes the usual one of a few synonyms three times in four: it prefers these words, and "
-        "finds its own shapes and colours in whatever it is shown.",
+        limits="It has seen eight shapes, eight colours, three materials and two sizes, and no photograph; its "
+        "embeddings of anything else mean little. It has never seen eight of the pairs of colour and shape. Its "
+        "captions come from one generator, which uses the most common of a few synonyms three times in four: it "
+        "prefers these words, and finds its own shapes and colours in whatever it is shown.",
     )
 
 
@@ -198,20 +198,20 @@ def package_captioner(directory: Path) -> None:
         target,
         record,
         title="captioner-tiny: ClipCap on the tiny backbones",
-        what=f"Variant {found['variant']} of the paper's ablation: mapper {model.config.mapper}, reading CLIP's "
-        f"{model.config.inputs}, prefix of {model.config.prefix_length}, "
-        f"GPT-2 {'fine-tuned' if model.config.tune_gpt2 else 'frozen'}.",
+        what=f"Variant {found['variant']} of the paper's ablation: the mapper ({model.config.mapper}) reads CLIP's "
+        f"{model.config.inputs} and writes a prefix of {model.config.prefix_length}; "
+        f"GPT-2 is {'fine-tuned' if model.config.tune_gpt2 else 'frozen'}.",
         parameters=sum(
             p.numel() for n, p in model.named_parameters() if model.config.saves_gpt2 or n.startswith("mapper.")
         ),
         data="the tiny CLIP's training scenes, five captions each; scores on held-out scenes",
-        licence="weights: Apache-2.0, as this project; scenes: CC0",
+        licence="weights: Apache-2.0, like this project; scenes: CC0",
         command="python -m experiments.captions.mapper_ablation "
         f"--variants {found['variant']} --steps {found['steps']}",
-        limits="It describes rendered scenes of one to three objects, and calls everything else such a scene. It "
-        "prefers the words of one caption generator, which takes the usual one of a few synonyms three times in four, "
-        "and names colours, shapes and whole objects that are not there as surely as those that are, most often among "
-        "three.",
+        limits="It describes rendered scenes of one to three objects, and takes everything else for such a scene. It "
+        "prefers the words of one caption generator, which uses the most common of a few synonyms three times in four. "
+        "It names colours, shapes and entire objects that are not in the image as confidently as those that are, most "
+        "often in scenes of three.",
     )
 
 
@@ -240,20 +240,21 @@ def package_language_captioner(directory: Path) -> None:
         target,
         training | {"scores": scores, "cpu_seconds": found["cpu_seconds"]},
         title=f"{target.name}: ClipCap in {title} on a recycled GPT-2",
-        what=f"Captions in {title}: mapper {model.config.mapper}, prefix of {model.config.prefix_length}, and "
-        f"gpt2-tiny recycled for {title} (`{found['gpt2']}` of `experiments/languages/recycle.py`), fine-tuned.",
+        what=f"Captions in {title}: the mapper ({model.config.mapper}) writes a prefix of "
+        f"{model.config.prefix_length} for gpt2-tiny, which was recycled for {title} (`{found['gpt2']}` of "
+        "`experiments/languages/recycle.py`) and fine-tuned.",
         parameters=sum(p.numel() for p in model.parameters()),
-        data=f"{found['captions']:,} captions of the tiny CLIP's training scenes in {title}, written from their scene "
+        data=f"{found['captions']:,} captions in {title} of the tiny CLIP's training scenes, written from their scene "
         f"graphs; scores on {found['images']['test']} held-out scenes (experiments/scenes/render.py). GPT-2: {title} "
         "documentation of LibreOffice, GIMP and Debian (`python -m experiments.backbones.build_corpus` makes such a "
         "corpus)",
-        licence="weights: Apache-2.0, as this project; scenes: CC0. Text: LibreOffice's help (MPL-2.0), GIMP's manual "
-        "(GFDL), Debian's manuals (GPL)",
+        licence="weights: Apache-2.0, like this project; scenes: CC0. Text: LibreOffice's help (MPL-2.0), GIMP's "
+        "manual (GFDL), Debian's manuals (GPL)",
         command=f"python -m experiments.captions.languages --language {language} --models {found['model']} --modes "
         f"{found['mode']} --shares {found['share']:g} --seeds {found['seed']} --steps {found['steps']} --images "
         f"{found['images']['train']} --out out/captioner_{language} --docs out/captioner_{language}",
-        limits="It describes rendered scenes of one to three objects, and calls everything else such a scene. Its "
-        "words are those of the captions and of manuals, with their biases; it is no translator.",
+        limits="It describes rendered scenes of one to three objects, and takes everything else for such a scene. Its "
+        "words come from the captions and from manuals, with their biases; it does not translate.",
     )
 
 

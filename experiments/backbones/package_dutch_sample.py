@@ -19,16 +19,16 @@ from experiments.languages.text import read_split, second_genre
 
 CARD = """# Dutch sample
 
-{train} documents ({train_bytes:,} bytes) to train on and {test} ({test_bytes:,} bytes) to score on: pages of
-LibreOffice's help in Dutch (Debian package libreoffice-help-nl), one paragraph a line, documents separated by an empty
-line; paragraphs in English are left out. They are whole documents of the corpus that
+{train} documents ({train_bytes:,} bytes) for training and {test} ({test_bytes:,} bytes) for scoring: pages of
+LibreOffice's help in Dutch (Debian package libreoffice-help-nl), one paragraph a line, with an empty line between
+documents and without paragraphs in English. They are complete documents of the corpus that
 experiments/backbones/build_corpus.py makes, chosen because they name LibreOffice.
 
-Licence: Mozilla Public License 2.0 (https://mozilla.org/MPL/2.0/), as LibreOffice's help; copyright by the LibreOffice
-contributors.
+Licence: Mozilla Public License 2.0 (https://mozilla.org/MPL/2.0/), like LibreOffice's help; copyright by the
+LibreOffice contributors.
 
-Made by `python -m experiments.backbones.package_dutch_sample --text DIR`, DIR as experiments/backbones/build_corpus.py
-makes it.
+Made by `python -m experiments.backbones.package_dutch_sample --text DIR`, where experiments/backbones/build_corpus.py
+made DIR.
 """
 
 

@@ -143,11 +143,11 @@ def write_table(config: Config) -> Path:
         "",
         "Captions of held-out rendered scenes by the tiny backbones (MLP mapper, GPT-2 "
         + ("fine-tuned" if config.tune_gpt2 else "frozen") + "), beam search, 5 beams: the share",
-        "of captions that name the colour and shape of every object right ± its standard error, by number of objects;",
+        "of captions that get the colour and shape of every object right ± its standard error, by number of objects;",
         "BLEU-4 and CIDEr on the test split. `text-only` sees no image in training (CapDec), `retrieval` puts "
         f"{config.retrieval}",
-        "captions of similar images before each caption (SmallCap's idea), `scst` goes on from `plain` with CIDEr as",
-        "the reward (its steps and minutes are added to those of `plain`).",
+        "captions of similar images before each caption (SmallCap's idea), `scst` continues from `plain` with CIDEr as",
+        "the reward (its steps and minutes come on top of those of `plain`).",
         "",
         "| variant | seed | steps | 1 object | 2 objects | 3 objects | BLEU-4 | CIDEr | distinct captions | CPU min |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -161,9 +161,9 @@ def write_table(config: Config) -> Path:
         )
     lines += [
         "",
-        f"`python -m experiments.captions.beyond --steps {config.steps} --images {config.images}` for seeds "
-        f"{', '.join(map(str, sorted({run['seed'] for run in runs})))} (`--seed`); hardware: "
-        f"{runs[-1]['hardware']}; tokenizer of the scores: {runs[-1]['test']['tokenizer']}.",
+        f"`python -m experiments.captions.beyond --steps {config.steps} --images {config.images}`, `--seed` "
+        f"{', '.join(map(str, sorted({run['seed'] for run in runs})))}; hardware: "
+        f"{runs[-1]['hardware']}; scoring tokenizer: {runs[-1]['test']['tokenizer']}.",
         "",
     ]
     return write_text(config.docs / "clipcap_beyond.md", "\n".join(lines))

@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     rows, tokenizer, absent = paper_rows(
         setting, config.variants, PUBLISHED, data=config.test, images=config.test_images, split=split
     )
-    text = [f"Scores times 100 with 95% intervals over the images of split {split}, one reference each.", *absent]
+    text = [f"Scores times 100 with 95% intervals over the images (split: {split}), one reference each.", *absent]
     if config.small:
         text.append("Rendered scenes and the packaged tiny backbones: not comparable with the published table.")
     write_table(

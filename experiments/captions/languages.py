@@ -329,12 +329,12 @@ def write_page(out: Path, docs: Path) -> Path:
     lines = [
         "# Captions in a language that GPT-2 never saw",
         "",
-        "Captions of held-out rendered scenes in Dutch and Italian, generated from the scene graphs. *Fully right*:",
-        "the share of captions that name the colour and shape of every object and nothing else. Beam search, 5 beams;",
-        "mean ± standard deviation over seeds, each with its own choice of the captions. Frozen: Transformer mapper;",
-        "fine-tuned: MLP mapper (the paper's two variants). Kept is the step with the lowest validation loss. What",
-        "follows from it is in [recycling.md](recycling.md), with the commands that make the GPT-2s (out/recycle); the",
-        "scenes are those of `python -m experiments.scenes.render` (out/scenes).",
+        "Captions of held-out rendered scenes in Dutch and Italian, learned from captions generated from the scene",
+        "graphs. *Fully right*: the share of captions that name the colour and shape of every object and nothing else.",
+        "Beam search, 5 beams; mean ± standard deviation over seeds, each with its own choice of captions. Frozen:",
+        "Transformer mapper; fine-tuned: MLP mapper (the paper's two variants). The step with the lowest validation",
+        "loss is kept. [recycling.md](recycling.md) has the conclusions and the commands that make the GPT-2s",
+        "(out/recycle); `python -m experiments.scenes.render` makes the scenes (out/scenes).",
     ]
     docs.mkdir(parents=True, exist_ok=True)
     for language, title in LANGUAGES.items():
@@ -346,16 +346,16 @@ def write_page(out: Path, docs: Path) -> Path:
             seconds, first = [run["cpu_seconds"] for run in these], these[0]
             sizes, seen = first["images"], first["steps"] * first["batch_size"]
             passes = ", ".join(
-                f"{seen / count:.2g} over {share:.0%}"
+                f"{seen / count:.2g} passes over {share:.0%}"
                 for share, count in sorted({(run["share"], run["captions"]) for run in these})
             )
             command = f"--language {language} --steps {first['steps']} --images {sizes['train']}"
             lines += [
                 "",
                 f"`python -m experiments.captions.languages {command}` ({len(these)} runs of {min(seconds):.0f} to "
-                f"{max(seconds):.0f} CPU seconds, at most {first['steps']} steps of {first['batch_size']} captions, "
-                f"that is passes of {passes}; {sizes['val']} validation and {sizes['test']} test images; "
-                f"{first['hardware']}; words of the scores: {first['scores']['tokenizer']})",
+                f"{max(seconds):.0f} CPU seconds, at most {first['steps']} steps of {first['batch_size']} captions: "
+                f"{passes}; {sizes['val']} validation and {sizes['test']} test images; "
+                f"{first['hardware']}; scoring tokenizer: {first['scores']['tokenizer']})",
             ]
     return write_text(docs / f"{PAGE}.md", "\n".join([*lines, ""]))
 

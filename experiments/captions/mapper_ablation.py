@@ -198,7 +198,7 @@ def write_tables(config: Config) -> Path:
     lines = [
         "# Mapper and fine-tuning, in small",
         "",
-        "Captions of held-out rendered scenes by the tiny backbones: the share of captions that name the colour and",
+        "Captions of held-out rendered scenes by the tiny backbones: the share of captions that get the colour and",
         "shape of every object right, by number of objects, and for one object whose colour and shape never occur",
         "together in training; share ± standard error. Beam search, 5 beams. BLEU-4 and CIDEr on the test split.",
         "",
@@ -230,7 +230,7 @@ def write_tables(config: Config) -> Path:
         "![shares](clipcap_mapper_ablation.png)",
         "",
         f"`python -m experiments.captions.mapper_ablation --steps {config.steps}` "
-        f"(hardware: {runs[-1]['hardware']}; tokenizer of the scores: {runs[-1]['test']['tokenizer']})",
+        f"(hardware: {runs[-1]['hardware']}; scoring tokenizer: {runs[-1]['test']['tokenizer']})",
         "",
     ]
     figure = plot_bars(

@@ -103,11 +103,11 @@ def main(config: Config) -> None:
         if not config.small:
             figures = (figure for metric in METRICS for figure in PUBLISHED[name][metric])
             rows.append({"captioner": f"{name}, published"} | dict(zip(columns.values(), figures, strict=True)))
-    text = ["Scores times 100 with 95% intervals over the images; CIDEr by document frequencies of all.", *absent]
+    text = ["Scores times 100 with 95% intervals over the images; CIDEr uses the document frequencies of all.", *absent]
     if config.small:
         text += [
-            "Rendered scenes and the packaged tiny backbones: not comparable with the published table. Domains:",
-            "in, no pair of colour and shape that training never showed; near, some; out, all (often one object).",
+            "Rendered scenes and the packaged tiny backbones: not comparable with the published table. Domains, by the",
+            "pairs of colour and shape that training never showed: in, none; near, some; out, all (often one object).",
         ]
     write_table(
         setting,

@@ -258,7 +258,7 @@ def write_table(
         "",
         f"`{command}{' --small' * config.small}{changed}` "
         f"(CLIP {Path(setting.clip).name}, GPT-2 {Path(setting.gpt2).name}, "
-        f"seed {config.runtime.seed}, {hardware()}; tokenizer of the scores: {tokenizer})",
+        f"seed {config.runtime.seed}, {hardware()}; scoring tokenizer: {tokenizer})",
         "",
     ]
     write_json(

@@ -94,25 +94,25 @@ def introduce(page: Page) -> None:
                 "application": "`clipcap`",
                 "what it does": "Turns CLIP's embedding of an image into a short prefix that GPT-2 continues as a "
                 "caption. Only a small mapping network has to be trained, or GPT-2 with it.",
-                "weights here": "captioner-tiny and captioner-tiny-nld, trained before",
+                "weights here": "captioner-tiny and captioner-tiny-nld, trained in advance",
             },
             {
                 "application": "`dietnerf`",
-                "what it does": "Rebuilds a scene from a few posed photographs as a radiance field. What CLIP sees in "
-                "views that nobody photographed must agree with the photographs, if asked for: here it is off, as it "
-                "does not help on this scene (docs/dietnerf.md).",
+                "what it does": "Rebuilds a scene from a few posed photographs as a radiance field. A semantic loss "
+                "can require that new views look like the photographs to CLIP; it is off here, because it does not "
+                "help on this scene (docs/dietnerf.md).",
                 "weights here": "clip-tiny; the scene itself is trained now",
             },
             {
                 "application": "`recycle-gpt2`",
-                "what it does": "Makes an English GPT-2 one of another language by learning new token embeddings under "
-                "its layers. They are carried over to a larger model by a linear map.",
+                "what it does": "Turns an English GPT-2 into one for another language by learning new token embeddings "
+                "for its layers. A linear map carries them over to a larger model.",
                 "weights here": "gpt2-tiny and gpt2-tiny-medium; their Dutch embeddings are trained now",
             },
         ]
     )
     page.note(
-        "The packaged backbones are tiny and know rendered scenes and software manuals only. Real weights "
+        "The packaged backbones are tiny and know only rendered scenes and software manuals. Real weights "
         "(`openai/clip-vit-base-patch32`, `gpt2`) go through the same code: see the README."
     )
 
@@ -132,9 +132,9 @@ def dutch_section(page: Page, paths: dict[str, Path], shown: list[str], device: 
     share = sum(right.values()) / len(right)
     page.section(
         "Captions in Dutch",
-        "The three together: a GPT-2 that was recycled from English to Dutch, behind the same CLIP. It was trained on "
-        "captions in Dutch that are written from the scene graphs, and names every colour and shape right in "
-        f"{share:.1%} of {len(right)} held-out scenes.",
+        "A GPT-2 that was recycled from English to Dutch, behind the same CLIP. It was trained on Dutch captions "
+        f"written from the scene graphs, and gets every colour and shape right in {share:.1%} of {len(right)} "
+        "held-out scenes.",
     )
     page.gallery(
         [
@@ -228,12 +228,12 @@ def write_demo(
     steps.next()
     found_scores = evaluate_captions(captions, items, clip=captioner.clip, resamples=300)
 
-    page = Page("CLIP and GPT-2 at work", "What the toolkit makes of its packaged tiny backbones, on this machine")
+    page = Page("CLIP and GPT-2 at work", "What the toolkit does with its packaged tiny backbones, on this machine")
     introduce(page)
     page.section(
         "Captions",
         "The scenes below were rendered for this project and held out from all training. "
-        f"Shown are {len(shown)} of {len(items)}, from one object to three; all captions are in `results.json`.",
+        f"Here are {len(shown)} of {len(items)}, with one to three objects; all captions are in `results.json`.",
     )
     page.table(table, caption=f"{len(items)} held-out scenes")
     page.command("python -m experiments.demo")
@@ -257,14 +257,14 @@ def write_demo(
                 / max(1, sum(c == n for c in counts.values()))
                 for n in sorted(set(counts.values()))
             },
-            x="captions that name every colour and shape right",
+            x="captions that get every colour and shape right",
         ),
         f"Beam search on all {len(items)} scenes",
     )
     page.section(
         "What a prefix says",
         "The vocabulary tokens nearest to each prefix embedding, by cosine similarity. "
-        "A frozen GPT-2 makes the mapper speak in readable tokens less often than one would hope.",
+        "They are readable less often than you might hope, even with a frozen GPT-2.",
     )
     page.gallery(
         [(paths[key], captions[key], [" ".join(said)]) for key, said in zip(shown, words, strict=False)]
@@ -285,10 +285,10 @@ def write_demo(
 
         steps.next()
         results["scene"] = scene_section(page, config.out, device=device, **(scene or {}))
-        page.text("The scores of the held-out views, and the similarities of this scene's views, once more:")
+        page.text("To compute the scores of the held-out views and the similarities of this scene's views again:")
         page.command(f"dietnerf evaluate {config.out / 'scene'}")
         page.command("dietnerf consistency common/assets/samples/multiview --views 8")
-        page.text("The similarities with views of other scenes are in `scene.json`:")
+        page.text("This writes the similarities with views of other scenes to `scene.json`:")
         page.command("python -m experiments.demo")
     else:
         page.note("The part on novel views needs nerfstudio: `pip install 'clip-gpt-toolkit[dietnerf]'`.")
@@ -297,7 +297,7 @@ def write_demo(
 
     steps.next()
     page.section(
-        "The backbones", "Trained by this project from a seed; each has a card with its data, licence and scores."
+        "The backbones", "Trained by this project with fixed seeds; each has a card with its data, licence and scores."
     )
     page.table(language)
     for row in language:

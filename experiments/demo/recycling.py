@@ -181,12 +181,12 @@ def recycling_section(
     page.section(
         "English recycled for Dutch",
         "The tiny English GPT-2 keeps its layers and relearns its token embeddings for Dutch. A linear map between the "
-        "English embeddings of the small and the larger model then carries the Dutch rows over, so that the larger "
-        "model speaks Dutch before it has seen any.",
+        "English embeddings of the small and the larger model then carries the Dutch rows over, so the larger model "
+        "speaks Dutch before it has seen any.",
     )
     page.figure(
         plot_bars(result["bits_per_byte"], x="bits per byte of held-out Dutch (lower is better)"),
-        f"Held-out pages of LibreOffice's Dutch help, {result['test_bytes']:,} bytes. The small model trained on "
+        f"Held-out pages of LibreOffice's Dutch help, {result['test_bytes']:,} bytes. The small model was trained on "
         f"{tokens:,} tokens, the medium one on {brief_tokens:,}.",
     )
     page.figure(
@@ -194,17 +194,17 @@ def recycling_section(
         "Only the embeddings are trained.",
     )
     rows = [
-        {"beginning": prompt, "small, relearned": texts["small"], "medium, aligned and relearned": texts["medium"]}
+        {"prompt": prompt, "small, relearned": texts["small"], "medium, aligned and relearned": texts["medium"]}
         for prompt, texts in result["samples"].items()
     ]
     page.table(rows, caption="Samples (nucleus 0.9, temperature 0.8, one seed)")
     page.table(
         result["lexicon"],
-        caption="Dutch words and the English words nearest to them in the shared embedding space, the surest first "
-        "(words that are also English tokens are left out: they begin with the same row)",
+        caption="Dutch words and the English words nearest to them in the shared embedding space, most certain first "
+        "(words that are also English tokens are left out: they start from the same row)",
     )
-    page.note("Two minutes of training on one programme's manual: the sentences show it. Longer runs, every control "
-              "and both languages are in docs/recycling.md.")
+    page.note("This is two minutes of training on one program's manual, and the sentences show it. Longer runs, every "
+              "control and both languages are in docs/recycling.md.")
     page.command("python -m experiments.demo.recycling")
     return result
 

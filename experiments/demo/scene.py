@@ -61,15 +61,16 @@ def scene_section(
 
     page.section(
         "Novel views from eight photographs",
-        f"A still life that comes with the toolkit, trained just now on the eight photographs below: a voxel grid with "
-        f"total variation, {scene.step + 1} steps in {trained:.0f} seconds. To the right, depth: near is bright.",
+        f"A still life that comes with the toolkit. A voxel grid with total variation was trained just now on the "
+        f"eight photographs below, {scene.step + 1} steps in {trained:.0f} seconds. Depth is on the right: near is "
+        "bright.",
     )
     page.command("dietnerf train common/assets/samples/multiview --num-views 8 --method grid")
     page.video(gif, "An orbit, colour and depth", alt="orbit around the scene, colour beside depth")
-    page.text("The photographs it was trained on:")
+    page.text("The photographs used for training:")
     views = scene.training_views
     page.gallery([(views.load(i)[0].numpy(), f"view {view}", []) for i, view in enumerate(views.view_ids)], width=120)
-    page.text("Views that it was not trained on, the photograph to the left of the render:")
+    page.text("Views not used for training, with the photograph to the left of the render:")
     shown = list(range(0, len(found.ids), max(1, len(found.ids) // 8)))[:8]
     page.gallery(
         [
@@ -95,13 +96,13 @@ def scene_section(
     pairs = pair_similarities(parts)
     within = pair_similarities({"this scene": parts["this scene"]}).within["this scene"]
     page.text(
-        "The semantic loss asks an image encoder whether a render looks like the photographs. It can tell only as far "
-        "as views of one scene are more alike to the encoder than views of different scenes:"
+        "The semantic loss asks an image encoder whether a render looks like the photographs. The encoder can tell "
+        "only if it finds views of one scene more alike than views of different scenes:"
     )
     page.figure(
         plot_similarities(Similarities({"this scene": within}, pairs.across)),
-        "Cosine similarity of the packaged tiny CLIP's embeddings: two views of the scene above, and one of it with "
-        "one of another scene",
+        "Cosine similarity of the packaged tiny CLIP's embeddings: between two views of the scene above, and between "
+        "one of them and a view of another scene",
     )
     record = {
         "scores": found.scores.values,

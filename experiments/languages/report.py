@@ -245,7 +245,7 @@ def texts(directory: Path, language: str) -> list[str]:
 def main(config: Config) -> None:
     """Write the page of results."""
     lines = ["# Recycling, in small: results", "", "Made by `python -m experiments.languages.report`; see "
-             "[recycling.md](recycling.md) for what was done and what it says.", ""]
+             "[recycling.md](recycling.md) for the method and the conclusions.", ""]
     config.docs.mkdir(parents=True, exist_ok=True)
     some: dict[str, Any] = {}
     for language, title in LANGUAGES.items():
@@ -258,7 +258,7 @@ def main(config: Config) -> None:
         lines += [f"## {title}", "",
                   f"`python -m experiments.languages.recycle --text DIR --language {language}`: {len(runs)} runs, "
                   f"{seconds / 60:.0f} CPU minutes, {some['hardware']}; {some['train_tokens_available']:,} training "
-                  f"tokens of a vocabulary of {some['vocab_size']:,}.", ""]
+                  f"tokens with a vocabulary of {some['vocab_size']:,}.", ""]
         lines += [*main_table(directory, runs), ""]
         for heading, table in (
             ("Training tokens (bits per byte, same genre and second genre, seed 0)", budget_table(runs)),

@@ -85,7 +85,7 @@ def test_two_languages_to_the_page(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "docs" / "clipcap_languages.md").read_text()
     for text in ("## Dutch", "## Italian", "GPT-2 fine-tuned; captions: 100% is 20.", "GPT-2 frozen; captions: 50% is 10."):
         assert text in page
-    assert "at most 2 steps of 4 captions, that is passes of 0.4 over 100%;" in page and "passes of 0.8 over 50%;" in page
+    assert "at most 2 steps of 4 captions: 0.4 passes over 100%;" in page and "0.8 passes over 50%;" in page
     assert all((tmp_path / "docs" / f"clipcap_languages_{name}.png").stat().st_size > 5000 for name in ("nld", "ita"))
     directory = tmp_path / "out" / "nld" / "recycled-fine-tuned-1-seed0"
     result = json.loads((directory / "result.json").read_text())
