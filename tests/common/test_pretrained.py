@@ -85,7 +85,7 @@ def test_rules(rule, good, bad):
             checked(fields, {"size": rule}, "config")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_nan_is_found_and_large_numbers_are_not_taken_for_it(dtype):
     most = torch.finfo(dtype).max
     fine = {"a": torch.full((70_000,), most, dtype=dtype), "b": torch.zeros(0, dtype=dtype), "c": torch.tensor([1, 2])}
