@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
+
+from common.files import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,9 +67,9 @@ def tokenize(
     except (OSError, ValueError, EOFError):  # absent or cut short: made again
         pass
     found = _tokenize(texts, tokenizer)
-    cache.mkdir(parents=True, exist_ok=True)
     for file, values in zip(files, (found.ids, found.offsets), strict=True):
-        _write_array(file, values)
+        with whole_file(file) as opened:
+            np.save(opened, values)
     return CaptionTokens(*(np.load(file, mmap_mode="r") for file in files))
 
 
@@ -95,15 +95,3 @@ def _key(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:32]
-
-
-def _write_array(path: Path, values: np.ndarray) -> None:
-    """Save an array all at once: a killed run leaves the whole file or none."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, values)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
