@@ -300,7 +300,7 @@ class FewViewTraining(LightningModule):
         """
         step, every = self.global_step - 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step % every == 0 or "semantic" in self._row and step % every < self.model.config.semantic.every:
-            row = {f"train/{name}": float(value) for name, value in self._row.items()}
+            row = {f"train/{name}": float(value.detach()) for name, value in self._row.items()}
             for logger in self.loggers:
                 logger.log_metrics(row, step)
 

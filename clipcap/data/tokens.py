@@ -67,7 +67,6 @@ def tokenize(
     except (OSError, ValueError, EOFError):  # absent or cut short: made again
         pass
     found = _tokenize(texts, tokenizer)
-    cache.mkdir(parents=True, exist_ok=True)
     for file, values in zip(files, (found.ids, found.offsets), strict=True):
         with whole_file(file) as opened:
             np.save(opened, values)

@@ -2,7 +2,12 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +15,17 @@ import torch
 from clipcap import Captioner
 from clipcap.decoding import decode
 from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.training import train as training
 from clipcap.training.lora import add_lora, merge_lora
 from clipcap.training.module import CaptionTraining
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
-from clipcap.training.train import train as training
-from common.checks import UserError
+from common.checks import UserError, run_command
+from common.files import claimed
 from common.gpt2 import load_gpt2
+from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
+from tests.kills import AS_TESTS, kill_everywhere
 
 
 @pytest.fixture
@@ -303,3 +311,90 @@ def test_logs_and_a_quiet_terminal(config, capfd, recwarn):
     printed = "".join(capfd.readouterr())
     for chatter in ("GPU available", "Tip:", "max_steps", "num_workers", "TPU", "Warning"):
         assert chatter not in printed
+
+
+def test_one_run_at_a_time_in_a_directory(config):
+    with claimed(config.out), pytest.raises(UserError, match="is in use by process .*: wait for it, stop it, or give"):
+        train(config)
+    assert os.listdir(config.out) == []
+    with pytest.raises(UserError, match="embeddings and out are both .*: give each a directory of its own"):
+        train(replace(config, embeddings=config.out))
+
+
+def test_a_directory_that_is_not_ours_is_refused_before_any_work(config, monkeypatch):
+    (config.out / "model").mkdir(parents=True)
+    (config.out / "model" / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(training, "read_items", lambda *_: pytest.fail("work"))
+    with pytest.raises(UserError, match="would take the place of 'thesis.txt'"):
+        train(config)
+    assert (config.out / "model" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_signal_while_it_trains_loses_nothing(config, tmp_path, monkeypatch, capsys):
+    whole = weights(train(replace(config, tune_gpt2=True)))
+    part = replace(config, tune_gpt2=True, out=tmp_path / "part")
+    original, calls = CaptionTraining.training_step, []
+
+    def signalled(self, batch, batch_idx):
+        calls.append(batch_idx)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionTraining, "training_step", signalled)
+        assert run_command(lambda: training.run(part)) == 143
+    assert "stopped by SIGTERM; what was saved before is kept." in capsys.readouterr().err
+    assert torch.load(part.out / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert not (part.out / "model").exists() and not (part.out / ".lock").exists()
+    resumed = weights(train(part))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def scene_captioner(directory: Path) -> str:
+    """A scenario of `tests.kills`: a captioner of the packaged scenes."""
+    torch.set_num_threads(1)
+    saved = train(
+        TrainConfig(
+            data=ASSETS / "samples/scenes/dataset.json", out=directory, embeddings=directory.parent / "embeddings",
+            mapper="mlp", prefix_length=2, steps=2, batch_size=4, val_every=1, val_captions=0, workers=0,
+            runtime=RuntimeConfig(device="cpu"),
+        )
+    )  # fmt: skip
+    last = torch.load(directory / "last.ckpt", weights_only=True)["state_dict"]
+    values = [*weights(saved).values(), *last.values()]
+    return str([float(value.double().sum()) for value in values]) + (directory / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_any_of_its_writes_ends_the_same(tmp_path):
+    kill_everywhere("tests.clipcap.test_training:scene_captioner", tmp_path, points=6)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from common.checks import run_command
+from clipcap import training
+from tests.clipcap.test_training import TrainConfig, ASSETS, RuntimeConfig
+
+def fill(*arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    return whole(*arguments)
+
+whole, training.whole_directory = training.whole_directory, fill
+config = TrainConfig(data=ASSETS / "samples/scenes/dataset.json", out=Path(sys.argv[1]), mapper="mlp", prefix_length=2,
+                     steps=1, batch_size=4, val_captions=0, workers=0, runtime=RuntimeConfig(device="cpu"))
+raise SystemExit(run_command(lambda: training.run(config)))
+"""
+
+
+def test_a_full_disk_at_the_end_is_one_line_and_the_same_command_writes_the_model(tmp_path, root):
+    command = [sys.executable, "-c", AS_TESTS + FULL, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: File too large") and str(tmp_path / "run/model") in last and "disk space" in last
+    assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/.model.partial").exists()
+    checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
