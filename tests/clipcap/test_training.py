@@ -15,11 +15,11 @@ import torch
 from clipcap import Captioner
 from clipcap.decoding import decode
 from clipcap.model import ClipCapConfig, ClipCapModel
-from clipcap.training import train as training
+from clipcap.training import material
 from clipcap.training.lora import add_lora, merge_lora
 from clipcap.training.module import CaptionTraining
 from clipcap.training.settings import TrainConfig
-from clipcap.training.train import train
+from clipcap.training.train import run, train
 from common.checks import UserError, run_command
 from common.files import claimed
 from common.gpt2 import load_gpt2
@@ -77,8 +77,8 @@ def test_patches_as_input(config):
 
 def test_images_are_read_by_workers(config, monkeypatch):
     given = []
-    build = training.build_store
-    monkeypatch.setattr(training, "build_store", lambda *a, **k: given.append(k["workers"]) or build(*a, **k))
+    build = material.build_store
+    monkeypatch.setattr(material, "build_store", lambda *a, **k: given.append(k["workers"]) or build(*a, **k))
     train(replace(config, steps=1))
     train(replace(config, steps=2, workers=0))  # a run goes on with others
     assert given == [2, 0]
@@ -324,7 +324,7 @@ def test_one_run_at_a_time_in_a_directory(config):
 def test_a_directory_that_is_not_ours_is_refused_before_any_work(config, monkeypatch):
     (config.out / "model").mkdir(parents=True)
     (config.out / "model" / "thesis.txt").write_text("mine")
-    monkeypatch.setattr(training, "read_items", lambda *_: pytest.fail("work"))
+    monkeypatch.setattr("clipcap.training.train.read_items", lambda *_: pytest.fail("work"))
     with pytest.raises(UserError, match="would take the place of 'thesis.txt'"):
         train(config)
     assert (config.out / "model" / "thesis.txt").read_text() == "mine"
@@ -343,7 +343,7 @@ def test_a_signal_while_it_trains_loses_nothing(config, tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr(CaptionTraining, "training_step", signalled)
-        assert run_command(lambda: training.run(part)) == 143
+        assert run_command(lambda: run(part)) == 143
     assert "stopped by SIGTERM; what was saved before is kept." in capsys.readouterr().err
     assert torch.load(part.out / "last.ckpt", weights_only=True)["global_step"] == 4
     assert not (part.out / "model").exists() and not (part.out / ".lock").exists()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
 import os
 import signal
 import threading
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
