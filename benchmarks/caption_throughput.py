@@ -30,8 +30,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config
 from transformers.activations import NewGELUActivation
 
+from clipcap.config import ClipCapConfig
 from clipcap.decoding import decode
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.model import ClipCapModel
 from clipcap.packing import Head, can_use_int8, largest_int8_weight
 from common.packing import can_pack
 from common.runtime import fork_generators, hardware, resolve_dtype, versions

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from clipcap.data.dataset import CaptionDataset, CaptionedImage
-from clipcap.data.embeddings import EmbeddingStore, Source, StoreWriter
+from clipcap.data.store import EmbeddingStore, Source, StoreWriter
 from common.gpt2 import load_gpt2
 from common.runtime import hardware, versions
 

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from transformers import GPT2Config
 
 from benchmarks.caption_throughput import cpu_seconds, fast_precisions, stock_activation
+from clipcap.config import ClipCapConfig
 from clipcap.data.dataset import collate
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.model import ClipCapModel
 from common.batches import BatchOrder
 from common.runtime import autocast, fork_generators, hardware, resolve_dtype, versions
 

@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from clipcap.config import absolute
 from clipcap.data.embeddings import encode
 from clipcap.data.images import ImageError, ImageSource, read_image
-from clipcap.decoding import Caption, bytes_of, decode, require_options
-from clipcap.model import ClipCapModel, absolute
+from clipcap.decoding import bytes_of, decode, require_options
+from clipcap.model import ClipCapModel
 from clipcap.packing import require_int8
+from clipcap.search import Caption
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
 from common.images import MAX_PIXELS

@@ -15,7 +15,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from clipcap.model import ClipCapConfig, ClipCapModel, absolute
+from clipcap.config import ClipCapConfig, absolute
+from clipcap.model import ClipCapModel
 from common.checks import UserError, require_at_least, require_file, require_text
 from common.files import require_own_directory, whole_directory
 from common.gpt2 import load_gpt2

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoProcessor, BatchFeature
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from clipcap.config import ClipCapConfig
 from clipcap.data.images import ImageSource, read_image
-from clipcap.model import PACKAGED, WHAT, ClipCapConfig, ClipCapModel
+from clipcap.model import PACKAGED, WHAT, ClipCapModel
 from common.checks import UserError
 from common.clip import Preprocess, load_clip
 from common.files import write_json

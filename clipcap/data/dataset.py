@@ -21,7 +21,7 @@ from common.language import IGNORE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from clipcap.data.embeddings import EmbeddingStore
+    from clipcap.data.store import EmbeddingStore
 
 __all__ = ["CaptionDataset", "CaptionedImage", "collate", "read_dataset"]
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcap.data.dataset import CaptionedImage
-from clipcap.data.embeddings import alone, clip_fingerprint
+from clipcap.data.embeddings import clip_fingerprint
 from clipcap.data.readers.captioned import hash_share
+from clipcap.data.store import alone
 from common.checks import UserError, require_file
 from common.files import write_json
 from common.pretrained import saving

@@ -11,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from clipcap.data.dataset import CaptionedImage
-from clipcap.data.embeddings import EmbeddingStore, build_store
+from clipcap.data.embeddings import build_store
 from clipcap.data.readers import is_plain_text, read_dataset
+from clipcap.data.store import EmbeddingStore
 from clipcap.retrieval import Datastore, number_images
 from clipcap.training.capdec import TextStore, build_text_store, one_item_a_caption, read_captions
 from clipcap.training.settings import TrainConfig

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from clipcap.data.dataset import CaptionedImage
-from clipcap.decoding import Caption, decode
+from clipcap.decoding import decode
 from clipcap.evaluation.metrics import tokenize
+from clipcap.search import Caption
 from common.language import IGNORE
 
 if TYPE_CHECKING:
-    from clipcap.data.embeddings import EmbeddingStore
+    from clipcap.data.store import EmbeddingStore
     from clipcap.model import ClipCapModel
 
 END = "endofcaption"

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from clipcap.config import ClipCapConfig, absolute
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.readers import Format
-from clipcap.model import ClipCapConfig, absolute
 from common.checks import UserError, require_at_least
 from common.images import ImageLimit
 from common.runtime import RuntimeConfig

@@ -26,7 +26,8 @@ import torch
 from matplotlib.figure import Figure
 
 from clipcap.data.dataset import CaptionedImage
-from clipcap.data.embeddings import EmbeddingStore, build_store
+from clipcap.data.embeddings import build_store
+from clipcap.data.store import EmbeddingStore
 from clipcap.model import ClipCapModel
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train

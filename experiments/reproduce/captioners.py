@@ -175,9 +175,10 @@ def rehearse_captioners(config: Config) -> Iterator[str]:
     """Embeds, trains both captioners for two steps of 4 captions, and captions by beam search."""
     from transformers import GPT2Config
 
+    from clipcap.config import ClipCapConfig
     from clipcap.data.embeddings import encode
     from clipcap.decoding import decode
-    from clipcap.model import ClipCapConfig, ClipCapModel
+    from clipcap.model import ClipCapModel
     from clipcap.training.module import CaptionTraining
     from common.clip import load_clip
     from experiments.captions.tables import VARIANTS

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from clipcap.cli import SUBCOMMANDS, main
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.config import ClipCapConfig
+from clipcap.model import ClipCapModel
 
 
 @pytest.fixture

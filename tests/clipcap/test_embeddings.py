@@ -19,8 +19,9 @@ from torch.utils.data import get_worker_info
 from clipcap.cli import main
 from clipcap.data import embeddings
 from clipcap.data.dataset import CaptionDataset, read_dataset
-from clipcap.data.embeddings import EmbeddingStore, StoreWriter, build_store, clip_fingerprint, encode
+from clipcap.data.embeddings import build_store, clip_fingerprint, encode
 from clipcap.data.images import read_image
+from clipcap.data.store import EmbeddingStore, StoreWriter
 from common.checks import UserError
 from common.clip import load_clip
 from common.gpt2 import load_gpt2

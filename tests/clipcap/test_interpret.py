@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from clipcap.captioner import Captioner
 from clipcap.cli import main
+from clipcap.config import ClipCapConfig
 from clipcap.data.images import read_image
 from clipcap.evaluation.interpret import common_share, interpret, nearest_tokens
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.model import ClipCapModel
 from common.checks import UserError
 from common.gpt2 import token_table
 

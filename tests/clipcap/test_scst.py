@@ -8,7 +8,8 @@ import torch
 from pycocoevalcap.cider import cider_scorer
 from pycocoevalcap.cider.cider import Cider
 
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.config import ClipCapConfig
+from clipcap.model import ClipCapModel
 from clipcap.training.scst import END, CorpusCider, rewarded_samples, self_critical_loss, token_log_probs
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train

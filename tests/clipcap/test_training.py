@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from clipcap import Captioner
+from clipcap.config import ClipCapConfig
 from clipcap.decoding import decode
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.model import ClipCapModel
 from clipcap.training import material
 from clipcap.training.lora import add_lora, merge_lora
 from clipcap.training.module import CaptionTraining

@@ -20,7 +20,8 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPConfig, CL
 
 from clipcap import ClipCapConfig, ClipCapModel, ClipCapProcessor, load_original_checkpoint
 from clipcap.data.dataset import CaptionedImage
-from clipcap.data.embeddings import EmbeddingStore, StoreWriter, build_store
+from clipcap.data.embeddings import build_store
+from clipcap.data.store import EmbeddingStore, StoreWriter
 from clipcap.retrieval import Datastore
 from common.checks import UserError
 from common.clip import load_clip
