@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
 import os
@@ -327,6 +328,20 @@ def test_gradio_forgets_answered_and_abandoned_calls(monkeypatch):
     )
     serve._forget(SimpleNamespace(_queue=queue))
     assert list(visits) == ["working", "new", "newer"] and not queue.pending_messages_per_session
+
+
+def test_what_gradio_remembers_does_not_grow_with_the_calls(address, monkeypatch):
+    from gradio.queueing import Queue
+
+    monkeypatch.setattr(serve, "ANSWERS", 2)
+    for _ in range(4):
+        _, text = call(address, None, session_hash=None)
+        assert "Choose an image" in ask(address, "GET", f"{CALLS[0]}/{json.loads(text)['event_id']}")[1]
+    ask(address, "GET", "/config")
+    kept = [item for item in gc.get_objects() if type(item) is Queue and item.pending_event_ids_session]
+    assert kept
+    for queue in kept:
+        assert len(queue.event_analytics) <= 1 and len(queue.pending_event_ids_session) <= 2
 
 
 def caption(address, body, query="", **headers):
