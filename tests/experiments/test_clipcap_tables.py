@@ -71,7 +71,7 @@ def test_conceptual_has_one_caption_each(options, tmp_path):
     assert len(images) == 14 and all(len(row["sentences"]) == 1 for row in images)
     record = json.loads((tmp_path / "out" / "mlp-tuned" / "training.json").read_text())
     assert record["captions"]["train"] == 8 and record["steps"] == 2
-    assert "split test" in (tmp_path / "docs" / "clipcap_conceptual_small.md").read_text()
+    assert "(split: test)" in (tmp_path / "docs" / "clipcap_conceptual_small.md").read_text()
 
 
 def test_nocaps_by_domain(options, tmp_path):
