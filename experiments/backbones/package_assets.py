@@ -63,7 +63,7 @@ class Config:
     """Package what was trained."""
 
     gpt2: Path | None = None
-    """Output of `experiments.backbones.train_gpt2`, with ngram.json of `experiments.languages.ngram_baselines`."""
+    """Output of `experiments.backbones.train_gpt2`, with ngram.json of `experiments.backbones.ngram_baselines`."""
     clip: Path | None = None
     """Last stage of `experiments.backbones.clip_recipe`, with scores.json of `experiments.backbones.evaluate_clip`."""
     captioner: Path | None = None

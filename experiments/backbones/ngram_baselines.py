@@ -1,6 +1,6 @@
 """Bits per byte of Witten-Bell unigram, bigram and trigram models: what a trained GPT-2 has to beat.
 
-    python -m experiments.languages.ngram_baselines --corpus DIR --tokenizer DIR
+    python -m experiments.backbones.ngram_baselines --corpus DIR --tokenizer DIR
 
 DIR as for experiments/backbones/train_gpt2.py, whose tokens and bytes are counted the same way here.
 """
