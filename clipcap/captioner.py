@@ -181,7 +181,7 @@ class Captioner:
             max_pixels: of an image (see `clipcap.data.images.read_image`).
             options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...
         """
-        require_options(**{k: options[k] for k in OPTIONS if k in options})
+        require_options(self.model, **{k: options[k] for k in OPTIONS if k in options})
         require_seed(seed)
         sizes = {k: options[k] for k in BATCH_OPTIONS if k in options}
         if batch_size is None or batch_size == "auto":

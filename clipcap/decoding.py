@@ -66,17 +66,10 @@ def decode(
     Raises:
         UserError: an option out of its range or of another strategy, or embeddings that do not fit the model.
     """
-    vocabulary, positions = model.gpt2.config.vocab_size, model.gpt2.config.n_positions
     most = require_options(
-        strategy=strategy, num_beams=num_beams, num_captions=num_captions, max_new_tokens=max_new_tokens,
+        model, strategy=strategy, num_beams=num_beams, num_captions=num_captions, max_new_tokens=max_new_tokens,
         top_k=top_k, top_p=top_p, temperature=temperature,
     )  # fmt: skip
-    if most > vocabulary:
-        name = "num_captions" if strategy == "sample" else "num_beams"
-        raise UserError(f"{name} is {most}: use at most the {vocabulary} tokens of the vocabulary.")
-    room = positions - model.config.prefix_length + 1  # the last token is never fed back
-    if max_new_tokens > room:
-        raise UserError(f"max_new_tokens is {max_new_tokens}: GPT-2's {positions} positions leave room for {room}.")
     stops = _stop_tokens(model, stop_token_ids)
     if not len(clip_embeddings):
         return []
@@ -107,6 +100,7 @@ def decode(
 
 
 def require_options(
+    model: ClipCapModel | None = None,
     *,
     strategy: str = "beam",
     num_beams: int = 5,
@@ -116,7 +110,9 @@ def require_options(
     top_p: float | None = None,
     temperature: float = 1.0,
 ) -> int:
-    """Check what of `decode`'s options needs no model; returns how many captions of an image are followed at once.
+    """Check `decode`'s options; returns how many captions of an image are followed at once.
+
+    Without a model, what can be checked before one is loaded.
 
     Raises:
         UserError: an option out of its range or of another strategy.
@@ -134,6 +130,15 @@ def require_options(
     most = {"greedy": 1, "sample": num_captions}.get(strategy, num_beams)
     if num_captions > most:
         raise UserError(f"num_captions is {num_captions}: strategy {strategy!r} gives at most {most} here.")
+    if model is None:
+        return most
+    vocabulary, positions = model.gpt2.config.vocab_size, model.gpt2.config.n_positions
+    if most > vocabulary:
+        name = "num_captions" if strategy == "sample" else "num_beams"
+        raise UserError(f"{name} is {most}: use at most the {vocabulary} tokens of the vocabulary.")
+    room = positions - model.config.prefix_length + 1  # the last token is never fed back
+    if max_new_tokens > room:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: GPT-2's {positions} positions leave room for {room}.")
     return most
 
 

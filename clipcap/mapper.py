@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checks import UserError, require_at_least
+from common.runtime import require_memory
 
 
 class MLPMapper(nn.Module):
@@ -129,6 +130,11 @@ class _MLP(nn.Module):
         return self.fc2(F.relu(self.fc1(x)))
 
 
+def _require_memory(sizes: object, numbers: int) -> None:
+    """Raise UserError when a mapper of so many numbers does not fit in memory."""
+    require_memory(f"prefix_length is {sizes}", 4 * numbers, torch.device("cpu"), "use smaller ones")
+
+
 def build_mapper(
     kind: str,
     *,
@@ -150,11 +156,16 @@ def build_mapper(
     if kind == "mlp":
         if patches:
             raise UserError("inputs is 'patches' with mapper 'mlp': use mapper 'transformer', which reads any number.")
+        _require_memory(prefix_length, width * prefix_length // 2 * (clip_width + width * prefix_length))
         return MLPMapper(clip_width, width, prefix_length)
     if kind != "transformer":
         raise UserError(f"mapper is {kind!r}: choose one of mlp, transformer.")
     require_at_least("clip_length", clip_length, 1)
     require_at_least("mapper_layers", num_layers, 1)
+    _require_memory(
+        f"{prefix_length}, clip_length {clip_length} and mapper_layers {num_layers}",
+        width * (clip_width * (1 if patches else clip_length) + prefix_length + 8 * width * num_layers),
+    )
     require_at_least("mapper_heads", num_heads, 1)
     if width % num_heads:
         raise UserError(f"mapper_heads is {num_heads}: use a divisor of GPT-2's width {width}.")

@@ -56,12 +56,20 @@ def test_mlp_equals_the_plain_formula_and_has_the_published_size():
         ({"prefix_length": 0}, "prefix_length is 0: use at least 1."),
         ({"clip_length": 0}, "clip_length is 0"),
         ({"num_layers": 0}, "mapper_layers is 0"),
+        ({"prefix_length": 10**12}, "prefix_length is 1000000000000, .* GB are free"),
+        ({"clip_length": 10**12}, "clip_length 1000000000000 .* GB are free"),
+        ({"num_layers": 10**12}, "mapper_layers 1000000000000, which takes"),
         ({"num_heads": 3}, "mapper_heads is 3: use a divisor of GPT-2's width 16."),
     ],
 )
 def test_impossible_sizes_are_named(change, message):
     with pytest.raises(UserError, match=message):
         build_mapper("transformer", **SIZES | change)
+
+
+def test_an_mlp_that_does_not_fit_in_memory_is_refused():
+    with pytest.raises(UserError, match="prefix_length is 1000000, which takes .* GB"):
+        build_mapper("mlp", **SIZES | {"prefix_length": 1_000_000})
 
 
 def test_mlp_cannot_read_patches():

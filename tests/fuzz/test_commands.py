@@ -46,7 +46,7 @@ VALUES: dict[type, list[Any]] = {
 }
 WORDS = ["-1", "0", str(LARGE), "nan", "inf", "-inf", "1e-320", "1e308", "", "a\0b", "n" * 300, "../..", "😀", "\udcff"]
 LONG_STEPS = {
-    ("clipcap", "serve"): "clipcap.serve.launch",
+    ("clipcap", "serve"): "clipcap.serve.build_page",
     ("clipcap", "train"): "clipcap.training.train.fit",
     ("recycle-gpt2", "run"): "recycle_gpt2.training.fit",
     ("recycle-gpt2", "relearn"): "recycle_gpt2.training.fit",
@@ -267,8 +267,10 @@ def test_absurd_values(program, name, place, tmp_path_factory, monkeypatch):
                 wrong += f"wrote {sorted(new)[:3]}"
             if wrong:
                 faults.append(f"{program} {name} --{'.'.join(path)} {value!r:.60}: {wrong}")
+                with open("/tmp/faults.txt", "a") as f: print(faults[-1], file=f)
     monkeypatch.setattr(tyro, "cli", parse)
     for word in WORDS:  # as they are typed
         if wrong := fault(program, [name, *given[1:], word]):
             faults.append(f"{program} {name} {word!r:.60}: {wrong}")
+            with open("/tmp/faults.txt", "a") as f: print(faults[-1], file=f)
     assert not faults, f"{len(faults)} faults\n" + "\n".join(faults)
