@@ -34,6 +34,7 @@ test: lint ## Run the whole gate: ruff, import layers, types, pytest
 
 lint: $(STAMP) ## Run ruff, import-linter and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 

@@ -81,8 +81,11 @@ class CachedDecoder:
         places = torch.arange(count) if position == 0 else torch.full((count,), position)
         mask = torch.zeros(visible.shape, dtype=inputs.dtype, device=inputs.device).masked_fill_(~visible, NEVER)
         states = self.transformer(
-            inputs_embeds=inputs, position_ids=places[None].to(inputs.device), attention_mask=mask,
-            past_key_values=self, use_cache=True,
+            inputs_embeds=inputs,
+            position_ids=places[None].to(inputs.device),
+            attention_mask=mask,
+            past_key_values=self,
+            use_cache=True,
         )
         self.filled += count
         return states.last_hidden_state

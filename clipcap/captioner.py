@@ -150,9 +150,7 @@ class Captioner:
         """
         one = _is_one(images)
         several: Any = [images] if one else images
-        found = self.stream(
-            several, strategy=strategy, num_captions=num_captions, batch_size=batch_size, **options
-        )
+        found = self.stream(several, strategy=strategy, num_captions=num_captions, batch_size=batch_size, **options)
         if progress:
             from tqdm import tqdm
 

@@ -100,7 +100,7 @@ def decode(
 
 
 def require_options(
-    model: ClipCapModel | None = None,
+    model: PrefixModel | None = None,
     *,
     strategy: str = "beam",
     num_beams: int = 5,

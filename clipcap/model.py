@@ -172,8 +172,14 @@ class ClipCapModel(PreTrainedModel):
             wanted = _resolve_dtype(dtype, config)
             require_room(source, WHAT, lambda: cls(config, with_gpt2=config.saves_gpt2), **hub)
             model, info = super().from_pretrained(
-                source, *model_args, config=config, dtype=wanted, with_gpt2=config.saves_gpt2,
-                ignore_mismatched_sizes=True, output_loading_info=True, **kwargs | {"trust_remote_code": False},
+                source,
+                *model_args,
+                config=config,
+                dtype=wanted,
+                with_gpt2=config.saves_gpt2,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs | {"trust_remote_code": False},
             )
             _require_fit(source, info)
             require_finite(model.state_dict(), f"{WHAT} {source!r}")
@@ -490,7 +496,7 @@ def _load_named_gpt2(
     except UserError as error:
         raise UserError(
             f"captioner {source!r} needs the GPT-2 {config.gpt2!r} it was trained on, which cannot be loaded ({error}) "
-            f"Put it back there, or write its place in {source}/config.json under \"gpt2\"."
+            f'Put it back there, or write its place in {source}/config.json under "gpt2".'
         ) from error
     for name in ("n_embd", "n_layer", "n_head", "vocab_size"):
         found, wanted = getattr(gpt2.config, name), (config.gpt2_config or {}).get(name)

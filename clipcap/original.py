@@ -57,9 +57,7 @@ def load_original_checkpoint(
     weights = _read(path)
     require_finite(weights, f"checkpoint {str(path)!r}")
     mapper = {k.removeprefix("clip_project."): v for k, v in weights.items() if k.startswith("clip_project.")}
-    language = {
-        k.removeprefix("gpt."): v for k, v in weights.items() if k.startswith("gpt.") and not BUFFERS.search(k)
-    }
+    language = {k.removeprefix("gpt."): v for k, v in weights.items() if k.startswith("gpt.") and not BUFFERS.search(k)}
     backbone, tokenizer = load_gpt2(gpt2) if gpt2 is not None else (None, None)
     if language:
         gpt2_config = _gpt2_sizes(path, language, n_head)

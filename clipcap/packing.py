@@ -85,9 +85,7 @@ def _prepack(integers: Int8[Tensor, "o i"]) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(integers.contiguous(), [ROWS, integers.shape[1]])  # heeds no strides
 
 
-def _int8_product(
-    integers: UInt8[Tensor, "n i"], packed: Tensor, scales: Float[Tensor, " o"]
-) -> Float[Tensor, "n o"]:
+def _int8_product(integers: UInt8[Tensor, "n i"], packed: Tensor, scales: Float[Tensor, " o"]) -> Float[Tensor, "n o"]:
     """(q - 128) Wᵀ, each output times its scale."""
     zeros = torch.zeros(len(scales), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(
@@ -151,9 +149,7 @@ def decoding_parts(gpt2: GPT2LMHeadModel, *, int8: bool = False) -> tuple[nn.Mod
         require_int8(weight.device)
     if not int8 and not can_pack(weight.device, weight.dtype):
         return gpt2.transformer, Head(weight, packed=False)
-    return _PACKED.get(
-        gpt2, int8, lambda: (_pack(gpt2.transformer, int8), Head(weight, packed=True, int8=int8))
-    )
+    return _PACKED.get(gpt2, int8, lambda: (_pack(gpt2.transformer, int8), Head(weight, packed=True, int8=int8)))
 
 
 def can_use_int8() -> bool:

@@ -166,9 +166,7 @@ def require_same_settings(
     """Raise UserError when what lies at `place` was begun with other settings than are asked for now."""
     for name, value in now.items():
         if before.get(name) != value:
-            raise UserError(
-                f"{str(place)!r} was begun with {name} {before.get(name)!r}, now it is {value!r}: {cure}."
-            )
+            raise UserError(f"{str(place)!r} was begun with {name} {before.get(name)!r}, now it is {value!r}: {cure}.")
 
 
 def run_command(command: Callable[[], int | None]) -> int:

@@ -124,8 +124,16 @@ def build_trainer(
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard"))
     saved: list[Callback] = [
         KeepMetrics(table),
-        KeepBest(directory, filename="best", monitor=monitor, mode=mode, save_top_k=1,
-                 enable_version_counter=False, auto_insert_metric_name=False, save_weights_only=True),
+        KeepBest(
+            directory,
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=1,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+            save_weights_only=True,
+        ),
         KeepLast(directory, 60 * config.save_minutes, StopRequest()),  # after the best is known
     ]
     if settings is not None:

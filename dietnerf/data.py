@@ -150,9 +150,7 @@ def find_image(directory: Path, name: str) -> Path:
     raise UserError(f"image {str(path)!r} does not exist: check file_path in the transforms file.")
 
 
-def require_same_size(
-    paths: Sequence[Path], what: str = "image", *, max_pixels: int = MAX_PIXELS
-) -> tuple[int, int]:
+def require_same_size(paths: Sequence[Path], what: str = "image", *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of all images (or masks, as `what` says), none of which is decoded.
 
     Raises:
@@ -615,9 +613,7 @@ class FewViewDataset(InputDataset):
     def load(self, index: int) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"] | None]:
         """Colour and alpha of one view."""
         meta = self._dataparser_outputs.metadata
-        return load_image(
-            self.image_filenames[index], meta["size"], meta["background"], max_pixels=meta["max_pixels"]
-        )
+        return load_image(self.image_filenames[index], meta["size"], meta["background"], max_pixels=meta["max_pixels"])
 
     def mask(self, index: int) -> Bool[Tensor, "h w 1"] | None:
         """Which pixels of a view may be used; None: all."""

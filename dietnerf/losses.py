@@ -110,9 +110,7 @@ def patch_loss(model: TrainedField, patches: RayBundle | None) -> Tensor:
         raise UserError("batch has no patches but the depth smoothness is on: add rays of patches from random poses.")
     found = model(patches.flatten())
     shape = patches.origins.shape[:-1]
-    smoothness = depth_smoothness(
-        found["depth"].view(shape), found["accumulation"].view(shape), model.far
-    )
+    smoothness = depth_smoothness(found["depth"].view(shape), found["accumulation"].view(shape), model.far)
     return model.config.regularizers.depth_smoothness * smoothness
 
 

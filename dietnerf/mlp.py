@@ -113,7 +113,6 @@ def encode(encoding: NeRFEncoding, x: Float[Tensor, "*b 3"]) -> Float[Tensor, "*
     return torch.cat([encoding(x / (2 * math.pi)), x], dim=-1)
 
 
-
 def _encoding(bands: int) -> NeRFEncoding:
     return NeRFEncoding(in_dim=3, num_frequencies=bands, min_freq_exp=0.0, max_freq_exp=bands - 1.0)
 

@@ -335,9 +335,7 @@ def nerfstudio_state(module: FewViewTraining, steps: int) -> dict[str, Any]:
     optimizer: Any = module.optimizers()
     optimizer = getattr(optimizer, "optimizer", optimizer)
     optimizers = {}
-    for (name, parameters), group in zip(
-        module.model.get_param_groups().items(), optimizer.param_groups, strict=True
-    ):
+    for (name, parameters), group in zip(module.model.get_param_groups().items(), optimizer.param_groups, strict=True):
         settings = {key: value for key, value in group.items() if key not in ("params", "fused")}
         optimizers[name] = {
             "state": {i: dict(optimizer.state[p]) for i, p in enumerate(parameters) if p in optimizer.state},

@@ -162,9 +162,7 @@ def build_corpus(
 
     selection = _Selection(shares, seed)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
-    metas = _write_shards(
-        paths, selection, shards, key["tokenizer"], setup, workers, chunk, progress
-    )
+    metas = _write_shards(paths, selection, shards, key["tokenizer"], setup, workers, chunk, progress)
     for file in shards.iterdir():  # of another, longer corpus
         if int(file.name.split(".")[0]) >= len(metas):
             file.unlink()
@@ -244,9 +242,7 @@ def _require_own(out: Path) -> None:
     if (out / "manifest.json").exists():
         manifest = read_json(out / "manifest.json", REBUILD)
         if "format" not in manifest or "shards" not in manifest:
-            raise UserError(
-                f"{str(out / 'manifest.json')!r} is not of a corpus: move it away or give another out."
-            )
+            raise UserError(f"{str(out / 'manifest.json')!r} is not of a corpus: move it away or give another out.")
 
 
 def load_documents(directory: Path, split: str) -> list[Document]:

@@ -50,9 +50,7 @@ def read_documents(paths: Sequence[Path], *, suffixes: Sequence[str] = SUFFIXES)
         yield document
 
 
-def read_with_positions(
-    paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES
-) -> Iterator[tuple[Document, int]]:
+def read_with_positions(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> Iterator[tuple[Document, int]]:
     """What `read_documents` yields, each with the bytes of all files that have been read so far, as on the disk."""
     done, empty = 0, True
     for path, genre in find_texts(paths, suffixes):

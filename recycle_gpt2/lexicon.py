@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MEASURES: tuple[str, ...] = ("csls", "cosine")
 
+
 class Neighbours(NamedTuple):
     """Rows of the source table nearest to each target row, best first."""
 

@@ -238,8 +238,14 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
     if config.large:
         out = begin("align")
         align_config = AlignConfig(
-            recycled=small, out=out, small=config.small, large=config.large, method=config.method, k=config.k,
-            choose=config.choose, runtime=config.runtime,
+            recycled=small,
+            out=out,
+            small=config.small,
+            large=config.large,
+            method=config.method,
+            k=config.k,
+            choose=config.choose,
+            runtime=config.runtime,
         )
         current = align_models(align_config)
         if config.large_share > 0:

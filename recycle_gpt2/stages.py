@@ -273,9 +273,7 @@ def begin_anew(directory: Path, changed: Sequence[str]) -> None:
     print(f"{what}, and what was trained before is kept in {kept}.", flush=True)
 
 
-def save_model(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, card: str = ""
-) -> Path:
+def save_model(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, card: str = "") -> Path:
     """Write a Hugging Face directory with its tokenizer, whole or not at all; one of ours that is there is replaced.
 
     Raises:
@@ -437,9 +435,7 @@ def finetune(config: FinetuneConfig) -> Path:
             train_only(model, layers=layers)
             directory = config.out / TRAINING / (f"step-{number}" if len(steps) > 1 else "")
             # Each step, a share of an epoch, sees other blocks; 0 and 1 are the orders of relearning.
-            records.append(
-                train_stage(model, train, valid, directory, part, runtime=config.runtime, order=number + 1)
-            )
+            records.append(train_stage(model, train, valid, directory, part, runtime=config.runtime, order=number + 1))
         if is_first_process():
             save_model(model, tokenizer, config.out / MODEL)
         last = records[-1]

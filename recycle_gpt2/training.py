@@ -138,9 +138,7 @@ def build_optimizer(model: torch.nn.Module, config: StageConfig) -> torch.optim.
     if not trained:
         raise UserError("no tensor is to be trained: choose what the stage trains.")
     if config.optimizer == "muon" and any(".h." in name and p.ndim == 2 for name, p in trained.items()):
-        return MuonAndAdam(
-            model, hidden=".h.", lr_muon=config.lr_muon, lr=config.lr, weight_decay=config.weight_decay
-        )
+        return MuonAndAdam(model, hidden=".h.", lr_muon=config.lr_muon, lr=config.lr, weight_decay=config.weight_decay)
     groups = decay_matrices([*trained.values()], config.weight_decay)
     if config.optimizer == "amsgrad":
         return torch.optim.Adam(groups, lr=config.lr, amsgrad=True)

@@ -26,7 +26,11 @@ def test_the_site_builds(site, tmp_path):
 def test_a_page_that_fetches_is_found(site, tmp_path):
     (tmp_path / "a.html").write_text('<a href="https://example.org">read</a><img src="x.png">')
     assert site.pages_that_fetch(tmp_path) == []
-    for part in ('<script src="https://a/b.js">', '<link rel="stylesheet" href="//a/b.css">', "<img alt=x src=http://a/b>"):
+    for part in (
+        '<script src="https://a/b.js">',
+        '<link rel="stylesheet" href="//a/b.css">',
+        "<img alt=x src=http://a/b>",
+    ):
         (tmp_path / "b.html").write_text(part)
         assert site.pages_that_fetch(tmp_path) == ["b.html"]
 

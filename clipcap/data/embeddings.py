@@ -127,9 +127,7 @@ def build_store(
     if all(item.embedding_row is not None for item in items):
         precision = "fp32"  # nothing is computed
     with alone(directory):
-        writer = StoreWriter(
-            directory, key, clip.name, dtype=dtype, precision=precision, rows_per_shard=rows_per_shard
-        )
+        writer = StoreWriter(directory, key, clip.name, dtype=dtype, precision=precision, rows_per_shard=rows_per_shard)
         todo = writer.missing(items)
         before = writer.state["precision"]
         if before != precision == "fp32" and any(item.embedding_row is None for item in todo):
@@ -142,9 +140,7 @@ def build_store(
         if not todo:
             progress(done)
         try:
-            for batch in _encoded(
-                todo, clip, inputs, batch_size, writer.state["precision"], workers, max_pixels
-            ):
+            for batch in _encoded(todo, clip, inputs, batch_size, writer.state["precision"], workers, max_pixels):
                 skipped |= batch.skipped
                 if batch.rows is not None:
                     writer.append(batch.names, batch.rows, batch.sources)
@@ -273,9 +269,7 @@ def run(config: EmbedConfig) -> int:
     from common.clip import load_clip
 
     device = start(config.runtime)
-    items = read_dataset(
-        config.data, images=config.images, skip_missing=config.skip_missing, format=config.format
-    )
+    items = read_dataset(config.data, images=config.images, skip_missing=config.skip_missing, format=config.format)
     clip = load_clip(config.clip, device=device)
     with tqdm(total=len(items), desc=f"embedding images with CLIP {config.clip}", unit=" images") as bar:
         store = build_store(

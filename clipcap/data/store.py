@@ -315,9 +315,7 @@ def source_of(item: CaptionedImage, record: np.void) -> Source | None:
     try:
         status = item.path.stat()
         same = (status.st_size, status.st_mtime_ns) == (int(record["size"]), int(record["mtime"]))
-        return Source(
-            status.st_size, status.st_mtime_ns, int(record["content"]) if same else file_hash(item.path)
-        )
+        return Source(status.st_size, status.st_mtime_ns, int(record["content"]) if same else file_hash(item.path))
     except FileNotFoundError:
         return None
 

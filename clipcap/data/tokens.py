@@ -46,9 +46,7 @@ class CaptionTokens(Sequence[list[int]]):
         return np.diff(self.offsets)
 
 
-def tokenize(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, cache: Path | None = None
-) -> CaptionTokens:
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, cache: Path | None = None) -> CaptionTokens:
     """Token ids of texts, from the files that an earlier call left in `cache` for this tokenizer and these texts.
 
     Args:

@@ -202,9 +202,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.captions is not None:
         require_file(config.captions, "captions")
     start(config.runtime)
-    everything = read_dataset(
-        config.data, images=config.images, skip_missing=config.skip_missing, format=config.format
-    )
+    everything = read_dataset(config.data, images=config.images, skip_missing=config.skip_missing, format=config.format)
     items = [item for item in everything if config.split in ("all", item.split)]
     if not items:
         splits = sorted({item.split for item in everything})

@@ -127,8 +127,12 @@ class SelfCriticalTraining(CaptionTraining):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         embeddings = batch["clip_embeddings"]
         ids, labels, advantage, greedy = rewarded_samples(
-            self.model, embeddings, batch["references"], self.cider,
-            samples=self.samples, max_new_tokens=self.max_new_tokens,
+            self.model,
+            embeddings,
+            batch["references"],
+            self.cider,
+            samples=self.samples,
+            max_new_tokens=self.max_new_tokens,
         )
         log_probs = token_log_probs(self.model, embeddings.repeat_interleave(self.samples, 0), ids, labels)
         counted = (labels != IGNORE).float()

@@ -132,9 +132,7 @@ def rewarded_samples(
     """
     with torch.autocast(embeddings.device.type, enabled=False):  # decoding packs weights for their own precision
         best = decode(model, embeddings, strategy="greedy", max_new_tokens=max_new_tokens)
-        found = decode(
-            model, embeddings, strategy="sample", num_captions=samples, max_new_tokens=max_new_tokens
-        )
+        found = decode(model, embeddings, strategy="sample", num_captions=samples, max_new_tokens=max_new_tokens)
     greedy = [captions[0] for captions in best]
     drawn = [caption for captions in found for caption in captions]
     several = [references[row // samples] for row in range(len(drawn))]
@@ -152,9 +150,7 @@ def token_log_probs(
 ) -> Float[Tensor, "n t"]:
     """Log-probability of each token, with its gradient; 0 where labels are IGNORE."""
     logits = model(embeddings, ids).logits
-    nats = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    )
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
     return -nats.view(labels.shape)
 
 

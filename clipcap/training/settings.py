@@ -146,8 +146,17 @@ def resolve_init(config: TrainConfig) -> TrainConfig:
             f"init {str(config.init)!r} reads embeddings of any length and text_only trains on those of length 1: give "
             f"a captioner trained with --text-only or --normalize-embeddings."
         )
-    for name in ("mapper", "inputs", "prefix_length", "clip_length", "mapper_layers", "mapper_heads", "clip", "gpt2",
-                 "normalize_embeddings"):
+    for name in (
+        "mapper",
+        "inputs",
+        "prefix_length",
+        "clip_length",
+        "mapper_layers",
+        "mapper_heads",
+        "clip",
+        "gpt2",
+        "normalize_embeddings",
+    ):
         ours, theirs = getattr(config, name), getattr(saved, name)
         if theirs is None:
             continue
@@ -161,12 +170,33 @@ def resolve_init(config: TrainConfig) -> TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for settings that cannot work."""
-    least_one = ("batch_size", "max_tokens", "accumulate", "mapper_layers", "prefix_length", "val_beams",
-                 "devices", "num_nodes", "epochs", "scst_samples")
+    least_one = (
+        "batch_size",
+        "max_tokens",
+        "accumulate",
+        "mapper_layers",
+        "prefix_length",
+        "val_beams",
+        "devices",
+        "num_nodes",
+        "epochs",
+        "scst_samples",
+    )
     for name in least_one:
         require_at_least(name, getattr(config, name), 1)
-    least_zero = ("lora", "retrieval", "val_every", "val_captions", "patience", "clip_gradients", "text_noise",
-                  "warmup", "steps", "weight_decay", "workers")
+    least_zero = (
+        "lora",
+        "retrieval",
+        "val_every",
+        "val_captions",
+        "patience",
+        "clip_gradients",
+        "text_noise",
+        "warmup",
+        "steps",
+        "weight_decay",
+        "workers",
+    )
     for name in least_zero:
         require_at_least(name, getattr(config, name), 0)
     if config.embeddings is not None and config.embeddings.resolve() == config.out.resolve():

@@ -142,7 +142,8 @@ def write_table(config: Config) -> Path:
         "# Beyond the paper, in small",
         "",
         "Captions of held-out rendered scenes by the tiny backbones (MLP mapper, GPT-2 "
-        + ("fine-tuned" if config.tune_gpt2 else "frozen") + "), beam search, 5 beams: the share",
+        + ("fine-tuned" if config.tune_gpt2 else "frozen")
+        + "), beam search, 5 beams: the share",
         "of captions that get the colour and shape of every object right ± its standard error, by number of objects;",
         "BLEU-4 and CIDEr on the test split. `text-only` sees no image in training (CapDec), `retrieval` puts "
         f"{config.retrieval}",

@@ -97,9 +97,7 @@ class Config:
     """Where the page and its figures go."""
     report: bool = False
     """Only write the page of the runs that are there."""
-    runtime: RuntimeConfig = field(
-        default_factory=lambda: RuntimeConfig(device="cpu", precision="bf16", threads=1)
-    )
+    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(device="cpu", precision="bf16", threads=1))
 
 
 @dataclass(frozen=True)

@@ -266,9 +266,7 @@ def write_demo(
         "The vocabulary tokens nearest to each prefix embedding, by cosine similarity. "
         "They are readable less often than you might hope, even with a frozen GPT-2.",
     )
-    page.gallery(
-        [(paths[key], captions[key], [" ".join(said)]) for key, said in zip(shown, words, strict=False)]
-    )
+    page.gallery([(paths[key], captions[key], [" ".join(said)]) for key, said in zip(shown, words, strict=False)])
     evaluation_page(found_scores, items, page=page, shown=0)
     page.command("clipcap evaluate --data common/assets/samples/scenes/dataset.json --model tiny --resamples 300")
     results: dict[str, Any] = {}

@@ -131,9 +131,7 @@ def recycle_sample(
     train_embeddings("medium", large, brief_tokens)
     bits("medium, aligned, relearned briefly", large)
     trigram = WittenBell(ids, order=3, vocab_size=len(tokenizer))
-    nats = sum(
-        trigram.score(np.asarray(with_end(tokenizer, document.text)))[1:].sum() for document in held_out
-    )
+    nats = sum(trigram.score(np.asarray(with_end(tokenizer, document.text)))[1:].sum() for document in held_out)
     size = sum(len(document.text.encode()) for document in held_out)
     scores["trigram model (Witten-Bell)"] = float(nats) / math.log(2) / size
     samples = {
@@ -203,8 +201,10 @@ def recycling_section(
         caption="Dutch words and the English words nearest to them in the shared embedding space, most certain first "
         "(words that are also English tokens are left out: they start from the same row)",
     )
-    page.note("This is two minutes of training on one program's manual, and the sentences show it. Longer runs, every "
-              "control and both languages are in docs/recycling.md.")
+    page.note(
+        "This is two minutes of training on one program's manual, and the sentences show it. Longer runs, every "
+        "control and both languages are in docs/recycling.md."
+    )
     page.command("python -m experiments.demo.recycling")
     return result
 
@@ -213,11 +213,11 @@ def main(config: Config) -> None:
     """Write a page with this section alone."""
     device = start(config.runtime)
     page = Page("English recycled for Dutch", "The packaged sample, on this machine")
-    result = recycling_section(
-        page, config.out, device=device, tokens=config.tokens, brief_tokens=config.brief_tokens
+    result = recycling_section(page, config.out, device=device, tokens=config.tokens, brief_tokens=config.brief_tokens)
+    page.details(
+        "hardware, versions and time",
+        {"hardware": hardware(), "versions": versions(), "seconds": round(result["seconds"], 1)},
     )
-    page.details("hardware, versions and time", {"hardware": hardware(), "versions": versions(),
-                                                 "seconds": round(result["seconds"], 1)})
     write_json(config.out / "results.json", result | {"hardware": hardware(), "versions": versions()})
     for name, value in result["bits_per_byte"].items():
         print(f"{value:.3f} bits per byte: {name}")

@@ -117,9 +117,7 @@ class Config:
     """Blocks in a step."""
     rates_of: Path | None = None
     """Take the learning rates that were tuned in this directory (another language's), instead of tuning."""
-    runtime: RuntimeConfig = field(
-        default_factory=lambda: RuntimeConfig(device="cpu", precision="bf16", threads=1)
-    )
+    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(device="cpu", precision="bf16", threads=1))
 
 
 @dataclass
@@ -202,9 +200,7 @@ def begin_medium(arm: str, config: Config, language: Language, generator: torch.
         small, _ = load_gpt2("tiny", frozen=True)
         rows = align(token_table(small), token_table(model), token_table(relearned), method="least_squares")
     else:
-        rows = first_rows(
-            config.initialisation if arm == MEDIUM[1] else "random", model, english, language, generator
-        )
+        rows = first_rows(config.initialisation if arm == MEDIUM[1] else "random", model, english, language, generator)
     replace_lexical(model, language.tokenizer, rows)
     train_only(model, layers="all")
     return model
@@ -283,17 +279,26 @@ def run_arm(
     first = tokens // 2 if arm == UNFROZEN else tokens
     records = [
         train_stage(
-            model, train, language.valid, directory / "train",
+            model,
+            train,
+            language.valid,
+            directory / "train",
             stage(config, rate=rate, tokens=first, whole=arm in (*WHOLE, *MEDIUM), validations=8 if report else 3),
-            runtime=runtime, progress=False,
+            runtime=runtime,
+            progress=False,
         )
     ]
     if arm == UNFROZEN:
         train_only(model, layers="all")
         records.append(
             train_stage(
-                model, train, language.valid, directory / "unfrozen",
-                stage(config, rate=unfrozen_rate, tokens=tokens - first, whole=True), runtime=runtime, progress=False,
+                model,
+                train,
+                language.valid,
+                directory / "unfrozen",
+                stage(config, rate=unfrozen_rate, tokens=tokens - first, whole=True),
+                runtime=runtime,
+                progress=False,
             )
         )
     result = {
@@ -338,7 +343,13 @@ def tuned(arm: str, config: Config, language: Language) -> float:
         return RATES[arm][0]
     losses = {
         rate: run_arm(
-            arm, config, language, seed=0, rate=rate, tokens=config.tune_tokens, name=f"tune-{slug(arm)}-{rate:g}",
+            arm,
+            config,
+            language,
+            seed=0,
+            rate=rate,
+            tokens=config.tune_tokens,
+            name=f"tune-{slug(arm)}-{rate:g}",
             report=False,
         )["val_loss"]
         for rate in RATES[arm]
@@ -354,8 +365,15 @@ def tuned_unfrozen(config: Config, language: Language, relearning: float, whole:
         return UNFROZEN_SHARES[0] * whole
     losses = {
         share * whole: run_arm(
-            UNFROZEN, config, language, seed=0, rate=relearning, unfrozen_rate=share * whole,
-            tokens=config.tune_tokens, name=f"tune-{slug(UNFROZEN)}-{share * whole:g}", report=False,
+            UNFROZEN,
+            config,
+            language,
+            seed=0,
+            rate=relearning,
+            unfrozen_rate=share * whole,
+            tokens=config.tune_tokens,
+            name=f"tune-{slug(UNFROZEN)}-{share * whole:g}",
+            report=False,
         )["val_loss"]
         for share in UNFROZEN_SHARES
     }
@@ -391,8 +409,10 @@ def run_baselines(config: Config, language: Language) -> None:
         results[f"untouched English ({name})"] = score_held_out(english, tokenizer, language)
     write_json(path, results)
     for name, found in results.items():
-        print(f"{config.language} {name}: " + ", ".join(f"{k} {v['bits_per_byte']:.4f}" for k, v in found.items()),
-              flush=True)
+        print(
+            f"{config.language} {name}: " + ", ".join(f"{k} {v['bits_per_byte']:.4f}" for k, v in found.items()),
+            flush=True,
+        )
 
 
 def run_alignment(config: Config, language: Language, rate: float) -> None:
@@ -430,9 +450,13 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
             if tokens:
                 train_only(model)
                 record = train_stage(
-                    model, language.train, language.valid, directory / "train",
+                    model,
+                    language.train,
+                    language.valid,
+                    directory / "train",
                     stage(config, rate=rate, tokens=tokens, whole=False, validations=5),
-                    runtime=runtime, progress=False,
+                    runtime=runtime,
+                    progress=False,
                 )
             result: dict[str, Any] = {
                 "method": name,
@@ -448,9 +472,12 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
             }
             write_json(directory / "result.json", result)
             shutil.rmtree(directory / "train", ignore_errors=True)
-            print(f"{time.strftime('%H:%M:%S')} {config.language} align {name} {tokens}: "
-                  + ", ".join(f"{k} {v['bits_per_byte']:.4f}" for k, v in result["held_out"].items())
-                  + f" overlap {overlap} error {error} ({result['cpu_seconds']:.0f} s)", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} {config.language} align {name} {tokens}: "
+                + ", ".join(f"{k} {v['bits_per_byte']:.4f}" for k, v in result["held_out"].items())
+                + f" overlap {overlap} error {error} ({result['cpu_seconds']:.0f} s)",
+                flush=True,
+            )
 
 
 def main(config: Config) -> None:
@@ -506,8 +533,13 @@ def main(config: Config) -> None:
             for name in config.initialisations:
                 if name != config.initialisation:
                     run_arm(
-                        "frozen English", replace(config, initialisation=name), language, seed=0, tokens=config.tokens,
-                        rate=best["frozen English"], name=f"frozen-English-from-{name}",
+                        "frozen English",
+                        replace(config, initialisation=name),
+                        language,
+                        seed=0,
+                        tokens=config.tokens,
+                        rate=best["frozen English"],
+                        name=f"frozen-English-from-{name}",
                     )
         if part == "budgets":
             for tokens in config.budgets:

@@ -100,8 +100,11 @@ def main_table(directory: Path, runs: dict[str, dict[str, Any]]) -> list[str]:
 def budgets(runs: dict[str, dict[str, Any]], arm: str) -> dict[int, dict[str, Any]]:
     """The runs of seed 0 of one arm on all of the text by the tokens that they were asked for."""
     begin = slug(arm) + "-"
-    found = {int(name[len(begin):]): run for name, run in runs.items()
-             if name.startswith(begin) and name[len(begin):].isdigit()}
+    found = {
+        int(name[len(begin) :]): run
+        for name, run in runs.items()
+        if name.startswith(begin) and name[len(begin) :].isdigit()
+    }
     if found and begin + "seed0" in runs:
         one = runs[begin + "seed0"]
         found[one.get("tokens_asked", round(one["tokens"], -4))] = one
@@ -244,8 +247,13 @@ def texts(directory: Path, language: str) -> list[str]:
 
 def main(config: Config) -> None:
     """Write the page of results."""
-    lines = ["# Recycling, in small: results", "", "Made by `python -m experiments.languages.report`; see "
-             "[recycling.md](recycling.md) for the method and the conclusions.", ""]
+    lines = [
+        "# Recycling, in small: results",
+        "",
+        "Made by `python -m experiments.languages.report`; see "
+        "[recycling.md](recycling.md) for the method and the conclusions.",
+        "",
+    ]
     config.docs.mkdir(parents=True, exist_ok=True)
     some: dict[str, Any] = {}
     for language, title in LANGUAGES.items():
@@ -255,10 +263,14 @@ def main(config: Config) -> None:
             continue
         some = next(iter(runs.values()))
         seconds = sum(run["cpu_seconds"] for run in runs.values())
-        lines += [f"## {title}", "",
-                  f"`python -m experiments.languages.recycle --text DIR --language {language}`: {len(runs)} runs, "
-                  f"{seconds / 60:.0f} CPU minutes, {some['hardware']}; {some['train_tokens_available']:,} training "
-                  f"tokens with a vocabulary of {some['vocab_size']:,}.", ""]
+        lines += [
+            f"## {title}",
+            "",
+            f"`python -m experiments.languages.recycle --text DIR --language {language}`: {len(runs)} runs, "
+            f"{seconds / 60:.0f} CPU minutes, {some['hardware']}; {some['train_tokens_available']:,} training "
+            f"tokens with a vocabulary of {some['vocab_size']:,}.",
+            "",
+        ]
         lines += [*main_table(directory, runs), ""]
         for heading, table in (
             ("Training tokens (bits per byte, same genre and second genre, seed 0)", budget_table(runs)),

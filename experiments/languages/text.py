@@ -42,8 +42,10 @@ def read_split(directory: Path, language: str, split: str) -> list[str]:
                 documents = file.read().split("\n\n")
             break
     else:
-        raise UserError(f"{str(directory)!r} holds no {language}.{split}.txt or .xz: make it with "
-                        f"experiments/backbones/build_corpus.py.")
+        raise UserError(
+            f"{str(directory)!r} holds no {language}.{split}.txt or .xz: make it with "
+            f"experiments/backbones/build_corpus.py."
+        )
     kept = []
     for document in documents:
         lines = [line for line in document.strip().split("\n") if line and not is_english(line, language)]
@@ -91,16 +93,12 @@ def write_texts(source: Path, language: str, out: Path, *, second_bytes: int = 8
 def held_out(directory: Path) -> dict[str, list[Document]]:
     """The documents of test and second that `write_texts` wrote."""
     return {
-        split: [
-            Document(text, split, split) for text in (directory / f"{split}.txt").read_text().strip().split("\n\n")
-        ]
+        split: [Document(text, split, split) for text in (directory / f"{split}.txt").read_text().strip().split("\n\n")]
         for split in SPLITS[1:]
     }
 
 
-def surest_new_words(
-    entries: Iterable[Entry], english_tokenizer: PreTrainedTokenizerFast
-) -> list[Entry]:
+def surest_new_words(entries: Iterable[Entry], english_tokenizer: PreTrainedTokenizerFast) -> list[Entry]:
     """Entries of more than three letters that are no English token (those began as that token), surest first."""
     known = english_tokenizer.get_vocab()
     new = [entry for entry in entries if len(entry.word) > 3 and "Ġ" + entry.word not in known]

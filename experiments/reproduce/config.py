@@ -56,5 +56,7 @@ def conclude(config: Config, lines: list[str]) -> None:
     """Print a table and write it beside its record."""
     print("\n".join(lines))
     write_text(config.place / "table.md", "\n".join(lines) + "\n")
-    write_json(config.place / "reproduction.json",
-               {"lines": lines, "config": config, "hardware": hardware(), "versions": versions()})
+    write_json(
+        config.place / "reproduction.json",
+        {"lines": lines, "config": config, "hardware": hardware(), "versions": versions()},
+    )

@@ -87,14 +87,20 @@ def estimate(config: Config, table: Table, device: torch.device) -> list[str]:
     costs = table.costs(config)
     lines = [f"estimate at {rate / 1e9:,.0f} GFLOP/s ({how})"]
     for cost in costs:
-        lines.append(f"  {cost.phase:<48} {cost.flops:9.2e} FLOP  {duration(cost.flops / rate):>10}  "
-                     f"{cost.memory / 2**30:6.1f} GiB")
+        lines.append(
+            f"  {cost.phase:<48} {cost.flops:9.2e} FLOP  {duration(cost.flops / rate):>10}  "
+            f"{cost.memory / 2**30:6.1f} GiB"
+        )
     total = sum(cost.flops for cost in costs)
     lines.append(f"  {'in all':<48} {total:9.2e} FLOP  {duration(total / rate):>10}")
-    lines.append("  Time is arithmetic over that rate and so the least; docs/clipcap_speed.md has the share of it that "
-                 "is reached.")
-    lines.append(f"  For another machine: python -m experiments.reproduce {config.name} --dry-run --matrix-rate RATE, "
-                 f"its GFLOP/s in {config.runtime.precision}, in which this run computes (--precision).")
+    lines.append(
+        "  Time is arithmetic over that rate and so the least; docs/clipcap_speed.md has the share of it that "
+        "is reached."
+    )
+    lines.append(
+        f"  For another machine: python -m experiments.reproduce {config.name} --dry-run --matrix-rate RATE, "
+        f"its GFLOP/s in {config.runtime.precision}, in which this run computes (--precision)."
+    )
     free, most = memory_here(device), max(cost.memory for cost in costs)
     if not config.matrix_rate and most > free:
         lines.append(f"  MEMORY: {most / 2**30:.1f} GiB are needed and {free / 2**30:.1f} are free here.")

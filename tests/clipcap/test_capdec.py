@@ -162,9 +162,20 @@ def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_d
 
     monkeypatch.setattr(CaptionTraining, "_loss", spy)
     config = TrainConfig(
-        data=photos / "dataset.json" if with_images else captions, out=tmp_path / "run", text_only=True,
-        clip=str(clip_directory), gpt2=str(gpt2_directory), mapper="mlp", prefix_length=3, steps=4, batch_size=6,
-        val_every=2, val_captions=5, max_tokens=10, lr=1e-2, runtime=RuntimeConfig(device="cpu"),
+        data=photos / "dataset.json" if with_images else captions,
+        out=tmp_path / "run",
+        text_only=True,
+        clip=str(clip_directory),
+        gpt2=str(gpt2_directory),
+        mapper="mlp",
+        prefix_length=3,
+        steps=4,
+        batch_size=6,
+        val_every=2,
+        val_captions=5,
+        max_tokens=10,
+        lr=1e-2,
+        runtime=RuntimeConfig(device="cpu"),
     )
     directory = train(config)
     lengths = torch.cat(seen)

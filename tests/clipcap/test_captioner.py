@@ -214,5 +214,7 @@ def test_a_batch_may_be_as_large_as_one_likes_but_must_fit_in_memory(captioner, 
 def test_a_coldest_temperature_still_gives_captions(captioner, photos):
     from common.checks import LEAST_TEMPERATURE
 
-    (found,) = captioner.caption([photos / "00.jpg"], strategy="sample", temperature=LEAST_TEMPERATURE, max_new_tokens=4)
+    (found,) = captioner.caption(
+        [photos / "00.jpg"], strategy="sample", temperature=LEAST_TEMPERATURE, max_new_tokens=4
+    )
     assert found == captioner.caption(photos / "00.jpg", strategy="greedy", max_new_tokens=4)

@@ -64,8 +64,18 @@ def test_two_processes(photos, clip_directory, gpt2_directory, tmp_path, root):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done") == 2 and "GLOBAL_RANK" not in done.stderr
     one = TrainConfig(
-        data=photos / "dataset.json", out=tmp_path / "one", clip=str(clip_directory), gpt2=str(gpt2_directory),
-        mapper="mlp", prefix_length=3, steps=10, batch_size=6, val_every=2, val_captions=2, max_tokens=10, lr=1e-2,
+        data=photos / "dataset.json",
+        out=tmp_path / "one",
+        clip=str(clip_directory),
+        gpt2=str(gpt2_directory),
+        mapper="mlp",
+        prefix_length=3,
+        steps=10,
+        batch_size=6,
+        val_every=2,
+        val_captions=2,
+        max_tokens=10,
+        lr=1e-2,
         runtime=RuntimeConfig(device="cpu"),
     )
     alone = load_file(train(one) / "model.safetensors")
@@ -95,8 +105,15 @@ def test_two_processes_of_torchrun(tmp_path, root):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("captioner written to") == 1
     one = TrainConfig(
-        data=data, out=tmp_path / "one", embeddings=embeddings, mapper="mlp", steps=2, batch_size=8, lr=1e-2,
-        val_captions=0, runtime=RuntimeConfig(device="cpu"),
+        data=data,
+        out=tmp_path / "one",
+        embeddings=embeddings,
+        mapper="mlp",
+        steps=2,
+        batch_size=8,
+        lr=1e-2,
+        val_captions=0,
+        runtime=RuntimeConfig(device="cpu"),
     )
     alone = load_file(train(one) / "model.safetensors")
     together = load_file(tmp_path / "two" / "model" / "model.safetensors")

@@ -117,7 +117,9 @@ def test_greedy_equals_generate_of_transformers(model, embeddings):
         inputs_embeds=model.prefix(embeddings), attention_mask=torch.ones(7, 3), do_sample=False, max_new_tokens=12,
         eos_token_id=STOPS, pad_token_id=0,
     )  # fmt: skip
-    for row, [caption] in zip(theirs.tolist(), decode(model, embeddings, strategy="greedy", max_new_tokens=12), strict=True):
+    for row, [caption] in zip(
+        theirs.tolist(), decode(model, embeddings, strategy="greedy", max_new_tokens=12), strict=True
+    ):
         assert row[: len(caption.token_ids)] == caption.token_ids
 
 
@@ -192,7 +194,9 @@ class FixedLogits:
     ],
 )
 def test_samples_have_the_asked_distribution(options, expected):
-    sampler = Sampler(**{"top_k": None, "top_p": None, "temperature": 1.0} | options, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(
+        **{"top_k": None, "top_p": None, "temperature": 1.0} | options, generator=torch.Generator().manual_seed(0)
+    )
     log_probs, chosen = sampler(FixedLogits([0.1, 0.4, 0.3, 0.2]), torch.zeros(1, 20000, 1))
     shares = torch.bincount(chosen[0], minlength=4) / 20000
     torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0)
@@ -283,7 +287,9 @@ def test_packed_gpt2_computes_the_same(model):
         assert decoding_parts(model.gpt2)[0] is transformer  # packed once
 
 
-@pytest.mark.parametrize("change", [lambda p: p.mul_(-1), lambda p: p.data.mul_(-1)], ids=["in_place", "behind_its_back"])
+@pytest.mark.parametrize(
+    "change", [lambda p: p.mul_(-1), lambda p: p.data.mul_(-1)], ids=["in_place", "behind_its_back"]
+)
 def test_changed_weights_are_packed_again(model, embeddings, change):
     model = copy.deepcopy(model)  # also after decoding
     before = ids(decode(model, embeddings, strategy="greedy", max_new_tokens=6))

@@ -319,7 +319,9 @@ def test_a_large_jpeg_is_decoded_at_a_scale_that_is_enough(tmp_path, monkeypatch
     assert whole.size == (960, 1280)
     widths = [read_image(path, side=side).width for side in (30, 60, 65, 150, 240, 241)]
     assert widths == [120, 120, 240, 480, 480, 960]
-    few, many = (clip.encode_images(clip.preprocess(image)) for image in (read_image(path, side=clip.image_size), whole))
+    few, many = (
+        clip.encode_images(clip.preprocess(image)) for image in (read_image(path, side=clip.image_size), whole)
+    )
     assert torch.cosine_similarity(few, many).item() > 0.999
 
 

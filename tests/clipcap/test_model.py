@@ -27,7 +27,9 @@ GPT2 = dict(vocab_size=53, n_embd=16, n_layer=2, n_head=2, n_positions=40)
 
 def make(seed: int = 0, **fields) -> ClipCapModel:
     torch.manual_seed(seed)
-    fields = dict(clip_width=12, prefix_length=3, clip_length=2, mapper_layers=2, mapper_heads=4, gpt2_config=GPT2) | fields
+    fields = (
+        dict(clip_width=12, prefix_length=3, clip_length=2, mapper_layers=2, mapper_heads=4, gpt2_config=GPT2) | fields
+    )
     return ClipCapModel(ClipCapConfig(**fields)).eval()
 
 
@@ -371,7 +373,9 @@ class FakeCLIP:
     name, width, patch_width, image_size = "fake", 12, 12, 4
 
     def preprocess(self, images):
-        return torch.stack([torch.from_numpy(np.array(i.resize((4, 4))).transpose(2, 0, 1) / 255.0) for i in images]).float()
+        return torch.stack(
+            [torch.from_numpy(np.array(i.resize((4, 4))).transpose(2, 0, 1) / 255.0) for i in images]
+        ).float()
 
     def encode_image_features(self, pixels, *, packed=False):
         colour = pixels.mean((2, 3)).repeat(1, 4)
@@ -420,7 +424,9 @@ def test_sampled_captions_are_reproducible(captioner):
 
 def test_captioner_wants_its_own_clip(backbone):
     model = ClipCapModel.from_backbones(ClipCapConfig(clip_width=10, gpt2=str(backbone), clip="openai/other"))
-    with pytest.raises(UserError, match=r"width 12 but the captioner reads 10: use the CLIP it was trained on \(openai"):
+    with pytest.raises(
+        UserError, match=r"width 12 but the captioner reads 10: use the CLIP it was trained on \(openai"
+    ):
         Captioner(model, FakeCLIP())
 
 

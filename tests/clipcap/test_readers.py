@@ -132,8 +132,6 @@ def test_duplicate_ids_and_empty_folders(folder, tmp_path):
         read_dataset(tmp_path / "nowhere")
 
 
-
-
 def coco(domains=None):
     rows = [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": "b.png"}, {"id": 7, "file_name": "c.jpg"}]
     for row, domain in zip(rows, domains or (), strict=False):
@@ -475,7 +473,9 @@ def test_webdataset_shards(folder, tmp_path):
     shards.mkdir()
     tar(shards / "00000.tar", [("000000.jpg", jpeg), ("000000.json", b'{"caption": "not this"}'), ("000000.txt", b"one"),
                                ("000001.json", b'{"caption": "two", "url": ""}'), ("000001.jpg", jpeg)])  # fmt: skip
-    tar(shards / "00001.tar", [("deep", b"", tarfile.DIRTYPE, ""), ("deep/x.png", jpeg), ("deep/x.txt", b"three\nfour")])
+    tar(
+        shards / "00001.tar", [("deep", b"", tarfile.DIRTYPE, ""), ("deep/x.png", jpeg), ("deep/x.txt", b"three\nfour")]
+    )
     items = read_dataset(shards)
     assert [(i.image_id, i.captions) for i in items] == [
         ("00000/000000", ("one",)),
@@ -583,7 +583,9 @@ def test_a_compressed_tar_that_unpacks_to_much_is_refused(tmp_path, monkeypatch)
                 archive.addfile(member, io.BytesIO(data))
         with pytest.raises(UserError, match="unpacks to more than 50 times its size"):
             read_dataset(path)
-    path = tar(tmp_path / "plain.tar", [(f"{n}.{end}", bytes([48 + n]) * 90_000) for n in range(9) for end in ("jpg", "txt")])
+    path = tar(
+        tmp_path / "plain.tar", [(f"{n}.{end}", bytes([48 + n]) * 90_000) for n in range(9) for end in ("jpg", "txt")]
+    )
     assert len(read_dataset(path)) == 9
     [*_] = untrusted.read_tar(path)
 
@@ -604,7 +606,16 @@ def test_texts_that_are_no_captions_are_not_read(tmp_path, monkeypatch):
     (tmp_path / "large.csv").write_text("file_name,caption\na.png," + "x" * 200)
     (tmp_path / "large.tsv").write_text("http://a.org\t" + "x" * 200)
     (tmp_path / "large.token.txt").write_text("a.png#0\t" + "x" * 200)
-    for name in ("images", "txt.tar", "json.tar", "large.json", "large.jsonl", "large.csv", "large.tsv", "large.token.txt"):
+    for name in (
+        "images",
+        "txt.tar",
+        "json.tar",
+        "large.json",
+        "large.jsonl",
+        "large.csv",
+        "large.tsv",
+        "large.token.txt",
+    ):
         with pytest.raises(UserError, match=r"of at most|has more than 200 bytes") as caught:
             read_dataset(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -624,7 +635,11 @@ def test_images_are_not_written_through_links_or_over_others(tmp_path):
     inside.mkdir()
     path = tar(inside / "s.tar", [("sub/a.jpg", b"theirs"), ("sub/a.txt", b"one")])
     images = inside / "s.images"
-    for link, target in ((images, elsewhere), (images / "sub", elsewhere), (images / "sub" / "a.jpg", elsewhere / "mine")):
+    for link, target in (
+        (images, elsewhere),
+        (images / "sub", elsewhere),
+        (images / "sub" / "a.jpg", elsewhere / "mine"),
+    ):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(target)
         (elsewhere / "mine").write_text("mine")

@@ -133,9 +133,20 @@ def test_run(photos, clip_directory, roomy_gpt2, tmp_path, monkeypatch, tokenize
 
     monkeypatch.setattr(CaptionTraining, "_loss", spy)
     config = TrainConfig(
-        data=photos / "dataset.json", out=tmp_path / "run", clip=str(clip_directory), gpt2=str(roomy_gpt2),
-        mapper="mlp", prefix_length=3, retrieval=2, steps=4, batch_size=8, val_every=4, val_captions=2,
-        max_tokens=10, lr=1e-2, runtime=RuntimeConfig(device="cpu"),
+        data=photos / "dataset.json",
+        out=tmp_path / "run",
+        clip=str(clip_directory),
+        gpt2=str(roomy_gpt2),
+        mapper="mlp",
+        prefix_length=3,
+        retrieval=2,
+        steps=4,
+        batch_size=8,
+        val_every=4,
+        val_captions=2,
+        max_tokens=10,
+        lr=1e-2,
+        runtime=RuntimeConfig(device="cpu"),
     )
     directory = train(config)
     seen = 0

@@ -124,10 +124,16 @@ def test_a_directory_is_one_runs_until_it_ends_or_is_killed(tmp_path):
 
 
 def test_many_that_want_it_at_once_go_one_by_one(tmp_path):
-    code = HOLD.replace("time.sleep(60)", "open(sys.argv[1] + '/order', 'a').write('<'); time.sleep(0.05); "
-                        "open(sys.argv[1] + '/order', 'a').write('>')")
-    others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL) for _ in range(4)]
+    code = HOLD.replace(
+        "time.sleep(60)",
+        "open(sys.argv[1] + '/order', 'a').write('<'); time.sleep(0.05); open(sys.argv[1] + '/order', 'a').write('>')",
+    )
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(4)
+    ]
     assert 0 in [other.wait() for other in others]
     order = (tmp_path / "order").read_text()
     assert order == "<>" * (len(order) // 2)
@@ -184,5 +190,8 @@ def test_a_claim_clears_what_a_kill_left_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     with claimed(tmp_path):
         assert sorted(os.listdir(tmp_path)) == [
-            ".last.ckpt.ABCDEF12.tmp", ".lock", ".notes.tmp", "last.ckpt.abcdef12.tmp",
+            ".last.ckpt.ABCDEF12.tmp",
+            ".lock",
+            ".notes.tmp",
+            "last.ckpt.abcdef12.tmp",
         ]

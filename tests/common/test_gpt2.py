@@ -145,7 +145,9 @@ def test_damaged_weights(copy, damage):
     if damage == "absent":
         path.unlink()
     else:
-        path.write_bytes({"truncated": content[: len(content) // 2], "garbage": b"{}garbage" * 99, "empty": b""}[damage])
+        path.write_bytes(
+            {"truncated": content[: len(content) // 2], "garbage": b"{}garbage" * 99, "empty": b""}[damage]
+        )
     with pytest.raises(UserError) as caught:
         load_gpt2(copy)
     assert str(copy) in one_line(caught)

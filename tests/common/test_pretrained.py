@@ -103,6 +103,9 @@ def test_nan_is_found_and_large_numbers_are_not_taken_for_it(dtype):
     OSError(28, "No space left on device"), SafetensorError("Error while serializing: I/O error: No space left on device")
 ])  # fmt: skip
 def test_a_failure_to_write_is_one_line(error):
-    with pytest.raises(UserError, match="model 'out' cannot be written .*No space left on device") as caught, saving("out", "model"):
+    with (
+        pytest.raises(UserError, match="model 'out' cannot be written .*No space left on device") as caught,
+        saving("out", "model"),
+    ):
         raise error
     assert len(str(caught.value).splitlines()) == 1

@@ -145,8 +145,16 @@ class Regression(LightningModule):
 
 
 def train(
-    directory: Path, steps: int, at=lambda step: None, at_validation=lambda step: None, *, val_every: int = 2,
-    accumulate: int = 1, validate: bool = True, seed: int = 0, save_at: Collection[int] = (),
+    directory: Path,
+    steps: int,
+    at=lambda step: None,
+    at_validation=lambda step: None,
+    *,
+    val_every: int = 2,
+    accumulate: int = 1,
+    validate: bool = True,
+    seed: int = 0,
+    save_at: Collection[int] = (),
     kind: type[Regression] = Regression,
 ) -> Regression:
     """Up to `steps` steps over 21 items in batches of 3: seven batches in an epoch, eight of two to a step.
@@ -158,7 +166,11 @@ def train(
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(21, 4))).float()
     data = TensorDataset(x, torch.arange(21.0)[:, None])
     config = TrainerConfig(
-        max_steps=steps, val_every=val_every * accumulate, accumulate=accumulate, device="cpu", progress=False,
+        max_steps=steps,
+        val_every=val_every * accumulate,
+        accumulate=accumulate,
+        device="cpu",
+        progress=False,
         tensorboard=False,
     )
     trainer = build_trainer(config, directory)
@@ -265,7 +277,9 @@ def test_ctrl_c_while_a_validation_is_taken_up(tmp_path, monkeypatch, name):
             train(tmp_path / "stopped", 10)
     resumed = train(tmp_path / "stopped", 10, seed=200)
     assert same(resumed, whole)
-    steps = [torch.load(tmp_path / run / "best.ckpt", weights_only=False)["global_step"] for run in ("whole", "stopped")]
+    steps = [
+        torch.load(tmp_path / run / "best.ckpt", weights_only=False)["global_step"] for run in ("whole", "stopped")
+    ]
     assert steps[0] == steps[1]
 
 
@@ -288,16 +302,21 @@ def test_an_end_in_the_last_validation_loses_no_step(tmp_path, end, steps):
 
 
 def test_older_checkpoints_know_their_best(tmp_path):
-    assert KeepBest(tmp_path, filename="best", monitor="val/loss").state_key == ModelCheckpoint(
-        tmp_path, filename="best", monitor="val/loss"
-    ).state_key
+    assert (
+        KeepBest(tmp_path, filename="best", monitor="val/loss").state_key
+        == ModelCheckpoint(tmp_path, filename="best", monitor="val/loss").state_key
+    )
 
 
 def test_batches_of_an_epoch_stay_what_they_are(tmp_path):
     data = TensorDataset(torch.arange(20))
     loader = ResumableLoader(data, BatchOrder(20, 4))
     next(iter(loader))
-    for name, other in {"batch_size": {"batch_size": 5}, "accumulate": {"accumulate": 2}, "processes": {"world": 2}}.items():
+    for name, other in {
+        "batch_size": {"batch_size": 5},
+        "accumulate": {"accumulate": 2},
+        "processes": {"world": 2},
+    }.items():
         order = BatchOrder(20, **({"batch_size": 4, "rank": 0} | other))
         with pytest.raises(UserError, match=f"an epoch was begun with {name}|'an epoch' was begun with {name}"):
             ResumableLoader(data, order).load_state_dict(loader.state_dict())
@@ -315,8 +334,14 @@ def test_beginning_anew_forgets_the_run_before(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        fit(build_trainer(config, tmp_path), Regression(die), tmp_path, resume=False,
-            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)), val_dataloaders=DataLoader(data, batch_size=6))
+        fit(
+            build_trainer(config, tmp_path),
+            Regression(die),
+            tmp_path,
+            resume=False,
+            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
+            val_dataloaders=DataLoader(data, batch_size=6),
+        )
     assert not (tmp_path / "last.ckpt").exists() and not (tmp_path / "best.ckpt").exists()
 
 
@@ -397,8 +422,12 @@ def test_a_checkpoint_is_due_after_ten_minutes(tmp_path, monkeypatch):
         written.clear()
         config = TrainerConfig(max_steps=8, save_minutes=minutes, device="cpu", progress=False, tensorboard=False)
         directory = tmp_path / f"{minutes}"
-        fit(build_trainer(config, directory), Regression(wait), directory,
-            train_dataloaders=ResumableLoader(data, BatchOrder(20, 5)))
+        fit(
+            build_trainer(config, directory),
+            Regression(wait),
+            directory,
+            train_dataloaders=ResumableLoader(data, BatchOrder(20, 5)),
+        )
         assert written == expected
     assert TrainerConfig().save_minutes == 10
 
@@ -568,7 +597,14 @@ def test_rows_of_metrics_that_a_kill_cut_short_come_again(tmp_path):
 
 
 def test_about_ten_validations():
-    assert [validation_interval(0, steps, most=500) for steps in (1, 7, 20, 1234, 5000, 10**6)] == [1, 1, 2, 123, 500, 500]
+    assert [validation_interval(0, steps, most=500) for steps in (1, 7, 20, 1234, 5000, 10**6)] == [
+        1,
+        1,
+        2,
+        123,
+        500,
+        500,
+    ]
     assert validation_interval(0, 10**6) == 10**5
     assert validation_interval(250, 10**6, most=500) == 250 and validation_interval(250, 100) == 100
 
@@ -613,7 +649,10 @@ def test_a_signal_to_one_of_two_processes_ends_both_after_they_have_saved(tmp_pa
     script.write_text(AS_TESTS + TWO)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True,
+        [sys.executable, str(script), str(tmp_path / "run")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
     try:
@@ -641,8 +680,13 @@ def test_a_moved_run_knows_its_best(tmp_path):
         trainer = build_trainer(TrainerConfig(max_steps=steps, val_every=2, device="cpu", progress=False), directory)
         module = GetsWorse()
         module.validated = steps
-        fit(trainer, module, directory, train_dataloaders=ResumableLoader(data, BatchOrder(16, 2)),
-            val_dataloaders=DataLoader(data, batch_size=16))
+        fit(
+            trainer,
+            module,
+            directory,
+            train_dataloaders=ResumableLoader(data, BatchOrder(16, 2)),
+            val_dataloaders=DataLoader(data, batch_size=16),
+        )
 
     go(tmp_path / "here", 4)
     (tmp_path / "here").rename(tmp_path / "there")
@@ -722,8 +766,12 @@ def test_nan_is_told_before_other_callbacks_write(tmp_path, interrupted):
     data, writes = TensorDataset(torch.zeros(12, 4), torch.zeros(12, 1)), Writes()
     config = TrainerConfig(max_steps=4, device="cpu", progress=False, tensorboard=False)
     with pytest.raises(UserError, match="the loss is nan at step 1"):
-        fit(build_trainer(config, tmp_path, callbacks=[writes]), Regression(breaks), tmp_path,
-            train_dataloaders=ResumableLoader(data, BatchOrder(12, 3)))
+        fit(
+            build_trainer(config, tmp_path, callbacks=[writes]),
+            Regression(breaks),
+            tmp_path,
+            train_dataloaders=ResumableLoader(data, BatchOrder(12, 3)),
+        )
     assert not writes.written
 
 
@@ -754,8 +802,13 @@ def test_a_checkpoint_of_other_sizes_is_named(tmp_path):
     data = TensorDataset(torch.zeros(6, 4), torch.zeros(6, 1))
     config = TrainerConfig(max_steps=4, val_every=1, device="cpu", progress=False, tensorboard=False)
     with pytest.raises(UserError, match=r"last\.ckpt.*does not fit"):
-        fit(build_trainer(config, tmp_path), module, tmp_path,
-            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)), val_dataloaders=DataLoader(data, batch_size=6))
+        fit(
+            build_trainer(config, tmp_path),
+            module,
+            tmp_path,
+            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
+            val_dataloaders=DataLoader(data, batch_size=6),
+        )
 
 
 def test_configuration_is_checked(tmp_path):
@@ -789,7 +842,9 @@ class Net(LightningModule):
         self.model.add_module("out", nn.Linear(8, 1))
 
     def configure_optimizers(self):
-        optimizer = MuonAndAdam(self.model, hidden="hidden.", lr_muon=0.02, lr=0.01, weight_decay=0.1, betas=(0.9, 0.98))
+        optimizer = MuonAndAdam(
+            self.model, hidden="hidden.", lr_muon=0.02, lr=0.01, weight_decay=0.1, betas=(0.9, 0.98)
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(4, 20))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -801,8 +856,13 @@ def test_muon_and_adam_take_their_parameters_and_step_together(tmp_path):
     torch.manual_seed(0)
     module = Net()
     twin = nn.Sequential(*[type(layer)(layer.in_features, layer.out_features) for layer in module.model])
-    twin.load_state_dict({f"{n}.{kind}": module.model.state_dict()[f"{name}.{kind}"]
-                          for n, name in enumerate(("embed", "hidden", "out")) for kind in ("weight", "bias")})
+    twin.load_state_dict(
+        {
+            f"{n}.{kind}": module.model.state_dict()[f"{name}.{kind}"]
+            for n, name in enumerate(("embed", "hidden", "out"))
+            for kind in ("weight", "bias")
+        }
+    )
     data = TensorDataset(torch.randn(30, 4), torch.randn(30, 1))
     config = TrainerConfig(max_steps=6, clip_gradients=0.5, device="cpu", progress=False, tensorboard=False)
     loader = ResumableLoader(data, BatchOrder(30, 10))
@@ -812,7 +872,8 @@ def test_muon_and_adam_take_their_parameters_and_step_together(tmp_path):
     plain = [layer.bias for layer in twin]
     adam = torch.optim.AdamW(
         [{"params": [twin[0].weight, twin[2].weight], "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-        lr=0.01, betas=(0.9, 0.98),
+        lr=0.01,
+        betas=(0.9, 0.98),
     )
     factor, order = warmup_cosine(4, 20), BatchOrder(30, 10)
     for step in range(6):
@@ -843,8 +904,13 @@ def test_patience_survives_a_resume(tmp_path):
         if seen == 2:  # more patience than before
             config = replace(config, patience=5)
         trainer = build_trainer(config, tmp_path)
-        fit(trainer, module, tmp_path, train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
-            val_dataloaders=DataLoader(data, batch_size=6))
+        fit(
+            trainer,
+            module,
+            tmp_path,
+            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
+            val_dataloaders=DataLoader(data, batch_size=6),
+        )
         assert (trainer.global_step, len(module.seen)) == (6 if seen == 2 else 4, seen)
 
 
@@ -874,7 +940,9 @@ def test_every_validation_writes_last_and_only_the_better_ones_best(tmp_path):
     loader = ResumableLoader(data, BatchOrder(16, 2))
     with pytest.raises(RuntimeError, match="power failure"):
         fit(trainer, GetsWorse(), tmp_path, train_dataloaders=loader, val_dataloaders=DataLoader(data, batch_size=16))
-    steps = {name: torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["global_step"] for name in ("best", "last")}
+    steps = {
+        name: torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["global_step"] for name in ("best", "last")
+    }
     assert steps == {"best": 2, "last": 6}
 
 

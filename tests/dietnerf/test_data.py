@@ -39,7 +39,9 @@ def edit(path: Path, change) -> Path:
 
 def test_blender_cameras_and_colours(ball_scene):
     views = read(ball_scene)
-    assert views.view_ids == (0, 1, 2, 3, 4, 5) and views.background == "white" and views.source == "transforms_train.json"
+    assert (
+        views.view_ids == (0, 1, 2, 3, 4, 5) and views.background == "white" and views.source == "transforms_train.json"
+    )
     meta = json.loads((ball_scene / "transforms_train.json").read_text())
     pose = torch.tensor(meta["frames"][2]["transform_matrix"])[:3]
     assert torch.allclose(views.cameras.camera_to_worlds[2], pose.float())
@@ -61,7 +63,9 @@ def test_blender_cameras_and_colours(ball_scene):
 def test_scaling_is_the_mean_over_the_area(ball_scene):
     full, half = read(ball_scene), read(ball_scene, image_size=8)
     whole = full.load(0)[0]
-    naive = torch.stack([whole[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean(dim=(0, 1)) for y in range(8) for x in range(8)])
+    naive = torch.stack(
+        [whole[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean(dim=(0, 1)) for y in range(8) for x in range(8)]
+    )
     assert torch.allclose(half.load(0)[0].reshape(-1, 3), naive, atol=1e-5)
     assert float(half.cameras.fx[0]) == pytest.approx(float(full.cameras.fx[0]) / 2)
     assert float(half.cameras.cx[0]) == 4 and int(half.cameras.width[0]) == 8
@@ -163,7 +167,12 @@ def test_intrinsics_are_those_of_other_sizes_of_the_same_images(tmp_path):
     (scene / "transforms.json").write_text(json.dumps(meta))
     for size, scale in ((0, 1), (8, 0.5)):
         cameras = read(scene, image_size=size).cameras[0]
-        assert [float(v) for v in (cameras.fx, cameras.fy, cameras.cx, cameras.cy)] == [20 * scale, 20 * scale, 8 * scale, 8 * scale]
+        assert [float(v) for v in (cameras.fx, cameras.fy, cameras.cx, cameras.cy)] == [
+            20 * scale,
+            20 * scale,
+            8 * scale,
+            8 * scale,
+        ]
         assert (int(cameras.width), int(cameras.height)) == (16 * scale, 16 * scale)
     (scene / "transforms.json").write_text(json.dumps(meta | dict(h=128)))
     with pytest.raises(UserError, match="f0.png' is 16x16 but its camera's w and h are 64x128"):
@@ -201,7 +210,9 @@ def test_masks_that_cannot_be_used(tmp_path, shape, value, said):
 def test_fisheye_circles_are_not_passed_over_in_silence(tmp_path):
     scene = nerfstudio_scene(tmp_path)
     meta = json.loads((scene / "transforms.json").read_text())
-    (scene / "transforms.json").write_text(json.dumps(meta | dict(camera_model="OPENCV_FISHEYE", fisheye_crop_radius=8)))
+    (scene / "transforms.json").write_text(
+        json.dumps(meta | dict(camera_model="OPENCV_FISHEYE", fisheye_crop_radius=8))
+    )
     with pytest.raises(UserError, match="fisheye_crop_radius 8, which cannot be used: undistort"):
         read(scene)
 
@@ -246,7 +257,9 @@ def test_llff_layout(tmp_path):
     views = read(tmp_path)
     assert scene_kind(tmp_path) == "llff" and len(views) == 7 and len(read(tmp_path, "test")) == 2
     near, far = views.metadata["planes"]
-    assert far / near == pytest.approx(6 * 1.1 / (2 * 0.9)) and float(views.scene_box.aabb[1, 0]) == pytest.approx(max(1.0, far))
+    assert far / near == pytest.approx(6 * 1.1 / (2 * 0.9)) and float(views.scene_box.aabb[1, 0]) == pytest.approx(
+        max(1.0, far)
+    )
     cameras = views.cameras.camera_to_worlds
     assert torch.allclose(torch.linalg.det(cameras[:, :, :3]), torch.ones(7), atol=1e-4)
     # all cameras look at one point: the ball's centre
@@ -430,7 +443,9 @@ def test_rays_follow_from_seed_rank_and_step(ball_scene, monkeypatch):
     expected = one.train_dataset.cameras.generate_rays(
         camera_indices=torch.tensor([[view]]), coords=torch.tensor([[row + 0.5, column + 0.5]])
     )
-    assert torch.allclose(rays.directions[5], expected.directions[0]) and torch.allclose(rays.origins[5], expected.origins[0])
+    assert torch.allclose(rays.directions[5], expected.directions[0]) and torch.allclose(
+        rays.origins[5], expected.origins[0]
+    )
     # too many pixels to keep: the same rays, made when drawn
     monkeypatch.setattr("dietnerf.rays.CACHED_PIXELS", 0)
     drawn, _ = manager().next_train(7)

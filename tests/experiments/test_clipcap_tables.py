@@ -96,7 +96,9 @@ def test_prefix_length(options, tmp_path):
 
 
 def test_photographs(data, tmp_path):
-    config = clipcap_photographs.Config(data=data, out=tmp_path / "out", steps=2, clip_score="", resamples=10, runtime=CPU)
+    config = clipcap_photographs.Config(
+        data=data, out=tmp_path / "out", steps=2, clip_score="", resamples=10, runtime=CPU
+    )
     clipcap_photographs.main(config)
     assert json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())["images"] == 4
     assert (tmp_path / "out" / "evaluation" / "index.html").read_text().count('class="card"') == 4
@@ -133,5 +135,10 @@ def test_few_test_scenes_are_chosen_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(karpathy, "export", export)
     path, _ = small_data(tmp_path, tmp_path / "out", 5)
     assert [row["filename"] for row in json.loads(path.read_text())["images"]] == [
-        "a.png", "0.png", "2.png", "4.png", "6.png", "8.png"
+        "a.png",
+        "0.png",
+        "2.png",
+        "4.png",
+        "6.png",
+        "8.png",
     ]

@@ -37,7 +37,12 @@ def record(arm: str, seed: int, psnr: float, views: int = 3) -> dict:
 
 
 def test_tables():
-    runs = [record("grid", 0, 20.0), record("grid", 1, 22.0), record("grid-clip", 0, 21.0), record("grid-clip", 1, 22.0)]
+    runs = [
+        record("grid", 0, 20.0),
+        record("grid", 1, 22.0),
+        record("grid-clip", 0, 21.0),
+        record("grid-clip", 1, 22.0),
+    ]
     runs.append(record("grid-clip", 7, 99.0))  # has no partner
     rows = tabulate(runs)
     assert [row["arm"] for row in rows] == ["grid", "grid-clip"]

@@ -166,7 +166,9 @@ def test_what_goes_without_optional_things_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
     def said(name):
-        return [need.lines[0] for need in TABLES[name].needs(Config(name, data=tmp_path)) if need.optional and not need.met]
+        return [
+            need.lines[0] for need in TABLES[name].needs(Config(name, data=tmp_path)) if need.optional and not need.met
+        ]
 
     for name in ("clipcap-coco", "clipcap-conceptual", "clipcap-nocaps"):
         assert said(name)[0] == "optional, without it METEOR and SPICE are not measured: java"
@@ -372,7 +374,9 @@ def test_fields_run_and_runs_of_several_machines_make_one_table(small_fields, we
     main(one)
     assert "FID and KID are not measured: " in capsys.readouterr().out
     table = (tmp_path / "one" / "table.md").read_text()
-    runs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "one" / "runs" / "lego" / "12").glob("*.json")}
+    runs = {
+        path.stem: json.loads(path.read_text()) for path in (tmp_path / "one" / "runs" / "lego" / "12").glob("*.json")
+    }
     assert {name: run["steps"] for name, run in runs.items()} == {
         "nerf_v8_s0": 2, "simplified_v8_s0": 2, "dietnerf_v8_s0": 2, "dietnerf-tuned_v8_s0": 2, "nerf_v100_s0": 2,
     }  # fmt: skip

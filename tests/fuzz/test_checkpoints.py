@@ -30,7 +30,9 @@ from tests.fuzz.mutations import FUZZ, bad_json, break_file, changed, damaged, j
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SHAPES = [(), (0,), (3,), (0, 3), (2, 2), (7, 5), (1, 2, 3)]
-NUMBERS = st.one_of(st.none(), st.integers(-2, 20), st.text(max_size=4), st.just([]), st.just({}), st.booleans(), st.floats())
+NUMBERS = st.one_of(
+    st.none(), st.integers(-2, 20), st.text(max_size=4), st.just([]), st.just({}), st.booleans(), st.floats()
+)
 """For sizes in a config: small, so that what is built from them is."""
 
 
@@ -182,7 +184,9 @@ def test_embedding_store(store, name, tmp_path):
 def directories(captioner, gpt2_directory, clip_directory, tmp_path_factory):
     """A directory of each kind and what reads it."""
     place = tmp_path_factory.mktemp("kinds")
-    config = ClipCapConfig(gpt2=str(gpt2_directory), clip=str(clip_directory), clip_width=4, prefix_length=2, tune_gpt2=True)
+    config = ClipCapConfig(
+        gpt2=str(gpt2_directory), clip=str(clip_directory), clip_width=4, prefix_length=2, tune_gpt2=True
+    )
     ClipCapModel.from_backbones(config).save_pretrained(place / "tuned")
     ClipCapProcessor.from_pretrained(place / "tuned").save_pretrained(place / "processor")
     return {
@@ -197,7 +201,13 @@ def directories(captioner, gpt2_directory, clip_directory, tmp_path_factory):
 
 
 KINDS = ["gpt2", "clip", "mapper", "tuned", "auto", "processor", "auto processor"]
-CONFIGS = ["config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json"]
+CONFIGS = [
+    "config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,7 +221,14 @@ def test_no_code_that_comes_with_weights_is_run_and_nobody_is_asked(directories,
     (place / "evil.py").write_text(code)
     (place / "custom_generate").mkdir()
     (place / "custom_generate" / "generate.py").write_text(code)
-    names = ["AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoImageProcessor", "AutoProcessor", "AutoFeatureExtractor"]
+    names = [
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoImageProcessor",
+        "AutoProcessor",
+        "AutoFeatureExtractor",
+    ]
     asked = {"auto_map": dict.fromkeys(names, "evil.Evil") | {"AutoTokenizer": [None, "evil.Evil"]}}
     for name in CONFIGS:
         if (place / name).is_file():
@@ -381,7 +398,9 @@ def test_preprocessing_that_is_honoured(clip_directory, values, expected, tmp_pa
 def test_where_preprocessing_is_read_from(clip_directory, tmp_path):
     place = shutil.copytree(clip_directory, tmp_path / "clip")
     fields = json.loads((place / "preprocessor_config.json").read_text())
-    (place / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # says nothing of images
+    (place / "processor_config.json").write_text(
+        json.dumps({"processor_class": "CLIPProcessor"})
+    )  # says nothing of images
     assert load_clip(place, device="cpu").mean == tuple(fields["image_mean"])
     newer = {"image_processor": fields | {"image_mean": [0.1, 0.2, 0.3]}}
     (place / "processor_config.json").write_text(json.dumps(newer))
@@ -397,7 +416,15 @@ def test_where_preprocessing_is_read_from(clip_directory, tmp_path):
 def test_silly_values_of_a_processor(directories, tmp_path):
     place = shutil.copytree(directories["processor"][0], tmp_path / "processor")
     good = (place / "processor_config.json").read_text()
-    for values in ({"std": [0, 0, 0]}, {"mean": 3}, {"size": 10**9}, {"size": "x"}, {"interpolation": "x"}, {"squash": 1}, {"a": 1}):
+    for values in (
+        {"std": [0, 0, 0]},
+        {"mean": 3},
+        {"size": 10**9},
+        {"size": "x"},
+        {"interpolation": "x"},
+        {"squash": 1},
+        {"a": 1},
+    ):
         (place / "processor_config.json").write_text(good)
         edit(place / "processor_config.json", "image", **values)
         refused(lambda: ClipCapProcessor.from_pretrained(place))

@@ -54,7 +54,9 @@ def corpus(tmp_path_factory):
     tokenizer = train_tokenizer([text] * 2, 260)
     save_tokenizer(tokenizer, place / "tokenizer")
     tokenizer = load_tokenizer(place / "tokenizer")
-    return build_corpus([place / "text.txt"], tokenizer, place / "corpus", block=8, shares=(0.6, 0.2, 0.2), progress=False)
+    return build_corpus(
+        [place / "text.txt"], tokenizer, place / "corpus", block=8, shares=(0.6, 0.2, 0.2), progress=False
+    )
 
 
 def test_manifest(corpus):

@@ -43,7 +43,12 @@ def train(directory, steps, *, compare=True):
         require_same_run(directory, SETTINGS)
     config = TrainerConfig(max_steps=steps, val_every=2, device="cpu", progress=False, tensorboard=False)
     loader = ResumableLoader(TensorDataset(torch.ones(6, 2)), BatchOrder(6, 2))
-    fit(build_trainer(config, directory, monitor="train/loss", settings=SETTINGS), Line(), directory, train_dataloaders=loader)
+    fit(
+        build_trainer(config, directory, monitor="train/loss", settings=SETTINGS),
+        Line(),
+        directory,
+        train_dataloaders=loader,
+    )
 
 
 def test_other_bytes(tmp_path):
@@ -60,7 +65,9 @@ def test_other_values(tmp_path):
     ours = {name: good[name] for name in ("state_dict", "callbacks", "random_state", "settings")}
 
     @settings(FUZZ, max_examples=30)
-    @given(changed({"loader": loader, **ours}), st.one_of(st.just(None), st.tuples(st.sampled_from(sorted(good)), JUNK)))
+    @given(
+        changed({"loader": loader, **ours}), st.one_of(st.just(None), st.tuples(st.sampled_from(sorted(good)), JUNK))
+    )
     def check(bad, name_and_junk):
         bad = copy.deepcopy(good) | bad
         bad["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [bad.pop("loader", None)]

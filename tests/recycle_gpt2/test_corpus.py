@@ -225,7 +225,9 @@ def test_text_that_spells_the_end_token(tokenizer, tmp_path):
     out = build_corpus([path], tokenizer, tmp_path / "out", block=2, shares=(1, 0, 0), progress=False)
     blocks = TokenBlocks(out, "train")
     assert int(blocks.counts()[blocks.end]) == 2
-    assert tokenizer.decode(blocks.tokens(0, blocks.num_tokens)) == "een <|endoftext|> twee<|endoftext|>drie<|endoftext|>"
+    assert (
+        tokenizer.decode(blocks.tokens(0, blocks.num_tokens)) == "een <|endoftext|> twee<|endoftext|>drie<|endoftext|>"
+    )
 
 
 def test_truncation_in_a_tokenizer_cuts_no_document(built, text, tokenizer, dutch, tmp_path):
@@ -233,8 +235,14 @@ def test_truncation_in_a_tokenizer_cuts_no_document(built, text, tokenizer, dutc
     path = tmp_path / "short" / "tokenizer.json"
     state = json.loads(path.read_text(encoding="utf-8"))
     state["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
-    state["padding"] = {"strategy": {"Fixed": 9999}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                        "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    state["padding"] = {
+        "strategy": {"Fixed": 9999},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
     path.write_text(json.dumps(state), encoding="utf-8")
     short = load_tokenizer(tmp_path / "short")
     assert len(short.backend_tokenizer.encode(dutch[0]).ids) != len(tokenizer(dutch[0]).input_ids)
@@ -317,9 +325,7 @@ corpus.build_corpus([Path("{text}")], load_tokenizer(Path("{tokenizer}")), Path(
 def test_killed_build_goes_on_to_the_same_bytes(built, text, tokenizer, tmp_path, root, monkeypatch):
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
     out, marker = tmp_path / "killed", tmp_path / "marker"
-    script = KILLED.format(
-        after=7, marker=marker, text=text, tokenizer=tmp_path / "tokenizer", out=out, shares=SHARES
-    )
+    script = KILLED.format(after=7, marker=marker, text=text, tokenizer=tmp_path / "tokenizer", out=out, shares=SHARES)
     done = subprocess.run([sys.executable, "-c", script], cwd=root, timeout=200)
     assert done.returncode == -signal.SIGKILL and marker.exists()
     ready = sorted((out / "shards").glob("*.json"))

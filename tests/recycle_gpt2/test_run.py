@@ -63,7 +63,7 @@ def settings(text: Path, models: tuple[Path, Path], out: Path) -> RunConfig:
     )
 
 
-KILLS = '''
+KILLS = """
 import os, pickle, signal, sys
 import torch
 torch.set_num_threads(1)
@@ -110,7 +110,7 @@ for name, prepare in points:
     assert not config.out.exists(), name
 run.recycle(config)
 run.recycle(whole)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -342,9 +342,7 @@ def test_small_and_large_of_other_english_vocabularies_are_refused(runs, tmp_pat
     assert not (tmp_path / "other").exists()
     relearned = config.out.with_name("whole.stages") / "relearn" / "model"
     with pytest.raises(UserError, match="English vocabularies"):
-        align_models(
-            AlignConfig(recycled=relearned, out=tmp_path / "a", small=config.small, large=str(gpt2_directory))
-        )
+        align_models(AlignConfig(recycled=relearned, out=tmp_path / "a", small=config.small, large=str(gpt2_directory)))
 
 
 @long
@@ -355,20 +353,29 @@ def test_stages_by_themselves(runs, tmp_path):
     stage = StageConfig(tokens=500, batch_size=4, lr=1e-3)
     directory = relearn(
         RelearnConfig(
-            corpus=stages / "corpus", tokenizer=stages / "tokenizer", out=tmp_path / "relearn", model=config.small,
-            initialisation="focus", positions=True, norms=True, stage=stage, runtime=config.runtime,
+            corpus=stages / "corpus",
+            tokenizer=stages / "tokenizer",
+            out=tmp_path / "relearn",
+            model=config.small,
+            initialisation="focus",
+            positions=True,
+            norms=True,
+            stage=stage,
+            runtime=config.runtime,
         )
     )
     record = json.loads((tmp_path / "relearn" / "done.json").read_text())
     assert {"transformer.wpe.weight", "transformer.ln_f.bias"} < set(record["trained"])
     assert not [name for name in record["trained"] if "mlp" in name or "attn" in name]
     aligned = align_models(
-        AlignConfig(recycled=directory, out=tmp_path / "align", small=config.small, large=config.large, method="knn",
-                    k=3)
+        AlignConfig(
+            recycled=directory, out=tmp_path / "align", small=config.small, large=config.large, method="knn", k=3
+        )
     )
     tuned = finetune(
-        FinetuneConfig(model=aligned, corpus=stages / "corpus", out=tmp_path / "tuned", stage=stage,
-                       runtime=config.runtime)
+        FinetuneConfig(
+            model=aligned, corpus=stages / "corpus", out=tmp_path / "tuned", stage=stage, runtime=config.runtime
+        )
     )
     model, _ = load_gpt2(tuned)
     before, _ = load_gpt2(aligned)
@@ -407,7 +414,10 @@ def test_focus_with_a_dictionary_still_mixes_the_other_rows(
     given = {}
     monkeypatch.setattr(stages_module, "initialise", lambda *args, **kwargs: given.update(kwargs))
     config = RelearnConfig(
-        corpus=tmp_path / "corpus", tokenizer=tmp_path, out=tmp_path / "out", initialisation="focus",
+        corpus=tmp_path / "corpus",
+        tokenizer=tmp_path,
+        out=tmp_path / "out",
+        initialisation="focus",
         dictionary=tmp_path / "words.tsv",
     )
     model, english = load_gpt2(english_models[0])
@@ -448,7 +458,8 @@ def test_alignment_is_on_the_device_and_scores_are_in_the_precision_asked_for(
     config = settings(text, english_models, tmp_path / "out")
     exact, rough = (
         run_module._evaluate(
-            replace(config, runtime=RuntimeConfig(device="cpu", precision=precision)), tmp_path / "corpus",
+            replace(config, runtime=RuntimeConfig(device="cpu", precision=precision)),
+            tmp_path / "corpus",
             {"recycled": small},
         )["scores"]["recycled"]["all"]["nats"]
         for precision in ("fp32", "bf16")
@@ -477,14 +488,22 @@ def test_corpus_of_another_tokenizer_is_named(tmp_path, text, dutch, tokenizer, 
     english_tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="vocabulary of 320 tokens but the tokenizer 310"):
         relearn(
-            RelearnConfig(corpus=tmp_path / "corpus", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out",
-                          model=str(english_models[0]))
+            RelearnConfig(
+                corpus=tmp_path / "corpus",
+                tokenizer=tmp_path / "tokenizer",
+                out=tmp_path / "out",
+                model=str(english_models[0]),
+            )
         )
     train_tokenizer(dutch[:100], 320).save_pretrained(tmp_path / "as-large")
     with pytest.raises(UserError, match="built with another tokenizer of as many tokens"):
         relearn(
-            RelearnConfig(corpus=tmp_path / "corpus", tokenizer=tmp_path / "as-large", out=tmp_path / "out",
-                          model=str(english_models[0]))
+            RelearnConfig(
+                corpus=tmp_path / "corpus",
+                tokenizer=tmp_path / "as-large",
+                out=tmp_path / "out",
+                model=str(english_models[0]),
+            )
         )
 
 
@@ -623,9 +642,29 @@ def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
 
     def command(out: Path, *more: str) -> list[str]:
         return [
-            sys.executable, "-m", "recycle_gpt2.cli", "relearn", "--corpus", str(stages / "corpus"), "--tokenizer",
-            str(stages / "tokenizer"), "--out", str(out), "--model", str(small), "--tokens", "1024", "--optimizer",
-            "adamw", "--schedule", "cosine", "--device", "cpu", "--threads", "1", *more,
+            sys.executable,
+            "-m",
+            "recycle_gpt2.cli",
+            "relearn",
+            "--corpus",
+            str(stages / "corpus"),
+            "--tokenizer",
+            str(stages / "tokenizer"),
+            "--out",
+            str(out),
+            "--model",
+            str(small),
+            "--tokens",
+            "1024",
+            "--optimizer",
+            "adamw",
+            "--schedule",
+            "cosine",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            *more,
         ]
 
     root = Path(__file__).parents[2]

@@ -140,9 +140,7 @@ def list_of(path: Path, data: Any, name: str) -> list[Any]:
     return rows
 
 
-def require_keys(
-    path: Path, name: str, rows: list[Any], keys: Sequence[str], *, distinct: bool = True
-) -> None:
+def require_keys(path: Path, name: str, rows: list[Any], keys: Sequence[str], *, distinct: bool = True) -> None:
     """Raise UserError unless every row is an object with `keys`, the first of them distinct if asked for."""
     seen = set()
     for number, row in enumerate(rows):
