@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from common.checks import UserError
-from common.clip import OPENAI_MEAN, OPENAI_STD, Preprocess, load_clip, to_rgb
+from common.clip import load_clip, to_rgb
+from common.encoders.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 
 TEXTS = ["a red cube", "two small metal spheres on grey ground!", "It's a photo of a cat, 123. " * 20]
 TINY_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
