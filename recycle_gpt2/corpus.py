@@ -39,7 +39,7 @@ SPLITS: tuple[str, ...] = ("train", "valid", "test")
 FORMAT = 1
 COUNTED: tuple[str, ...] = ("documents", "paragraphs", "bytes", "characters", "tokens")
 REBUILD = "delete the directory of the corpus and build it again; what was trained on it goes on"
-SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\..*\.tmp")
+SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\.\d{6,}\..*\.tmp")
 """Names of what a corpus's directory of shards holds."""
 CHUNK = 4 << 20
 """UTF-8 bytes of text whose documents make a shard."""
@@ -157,14 +157,12 @@ def build_corpus(
         sync_directory(out)  # or a power cut might bring it back beside other shards
     shards = out / "shards"
     shards.mkdir(parents=True, exist_ok=True)
-    for leftover in shards.glob(".*.tmp"):  # of a call that was killed while it wrote
+    for leftover in shards.glob(".*.tmp"):  # of a call that was killed while it wrote; `_require_own` knows them all
         leftover.unlink()
 
     selection = _Selection(shares, seed)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
-    metas = _write_shards(
-        paths, selection, shards, key["tokenizer"], setup, workers, chunk, progress
-    )
+    metas = _write_shards(paths, selection, shards, key["tokenizer"], setup, workers, chunk, progress)
     for file in shards.iterdir():  # of another, longer corpus
         if int(file.name.split(".")[0]) >= len(metas):
             file.unlink()
