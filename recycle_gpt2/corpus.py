@@ -137,7 +137,7 @@ def build_corpus(
         sync_directory(out)  # or a power cut might bring it back beside other shards
     shards = out / "shards"
     shards.mkdir(parents=True, exist_ok=True)
-    for leftover in shards.glob(".*.tmp"):  # of a call that was killed while it wrote
+    for leftover in shards.glob(".*.tmp"):  # of a call that was killed while it wrote; `_require_own` knows them all
         leftover.unlink()
 
     selection = Selection(shares, seed)

@@ -26,7 +26,7 @@ from recycle_gpt2.records import MALFORMED
 
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
 COUNTED: tuple[str, ...] = ("documents", "paragraphs", "bytes", "characters", "tokens")
-SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\..*\.tmp")
+SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\.\d{6,}\..*\.tmp")
 """Names of what a corpus's directory of shards holds."""
 CHUNK = 4 << 20
 """UTF-8 bytes of text whose documents make a shard."""

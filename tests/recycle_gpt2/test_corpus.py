@@ -394,7 +394,7 @@ def test_a_corpus_of_version_0_1_is_used_again(built, text, tokenizer, monkeypat
 
 def test_what_is_not_of_a_corpus_is_left_alone(text, tokenizer, tmp_path):
     out = tmp_path / "out"
-    for name, content in (("shards/000123.tar", "a"), ("shards/.notes", "b"), ("manifest.json", '{"files": []}')):
+    for name, content in (("shards/000123.tar", "a"), ("shards/.notes.tmp", "b"), ("manifest.json", '{"files": []}')):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(content)
         with pytest.raises(UserError, match="move it away or give another out"):
