@@ -18,9 +18,9 @@ QUICK ?= --quick
 
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 COMPILE := uv pip compile pyproject.toml --extra all --universal --python-version 3.10 \
-	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --generate-hashes
 
-.PHONY: help demo test lint bench dist setup lock clean
+.PHONY: help demo test quick lint docs bench dist setup lock clean
 
 help: ## List the targets
 	@echo "make TARGET"
@@ -34,8 +34,12 @@ test: lint ## Run the whole gate: ruff, import layers, types, pytest
 
 lint: $(STAMP) ## Run ruff, import-linter and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+docs: $(STAMP) ## Build the guides and the API reference as one site, out/site/index.html
+	@$(PY) docs/site.py
 
 bench: $(STAMP) ## Run every benchmark, quickly (QUICK= in full)
 	@set -e; for b in benchmarks/[!_]*.py; do \
@@ -46,7 +50,8 @@ dist: $(STAMP) ## Build wheel and sdist; run the demo from the wheel alone, in a
 	rm -rf build dist out/dist
 	$(BIN)/uv build --quiet
 	$(BIN)/uv venv --quiet --python $(PY) out/dist
-	$(BIN)/uv pip install --quiet --python out/dist/bin/python -r requirements.lock dist/*.whl
+	$(BIN)/uv pip install --quiet --python out/dist/bin/python --no-deps -r requirements.lock
+	$(BIN)/uv pip install --quiet --python out/dist/bin/python --no-deps dist/*.whl
 	cd out/dist && bin/python -m experiments.demo $(ARGS)
 
 setup: $(STAMP) ## Only install
@@ -84,6 +89,6 @@ $(STAMP): requirements.lock pyproject.toml
 		pip="$(PY) -m pip"; python=; \
 	fi; \
 	echo "installing requirements.lock (several GB the first time)"; \
-	$$pip install --quiet $$python -r requirements.lock && \
+	$$pip install --quiet $$python --no-deps -r requirements.lock && \
 	$$pip install --quiet $$python --no-deps --editable . && \
 	touch $@

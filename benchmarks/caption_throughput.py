@@ -8,9 +8,10 @@ Keys of the last line: `{strategy}_{precision}_b{batch}_ratio`, times faster tha
 is the original's rule (`beam_original`), `beam_mean` our length-normalised beam and `greedy` one beam;
 `..._seconds`, CPU seconds for each caption; `beam_fp32_identical`, share of the plain loop's images whose five captions
 are the same, in order, and `beam_{bf16,int8}_same_best`, share whose best caption is the same; `int8` is 8-bit integers
-in GPT-2 and bf16 elsewhere; `..._of_floor`, arithmetic over the matrix rate measured in this run, or reading GPT-2's
-weights once a step at the memory bandwidth measured in it (`..._weights_read_seconds`), whichever is longer, as a share
-of the time.
+in GPT-2, with weights up to `int8_largest_weight` (127, or 64 on a processor without VNNI), and bf16 elsewhere;
+`..._of_floor`, arithmetic over the matrix rate measured in this run, or reading GPT-2's weights once a step at the
+memory bandwidth measured in it (`..._weights_read_seconds`), whichever is longer, as a share of the time. A processor
+without bf16 leaves `bf16` out, and computes in fp32 what is bf16 elsewhere.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config
 from transformers.activations import NewGELUActivation
 
+from clipcap.config import ClipCapConfig
 from clipcap.decoding import decode
-from clipcap.model import ClipCapConfig, ClipCapModel
-from clipcap.packing import Head
+from clipcap.model import ClipCapModel
+from clipcap.packing import Head, can_use_int8, largest_int8_weight
 from common.packing import can_pack
 from common.runtime import fork_generators, hardware, resolve_dtype, versions
 from common.vision import packed_vision
@@ -41,6 +43,11 @@ BEAMS = 5
 STRATEGIES = {"beam": "beam_original", "beam_mean": "beam", "greedy": "greedy"}
 
 PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def fast_precisions() -> tuple[str, ...]:
+    """fp32, and bf16 where this processor has kernels for it; elsewhere bf16 is the slower."""
+    return ("fp32", "bf16") if can_pack(torch.device("cpu"), torch.bfloat16) else ("fp32",)
 
 
 def build_models(seed: int) -> tuple[ClipCapModel, CLIPVisionModelWithProjection]:
@@ -129,7 +136,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one image in the plain loop and batch 8 only")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32), help="images captioned at once")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=tuple(STRATEGIES), help="decodings")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of our side")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of our side; all that are fast here")
     parser.add_argument("--plain-images", type=int, default=8, help="images that the plain loop captions")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind, of which the fastest counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -153,7 +160,7 @@ def main() -> None:
 
     @torch.no_grad()
     def embed_packed(images: Tensor) -> Tensor:
-        """As `clipcap.embeddings.encode` does it."""
+        """As `clipcap.data.embeddings.encode` does it."""
         packed = packed_vision(vision, model.dtype)
         return packed(images)[1] if packed is not None else embed(images.to(vision.dtype))
 
@@ -184,9 +191,11 @@ def main() -> None:
     result["memory_gb_per_second"] = 1e-9 * bandwidth
     weights = sum(p.numel() for p in model.gpt2.parameters())
     int8 = False
-    for precision in arguments.precisions:
+    for precision in arguments.precisions or [*fast_precisions(), *["int8"] * can_use_int8()]:
         int8 = precision == "int8"
-        dtype = resolve_dtype("bf16" if int8 else precision)
+        if int8:
+            result["int8_largest_weight"] = largest_int8_weight()
+        dtype = resolve_dtype(fast_precisions()[-1] if int8 else precision)
         model, vision = model.to(dtype), vision.to(dtype)
         vision_rate, rate = matrix_rate(dtype), matrix_rate(dtype, int8)
         result[f"{precision}_gflops"] = 2e-9 * rate

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcap.data import CaptionDataset, CaptionedImage
-from clipcap.embeddings import EmbeddingStore, Source, StoreWriter
+from clipcap.data.dataset import CaptionDataset, CaptionedImage
+from clipcap.data.store import EmbeddingStore, Source, StoreWriter
 from common.gpt2 import load_gpt2
 from common.runtime import hardware, versions
 
@@ -54,7 +54,7 @@ def write(directory: Path, images: int, captions: int, seed: int) -> None:
     """Both ways' files, with the same numbers and captions."""
     rng = np.random.default_rng(seed)
     (directory / "store").mkdir()
-    writer = StoreWriter(directory / "store", {"weights": "random"}, "random")
+    writer = StoreWriter(directory / "store", {"weights": "random", "inputs": "embedding"}, "random")
     for begin in range(0, images, 4096):
         rows = rng.standard_normal((min(4096, images - begin), WIDTH), dtype=np.float32)
         writer.append([f"{begin + n:012}.jpg" for n in range(len(rows))], rows, [Source(1, 1, 1)] * len(rows))

@@ -7,7 +7,7 @@ again for each of its captions (five in COCO), which is counted apart.
 Keys of the last line: `embed_{fp32|bf16}_ratio`, times faster than one image at a time in fp32; `..._seconds`, CPU
 seconds for each image; `..._of_floor`, arithmetic over the matrix rate measured in this run, as a share of the time;
 `..._difference`, largest difference of an embedding of length 1; `embed_{precision}_with_captions_ratio`, the same
-ratio when the plain side encodes an image once per caption.
+ratio when the plain side encodes an image once per caption. A processor without bf16 leaves `bf16` out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from benchmarks.caption_throughput import cpu_seconds, matrix_rate
+from benchmarks.caption_throughput import cpu_seconds, fast_precisions, matrix_rate
 from common.runtime import fork_generators, hardware, resolve_dtype, versions
 from common.vision import packed_vision
 
@@ -59,7 +59,7 @@ def main() -> None:
     result["plain_seconds"] = plain_seconds
     print(f"one image at a time, fp32: {plain_seconds:.4f} s an image", flush=True)
     arithmetic = TOKENS * sum(p.numel() for p in vision.vision_model.encoder.parameters())
-    for precision in ("fp32", "bf16"):
+    for precision in fast_precisions():
         dtype = resolve_dtype(precision)
         floor = arithmetic / matrix_rate(dtype)
         difference = (F.normalize(ours(dtype).float(), dim=-1) - plain_rows).abs().max().item()  # packs, once

@@ -110,8 +110,15 @@ def measure_loss(which: str, *, vocab: int, tokens: int) -> dict[str, Any]:
 
 def in_process(arguments: argparse.Namespace, kind: str, which: str, **sizes: int) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.recycle_throughput", "--threads", str(arguments.threads),
-               "--measure", json.dumps({"kind": kind, "which": which, "sizes": sizes})]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.recycle_throughput",
+        "--threads",
+        str(arguments.threads),
+        "--measure",
+        json.dumps({"kind": kind, "which": which, "sizes": sizes}),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -142,7 +149,9 @@ def main() -> None:
     plain, chunked, half = (
         in_process(arguments, "loss", which, vocab=vocab, tokens=1024)
         for which, vocab in (
-            ("plain", arguments.vocab), ("chunked", arguments.vocab), ("chunked", arguments.vocab // 2)
+            ("plain", arguments.vocab),
+            ("chunked", arguments.vocab),
+            ("chunked", arguments.vocab // 2),
         )
     )
     result = {

@@ -128,9 +128,7 @@ def ask(address: str, kind: Kind) -> str | None:
         if not sent.ok:
             return f"{sent.status_code} {sent.text[:200]}"
         path = {"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}
-    asked = requests.post(
-        f"{address}/gradio_api/call/caption", json={"data": [path, *kind.options]}, timeout=TIMEOUT
-    )
+    asked = requests.post(f"{address}/gradio_api/call/caption", json={"data": [path, *kind.options]}, timeout=TIMEOUT)
     if not asked.ok:
         return f"{asked.status_code} {asked.text[:200]}"
     url = f"{address}/gradio_api/call/caption/{asked.json()['event_id']}"
@@ -231,8 +229,8 @@ def server(threads: int, log: Path) -> Iterator[tuple[str, int]]:
         UserError: it does not come up.
     """
     command = [sys.executable, "-u", "-m", "clipcap.cli", "serve", "--port", "0", "--max-upload", str(MAX_UPLOAD)]
-    with tempfile.TemporaryDirectory() as uploads, open(log, "w") as lines:
-        environment = os.environ | {"GRADIO_TEMP_DIR": uploads, "OMP_NUM_THREADS": str(threads)}
+    with open(log, "w") as lines:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         process = subprocess.Popen(
             [*command, "--threads", str(threads)], stdout=lines, stderr=subprocess.STDOUT, env=environment
         )
@@ -245,7 +243,10 @@ def server(threads: int, log: Path) -> Iterator[tuple[str, int]]:
             yield found[1], process.pid
         finally:
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def main() -> int:

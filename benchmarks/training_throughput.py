@@ -8,7 +8,8 @@ and their loss is the same at the same weights.
 
 Keys of the last line: `{mapper}_{tuned|frozen}_{precision}_ratio`, times faster than the plain step in fp32 with the
 same mapper; `..._seconds`, CPU seconds for each caption; `..._of_floor`, the arithmetic that our step cannot do without
-over the matrix rate measured in this run, as a share of the time; `..._loss_difference` between the two sides.
+over the matrix rate measured in this run, as a share of the time; `..._loss_difference` between the two sides. A
+processor without bf16 leaves `bf16` out.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config
 
-from benchmarks.caption_throughput import cpu_seconds, stock_activation
-from clipcap.data import collate
-from clipcap.model import ClipCapConfig, ClipCapModel
+from benchmarks.caption_throughput import cpu_seconds, fast_precisions, stock_activation
+from clipcap.config import ClipCapConfig
+from clipcap.data.dataset import collate
+from clipcap.model import ClipCapModel
+from common.batches import BatchOrder
 from common.runtime import autocast, fork_generators, hardware, resolve_dtype, versions
-from common.training import BatchOrder
 
 PADDED = 40
 """Length to which the original pads every caption: about the mean of COCO's and ten standard deviations."""
@@ -141,7 +143,7 @@ def main() -> None:
         "hardware": hardware(), "versions": versions(), "batch_size": batch_size, "steps": steps,
         "mean_tokens": float(lengths[order].mean()), "mean_padded_tokens": padded, "original_padded_tokens": PADDED,
     }  # fmt: skip
-    rates = {precision: matrix_rate(resolve_dtype(precision)) for precision in ("fp32", "bf16")}
+    rates = {precision: matrix_rate(resolve_dtype(precision)) for precision in fast_precisions()}
     result |= {f"{precision}_gflops": 2e-9 * rate for precision, rate in rates.items()}
 
     for variant in VARIANTS:
@@ -177,7 +179,7 @@ def main() -> None:
                 parameter.requires_grad_(False)
         result[f"{variant}_plain_seconds"] = plain
         print(f"{variant}: the original's way {plain:.3f} s a caption", flush=True)
-        for precision in ("fp32", "bf16"):
+        for precision in fast_precisions():
             seconds = run(our_loss, precision)
             key = f"{variant}_{precision}"
             floor = multiply_adds(model, float(lengths[order].mean())) / rates[precision]

@@ -8,7 +8,8 @@ from common.exports import lazy_exports
 
 if TYPE_CHECKING:
     from clipcap.captioner import Captioner
-    from clipcap.model import ClipCapConfig, ClipCapModel
+    from clipcap.config import ClipCapConfig
+    from clipcap.model import ClipCapModel
     from clipcap.original import load_original_checkpoint
     from clipcap.processing import ClipCapProcessor
 

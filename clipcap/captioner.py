@@ -18,12 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from clipcap.decoding import Caption, bytes_of, decode, require_options
-from clipcap.embeddings import encode
-from clipcap.images import ImageError, ImageSource, read_image
-from clipcap.model import ClipCapModel, absolute
+from clipcap.config import absolute
+from clipcap.data.embeddings import encode
+from clipcap.data.images import ImageError, ImageSource, read_image
+from clipcap.decoding import bytes_of, decode, require_options
+from clipcap.model import ClipCapModel
+from clipcap.packing import require_int8
+from clipcap.search import Caption
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
+from common.images import MAX_PIXELS
+from common.packing import can_pack
 from common.runtime import free_memory, require_memory, require_seed, resolve_device
 
 BATCH_MOST = {"cpu": 32, "cuda": 256}
@@ -100,9 +105,8 @@ class Captioner:
         target = resolve_device(device)
         int8 = dtype == "int8"
         if int8:
-            if target.type != "cpu":
-                raise UserError(f"dtype is 'int8' on device {str(target)!r}: use it on cpu, or bfloat16 here.")
-            dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+            require_int8(target)
+            dtype = torch.bfloat16 if can_pack(target, torch.bfloat16) else torch.float32
         assert dtype is None or isinstance(dtype, torch.dtype)
         model = ClipCapModel.from_pretrained(path_or_name, dtype=dtype, device=target)
         if isinstance(clip, FrozenCLIP):
@@ -129,7 +133,7 @@ class Captioner:
 
         Args:
             images: one image, or several as a list, an array (n, h, w, c) or a generator: paths, URLs, PIL images and
-                arrays, mixed as you like (see `clipcap.images.read_image`).
+                arrays, mixed as you like (see `clipcap.data.images.read_image`).
             strategy: "beam", "beam_original", "greedy" or "sample" (see `clipcap.decoding.decode`).
             num_captions: captions for each image.
             batch_size: images captioned at once; None or "auto" lets the memory decide (`auto_batch_size`).
@@ -146,9 +150,7 @@ class Captioner:
         """
         one = _is_one(images)
         several: Any = [images] if one else images
-        found = self.stream(
-            several, strategy=strategy, num_captions=num_captions, batch_size=batch_size, **options
-        )
+        found = self.stream(several, strategy=strategy, num_captions=num_captions, batch_size=batch_size, **options)
         if progress:
             from tqdm import tqdm
 
@@ -163,6 +165,7 @@ class Captioner:
         batch_size: int | Literal["auto"] | None = None,
         on_error: Callable[[ImageError], object] | None = None,
         seed: int = 0,
+        max_pixels: int = MAX_PIXELS,
         **options: Any,
     ) -> Iterator[ImageCaptions]:
         """Captions of images one after the other, reading `batch_size` at a time.
@@ -173,6 +176,7 @@ class Captioner:
             batch_size: images captioned at once; None or "auto" lets the memory decide (`auto_batch_size`).
             on_error: called with the error of an image that cannot be read, which is then left out; None raises it.
             seed: of strategy "sample".
+            max_pixels: of an image (see `clipcap.data.images.read_image`).
             options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...
         """
         require_options(self.model, **{k: options[k] for k in OPTIONS if k in options})
@@ -191,7 +195,8 @@ class Captioner:
         reader = ThreadPoolExecutor(1)
 
         def begin() -> list[tuple[ImageSource, Future[Tensor]]]:
-            return [(source, reader.submit(self._pixels, source)) for source in islice(remaining, batch_size)]
+            several = islice(remaining, batch_size)
+            return [(source, reader.submit(self._pixels, source, max_pixels)) for source in several]
 
         try:
             batch = begin()
@@ -216,8 +221,8 @@ class Captioner:
         finally:
             reader.shutdown(cancel_futures=True)
 
-    def _pixels(self, source: ImageSource) -> Float[Tensor, "1 3 s s"]:
-        return self.clip.preprocess([read_image(source)])
+    def _pixels(self, source: ImageSource, max_pixels: int) -> Float[Tensor, "1 3 s s"]:
+        return self.clip.preprocess([read_image(source, max_pixels=max_pixels, side=self.clip.preprocess.size)])
 
     def auto_batch_size(
         self, *, strategy: str = "beam", num_beams: int = 5, num_captions: int = 1, max_new_tokens: int = 67
@@ -285,10 +290,11 @@ class Captioner:
             raise UserError(f"captions has {len(lists)} lists but there are {len(several)} images: give one for each.")
         pairs = [(row, self._ids(text)) for row, of_image in enumerate(lists) for text in of_image]
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))  # little padding
+        side = self.clip.preprocess.size
         rows = [
             row
             for i in range(0, len(several), batch_size)
-            for row in self.embed([read_image(image) for image in several[i : i + batch_size]])
+            for row in self.embed([read_image(image, side=side) for image in several[i : i + batch_size]])
         ]
         found = [0.0] * len(pairs)
         for begin in range(0, len(order), batch_size):

@@ -23,6 +23,7 @@ from common.checks import (
     require_place,
     require_same_settings,
 )
+from common.images import ImageLimit
 from common.pretrained import CAPTION_LANGUAGES
 from common.runtime import RuntimeConfig
 
@@ -72,6 +73,7 @@ class CaptionConfig:
     """Images captioned at once; 0 lets the memory decide."""
     int8: bool = False
     """Compute GPT-2 in 8-bit integers (CPU only): faster, captions close but not always equal."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
     spreadsheet: bool = False
     """Of csv: an apostrophe before texts that begin with =, +, -, @, a tab or a line break, which a spreadsheet would
     take for a formula. Without it the file has exactly the names and captions."""
@@ -82,8 +84,8 @@ def caption(config: CaptionConfig) -> int:
     """Caption images and print or write the result. Returns an exit code."""
     from tqdm import tqdm
 
+    from clipcap.data.images import ImageError, find_images
     from clipcap.decoding import require_options
-    from clipcap.images import ImageError, find_images
     from common.runtime import resolve_dtype, start
 
     require_at_least("batch_size", config.batch_size, 0)
@@ -134,7 +136,13 @@ def caption(config: CaptionConfig) -> int:
 
         dtype: Any = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
         captioner = Captioner.from_pretrained(model, device=device, dtype=dtype)
-        found = captioner.stream(remaining, on_error=skip, batch_size=config.batch_size or None, **options)
+        found = captioner.stream(
+            remaining,
+            on_error=skip,
+            batch_size=config.batch_size or None,
+            max_pixels=config.limit.max_pixels,
+            **options,
+        )
         for item in tqdm(found, total=len(remaining), unit=" images", disable=len(remaining) < 2):
             row = {
                 "image": str(item.image), "captions": item.captions, "scores": [round(s, 4) for s in item.scores]
@@ -165,7 +173,7 @@ def caption(config: CaptionConfig) -> int:
         else:
             write_out(text)
     if config.sheet and rows:
-        _write_sheet(config.sheet, rows)
+        _write_sheet(config.sheet, rows, config.limit.max_pixels)
     if skipped:
         print(f"skipped {len(skipped)} of {len(paths)} images:", file=sys.stderr)
         for message in skipped:
@@ -298,15 +306,15 @@ def _write_sidecar(place: Path, captions: list[str]) -> None:
     write_text(place, "".join(f"{text}\n" for text in captions))
 
 
-def _write_sheet(path: Path, rows: list[Row]) -> None:
+def _write_sheet(path: Path, rows: list[Row], max_pixels: int) -> None:
     """The first SHEET_MOST images above their best captions."""
-    from clipcap.images import ImageError, read_image
+    from clipcap.data.images import ImageError, read_image
     from common.report import contact_sheet
 
     pictures, texts = [], []
     for row in rows[:SHEET_MOST]:
         try:
-            picture = read_image(row["image"])
+            picture = read_image(row["image"], max_pixels=max_pixels, side=384)
         except ImageError:  # it has gone since
             continue
         picture.thumbnail((384, 384))

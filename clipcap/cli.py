@@ -7,11 +7,15 @@ from common.commands import Subcommand, run_cli
 SUBCOMMANDS = {
     "caption": Subcommand("clipcap.captioning", "CaptionConfig", "caption", "caption images"),
     "serve": Subcommand("clipcap.serve", "ServeConfig", "run", "open a page to caption images in"),
-    "train": Subcommand("clipcap.training", "TrainConfig", "run", "train a captioner on your images"),
-    "evaluate": Subcommand("clipcap.evaluate", "EvaluateConfig", "run", "score captions, and show best and worst"),
-    "interpret": Subcommand("clipcap.interpret", "InterpretConfig", "run", "read a captioner's prefixes as words"),
-    "embed": Subcommand("clipcap.embeddings", "EmbedConfig", "run", "encode images once, for training"),
-    "download": Subcommand("clipcap.download", "DownloadConfig", "run", "download images by URL"),
+    "train": Subcommand("clipcap.training.train", "TrainConfig", "run", "train a captioner on your images"),
+    "evaluate": Subcommand(
+        "clipcap.evaluation.evaluate", "EvaluateConfig", "run", "score captions, and show best and worst"
+    ),
+    "interpret": Subcommand(
+        "clipcap.evaluation.interpret", "InterpretConfig", "run", "read a captioner's prefixes as words"
+    ),
+    "embed": Subcommand("clipcap.data.embeddings", "EmbedConfig", "run", "encode images once, for training"),
+    "download": Subcommand("clipcap.data.download", "DownloadConfig", "run", "download images by URL"),
     "convert": Subcommand(
         "clipcap.original", "ConvertConfig", "run", "convert a checkpoint of the original ClipCap project"
     ),

@@ -169,6 +169,4 @@ def build_mapper(
     require_at_least("mapper_heads", num_heads, 1)
     if width % num_heads:
         raise UserError(f"mapper_heads is {num_heads}: use a divisor of GPT-2's width {width}.")
-    return TransformerMapper(
-        clip_width, width, prefix_length, clip_length, num_layers, num_heads, patches=patches
-    )
+    return TransformerMapper(clip_width, width, prefix_length, clip_length, num_layers, num_heads, patches=patches)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,96 +15,43 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModel, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from clipcap.config import ClipCapConfig, absolute
+from clipcap.decoding import decode
 from clipcap.mapper import build_mapper
 from clipcap.retrieval import FILE, Datastore
 from common import gpt2 as gpt2_backbones
-from common.checks import UserError, require_one_of
-from common.clip import OPEN_CLIP_PREFIX
+from common.checks import UserError
 from common.gpt2 import freeze, load_gpt2
 from common.language import IGNORE, chunked_cross_entropy
-from common.pretrained import CAPTIONERS, loading, locate, require_reachable
+from common.pretrained import (
+    CAPTIONERS,
+    checked,
+    load_tokenizer,
+    loading,
+    locate,
+    read_config,
+    require_finite,
+    require_reachable,
+    require_room,
+    require_tokens,
+    saving,
+    tokens,
+)
 
 PACKAGED = CAPTIONERS
 WHAT = "captioner"
-INPUTS = ("embedding", "patches")
-MAPPERS = ("mlp", "transformer")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
-
-class ClipCapConfig(PreTrainedConfig):
-    """Sizes of a captioner and the names of its backbones.
-
-    Fields:
-        mapper: "mlp" or "transformer".
-        inputs: what the mapper reads: CLIP's pooled "embedding", or (transformer only) its "patches".
-        clip_width: e, width of what the mapper reads.
-        prefix_length: K, positions of the prefix, those of retrieved captions included.
-        retrieval: captions of the datastore that stand in the prefix, before what the mapper makes; 0 for none.
-        retrieval_tokens: positions of the prefix that they take.
-        clip_length: tokens the Transformer mapper makes of the embedding.
-        mapper_layers, mapper_heads: of the Transformer mapper.
-        normalize_embeddings: scale embeddings to length 1 first (the original's `normalize_prefix`).
-        tune_gpt2: GPT-2 is trained with the mapper, and saved with it; otherwise it is frozen.
-        gpt2: packaged name, hub id or directory of GPT-2; None when its weights are saved with the mapper only.
-        gpt2_config: sizes of GPT-2, as in its `config.json`; read from `gpt2` when left out.
-        clip: name of the CLIP whose embeddings it reads.
-        eos_token_id: token or tokens that end a caption.
-    """
-
-    model_type = "clipcap"
-
-    mapper: str = "mlp"
-    inputs: str = "embedding"
-    clip_width: int = 512
-    prefix_length: int = 10
-    retrieval: int = 0
-    retrieval_tokens: int = 0
-    clip_length: int = 10
-    mapper_layers: int = 8
-    mapper_heads: int = 8
-    normalize_embeddings: bool = False
-    tune_gpt2: bool = False
-    gpt2: str | None = None
-    gpt2_config: dict[str, Any] | None = None
-    clip: str | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        require_one_of("mapper", self.mapper, MAPPERS)
-        require_one_of("inputs", self.inputs, INPUTS)
-        for name in ("gpt2", "clip"):
-            if not isinstance(value := getattr(self, name), str | None):
-                raise UserError(f"{name} is {value!r}: give a name or a directory as text.")
-        if isinstance(self.gpt2_config, GPT2Config):
-            self.gpt2_config = self.gpt2_config.to_dict()
-        super().__post_init__(**kwargs)
-
-    @property
-    def saves_gpt2(self) -> bool:
-        """Whether GPT-2's weights belong in the captioner's own checkpoint."""
-        return self.tune_gpt2 or self.gpt2 is None
-
-    def build_gpt2_config(self) -> GPT2Config:
-        """GPT-2's sizes as transformers' config.
-
-        Raises:
-            UserError: they are in no field.
-        """
-        if self.gpt2_config is None:
-            raise UserError("gpt2_config is None: give GPT-2's sizes, or use ClipCapModel.from_backbones.")
-        fields = {name: value for name, value in self.gpt2_config.items() if name != "model_type"}
-        if fields.get("vocab_size", 50257) <= 50256:  # GPT-2's own end token, transformers' default, is not there
-            fields = {"bos_token_id": None, "eos_token_id": None} | fields
-        return GPT2Config(**fields)
+"""Of what a config.json may say beside the fields of `ClipCapConfig`."""
+OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 class ClipCapModel(PreTrainedModel):
@@ -155,6 +105,7 @@ class ClipCapModel(PreTrainedModel):
                 f"prefix_length is {self.config.prefix_length}: GPT-2 has {gpt2.config.n_positions} positions, "
                 f"use fewer than that."
             )
+        checked(vars(self.config), {"eos_token_id": tokens(gpt2.config.vocab_size) | None}, "the captioner's config")
         for block in gpt2.transformer.h:
             if isinstance(block.mlp.act, NewGELUActivation):  # the same function in one operation instead of eight
                 block.mlp.act = nn.GELU(approximate="tanh")
@@ -215,47 +166,90 @@ class ClipCapModel(PreTrainedModel):
         with loading(source, PACKAGED, WHAT):
             if not os.path.isdir(source):
                 require_reachable(source, ("config.json",))
+            fields = read_config(source, WHAT, "clipcap", **hub)
             if config is None:
-                kind = PreTrainedConfig.get_config_dict(source, **hub)[0].get("model_type")
-                if kind != "clipcap":
-                    raise UserError(f"{source!r} is a {kind!r} model, not a captioner: give a clipcap checkpoint.")
-                config = ClipCapConfig.from_pretrained(source, **hub)
+                config = ClipCapConfig.from_dict(fields)
             wanted = _resolve_dtype(dtype, config)
+            require_room(source, WHAT, lambda: cls(config, with_gpt2=config.saves_gpt2), **hub)
             model, info = super().from_pretrained(
-                source, *model_args, config=config, dtype=wanted, with_gpt2=config.saves_gpt2,
-                ignore_mismatched_sizes=True, output_loading_info=True, **kwargs,
+                source,
+                *model_args,
+                config=config,
+                dtype=wanted,
+                with_gpt2=config.saves_gpt2,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs | {"trust_remote_code": False},
             )
             _require_fit(source, info)
+            require_finite(model.state_dict(), f"{WHAT} {source!r}")
             tokenizer = None
             if config.saves_gpt2 and _has_tokenizer(source, hub):
-                tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+                tokenizer = load_tokenizer(source, config, **hub)
+                require_tokens(source, WHAT, tokenizer, model.gpt2.config.vocab_size)
         if config.saves_gpt2:
             model._attach(model.gpt2, tokenizer)
         else:
             model._attach(*_load_named_gpt2(source, config, wanted))
         if config.retrieval:
             model.datastore = Datastore.load(_local_file(source, FILE, hub))
+            model._require_datastore_fits(source)
         model.to(device).eval()
         return (model, info) if want_info else model  # type: ignore[return-value]
 
+    def _require_datastore_fits(self, source: str) -> None:
+        """Raise UserError when the datastore was not made for this captioner."""
+        assert self.datastore is not None
+        length, width, largest = (
+            self.datastore.prompt_length(self.config.retrieval),
+            self.datastore.embeddings.shape[1],
+            int(self.datastore.tokens.max()),
+        )
+        vocabulary = self.gpt2.config.vocab_size
+        if (length, width) != (self.config.retrieval_tokens, self.config.clip_width) or largest >= vocabulary:
+            raise UserError(
+                f"captioner {source!r}: its {FILE} has prompts of {length} tokens up to {largest} and embeddings of "
+                f"width {width}, but its config asks for {self.config.retrieval_tokens} tokens below {vocabulary} and "
+                f"width {self.config.clip_width}: copy the whole captioner again."
+            )
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
-        """Write `config.json` and `model.safetensors`: the mapper, and GPT-2 with its tokenizer when it was tuned."""
-        if Path(save_directory).is_file():
+        """Write `config.json` and `model.safetensors`: the mapper, and GPT-2 with its tokenizer when it was tuned.
+
+        Files of these names give way to new ones, each of them whole; whatever else lies there stays.
+
+        Raises:
+            UserError: `save_directory` is a file, or cannot be written; then nothing there has changed.
+        """
+        place = Path(save_directory)
+        if place.is_file():
             raise UserError(f"output {str(save_directory)!r} is a file: give a directory.")
+        if not kwargs.get("is_main_process", True):
+            return
         state = kwargs.pop("state_dict", None) or self.state_dict()
         if not self.config.saves_gpt2:
             state = {name: value for name, value in state.items() if name.startswith("mapper.")}
-        if self.datastore is not None:
-            self.datastore.save(Path(save_directory) / FILE)
-        bar = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", place.name)  # transformers would take the temporary directory's
+        is_new = not place.exists()
         try:
-            super().save_pretrained(save_directory, state_dict=state, **kwargs)
+            with saving(place, WHAT), _no_progress_bar():
+                place.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=place, prefix=".saving-") as whole_files:
+                    self._save_files(Path(whole_files), state, kwargs)
+                    _take_places(Path(whole_files), place)
         finally:
-            if bar:
-                transformers_logging.enable_progress_bar()
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty: all went well
+                    place.rmdir()
+
+    def _save_files(self, directory: Path, state: dict[str, Tensor], options: dict[str, Any]) -> None:
+        """Write all that belongs to the captioner."""
+        if self.datastore is not None:
+            self.datastore.save(directory / FILE)
+        super().save_pretrained(directory, state_dict=state, **options)
         if self.config.saves_gpt2 and self.tokenizer is not None:
-            self.tokenizer.save_pretrained(save_directory)
+            self.tokenizer.save_pretrained(directory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.gpt2.get_input_embeddings()
@@ -394,8 +388,6 @@ class ClipCapModel(PreTrainedModel):
         Raises:
             UserError: both or neither is given, or the config names no CLIP.
         """
-        from clipcap.decoding import decode
-
         if (clip_embeddings is None) == (pixel_values is None):
             raise UserError("generate takes either clip_embeddings or pixel_values: give one of them.")
         if pixel_values is not None:
@@ -412,7 +404,7 @@ class ClipCapModel(PreTrainedModel):
     @torch.inference_mode()
     def _embed(self, pixel_values: Float[Tensor, "b 3 s s"]) -> Tensor:
         """What the mapper reads of preprocessed images."""
-        from clipcap.embeddings import encode
+        from clipcap.data.embeddings import encode
         from common.clip import load_clip
 
         if self.config.clip is None:
@@ -425,21 +417,37 @@ class ClipCapModel(PreTrainedModel):
         return encode(clip, pixel_values.to(weight.device), self.config.inputs)  # type: ignore[arg-type]
 
 
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bars of the files it writes out of the terminal."""
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _take_places(source: Path, target: Path) -> None:
+    """Move all files of `source` to `target`, config.json last, without which nothing is loaded from there.
+
+    Weights of an earlier captioner that would be loaded instead of the new ones, or never, go.
+    """
+    new = {file.name for file in source.iterdir()}
+    for file in target.iterdir():
+        if OLD_WEIGHTS.fullmatch(file.name) and file.name not in new:
+            file.unlink()
+    for name in sorted(new, key=lambda name: (name == "config.json", name)):
+        (source / name).chmod(0o644)  # safetensors makes files that nobody else may read
+        os.replace(source / name, target / name)
+
+
 def _attention(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Attention for training in bf16 on a CPU is by plain products: on captions, their backward is 4 times as fast."""
     if device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()
-
-
-def absolute(name: str) -> str:
-    """A backbone's name as it will still be right in another working directory."""
-    if name.startswith(OPEN_CLIP_PREFIX):
-        architecture, _, weights = name.partition("/")
-        path = Path(weights).expanduser()
-        return f"{architecture}/{path.resolve()}" if path.is_file() else name
-    is_path = name not in gpt2_backbones.PACKAGED and Path(name).expanduser().is_dir()
-    return str(Path(name).expanduser().resolve()) if is_path else name
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None, config: ClipCapConfig) -> torch.dtype:
@@ -488,7 +496,7 @@ def _load_named_gpt2(
     except UserError as error:
         raise UserError(
             f"captioner {source!r} needs the GPT-2 {config.gpt2!r} it was trained on, which cannot be loaded ({error}) "
-            f"Put it back there, or write its place in {source}/config.json under \"gpt2\"."
+            f'Put it back there, or write its place in {source}/config.json under "gpt2".'
         ) from error
     for name in ("n_embd", "n_layer", "n_head", "vocab_size"):
         found, wanted = getattr(gpt2.config, name), (config.gpt2_config or {}).get(name)

@@ -15,9 +15,12 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from clipcap.model import ClipCapConfig, ClipCapModel, absolute
+from clipcap.config import ClipCapConfig, absolute
+from clipcap.model import ClipCapModel
 from common.checks import UserError, require_at_least, require_file, require_text
+from common.files import require_own_directory, whole_directory
 from common.gpt2 import load_gpt2
+from common.pretrained import require_finite, require_plain, saving
 
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
 """Masks that old versions of transformers kept among the weights."""
@@ -52,10 +55,9 @@ def load_original_checkpoint(
     path = require_file(path, "checkpoint")
     require_at_least("n_head", n_head, 1)
     weights = _read(path)
+    require_finite(weights, f"checkpoint {str(path)!r}")
     mapper = {k.removeprefix("clip_project."): v for k, v in weights.items() if k.startswith("clip_project.")}
-    language = {
-        k.removeprefix("gpt."): v for k, v in weights.items() if k.startswith("gpt.") and not BUFFERS.search(k)
-    }
+    language = {k.removeprefix("gpt."): v for k, v in weights.items() if k.startswith("gpt.") and not BUFFERS.search(k)}
     backbone, tokenizer = load_gpt2(gpt2) if gpt2 is not None else (None, None)
     if language:
         gpt2_config = _gpt2_sizes(path, language, n_head)
@@ -86,21 +88,23 @@ def load_original_checkpoint(
 def convert(
     path: str | os.PathLike[str], out: str | os.PathLike[str], *, stop: str = "", **options: Any
 ) -> ClipCapModel:
-    """Write an original checkpoint as a captioner's directory.
+    """Write an original checkpoint as a captioner's directory, whole or not at all.
 
     Args:
         path: as in `load_original_checkpoint`.
-        out: directory.
+        out: directory; it is new, empty, or was written by an earlier call, which it replaces.
         stop: text of the token that ends captions and stays in them, in place of `eos_token_id`; needs `gpt2`.
         options: `load_original_checkpoint`'s.
 
     Raises:
-        UserError: as there, or `stop` is not one token.
+        UserError: as there, `stop` is not one token, or `out` holds something else or cannot be written.
     """
+    require_own_directory(out, "captioner")
     model = load_original_checkpoint(path, **options)
     if stop:
         model.config.eos_token_id = _stop_token(model, stop)
-    model.save_pretrained(out)
+    with saving(out, "captioner"), whole_directory(out, "captioner") as directory:
+        model.save_pretrained(directory)
     return model
 
 
@@ -135,8 +139,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(damaged) from error
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict):
         raise UserError(f"checkpoint {str(path)!r} is not a state_dict: save the model's state_dict() alone.")
+    require_plain(weights, f"checkpoint {str(path)!r}")
     weights = {str(k).removeprefix("module."): v for k, v in weights.items()}
     if not any(k.startswith("clip_project.") for k in weights):
         raise UserError(f"checkpoint {str(path)!r} has no clip_project.* weights: it is not the original ClipCap's.")

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, AutoTokenizer, BatchFeature
+from transformers import AutoProcessor, BatchFeature
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from clipcap.images import ImageSource, read_image
-from clipcap.model import PACKAGED, WHAT, ClipCapConfig, ClipCapModel
+from clipcap.config import ClipCapConfig
+from clipcap.data.images import ImageSource, read_image
+from clipcap.model import PACKAGED, WHAT, ClipCapModel
 from common.checks import UserError
 from common.clip import Preprocess, load_clip
-from common.pretrained import loading, locate
+from common.files import write_json
+from common.pretrained import load_tokenizer, loading, locate, saving
 
 FILE = "processor_config.json"
 
@@ -33,6 +35,8 @@ class ClipCapProcessor:
     """
 
     def __init__(self, preprocess: Preprocess, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no eos_token, which ends captions: use GPT-2's own.")
         self.preprocess, self.tokenizer = preprocess, tokenizer
 
     @classmethod
@@ -41,7 +45,7 @@ class ClipCapProcessor:
 
         Args:
             path_or_name: packaged name ("tiny"), directory or hub id.
-            kwargs: taken for AutoProcessor's sake, such as `trust_remote_code`.
+            kwargs: taken for AutoProcessor's sake, such as `trust_remote_code`; no code that comes with it is run.
 
         Raises:
             UserError: there is neither, or a backbone of the captioner cannot be found.
@@ -52,20 +56,23 @@ class ClipCapProcessor:
             with loading(source, PACKAGED, WHAT):
                 fields = json.loads(path.read_text(encoding="utf-8"))["image"]
                 fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
-                return cls(Preprocess(**fields), AutoTokenizer.from_pretrained(source))
+                return cls(Preprocess(**fields), load_tokenizer(source))
         model = ClipCapModel.from_pretrained(path_or_name)
         if model.config.clip is None or model.tokenizer is None:
             raise UserError(f"captioner {str(path_or_name)!r} does not name its CLIP and its GPT-2: give a processor.")
         return cls(load_clip(model.config.clip, device="cpu").preprocess, model.tokenizer)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `processor_config.json` and the tokenizer."""
-        from common.files import write_json
+        """Write `processor_config.json` and the tokenizer.
 
-        write_json(
-            Path(save_directory) / FILE, {"processor_class": type(self).__name__, "image": asdict(self.preprocess)}
-        )
-        self.tokenizer.save_pretrained(save_directory)
+        Raises:
+            UserError: they cannot be written.
+        """
+        with saving(save_directory, "processor"):
+            write_json(
+                Path(save_directory) / FILE, {"processor_class": type(self).__name__, "image": asdict(self.preprocess)}
+            )
+            self.tokenizer.save_pretrained(save_directory)
 
     def __call__(
         self, images: ImageSource | Sequence[ImageSource] | None = None, text: str | Sequence[str] | None = None

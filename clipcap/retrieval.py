@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from common.checks import UserError, require_file
+from common.pretrained import require_finite, saving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +61,8 @@ class Datastore:
         """A datastore of `captions`; those of one image (`owners`) are never retrieved for it in training."""
         if not captions:
             raise UserError("the datastore has 0 captions: give at least 1.")
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no eos_token, which fills up short captions: use a GPT-2 with one.")
         encoded = tokenizer([caption.strip() for caption in captions], add_special_tokens=False)["input_ids"]
         newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
         rows = [[*ids[: LONGEST - len(newline)], *newline] for ids in encoded]
@@ -138,14 +141,24 @@ class Datastore:
         return prompts.gather(1, order)
 
     def save(self, path: Path) -> None:
-        """Write the datastore to `path`."""
+        """Write the datastore to `path`, whole or not at all.
+
+        Raises:
+            UserError: the disk is full, or it cannot be written.
+        """
         from safetensors.torch import save_file
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         tensors = {"embeddings": self.embeddings, "tokens": self.tokens, "owners": self.owners}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"pad": str(self.pad)})
-        temporary.replace(path)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with saving(path, "datastore"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(tensors, temporary, {"pad": str(self.pad)})
+                temporary.chmod(0o644)
+                temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Datastore:
@@ -157,12 +170,28 @@ class Datastore:
         from safetensors import SafetensorError, safe_open
 
         require_file(path, "datastore of retrieved captions")
+        damaged = f"datastore {str(path)!r} is damaged"
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("embeddings", "tokens", "owners")}
-                return cls(**tensors, pad=int(file.metadata()["pad"]))
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise UserError(f"datastore {str(path)!r} is damaged ({error}): copy the captioner again.") from error
+                pad = int(file.metadata()["pad"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{damaged} ({error}): copy the captioner again.") from error
+        embeddings, tokens, owners = tensors.values()
+        count = len(embeddings) if embeddings.ndim else 0
+        if (
+            (embeddings.ndim, tokens.ndim, tuple(owners.shape)) != (2, 2, (count,))
+            or len(tokens) != count
+            or min(embeddings.numel(), tokens.numel()) == 0
+            or not embeddings.is_floating_point()
+            or tokens.dtype not in (torch.int32, torch.int64)
+            or owners.dtype != torch.int64
+            or min(pad, int(tokens.min())) < 0
+        ):
+            shapes = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            raise UserError(f"{damaged} ({shapes}, pad {pad}): copy the captioner again.")
+        require_finite({"embeddings": embeddings}, f"datastore {str(path)!r}")
+        return cls(embeddings, tokens, owners, pad)
 
 
 class PromptedDataset(Dataset[dict[str, Any]]):

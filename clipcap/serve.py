@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import signal
 import socket
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from clipcap.captioner import Captioner
-from clipcap.images import ImageError, read_image
-from clipcap.interpret import nearest_tokens
-from common.checks import UserError, require_at_least, require_between
+from clipcap.data.images import ImageError, read_image
+from clipcap.decoding import decode
+from clipcap.evaluation.interpret import Tokens, nearest_tokens, unit_tokens
+from common.checks import UserError, require_at_least, require_between, require_one_of
 from common.runtime import RuntimeConfig, resolve_dtype, start
 
 if TYPE_CHECKING:
     import gradio
+
+    from clipcap.guard import Uploads
 
 STRATEGIES = {
     "Beam search": "beam",
@@ -27,12 +37,21 @@ STRATEGIES = {
     "Greedy": "greedy",
     "Sampling": "sample",
 }
+USED = {
+    "beam": ("captions", "beams"),
+    "beam_original": ("captions", "beams"),
+    "greedy": (),
+    "sample": ("captions", "top_p", "temperature", "seed"),
+}
+"""Settings of each strategy."""
 MOST_CAPTIONS = 5
 MOST_BEAMS = 10
-KEPT_SECONDS = 3600
-"""After this time uploaded files are deleted."""
+MOST_PIXELS = 40_000_000
+"""Of an image: decoded, it takes three to eight times as many bytes."""
 SESSIONS = 64
 """Visits that gradio keeps a state of, 40 kB each, of which the page uses nothing; its own choice is 10,000."""
+ANSWERS = 256
+"""Visits whose calls gradio remembers; by itself it forgets none."""
 # Widths must not follow the content: the tables measure themselves by their columns, and the page would never rest.
 CSS = """
 footer {display: none !important}
@@ -52,6 +71,9 @@ class ServeConfig:
     """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
     host: str = "127.0.0.1"
     """Address to listen on. Only this machine can reach 127.0.0.1; 0.0.0.0 lets the whole network in."""
+    allow_host: tuple[str, ...] = ()
+    """More names that browsers may call this server by, such as a proxy's. Without them it answers to localhost and
+    --host; unless that is this machine alone, also to its host name and to addresses in digits."""
     port: int = 7860
     """Port to listen on; 0 takes a free one."""
     max_upload: int = 20
@@ -63,55 +85,135 @@ class ServeConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
-def build_page(captioner: Captioner, *, max_new_tokens: int = 67, name: str = "tiny") -> gradio.Blocks:
+@dataclass(frozen=True)
+class Settings:
+    """How an image is captioned: what the page asks for, and the query of `/caption`."""
+
+    strategy: str = "beam"
+    captions: int = 3
+    beams: int = 5
+    top_p: float = 0.9
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_one_of("strategy", self.strategy, tuple(STRATEGIES.values()))
+        for name, least, most in (("captions", 1, MOST_CAPTIONS), ("beams", 1, MOST_BEAMS), ("seed", 0, 2**63 - 1)):
+            value = getattr(self, name)
+            require_at_least(name, value, least)
+            if value > most:
+                raise UserError(f"{name} is {value}: use at most {most}.")
+
+    @classmethod
+    def parse(cls, query: Iterable[tuple[str, str]]) -> Settings:
+        """From names and values as text."""
+        found: dict[str, Any] = {}
+        for name, text in query:
+            require_one_of("setting", name, [part.name for part in fields(cls)])
+            kind = type(getattr(cls, name))
+            try:
+                found[name] = kind(text)
+            except ValueError:
+                raise UserError(f"{name} is {text!r}: give {'a whole' if kind is int else 'a'} number.") from None
+        settings = cls(**found)
+        for name in found:
+            if name not in ("strategy", *USED[settings.strategy]):
+                raise UserError(f"{name} is {found[name]}: strategy {settings.strategy!r} does not use it.")
+        return settings
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of `decode`."""
+        if self.strategy == "greedy":
+            return {"strategy": "greedy"}
+        options: dict[str, Any] = {"strategy": self.strategy, "num_captions": self.captions}
+        if self.strategy == "sample":
+            return options | {"top_p": self.top_p, "temperature": self.temperature}
+        return options | {"num_beams": max(self.beams, self.captions)}
+
+
+class Answer(NamedTuple):
+    """What is said of an image."""
+
+    captions: list[str]
+    """Best first."""
+    scores: list[float]
+    """Mean log-probability of a token, in nats."""
+    tokens: Tokens
+    """Nearest to each position of the prefix."""
+
+
+class Worker:
+    """Captions files one after the other, in a thread of its own.
+
+    One thread for all requests: each of several would keep the memory of its largest image for itself.
+    """
+
+    def __init__(self, captioner: Captioner, max_new_tokens: int) -> None:
+        self.captioner, self.max_new_tokens = captioner, max_new_tokens
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="caption")
+        self.table = unit_tokens(captioner.model)
+
+    def submit(self, path: str, settings: Settings, *, name: str) -> Future[Answer]:
+        """Caption a file, that errors call `name`: they are UserErrors, and do not say where it lies."""
+        return self.thread.submit(self._answer, path, settings, name)
+
+    def _answer(self, path: str, settings: Settings, name: str) -> Answer:
+        captioner = self.captioner
+        generator = torch.Generator(captioner.model.device).manual_seed(settings.seed)
+        options: dict[str, Any] = settings.options | {"generator": generator, "int8": captioner.int8}
+        try:
+            image = read_image(path, max_pixels=MOST_PIXELS, side=captioner.clip.preprocess.size)
+            embedding = captioner.embed([image])
+            with torch.inference_mode():
+                prefix = captioner.model.prefix(embedding)[0]
+            found = decode(captioner.model, embedding, max_new_tokens=self.max_new_tokens, **options)[0]
+        except UserError as error:
+            shown = str(error).replace(repr(path), repr(name))
+            what = "This file cannot be captioned" if isinstance(error, ImageError) else "These settings do not work"
+            raise UserError(f"{what}: {shown}") from error
+        return Answer(
+            [captioner.text(caption) for caption in found],
+            [caption.score for caption in found],
+            nearest_tokens(captioner.model, prefix, k=5, table=self.table),
+        )
+
+
+def build_page(worker: Worker, uploads: Uploads, name: str) -> gradio.Blocks:
     """The page, whose one function is also the endpoint `/caption` of gradio_client.
 
     `/caption` takes an image file, a strategy's label, the number of captions, beams, nucleus, temperature and seed; it
     returns the best caption, a table of captions with scores, and a table of the prefix's tokens.
-
-    Raises:
-        UserError: gradio is not installed.
     """
     gr = _gradio()
-    # One thread for all requests: each thread of gradio's would keep the memory of its largest image for itself.
-    worker = ThreadPoolExecutor(1, thread_name_prefix="caption")
+    from clipcap.guard import NOT_UPLOADED
 
-    def answer(
+    def caption(
         path: str | None, strategy: str, count: float, beams: float, top_p: float, temperature: float, seed: float
     ) -> tuple[str, list[list[Any]], list[list[Any]]]:
         if path is None:
             raise gr.Error("Choose an image first.", print_exception=False)
+        if path not in uploads:
+            raise gr.Error(NOT_UPLOADED, print_exception=False)
         kind = STRATEGIES[strategy]  # gradio lets no other pass
-        options: dict[str, Any] = {"strategy": kind, "num_captions": min(int(count), MOST_CAPTIONS)}
-        if kind == "greedy":
-            options["num_captions"] = 1
-        elif kind == "sample":
-            options |= {"top_p": float(top_p), "temperature": float(temperature), "seed": int(seed or 0)}
-        else:
-            options["num_beams"] = max(min(int(beams), MOST_BEAMS), options["num_captions"])
         try:
-            image = read_image(path)
-            found = next(captioner.stream([image], batch_size=1, max_new_tokens=max_new_tokens, **options))
-            with torch.inference_mode():
-                prefix = captioner.model.prefix(captioner.embed([image]))[0]
-            tokens = nearest_tokens(captioner.model, prefix, k=5)
+            settings = Settings(kind, int(count), int(beams), float(top_p), float(temperature), int(seed or 0))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise gr.Error(f"These settings do not work: {error}", print_exception=False) from error
+        try:
+            found = worker.submit(path, settings, name=os.path.basename(path)).result()
         except UserError as error:
-            shown = str(error).replace(repr(str(path)), repr(os.path.basename(path)))  # not where it was put
-            what = "This file cannot be captioned" if isinstance(error, ImageError) else "These settings do not work"
-            raise gr.Error(f"{what}: {shown}", print_exception=False) from error
-        captions = [[rank, text, f"{score:.3f}"] for rank, (text, score) in
-                    enumerate(zip(found.captions, found.scores, strict=True), 1)]  # fmt: skip
+            raise gr.Error(str(error), print_exception=False) from error
+        rows = [[rank, text, f"{score:.3f}"] for rank, (text, score) in
+                enumerate(zip(found.captions, found.scores, strict=True), 1)]  # fmt: skip
         words = [
             [position, " · ".join(f"{token!r} {value:.2f}" for token, value in row)]
-            for position, row in enumerate(tokens, 1)
+            for position, row in enumerate(found.tokens, 1)
         ]
-        return found.captions[0], captions, words
+        return found.captions[0], rows, words
 
-    @wraps(answer)
-    def caption(*inputs: Any) -> tuple[str, list[list[Any]], list[list[Any]]]:
-        return worker.submit(answer, *inputs).result()
-
-    with gr.Blocks(title="clipcap", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
+    default = Settings()
+    with gr.Blocks(title="clipcap", analytics_enabled=False) as page:
         gr.Markdown(f"# clipcap\nDrop an image and see what the captioner **{name}** says of it.", elem_id="title")
         with gr.Row():
             with gr.Column(scale=5):
@@ -119,12 +221,12 @@ def build_page(captioner: Captioner, *, max_new_tokens: int = 67, name: str = "t
                 # gradio would open the file first, and show "Error" for one that it cannot.
                 image.preprocess = lambda payload: payload and payload.path
                 strategy = gr.Dropdown(list(STRATEGIES), value="Beam search", label="Decoding")
-                count = gr.Slider(1, MOST_CAPTIONS, value=3, step=1, label="Captions")
+                count = gr.Slider(1, MOST_CAPTIONS, value=default.captions, step=1, label="Captions")
                 with gr.Accordion("More", open=False):
-                    beams = gr.Slider(1, MOST_BEAMS, value=5, step=1, label="Beams")
-                    top_p = gr.Slider(0.05, 1, value=0.9, step=0.05, label="Nucleus (sampling)")
-                    temperature = gr.Slider(0.1, 2, value=1.0, step=0.1, label="Temperature (sampling)")
-                    seed = gr.Number(0, precision=0, minimum=0, label="Seed (sampling)")
+                    beams = gr.Slider(1, MOST_BEAMS, value=default.beams, step=1, label="Beams")
+                    top_p = gr.Slider(0.05, 1, value=default.top_p, step=0.05, label="Nucleus (sampling)")
+                    temperature = gr.Slider(0.1, 2, value=default.temperature, step=0.1, label="Temperature (sampling)")
+                    seed = gr.Number(default.seed, precision=0, minimum=0, label="Seed (sampling)")
                 button = gr.Button("Caption", variant="primary", elem_id="caption")
             with gr.Column(scale=6):
                 best = gr.Textbox(label="Caption", elem_id="best", lines=2, interactive=False)
@@ -144,34 +246,105 @@ def build_page(captioner: Captioner, *, max_new_tokens: int = 67, name: str = "t
     return page
 
 
-def launch(
-    page: gradio.Blocks, *, host: str = "127.0.0.1", port: int = 7860, max_upload: int = 20, block: bool = True
-) -> str:
-    """Serve the page and return its address; with `block`, once it is stopped.
+@contextlib.contextmanager
+def serving(captioner: Captioner, config: ServeConfig) -> Iterator[str]:
+    """Serve the page, and `/caption`, until the block ends; gives the address.
+
+    What is uploaded lies in a folder of its own, and goes with it.
 
     Raises:
-        UserError: the port is taken or may not be used.
+        UserError: gradio is not installed, the port is taken or may not be used.
     """
-    require_at_least("max_upload", max_upload, 1)
-    port = _free_port(host, port)
-    themes = _gradio().themes
+    gr = _gradio()
+    from gradio.routes import App, ORJSONResponse
+
+    from clipcap.guard import Guard, Uploads
+
+    port = _free_port(config.host, config.port)
+    address = f"[{config.host}]" if ":" in config.host else config.host
     # System fonts: the default theme would ask the web for its own.
     fonts = ["ui-sans-serif", "system-ui", "sans-serif"]
-    theme = themes.Soft(primary_hue="teal", font=fonts, font_mono=["ui-monospace", "monospace"])
-    page.launch(
-        server_name=host, server_port=port, max_file_size=max_upload << 20, prevent_thread_lock=True, quiet=True,
-        share=False, inbrowser=False, max_threads=8, theme=theme, css=CSS,
-        state_session_capacity=SESSIONS,
-    )  # fmt: skip
-    address = f"http://{host}:{port}"
-    if block:
-        print(f"clipcap is at {address} (Ctrl-C stops it)", flush=True)
-        page.block_thread()
-    return address
+    theme = gr.themes.Soft(primary_hue="teal", font=fonts, font_mono=["ui-monospace", "monospace"])
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clipcap-serve-", ignore_cleanup_errors=True))
+        uploads = Uploads(Path(folder))
+        stack.enter_context(_variable("GRADIO_TEMP_DIR", folder))
+        worker = Worker(captioner, config.max_new_tokens)
+        stack.callback(worker.thread.shutdown, cancel_futures=True)
+        page = build_page(worker, uploads, config.model)
+
+        class Guarded(App):
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                try:
+                    await guard(scope, receive, send)
+                finally:
+                    _forget(page)
+
+        app = Guarded(default_response_class=ORJSONResponse)
+        guard = Guard(
+            partial(App.__call__, app), uploads,
+            host=config.host, allow_host=config.allow_host, max_bytes=config.max_upload << 20,
+        )  # fmt: skip
+        _add_endpoint(app, worker, uploads)
+        stopped = threading.Event()
+        threading.Thread(target=_keep_tidy, args=(uploads, page, stopped), daemon=True).start()
+        stack.callback(stopped.set)
+        stack.callback(page.close, verbose=False)
+        page.launch(
+            server_name=address, server_port=port, max_file_size=config.max_upload << 20, prevent_thread_lock=True,
+            quiet=True, share=False, inbrowser=False, ssr_mode=False, mcp_server=False, run_history=False,
+            enable_monitoring=False, pwa=False, max_threads=8, theme=theme, css=CSS,
+            state_session_capacity=SESSIONS, _app=app,
+        )  # fmt: skip
+        yield f"http://{address}:{port}"
+
+
+def _add_endpoint(app: Any, worker: Worker, uploads: Uploads) -> None:
+    """`POST /caption`: an image as the body, `Settings` as the query; captions and scores as JSON."""
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    async def caption(request: Request) -> Response:
+        path = uploads.folder / f"{uuid.uuid4().hex}.sent"
+        try:
+            settings = Settings.parse(request.query_params.multi_items())
+            if request.headers.get("content-type", "").startswith("multipart/"):
+                raise UserError("The body is a form: send the image itself, as curl --data-binary @photo.jpg does.")
+            with open(path, "wb") as file:
+                async for chunk in request.stream():
+                    file.write(chunk)
+            found = await asyncio.wrap_future(worker.submit(str(path), settings, name="sent"))
+        except (UserError, ClientDisconnect) as error:
+            return JSONResponse({"detail": str(error)}, 400)
+        finally:
+            path.unlink(missing_ok=True)
+        pairs = zip(found.captions, found.scores, strict=True)
+        return JSONResponse({"captions": [{"caption": text, "score": round(score, 4)} for text, score in pairs]})
+
+    app.router.routes.append(Route("/caption", caption, methods=["POST"]))
+
+
+def _keep_tidy(uploads: Uploads, page: gradio.Blocks, stopped: threading.Event) -> None:
+    """Delete old uploads until the server stops."""
+    while not stopped.wait(60):
+        uploads.tidy()
+        for known in page.temp_file_sets:  # gradio's own lists of them, which would grow
+            known.clear()
+
+
+def _forget(page: gradio.Blocks) -> None:
+    """Have gradio forget answered and abandoned calls, but for the last `ANSWERS` visits'."""
+    queue = page._queue
+    visits = queue.pending_event_ids_session
+    for visit in list(visits)[: max(len(visits) - ANSWERS, 0)]:
+        if not any(call in queue.event_ids_to_events for call in visits[visit]):
+            visits.pop(visit)
+            queue.pending_messages_per_session.pop(visit, None)
 
 
 def run(config: ServeConfig) -> int:
-    """`clipcap serve`."""
+    """`clipcap serve`, until Ctrl-C, `kill` or the end of the terminal."""
     _gradio()  # before the models load
     device = start(config.runtime)
     require_at_least("max_new_tokens", config.max_new_tokens, 1)
@@ -179,15 +352,41 @@ def run(config: ServeConfig) -> int:
     _free_port(config.host, config.port)
     dtype: Any = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
     captioner = Captioner.from_pretrained(config.model, device=device, dtype=dtype)
-    page = build_page(captioner, max_new_tokens=config.max_new_tokens, name=config.model)
-    with contextlib.suppress(KeyboardInterrupt):
-        launch(page, host=config.host, port=config.port, max_upload=config.max_upload)
+    with contextlib.suppress(KeyboardInterrupt), _ending_as_by_ctrl_c(), serving(captioner, config) as address:
+        print(f"clipcap is at {address} (Ctrl-C stops it)", flush=True)
+        threading.Event().wait()
     return 0
 
 
+@contextlib.contextmanager
+def _ending_as_by_ctrl_c() -> Iterator[None]:
+    """Let the signals that end a server raise KeyboardInterrupt, so that uploads are deleted."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def _gradio() -> Any:
-    """gradio, told to ask nothing of the web."""
+    """gradio, told to ask nothing of the web, and to keep no table of past calls, which it would evaluate at each."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         import gradio

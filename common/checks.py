@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
 import stat
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from common.signals import Stopped, StopRequest, name_of
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of characters that move the cursor, turn text round or end a line."""
@@ -49,7 +52,9 @@ def require_file(path: str | os.PathLike[str], what: str) -> Path:
     found = _status(path, what)
     if stat.S_ISDIR(found.st_mode):
         raise UserError(f"{what} {str(path)!r} is a directory: give the path of a file.")
-    if stat.S_ISREG(found.st_mode) and found.st_size == 0:
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{what} {str(path)!r} is a pipe, a socket or a device: give the path of a file.")
+    if found.st_size == 0:
         raise UserError(f"{what} {str(path)!r} is empty (0 bytes): make or copy it again.")
     return Path(path)
 
@@ -161,24 +166,25 @@ def require_same_settings(
     """Raise UserError when what lies at `place` was begun with other settings than are asked for now."""
     for name, value in now.items():
         if before.get(name) != value:
-            raise UserError(
-                f"{str(place)!r} was begun with {name} {before.get(name)!r}, now it is {value!r}: {cure}."
-            )
+            raise UserError(f"{str(place)!r} was begun with {name} {before.get(name)!r}, now it is {value!r}: {cure}.")
 
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command line's body; a user's mistake becomes one line on stderr and exit code 2.
 
     Exit codes: 0 done (or what `command` returns), 2 a user's mistake or no room or permission on
-    the disk, 130 after Ctrl-C. Anything else is our bug and keeps its traceback.
+    the disk, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, which unwind it as Ctrl-C does. Anything else is
+    our bug and keeps its traceback.
     """
     try:
-        return command() or 0
+        with StopRequest((signal.SIGTERM, signal.SIGHUP)):
+            return command() or 0
     except UserError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; what was saved before is kept.", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Stopped) as stop:
+        signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+        print(f"\nstopped by {name_of(signum)}; what was saved before is kept.", file=sys.stderr)
+        return 128 + signum
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from common.checks import UserError, require_file
-from common.pretrained import ASSETS, loading, locate, require_reachable
+from common.images import to_rgb as to_rgb
+from common.pretrained import (
+    ASSETS,
+    DROPOUT,
+    EPSILON,
+    LAYERS,
+    SIZE,
+    SWITCH,
+    Rule,
+    checked,
+    load_tokenizer,
+    loading,
+    locate,
+    number,
+    one_of,
+    read_config,
+    require_finite,
+    require_plain,
+    require_reachable,
+    require_room,
+    require_tokens,
+    whole,
+)
 from common.runtime import resolve_device
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedTokenizerBase
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 PACKAGED = {"tiny": ASSETS / "clip-tiny"}
 OPEN_CLIP_PREFIX = "open_clip:"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 WIDEST_ASPECT = 32
+LARGEST = 8192
+"""Side of an encoder's square in pixels, far above that of any there is."""
 
 
 class ImageFeatures(NamedTuple):
@@ -76,6 +100,24 @@ def load_clip(
     return FrozenCLIP(text, backbone.to(device=target, dtype=dtype or torch.float32), preprocess)
 
 
+def _three(least: float, most: float) -> Rule:
+    one = number(least, most)
+    return Rule(
+        lambda value: isinstance(value, tuple) and len(value) == 3 and all(map(one.holds, value)),
+        f"three numbers from {least} to {most}, for pixels from 0 to 1",
+    )
+
+
+PREPROCESSING = {
+    "size": whole(1, LARGEST),
+    "mean": _three(0, 1),
+    "std": _three(0.001, 10),
+    "interpolation": one_of("bicubic", "bilinear", "nearest"),
+    "squash": SWITCH,
+}
+"""What the fields of `Preprocess` may be."""
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """Images -> CLIP's pixels. Holds no weights, so a DataLoader's workers can carry it."""
@@ -87,6 +129,9 @@ class Preprocess:
     interpolation: str = "bicubic"
     squash: bool = False
     """Resize both sides to `size`; otherwise the shorter side, and crop the centre."""
+
+    def __post_init__(self) -> None:
+        checked(asdict(self), PREPROCESSING, "preprocessing")
 
     def __call__(
         self, images: Image.Image | Sequence[Image.Image] | Float[Tensor, "b 3 h w"]
@@ -130,35 +175,6 @@ class Preprocess:
         return functional.center_crop(
             functional.resize(image, [self.size], kind, antialias=True), [self.size, self.size]
         )
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as 8-bit RGB: first frame, upright by its EXIF tag, over white where transparent.
-
-    16-bit grey is scaled from [0, 65535], floating point grey from [0, 1] or else [0, 255].
-
-    Raises:
-        UserError: not a PIL image, a file that cannot be read, a mode without a meaning as colour, or no pixels.
-    """
-    if not isinstance(image, Image.Image):
-        raise UserError(f"image is a {type(image).__name__}: give PIL images, or a float tensor (b, 3, h, w).")
-    name = getattr(image, "filename", "") or "image"
-    try:
-        if image.tell():
-            image.seek(0)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            image = _grey_to_8_bit(image)
-        if image.has_transparency_data:
-            image = image.convert("LA") if image.mode == "La" else image
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name!r} cannot be read as an image ({error}): replace or remove it.") from error
-    if 0 in image.size:
-        raise UserError(f"{name!r} is {image.width}x{image.height} pixels: give an image with pixels.")
-    return image
 
 
 class FrozenCLIP(nn.Module):
@@ -346,17 +362,22 @@ class _OpenClip(_Backbone):
 
 
 def _load_hugging_face(name: str) -> tuple[_Backbone, Preprocess]:
-    from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
+    from transformers import CLIPModel
 
     source = locate(name, PACKAGED, "CLIP")
     with loading(source, PACKAGED, "CLIP"):
         if not Path(source).is_dir():
             require_reachable(source, ("config.json",))
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type != "clip":
-            raise UserError(f"{source!r} is a {config.model_type!r} model: give one of the CLIP family.")
+        config = _clip_config(read_config(source, "CLIP", "clip"), f"config.json of {source!r}")
+        preprocess = _read_preprocess(source, config.vision_config.image_size)
+        require_room(source, "CLIP", lambda: CLIPModel(config))
         model, report = CLIPModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
         for key, found, needed in sorted(report["mismatched_keys"]):
             raise UserError(
@@ -365,24 +386,82 @@ def _load_hugging_face(name: str) -> tuple[_Backbone, Preprocess]:
             )
         for key in sorted(report["missing_keys"]):
             raise UserError(f"CLIP {source!r} lacks weights that its config.json asks for, such as {key!r}.")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        require_finite(model.state_dict(), f"CLIP {source!r}")
+        tokenizer = load_tokenizer(source, config)
+        require_tokens(source, "CLIP", tokenizer, config.text_config.vocab_size)
         end = config.text_config.eos_token_id
-        if len(tokenizer) > config.text_config.vocab_size or end not in (2, tokenizer.eos_token_id):  # 2: old configs
+        if end not in (2, tokenizer.eos_token_id):  # 2: old configs
             raise UserError(
-                f"CLIP {source!r}: the tokenizer ({len(tokenizer)} tokens, end {tokenizer.eos_token_id}) does not fit "
-                f"the text tower ({config.text_config.vocab_size} tokens, end {end}): use the one it was trained with."
+                f"CLIP {source!r}: the tokenizer ends texts with {tokenizer.eos_token_id}, the text tower with {end}: "
+                f"use the tokenizer that it was trained with."
             )
-        try:
-            processor = CLIPImageProcessor.from_pretrained(source)
-        except OSError:  # weights saved without their processor
-            processor = CLIPImageProcessor()
-        for key in ("image_mean", "image_std"):
-            if torch.tensor(getattr(processor, key), dtype=torch.float32).shape != (3,):
-                raise UserError(f"CLIP {source!r}: {key} is {getattr(processor, key)!r}: give three numbers.")
-    preprocess = Preprocess(
-        size=config.vision_config.image_size, mean=tuple(processor.image_mean), std=tuple(processor.image_std)
-    )
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"CLIP {source!r}: the tokenizer has no pad_token: use the one that it was trained with.")
     return _HuggingFace(model, tokenizer), preprocess
+
+
+def _clip_config(fields: Mapping[str, Any], place: str) -> CLIPConfig:
+    """transformers' config of the sizes and functions in `fields`; nothing else there is believed."""
+    from transformers import CLIPConfig
+    from transformers.activations import ACT2FN
+
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), SIZE)
+    tower = sizes | {"num_hidden_layers": LAYERS, "hidden_act": one_of(*ACT2FN), "layer_norm_eps": EPSILON}
+    tower |= {"attention_dropout": DROPOUT}
+    text = tower | dict.fromkeys(("vocab_size", "max_position_embeddings"), SIZE) | {"eos_token_id": whole(0, 10**7)}
+    side = whole(1, LARGEST)
+    vision = tower | {"num_channels": one_of(3), "image_size": side, "patch_size": side}
+    parts = {
+        name: checked(fields[name], rules, f"{place}, {name}")
+        for part, rules in (("text_config", text), ("vision_config", vision))
+        for name in (part, f"{part}_dict")  # the second in old files, where it counts more
+        if fields.get(name) is not None
+    }
+    config = CLIPConfig(**checked(fields, {"projection_dim": SIZE}, place), **parts)
+    for part, one in (("text_config", config.text_config), ("vision_config", config.vision_config)):
+        if one.hidden_size % one.num_attention_heads:
+            raise UserError(
+                f"{place}, {part}: num_attention_heads is {one.num_attention_heads}: use a divisor of hidden_size "
+                f"{one.hidden_size}."
+            )
+    if config.vision_config.patch_size > config.vision_config.image_size:
+        raise UserError(
+            f"{place}, vision_config: patch_size is {config.vision_config.patch_size}: use at most image_size "
+            f"{config.vision_config.image_size}."
+        )
+    return config
+
+
+def _read_preprocess(source: str, size: int) -> Preprocess:
+    """The preprocessing that was saved with weights, or OpenAI's where none was; it must make squares of `size`."""
+    from transformers.utils import cached_file
+
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+        fields = json.loads(Path(found).read_text(encoding="utf-8")) if found else None
+        if found and file == "processor_config.json":  # of images, text and more
+            fields = fields.get("image_processor") if isinstance(fields, dict) else None
+        if fields is not None:
+            break
+    else:
+        return Preprocess(size)
+    place = f"{file} of {source!r}"
+    yes = one_of(True)
+    rules = {"do_resize": yes, "do_rescale": yes, "do_normalize": yes, "do_center_crop": SWITCH}
+    rules |= {"resample": one_of(2, 3), "rescale_factor": number(0.0039, 0.00393)}
+    checked(fields, rules, place)
+    crops, square = fields.get("do_center_crop", True), {"height": size, "width": size}
+    squash = fields.get("size") == square
+    usual = (size, {"shortest_edge": size}) if crops else ()
+    if not squash and "size" in fields and fields["size"] not in usual:
+        raise UserError(f"{place}: size is {fields['size']!r}: the vision tower sees {size} pixels, use {square}.")
+    if crops and fields.get("crop_size", size) not in (size, square):
+        raise UserError(f"{place}: crop_size is {fields['crop_size']!r}: the vision tower sees {size}, use {square}.")
+    given = {f"image_{name}": fields.get(f"image_{name}") for name in ("mean", "std")}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    checked(given, {f"image_{name}": PREPROCESSING[name] for name in ("mean", "std")}, place)
+    interpolation = "bilinear" if fields.get("resample") == 2 else "bicubic"
+    return Preprocess(size, given["image_mean"], given["image_std"], interpolation, squash)
 
 
 def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
@@ -410,6 +489,7 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
         raise UserError(
             f"open_clip has no weights {weights!r} for {arch!r}: give a file's path, or one of {', '.join(tags)}."
         )
+    state = None if tagged else _read_checkpoint(weights)
     with loading(name, PACKAGED, "CLIP"):
         if tagged.get("hf_hub"):
             repository, file = os.path.split(tagged["hf_hub"])
@@ -421,9 +501,13 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
             pretrained_hf=False,
             load_weights_only=True,
         )
-        tokenizer = open_clip.get_tokenizer(arch)
-    if not tagged:
-        _load_checkpoint(model, arch, weights)
+        # transformers' own tokenizers may come with code; open_clip's has none and knows no such option
+        trust = {"trust_remote_code": False} if "hf_tokenizer_name" in architecture["text_cfg"] else {}
+        tokenizer = open_clip.get_tokenizer(arch, **trust)
+    if state is not None:
+        _put_in(model, arch, state, weights)
+    if tagged:
+        require_finite(model.state_dict(), f"CLIP {name!r}")
     config = model.visual.preprocess_cfg
     if config["resize_mode"] == "longest":
         raise UserError(f"CLIP {name!r} pads its images, which is not supported: use other weights.")
@@ -438,16 +522,12 @@ def _load_open_clip(name: str) -> tuple[_Backbone, Preprocess]:
     return _OpenClip(model, tokenizer), preprocess
 
 
-def _load_checkpoint(model: Any, arch: str, path: str) -> None:
-    """Put a checkpoint file's weights into an open_clip model, exactly: none missing, left over or of another size.
-
-    open_clip's own loader would stretch position embeddings of another image size without a word.
-    """
+def _read_checkpoint(path: str) -> dict[str, Tensor]:
+    """The weights in a checkpoint file, without running any code that it may hold."""
     from open_clip.factory import load_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict
 
     try:
-        state = dict(load_state_dict(path, weights_only=True))
+        state = {str(key): value for key, value in load_state_dict(path, weights_only=True).items()}
     except Exception as error:  # pickle, zip, safetensors and torch each have their own for a broken file
         if "TorchScript" in str(error):
             raise UserError(
@@ -457,10 +537,22 @@ def _load_checkpoint(model: Any, arch: str, path: str) -> None:
         raise UserError(
             f"open_clip checkpoint {path!r} is corrupt, cut short or not a checkpoint: copy it again."
         ) from error
-    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
-        state = convert_to_custom_text_state_dict(state)
     for key in ("input_resolution", "context_length", "vocab_size"):  # notes in OpenAI's files
         state.pop(key, None)
+    require_plain(state, f"open_clip checkpoint {path!r}")
+    require_finite(state, f"open_clip checkpoint {path!r}")
+    return state
+
+
+def _put_in(model: Any, arch: str, state: dict[str, Tensor], path: str) -> None:
+    """Put a checkpoint file's weights into an open_clip model, exactly: none missing, left over or of another size.
+
+    open_clip's own loader would stretch position embeddings of another image size without a word.
+    """
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
     needed = model.state_dict()
     fix = f"choose the architecture that it was trained with instead of {arch!r}."
     for key in sorted(needed.keys() & state.keys()):
@@ -491,13 +583,3 @@ def _check_image_tensor(images: Tensor) -> None:
     low, high = (value.item() for value in images.detach().aminmax())
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # also NaN
         raise UserError(f"images has values from {low:.4g} to {high:.4g}: give finite values in [0, 1].")
-
-
-def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and floating point grey as mode L, which PIL's own conversion would only clip at 255."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255):
-        values = values * (255 / 65535)
-    elif image.mode == "F" and values.max(initial=0) <= 1:
-        values = values * 255
-    return Image.fromarray(np.nan_to_num(values).round().clip(0, 255).astype(np.uint8))

@@ -57,9 +57,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(hidden · tableᵀ)[label]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, table: Tensor, labels: Tensor, chunk: int, with_gradients: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, labels: Tensor, chunk: int, with_gradients: bool) -> Tensor:
         wants_hidden, wants_table = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
         for_hidden: Tensor | None = torch.empty_like(hidden) if wants_hidden else None
         for_table: Tensor | None = None

@@ -64,9 +64,7 @@ class WittenBell:
             count = np.where(found, counts[place], 0)[seen]
             total = followers[here] + types[here]
             # The last n-gram of the training text is a history that nothing followed: c(h) = T(h) = 0.
-            below[seen] = np.where(
-                total > 0, (count + types[here] * below[seen]) / np.maximum(total, 1), below[seen]
-            )
+            below[seen] = np.where(total > 0, (count + types[here] * below[seen]) / np.maximum(total, 1), below[seen])
             history = np.where(found, place, -1)[:-1]
         return result
 

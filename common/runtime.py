@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 
 from common.checks import INTEGERS, UserError, require_between, require_one_of
+from common.packing import can_pack
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
 DEVICES = ("cpu", "cuda", "mps")
-MOST_THREADS = 4096
-"""More than any machine has cores, and few enough for torch to start."""
+MOST_THREADS = 256
+"""Threads that any machine can start; more only where there are as many cores."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,11 @@ class RuntimeConfig:
     """auto (a GPU when there is one), cpu, cuda, cuda:1, mps."""
     precision: Precision = "fp32"
     """fp32 (on a GPU, products in TF32), or bf16 for matrix products; weights in training stay in fp32, those of a
-    captioner that is only used are then bf16 too."""
+    captioner that is only used are then bf16 too. A CPU without bf16 (AVX2 alone) computes it, but slowly."""
     seed: int = 0
     """Seed of every random choice."""
     threads: int = 0
-    """CPU threads; 0 leaves torch's own choice."""
+    """CPU threads; 0 leaves torch's own choice (OMP_NUM_THREADS, else one for each core)."""
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -93,15 +95,20 @@ def seed_everything(seed: int) -> None:
 
 
 def start(config: RuntimeConfig) -> torch.device:
-    """Apply a command's runtime choices to this process and return its device."""
-    resolve_dtype(config.precision)
-    require_between("threads", config.threads, 0, MOST_THREADS)
+    """Apply a command's runtime choices to this process and return its device.
+
+    Warns on standard error where bf16 is slower than fp32.
+    """
+    dtype = resolve_dtype(config.precision)
+    require_between("threads", config.threads, 0, max(os.cpu_count() or 1, MOST_THREADS))
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    if device.type == "cpu" and dtype == torch.bfloat16 and not can_pack(device, dtype):
+        print("warning: precision is 'bf16', but this processor is faster in fp32: leave it out.", file=sys.stderr)
     return device
 
 
@@ -139,12 +146,13 @@ def require_memory(what: str, size: float, device: torch.device, cure: str) -> N
 
 
 def hardware() -> str:
-    """One line that names the processor, its cores and the GPU, for cards and results."""
+    """One line that names the processor, its instruction set, its cores and the GPU, for cards and results."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    instructions = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512, ...: decides which kernels torch runs
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores {model}{gpu}, {torch.get_num_threads()} threads"
+    return f"{os.cpu_count()} cores {model} ({instructions}){gpu}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:

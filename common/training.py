@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import logging
-import math
-import random
 import signal
-import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.connectors import checkpoint_connector
-from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
 
+from common import callbacks as kept
+from common.callbacks import (
+    KeepBest,
+    KeepLast,
+    KeepMetrics,
+    KeepSettings,
+    MetricsFile,
+    ProgressBar,
+    RandomState,
+    StopEarly,
+    StopOnNaN,
+    WholeCheckpoints,
+)
 from common.checks import (
     UserError,
     require_at_least,
@@ -37,11 +42,12 @@ from common.checks import (
     require_one_of,
     require_same_settings,
 )
+from common.processes import is_first_process
 from common.runtime import resolve_device
+from common.signals import Stopped, StopRequest
 
 MOST_PROCESSES = 4096
 """On a machine, and machines."""
-SAME_BATCHES = "go on with as many, or begin anew"
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -75,409 +81,8 @@ class TrainerConfig:
     """Write TensorBoard logs beside the CSV."""
     progress: bool = True
     """Show a progress bar."""
-
-
-class BatchOrder(Sampler[list[int]]):
-    """Batches of indices whose order is a function of (seed, epoch) alone, so that a run can go on where it stopped.
-
-    Every index occurs exactly once per epoch over all processes, which all get as many batches; the last batches of an
-    epoch may be short, or longer by one where the rest is not enough for every process. What the processes take
-    together in a step is what one process would take with a `batch_size` as many times as large. An epoch is a whole
-    number of optimizer steps: its last step has as many batches as the others, of fewer items.
-
-    Args:
-        num_items: items in the data set.
-        batch_size: of each process.
-        accumulate: batches of an optimizer step.
-        seed: of the order.
-        shuffle: another order in every epoch; False takes the items as they come.
-        rank, world: this process and their number; None asks torch.distributed when batches are made.
-        lengths: of the items; batches then hold items of similar length, so that little of them is padding.
-    """
-
-    POOL = 50
-    """Steps whose items are sorted by length together."""
-
-    def __init__(
-        self,
-        num_items: int,
-        batch_size: int,
-        *,
-        accumulate: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        rank: int | None = None,
-        world: int | None = None,
-        lengths: Sequence[int] | np.ndarray | None = None,
-    ) -> None:
-        require_at_least("batch size", batch_size, 1)
-        require_at_least("accumulate", accumulate, 1)
-        self.num_items, self.batch_size, self.accumulate = num_items, batch_size, accumulate
-        self.seed, self.shuffle = seed, shuffle
-        self._rank, self._world, self.epoch = rank, world, 0
-        self.lengths = None if lengths is None else np.asarray(lengths)
-        if num_items < (world or 1) * accumulate:
-            raise self._too_few()
-
-    @property
-    def rank(self) -> int:
-        """This process, counted from 0."""
-        if self._rank is not None:
-            return self._rank
-        return distributed.get_rank() if _is_distributed() else 0
-
-    @property
-    def world(self) -> int:
-        """Number of processes."""
-        if self._world is not None:
-            return self._world
-        return distributed.get_world_size() if _is_distributed() else 1
-
-    def order(self) -> np.ndarray:
-        """Indices of this epoch in their order, before they are cut into batches."""
-        if not self.shuffle:
-            return np.arange(self.num_items)
-        shuffled = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_items)
-        return shuffled if self.lengths is None else self._by_length(shuffled, self.lengths)
-
-    def _by_length(self, shuffled: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The same indices sorted by length within pools; then the steps change places."""
-        step = self.batch_size * self.world
-        pools = np.split(shuffled, range(self.POOL * step, len(shuffled), self.POOL * step))
-        ordered = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in pools])
-        whole = len(ordered) // step * step
-        steps = ordered[:whole].reshape(-1, step)
-        mixed = np.random.default_rng((self.seed, self.epoch, 1)).permutation(steps)
-        return np.concatenate([mixed.ravel(), ordered[whole:]])
-
-    def batches(self) -> list[list[int]]:
-        """This process's batches of this epoch."""
-        order, ends = self.order().tolist(), self._ends()
-        return [order[i:j][self.rank :: self.world] for i, j in zip([0, *ends], ends, strict=False)]
-
-    def _ends(self) -> list[int]:
-        """Where the batches of all processes together end in the order."""
-        least = self.accumulate * self.world
-        if self.num_items < least:
-            raise self._too_few()
-        step = self.batch_size * least
-        ends = list(range(step, self.num_items, step))
-        if ends and self.num_items - ends[-1] < least:
-            ends.pop()
-        ends = [0, *ends, self.num_items]
-        parts = range(1, self.accumulate + 1)
-        return [i + (j - i) * part // self.accumulate for i, j in pairwise(ends) for part in parts]
-
-    def _too_few(self) -> UserError:
-        needed = f"{self.world} processes" + (f" of {self.accumulate} batches a step" if self.accumulate > 1 else "")
-        cure = "give at least one to each" + (", or lower accumulate" if self.accumulate > 1 else "")
-        return UserError(f"dataset has {self.num_items} items for {needed}: {cure}.")
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches())
-
-    def __len__(self) -> int:
-        return len(self._ends())
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-class ResumableLoader(DataLoader):  # type: ignore[type-arg]
-    """A DataLoader over a BatchOrder that Lightning can save in the middle of an epoch and continue exactly."""
-
-    def __init__(self, dataset: Dataset[Any], order: BatchOrder, **kwargs: Any) -> None:
-        super().__init__(dataset, batch_sampler=order, **kwargs)
-        self.order = order
-        self._done = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        todo = self.order.batches()[self._done :]
-        inner = DataLoader(
-            self.dataset,
-            batch_sampler=todo,
-            num_workers=self.num_workers,
-            collate_fn=self.collate_fn,
-            pin_memory=self.pin_memory,
-            worker_init_fn=self.worker_init_fn,
-            # Of its own, or a resumed run would draw once more from torch's and its dropout would differ.
-            generator=torch.Generator().manual_seed(hash((self.order.seed, self.order.epoch, self._done)) % 2**63),
-        )
-        for left, batch in zip(range(len(todo) - 1, -1, -1), inner, strict=True):
-            # Counted before it is handed out: the trainer does not come back after an epoch's last batch.
-            self._done = self._done + 1 if left else 0
-            self.order.epoch += not left
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the run stands: the epoch and the batches of it that were handed out, and what they are made by."""
-        return {"epoch": self.order.epoch, "done": self._done, "batches": self._made_by()}
-
-    def _made_by(self) -> dict[str, int]:
-        order = self.order
-        return {
-            "batch_size": order.batch_size, "accumulate": order.accumulate, "seed": order.seed,
-            "processes": order.world,
-        }  # fmt: skip
-
-    def take_back(self, batches: int) -> None:
-        """Count the last `batches` that were handed out, which are of one epoch, as not done."""
-        if not self._done and batches:  # the last was an epoch's last
-            self.order.epoch -= 1
-            self._done = len(self.order)
-        self._done -= batches
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where `state_dict` was taken; UserError where batches are others, or it is no such place."""
-        match state:
-            case {"epoch": int(epoch), "done": int(done), **rest} if epoch >= 0 <= done:
-                before = rest.get("batches")
-                if done and isinstance(before, dict):  # between epochs they may change; older checkpoints have none
-                    require_same_settings("an epoch", before, self._made_by(), SAME_BATCHES)
-                if done < len(self.order):
-                    self.order.epoch, self._done = epoch, done
-                    return
-        raise UserError(
-            f"the checkpoint was written at {str(state)[:150]}, which is no place in epochs of {len(self.order)} "
-            f"batches: use the data it was written with, or begin anew."
-        )
-
-
-class RandomState(Callback):
-    """Saves the random generators of Python, NumPy and torch, of every process, in checkpoints and restores them.
-
-    A checkpoint has them as they were after the last step or validation that was finished.
-
-    Attributes:
-        judged: the validation that runs has its results, and callbacks are taking them up.
-    """
-
-    judged = False
-    _saved: dict[str, Any] | None = None
-    _finished: dict[str, Any] | None = None
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._finished = _generators()
-
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.judged = False
-
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.judged = True
-        self._finished = _generators()
-
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        own = self._finished or _generators()
-        checkpoint["random_state"] = own
-        if trainer.world_size > 1:
-            states: list[Any] = [None] * trainer.world_size
-            distributed.all_gather_object(states, own)
-            checkpoint["random_state"] = states
-
-    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("random_state")
-        if isinstance(saved, list):
-            saved = saved[trainer.global_rank if len(saved) == trainer.world_size else 0]
-        self._saved = saved
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._saved is not None:
-            _restore(self._saved)
-        self._finished = _generators()
-
-
-def _generators() -> dict[str, Any]:
-    """The states of this process's random generators."""
-    numpy_name, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (numpy_name, torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)), *numpy_rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _restore(state: dict[str, Any]) -> None:
-    """Put this process's random generators into `state`."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    for device in range(min(len(state["cuda"]), torch.cuda.device_count())):  # there may be fewer GPUs than before
-        torch.cuda.set_rng_state(state["cuda"][device].cpu(), device)
-
-
-class KeepBest(ModelCheckpoint):
-    """Writes `best.ckpt`; it knows how good that one is also where the directory was moved."""
-
-    @property
-    def state_key(self) -> str:
-        return super().state_key.replace("KeepBest", "ModelCheckpoint", 1)  # as older checkpoints have it
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        here = {**state_dict, "dirpath": self.dirpath}
-        for name in ("best_model_path", "kth_best_model_path"):
-            here[name] = self._moved(state_dict[name])
-        here["best_k_models"] = {self._moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(here)
-
-    def _moved(self, path: str) -> str:
-        return str(Path(self.dirpath or "") / Path(path).name) if path else path
-
-
-class KeepLast(Callback):
-    """Writes `last.ckpt` after every validation, at the end of a run, and when Ctrl-C ends it earlier.
-
-    Args:
-        directory: where it is written.
-        every: batches after which it is written where there is no validation.
-        state: knows how far a validation is.
-    """
-
-    def __init__(self, directory: Path, every: int, state: RandomState) -> None:
-        self.path, self.every, self.state = directory / "last.ckpt", every, state
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not any(trainer.num_val_batches) and (trainer.fit_loop.total_batch_idx + 1) % self.every == 0:
-            trainer.save_checkpoint(self.path)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, KeyboardInterrupt) or not (trainer.training or trainer.validating):
-            return
-        epoch: Any = trainer.fit_loop.epoch_loop
-        if trainer.validating:  # it comes again, from its beginning
-            # But not twice to callbacks, not after the last step, and other processes may be waiting elsewhere.
-            if self.state.judged or trainer.global_step >= trainer.max_steps > 0 or trainer.world_size > 1:
-                return
-            for counts in (epoch.val_loop.batch_progress.current, epoch.val_loop.batch_progress.total):
-                counts.ready = counts.started = 1
-                counts.processed = counts.completed = 0
-        else:
-            self._back_to_the_last_step(trainer)
-        trainer.save_checkpoint(self.path)
-
-    def _back_to_the_last_step(self, trainer: Trainer) -> None:
-        """Batches whose gradients the optimizer has not taken yet come again."""
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-        done = progress.current.processed
-        if done < trainer.num_training_batches:
-            done -= done % trainer.accumulate_grad_batches
-        undone = progress.current.processed - done
-        if isinstance(trainer.train_dataloader, ResumableLoader):
-            trainer.train_dataloader.take_back(progress.current.ready - done)
-        for counts in (progress.current, progress.total):  # or the next validations come early
-            counts.ready = counts.started = counts.completed = counts.processed = counts.processed - undone
-
-
-class KeepSettings(Callback):
-    """Writes into checkpoints what the run was asked for, which `require_same_run` compares."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.settings = dict(settings)
-
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["settings"] = self.settings
-
-
-class KeepMetrics(Callback):
-    """Puts the rows that an interrupted run wrote back into `metrics.csv`, which Lightning's logger begins anew."""
-
-    def __init__(self, logger: CSVLogger) -> None:
-        self.logger = logger
-        path = Path(logger.log_dir) / "metrics.csv"
-        self.rows: list[dict[str, str]] = []
-        if path.exists():
-            with open(path, newline="") as file:
-                self.rows = list(csv.DictReader(file))
-
-    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.is_global_zero:
-            before = [row for row in self.rows if row.get("step") and int(row["step"]) < checkpoint["global_step"]]
-            # A row has no value for what was logged at other steps.
-            self.logger.experiment.metrics[:0] = [{k: v for k, v in row.items() if v} for row in before]
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # What rows are numbered by; Lightning takes some restarts for a step.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
-
-class StopOnNaN(Callback):
-    """Ends a run whose loss is no longer a number, before it is written to a checkpoint.
-
-    Looking at a loss waits for the GPU and for the other processes: it looks every `log_every_n_steps` steps, before a
-    validation, before a checkpoint and when the run ends.
-    """
-
-    def __init__(self) -> None:
-        self._losses: list[tuple[int, Tensor]] = []  # after which step, of batches that were not looked at yet
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._losses.append((trainer.global_step, outputs["loss"]))
-        if len(self._losses) == trainer.log_every_n_steps * trainer.accumulate_grad_batches:  # type: ignore[attr-defined]
-            self._look(trainer)
-
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._look(trainer)
-
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._look(trainer)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._look(trainer)
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        # Another error may come of such a loss, and in this process alone; Ctrl-C comes to all, though to some of them
-        # a batch later.
-        interrupted = isinstance(exception, KeyboardInterrupt)
-        if interrupted or self._losses:
-            self._tell(trainer, together=interrupted)
-
-    def _look(self, trainer: Trainer) -> None:
-        if self._losses:
-            self._tell(trainer, together=True)
-
-    def _tell(self, trainer: Trainer, *, together: bool) -> None:
-        seen, self._losses = self._losses, []
-        values = torch.stack([loss for _, loss in seen]).tolist() if seen else []
-        lost = [
-            f"{value} at step {step}" for (step, _), value in zip(seen, values, strict=True) if not math.isfinite(value)
-        ]
-        # All processes stop together: one that stopped alone would leave the others waiting for it.
-        if trainer.strategy.reduce_boolean_decision(bool(lost), all=False) if together else lost:
-            elsewhere = f"not finite in another process by step {trainer.global_step}"
-            raise UserError(
-                f"the loss is {lost[0] if lost else elsewhere}: lower the learning rate "
-                f"(checkpoints written before are kept)."
-            )
-
-
-class StopEarly(EarlyStopping):
-    """Ends a run when its monitored value has not improved for `patience` validations; a resumed run ends at once."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({**state_dict, "patience": self.patience})  # which may be another now
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.wait_count >= self.patience:
-            trainer.should_stop = True
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's, without the name of the logger's directory."""
-
-    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}
+    save_minutes: float = 10.0
+    """Longest time between two checkpoints to go on from, after which one is written before the next step."""
 
 
 def build_trainer(
@@ -505,7 +110,7 @@ def build_trainer(
         require_between(name, getattr(config, name), 1, MOST_PROCESSES)
     for name in ("accumulate", "val_every"):
         require_at_least(name, getattr(config, name), 1)
-    for name in ("clip_gradients", "patience"):
+    for name in ("clip_gradients", "patience", "save_minutes"):
         require_at_least(name, getattr(config, name), 0)
     if config.strategy.startswith(("fsdp", "deepspeed")):
         raise UserError(
@@ -513,16 +118,23 @@ def build_trainer(
         )
     require_one_of("strategy", config.strategy, ["auto", *(name for name in StrategyRegistry if "ddp" in name)])
     device = resolve_device(config.device)
-    table = CSVLogger(directory, name="", version="")
+    table = MetricsFile(directory)
     loggers: list[Logger] = [table]
     if config.tensorboard:
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard"))
     saved: list[Callback] = [
         KeepMetrics(table),
-        KeepBest(directory, filename="best", monitor=monitor, mode=mode, save_top_k=1,
-                 enable_version_counter=False, auto_insert_metric_name=False, save_weights_only=True),
-        # Its own, after the best is known: `save_last=True` writes only when there is a new best.
-        ModelCheckpoint(directory, filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
+        KeepBest(
+            directory,
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=1,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+            save_weights_only=True,
+        ),
+        KeepLast(directory, 60 * config.save_minutes, StopRequest()),  # after the best is known
     ]
     if settings is not None:
         saved.append(KeepSettings(settings))
@@ -536,7 +148,9 @@ def build_trainer(
 def _trainer(
     config: TrainerConfig, device: torch.device, directory: Path, loggers: list[Logger], callbacks: list[Callback]
 ) -> Trainer:
-    state = RandomState()
+    plugins: list[Any] = [WholeCheckpoints()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # which has its own checkpoints, by its own signals
     return Trainer(
         default_root_dir=directory,
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
@@ -556,18 +170,19 @@ def _trainer(
         enable_progress_bar=config.progress,
         enable_model_summary=False,
         logger=loggers,
-        callbacks=[state, StopOnNaN(), *callbacks, KeepLast(directory, config.val_every, state)],
+        plugins=plugins,
+        callbacks=[RandomState(), StopOnNaN(), *callbacks],
     )
 
 
 def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: bool = True, **loaders: Any) -> None:
     """Train, from `last.ckpt` in `directory` when there is one and `resume` is set; without it, that one is deleted.
 
-    Ctrl-C writes `last.ckpt` before it ends the run.
+    Ctrl-C, SIGTERM and SIGHUP write `last.ckpt` before they do what they do outside of a training.
 
     Raises:
         UserError: the checkpoint cannot be read, holds more than tensors and plain values, or belongs to another run.
-        KeyboardInterrupt: after Ctrl-C.
+        KeyboardInterrupt: after Ctrl-C; Stopped: after other signals, in a command.
     """
     last = directory / "last.ckpt"
     if not resume and is_first_process():
@@ -576,15 +191,33 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
     source = str(last) if resume and last.exists() else None
     if source:
         _read_checkpoint(last)
+    (request,) = (callback.request for callback in trainer.callbacks if isinstance(callback, KeepLast))  # type: ignore[attr-defined]
     try:
-        with _quiet(), _interruptible(trainer):
+        with _quiet(), request:
             trainer.fit(module, **loaders, ckpt_path=source, weights_only=True)
     except UserError:
         raise
+    except Stopped as stop:
+        _end_together(trainer, agreed=not request.at_once)
+        signal.raise_signal(stop.signum)
+        raise
+    except SystemExit as error:  # Lightning's after a KeyboardInterrupt
+        raise error.__context__ or error from None
     except Exception as error:
         if source and _is_from_restoring(error):
             raise _does_not_fit(last, error) from error
         raise
+    if request.signum:  # during the last steps, after which everything was written
+        _end_together(trainer, agreed=True)
+        signal.raise_signal(request.signum)
+
+
+def _end_together(trainer: Trainer, *, agreed: bool) -> None:
+    """End the processes but the first, which speaks for all; where they have not agreed on it, the first ends them."""
+    if trainer.world_size > 1 and agreed and not trainer.is_global_zero:
+        raise SystemExit(0)  # with another code, Lightning would kill the first
+    if trainer.world_size > 1 and not agreed and trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signal.SIGKILL)
 
 
 def load_best(module: torch.nn.Module, directory: Path) -> None:
@@ -599,6 +232,12 @@ def load_best(module: torch.nn.Module, directory: Path) -> None:
         module.load_state_dict(weights, strict=False)
     except (RuntimeError, TypeError) as error:
         raise _does_not_fit(path, error) from error
+
+
+def validation_interval(asked: int, steps: int, most: int | None = None) -> int:
+    """Steps between validations, at most all: those asked for or, for 0, a tenth of the run and no more than `most`."""
+    tenth = max(1, steps // 10)
+    return min(asked or min(tenth, most or tenth), steps)
 
 
 def settings_of(config: Any, free: Collection[str]) -> dict[str, Any]:
@@ -626,11 +265,6 @@ def mean_over_processes(module: LightningModule, total: float, count: float) -> 
     sums = torch.tensor([total, count], dtype=dtype, device=module.device)
     totals = cast(Tensor, module.trainer.strategy.reduce(sums, reduce_op="sum"))
     return float(totals[0] / totals[1])
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes results and speaks to the user."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 @contextlib.contextmanager
@@ -677,118 +311,9 @@ def _does_not_fit(path: Path, error: Exception) -> UserError:
 
 
 def _is_from_restoring(error: Exception) -> bool:
-    """Whether it was raised while a checkpoint's values were put in place, by Lightning or by `_restore`."""
+    """Whether it was raised while a checkpoint's values were put in place, by Lightning or by our callbacks."""
     return any(
-        frame.f_globals.get("__name__") in (__name__, checkpoint_connector.__name__)
+        frame.f_globals.get("__name__") in (kept.__name__, checkpoint_connector.__name__)
         and frame.f_code.co_name.startswith(("restore", "_restore"))
         for frame, _ in traceback.walk_tb(error.__traceback__)
     )
-
-
-@contextlib.contextmanager
-def _interruptible(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C comes out as KeyboardInterrupt and works again afterwards; Lightning exits and leaves it ignored."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-
-
-def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:
-    """Factor on the learning rate: linear to 1 over `warmup` steps, then a half cosine to `floor` at `total`."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + float(np.cos(np.pi * progress)))
-
-    return factor
-
-
-def warmup_linear(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:
-    """Factor on the learning rate: linear to 1 over `warmup` steps, then linear to `floor` at `total`."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return 1 - (1 - floor) * progress
-
-    return factor
-
-
-def fused(kind: Callable[..., torch.optim.Optimizer], parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    """An Adam or AdamW that takes one pass over each parameter, whose gradients Lightning may clip."""
-    optimizer = kind(parameters, fused=True, **options)
-    # A fused step could undo fp16's loss scaling, for which Lightning refuses to clip gradients; bf16 has none.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-    return optimizer
-
-
-def decay_matrices(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """An optimizer's groups: weight decay is for matrices, not for norms and biases."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-class MuonAndAdam(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for hidden matrices and AdamW for the rest; to Lightning and schedules one optimizer.
-
-    Args:
-        model: whose parameters are trained, those that ask for a gradient.
-        hidden: part of the names of the parameters whose matrices are Muon's, such as ".h.".
-        lr_muon, lr: Muon's and AdamW's rate.
-        weight_decay: of matrices, both parts'.
-        betas: AdamW's.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        *,
-        hidden: str,
-        lr_muon: float,
-        lr: float,
-        weight_decay: float,
-        betas: tuple[float, float] = (0.9, 0.95),
-    ) -> None:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        by_muon = sorted(name for name, p in trained.items() if hidden in name and p.ndim == 2)
-        matrices = [trained.pop(name) for name in by_muon]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=lr_muon, weight_decay=weight_decay, momentum=0.95),
-            torch.optim.AdamW(decay_matrices([*trained.values()], weight_decay), lr=lr, betas=betas),
-        ]
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Let both parts read this optimizer's groups, which schedules write to, and their states be its own."""
-        first = len(self.parts[0].param_groups)
-        self.parts[0].param_groups, self.parts[1].param_groups = self.param_groups[:first], self.param_groups[first:]
-        for part in self.parts:
-            part.state = self.state
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self.parts:
-            part.step()
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()

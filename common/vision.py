@@ -46,9 +46,7 @@ class PackedVision(nn.Module):
         self.layers = nn.ModuleList([_Layer(layer, dtype) for layer in vision.encoder.layers])
         self.projection = PackedLinear(clip.visual_projection.weight.to(dtype), None)
 
-    def forward(
-        self, pixels: Float[Tensor, "b 3 s s"]
-    ) -> tuple[Float[Tensor, "b m w"], Float[Tensor, "b e"]]:
+    def forward(self, pixels: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b m w"], Float[Tensor, "b e"]]:
         """The tokens of the last layer, the class token first, and the embedding."""
         side = self.patch_size
         patches = pixels.to(self.dtype).unfold(2, side, side).unfold(3, side, side)  # (b, 3, y, x, side, side)

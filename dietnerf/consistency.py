@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common.checks import UserError, require_at_least, require_place
 from common.files import write_json
+from common.images import ImageLimit
 from common.report import Page
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from dietnerf.data import FewViewDataset, FewViewParserConfig
@@ -40,6 +41,7 @@ class ConsistencyConfig:
     """At most so many views of each scene, evenly spread over its list."""
     out: Path = Path("out/consistency")
     """Where results.json and the page go."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -85,10 +87,16 @@ def plot_similarities(found: Similarities) -> Figure:
 
 
 def embed_scene(
-    path: Path, encoder: Any, *, feature: str, split: str = "train", views: int = 20
+    path: Path,
+    encoder: Any,
+    *,
+    feature: str,
+    split: str = "train",
+    views: int = 20,
+    max_megapixels: float = ImageLimit.max_megapixels,
 ) -> Float[Tensor, "n e"]:
     """Embeddings of at most `views` views of a scene (by a classifier, which has one feature, that one)."""
-    parser = FewViewParserConfig(data=path).setup()
+    parser = FewViewParserConfig(data=path, max_megapixels=max_megapixels).setup()
     data = FewViewDataset(parser.get_dataparser_outputs(split))
     stride = max(1, -(-len(data) // views))
     found = []
@@ -115,7 +123,12 @@ def measure(config: ConsistencyConfig) -> dict[str, Any]:
             raise UserError(f"scene {str(path)!r} is given twice: name each once.")
         with autocast(device, config.runtime.precision):
             embeddings[name] = embed_scene(
-                path, encoder, feature=config.feature, split=config.split, views=config.views
+                path,
+                encoder,
+                feature=config.feature,
+                split=config.split,
+                views=config.views,
+                max_megapixels=config.limit.max_megapixels,
             )
         if len(embeddings[name]) < 2:
             raise UserError(f"scene {str(path)!r} has one {config.split} view: pairs need 2, take another --split.")

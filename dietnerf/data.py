@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.checks import UserError, require_at_least, require_file, require_one_of
+from common.images import MAX_PIXELS, ImageLimit, bands, grey_to_8_bit, open_image
 
 PAPER_VIEWS = (26, 86, 2, 55, 75, 93, 16, 73)
 """The eight training views of DietNeRF's Blender protocol (Jain et al. 2021, appendix)."""
@@ -149,20 +150,16 @@ def find_image(directory: Path, name: str) -> Path:
     raise UserError(f"image {str(path)!r} does not exist: check file_path in the transforms file.")
 
 
-def require_same_size(paths: Sequence[Path], what: str = "image") -> tuple[int, int]:
-    """(width, height) of all images (or masks, as `what` says).
+def require_same_size(paths: Sequence[Path], what: str = "image", *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of all images (or masks, as `what` says), none of which is decoded.
 
     Raises:
-        UserError: one cannot be opened, or their sizes differ.
+        UserError: one cannot be opened or has more than `max_pixels` pixels, or their sizes differ.
     """
     first: tuple[int, int] | None = None
     for path in paths:
-        require_file(path, what)
-        try:
-            with Image.open(path) as image:
-                size = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{what} {str(path)!r} cannot be read ({error}): replace it.") from error
+        with open_image(require_file(path, what), f"{what} {str(path)!r}", max_pixels=max_pixels) as image:
+            size = image.size
         first = first or size
         if size != first:
             raise UserError(
@@ -226,7 +223,7 @@ def select_views(
 
 
 def load_image(
-    path: Path, size: tuple[int, int], background: str
+    path: Path, size: tuple[int, int], background: str, *, max_pixels: int = MAX_PIXELS
 ) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"] | None]:
     """Colour over the background in [0, 1], and alpha where the image has it, averaged by area down to `size`.
 
@@ -234,60 +231,82 @@ def load_image(
         path: of an image of any mode.
         size: (width, height), at most the image's.
         background: "white" or "black", over which transparent pixels lie; "image" drops alpha.
+        max_pixels: most pixels that are decoded.
 
     Raises:
-        UserError: unreadable or cut short.
+        UserError: unreadable, cut short or too large.
     """
-    values = np.asarray(_decode(path), dtype=np.float32) / 255
-    alpha = values[..., 3:] if values.shape[-1] == 4 and background != "image" else None
-    colour = values[..., :3]
-    if alpha is not None:
-        colour = colour * alpha + (1 - alpha) * (1.0 if background == "white" else 0.0)
-    return _area(colour, size), None if alpha is None else _area(alpha, size)
+    pixels = np.asarray(_decode(path, max_pixels))
+    with_alpha = pixels.shape[-1] == 4 and background != "image"
+    behind = 1.0 if background == "white" else 0.0
+
+    def part(top: int, bottom: int) -> np.ndarray:
+        values = pixels[top:bottom].astype(np.float32) / 255
+        colour = values[..., :3]
+        if not with_alpha:
+            return colour
+        alpha = values[..., 3:]
+        return np.concatenate((colour * alpha + (1 - alpha) * behind, alpha), axis=-1)
+
+    found = _area(pixels.shape[:2], part, size)
+    return (found[..., :3].contiguous(), found[..., 3:].contiguous()) if with_alpha else (found, None)
 
 
-def load_mask(path: Path, size: tuple[int, int]) -> Bool[Tensor, "h w 1"]:
+def load_mask(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> Bool[Tensor, "h w 1"]:
     """Where a mask is not black, at `size`; a smaller pixel is left out where a part of it is (if any is whole).
 
     Raises:
-        UserError: unreadable, cut short, or black all over.
+        UserError: unreadable, cut short, too large, or black all over.
     """
-    values = np.asarray(_decode(path).convert("L"))[..., None] > 0
-    share = _area(values.astype(np.float32), size)
+    image = _decode(path, max_pixels, exact_grey=True)
+    usable = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"))[..., None] > 0
+    share = _area(usable.shape[:2], lambda top, bottom: usable[top:bottom].astype(np.float32), size)
     if not share.any():
         raise UserError(f"mask {str(path)!r} is black all over: make white what may be used, or leave its view out.")
     return share > 0.999 * share.max()
 
 
-def _decode(path: Path) -> Image.Image:
-    """An image as RGBA when it has alpha, else as RGB."""
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return opened.convert("RGBA" if opened.has_transparency_data else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {str(path)!r} is damaged or cut short ({error}): replace it.") from error
+def _decode(path: Path, max_pixels: int, *, exact_grey: bool = False) -> Image.Image:
+    """An image as RGBA when it has alpha, else as RGB; `exact_grey` keeps grey of more than 8 bits as it is."""
+    with open_image(path, f"image {str(path)!r}", max_pixels=max_pixels) as opened:
+        opened.load()
+        if opened.mode.startswith(("I", "F")) and exact_grey:
+            return opened.copy()
+        image = grey_to_8_bit(opened)
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def is_opaque(path: Path) -> bool:
+def is_opaque(path: Path, *, max_pixels: int = MAX_PIXELS) -> bool:
     """Whether an image has no alpha, or alpha that hides nothing.
 
     Raises:
-        UserError: unreadable or cut short.
+        UserError: unreadable, cut short or too large.
     """
-    image = _decode(path)
+    image = _decode(path, max_pixels)
     return image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
 
 
-def _area(values: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Each channel averaged over the area of each smaller pixel."""
-    (height, width), (new_width, new_height) = values.shape[:2], size
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
+def _area(
+    shape: tuple[int, ...], part: Callable[[int, int], np.ndarray], size: tuple[int, int]
+) -> Float[Tensor, "h w c"]:
+    """Each channel averaged over the area of each smaller pixel.
+
+    Args:
+        shape: (height, width) of the image.
+        part: gives its rows from one to another, as (rows, width, channels).
+        size: (width, height) of the result.
+    """
+    (height, width), (new_width, new_height) = shape, size
     if (width, height) == size:
-        return tensor
+        return torch.cat([torch.from_numpy(part(*rows)) for rows in bands(width, height)])
     rows, columns = area_weights(height, new_height), area_weights(width, new_width)
+    found = []
     with torch.autocast("cpu", enabled=False):  # the first step, which may be in bfloat16, asks for the images
-        return torch.einsum("yh,hwc,xw->yxc", rows, tensor, columns)
+        for first, end in bands(math.ceil(width * height / new_height), new_height):
+            top, bottom = first * height // new_height, math.ceil(end * height / new_height)
+            values = torch.from_numpy(np.ascontiguousarray(part(top, bottom)))
+            found.append(torch.einsum("yh,hwc,xw->yxc", rows[first:end, top:bottom], values, columns))
+    return torch.cat(found)
 
 
 def area_weights(old: int, new: int) -> Float[Tensor, "new old"]:
@@ -321,6 +340,8 @@ class FewViewParserConfig(DataParserConfig):
     """Every how manieth held-out view is scored."""
     scale_factor: float = 1.0
     """Factor on the cameras' positions."""
+    max_megapixels: float = ImageLimit.max_megapixels
+    """Largest image that is read, in millions of pixels."""
 
 
 @dataclass
@@ -329,6 +350,10 @@ class FewViewParser(DataParser):
 
     config: FewViewParserConfig
     _decided: str | None = None
+
+    @property
+    def _max_pixels(self) -> int:
+        return ImageLimit(self.config.max_megapixels).max_pixels
 
     def _generate_dataparser_outputs(self, split: str = "train") -> DataparserOutputs:
         require_at_least("image_size", self.config.image_size, 0)
@@ -357,11 +382,11 @@ class FewViewParser(DataParser):
             ids = ids[:: self.config.eval_every]
         paths = [paths[i] for i in ids]
         cameras = cameras[torch.tensor(ids)]
-        width, height = require_same_size(paths)
+        width, height = require_same_size(paths, max_pixels=self._max_pixels)
         for i in range(len(cameras)):
             check_pose(cameras.camera_to_worlds[i].tolist(), f"camera of {str(paths[i])!r}")
         masks = [found.mask_filenames[i] for i in ids] if found.mask_filenames else None
-        if masks and require_same_size(masks, "mask") != (width, height):
+        if masks and require_same_size(masks, "mask", max_pixels=self._max_pixels) != (width, height):
             raise UserError(f"mask {str(masks[0])!r} has another size than its image: give it {width}x{height} pixels.")
         size = self._size(width, height)
         _fit_cameras(cameras, paths[0], (width, height), size)
@@ -381,6 +406,7 @@ class FewViewParser(DataParser):
                 "background": background,
                 "kind": kind,
                 "size": size,
+                "max_pixels": self._max_pixels,
                 "source": found.metadata.get("source", split),
                 "planes": found.metadata.get("planes", BLENDER_PLANES if kind == "blender" else UNBOUNDED_PLANES),
             },
@@ -403,10 +429,10 @@ class FewViewParser(DataParser):
             return wanted
         opaque = []
         for path in paths:
-            with Image.open(path) as image:
+            with open_image(path, f"image {str(path)!r}", max_pixels=self._max_pixels) as image:
                 if not image.has_transparency_data:
                     opaque.append(path)
-        if split == "train" and not opaque and all(is_opaque(path) for path in paths):
+        if split == "train" and not opaque and all(is_opaque(path, max_pixels=self._max_pixels) for path in paths):
             opaque = list(paths)
         if wanted == "auto":
             return "image" if opaque else "white"
@@ -437,8 +463,7 @@ class FewViewParser(DataParser):
         paths = [find_image(directory, frame["file_path"]) for frame in meta["frames"]]
         poses = np.stack([check_pose(frame["transform_matrix"], "frame") for frame in meta["frames"]])
         poses[:, :, 3] *= self.config.scale_factor
-        with Image.open(require_file(paths[0], "image")) as image:
-            width, height = image.size
+        width, height = require_same_size(paths[:1], max_pixels=self._max_pixels)
         focal = 0.5 * width / math.tan(0.5 * angle)
         return DataparserOutputs(
             image_filenames=paths,
@@ -530,7 +555,7 @@ class FewViewParser(DataParser):
         )
         scale = self.config.scale_factor / float(oriented[:, :3, 3].abs().max().clamp(min=1e-9))
         oriented[:, :3, 3] *= scale
-        width, height = require_same_size(paths)
+        width, height = require_same_size(paths, max_pixels=self._max_pixels)
         held_out = np.arange(0, len(paths), 8)
         chosen = np.setdiff1d(np.arange(len(paths)), held_out) if split == "train" else held_out
         factor = width / float(raw[0, 1, 4])
@@ -588,12 +613,12 @@ class FewViewDataset(InputDataset):
     def load(self, index: int) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"] | None]:
         """Colour and alpha of one view."""
         meta = self._dataparser_outputs.metadata
-        return load_image(self.image_filenames[index], meta["size"], meta["background"])
+        return load_image(self.image_filenames[index], meta["size"], meta["background"], max_pixels=meta["max_pixels"])
 
     def mask(self, index: int) -> Bool[Tensor, "h w 1"] | None:
         """Which pixels of a view may be used; None: all."""
-        names = self._dataparser_outputs.mask_filenames
-        return load_mask(names[index], self._dataparser_outputs.metadata["size"]) if names else None
+        names, meta = self._dataparser_outputs.mask_filenames, self._dataparser_outputs.metadata
+        return load_mask(names[index], meta["size"], max_pixels=meta["max_pixels"]) if names else None
 
     def get_image_float32(self, image_idx: int) -> Float[Tensor, "h w 3"]:
         return self.load(image_idx)[0]

@@ -7,15 +7,21 @@ vertices, are interpolated linearly and only then activated, so that surfaces ma
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.utils.math import components_from_spherical_harmonics
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.checks import UserError, require_above, require_at_least, require_between
+from common.runtime import require_memory
+from dietnerf.model import VISIBLE_WEIGHT, BoxCollider, FewViewModel, FewViewModelConfig, Samples
 from dietnerf.regularizers import total_variation
 
 CELLS = 64
@@ -283,3 +289,93 @@ class _Interpolate(torch.autograd.Function):
         for channel, column in enumerate(gradient.unbind(1)):
             found[:, channel] = torch.bincount(flat, (weight * column[:, None]).flatten(), context.rows)
         return found, None, None
+
+
+@dataclass
+class DietGridModelConfig(FewViewModelConfig):
+    """A dense voxel grid, coarse to fine."""
+
+    _target: type = field(default_factory=lambda: DietGridModel)
+    resolutions: tuple[int, ...] = (32, 64, 128)
+    """Cube root of the number of voxels, level by level."""
+    grow_at: tuple[int, ...] = (300, 900)
+    """Steps at which the next level starts; one fewer than the levels."""
+    harmonics: int = 0
+    """Degree of the spherical harmonics of colour; 0 is plain colour."""
+    steps_per_voxel: float = 1.5
+    """Samples along a ray for each voxel that it crosses."""
+    occupancy_every: int = 100
+    """Steps between two looks at which cells are empty."""
+    min_views: int = 2
+    """What fewer training cameras see stays empty, where images have alpha; 1 lets one camera suffice."""
+
+
+class DietGridModel(FewViewModel):
+    """Density and colour by trilinear look-up; empty space is skipped."""
+
+    config: DietGridModelConfig
+
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        config = self.config
+        if len(config.grow_at) != len(config.resolutions) - 1 or list(config.grow_at) != sorted(set(config.grow_at)):
+            raise UserError(
+                f"grow_at is {config.grow_at}: give {len(config.resolutions) - 1} rising steps, one fewer than the "
+                f"resolutions."
+            )
+        for resolution in config.resolutions:
+            require_at_least("resolutions", resolution, 4)
+        require_between("harmonics", config.harmonics, 0, 4)
+        require_at_least("occupancy_every", config.occupancy_every, 1)
+        require_at_least("min_views", config.min_views, 1)
+        require_above("steps_per_voxel", config.steps_per_voxel, 0)
+        size = bytes_of(config.resolutions, config.harmonics)
+        require_memory(f"resolutions is {config.resolutions}", size, torch.device("cpu"), "use smaller ones")
+        if config.regularizers.frequency_steps:
+            raise UserError("regularizers.frequency_steps: a grid has none; its levels (grow_at) do the same.")
+        self.field = VoxelGrid(self.scene_box.aabb, config.resolutions, config.harmonics)
+        chosen = config.near, config.far
+        self.collider = BoxCollider(SceneBox(self.field.aabb), self.near, chosen, self.field)
+
+    def before_step(self, step: int) -> None:
+        """Grow into the next level when its step has come, and look now and then which cells are empty."""
+        level = sum(start <= step for start in self.config.grow_at)
+        # Before, what is thin may only be unlearnt.
+        settled = step - self.began >= 2 * self.config.occupancy_every
+        while int(self.field.level) < level:
+            self.field.grow(crop=settled)
+        if step % self.config.occupancy_every == 0:
+            self.field.update_occupancy(settled=settled)
+
+    def set_cameras(self, cameras: Cameras) -> None:
+        self.field.keep_to(cameras, self.config.min_views)
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
+        grid, origins, directions = self.field, ray_bundle.origins, ray_bundle.directions
+        near, far = ray_bundle.nears, ray_bundle.fars
+        assert near is not None and far is not None
+        step = grid.voxel.mean().item() / self.config.steps_per_voxel
+        ray, slot, middle = grid.march(origins, directions, near, far, step, jitter=self.training)
+        width = int(slot.max()) + 1 if len(slot) else 1
+        corners = grid.locate(origins[ray] + middle[:, None] * directions[ray])
+        table = (len(origins), width)
+        where = (ray, slot)
+        density = origins.new_zeros(table).index_put(where, grid.density(corners))
+        starts = near.expand(table).index_put(where, middle - step / 2)
+        ends = starts.index_put(where, middle + step / 2)  # unused slots have no length
+        samples = ray_bundle.get_ray_samples(bin_starts=starts[..., None], bin_ends=ends[..., None])
+        weights = samples.get_weights(density[..., None])
+        seen = weights.detach()[ray, slot, 0] > VISIBLE_WEIGHT
+        colour = grid.colour(corners.of(seen), directions[ray[seen]])
+        rgb = origins.new_zeros(*table, 3).index_put((ray[seen], slot[seen]), colour)
+        outputs: dict[str, Any] = {
+            "rgb": self.renderer_rgb(rgb=rgb, weights=weights),
+            "accumulation": self.renderer_accumulation(weights=weights),
+            "depth": self._depth(weights[..., 0], starts, ends),
+        }
+        if self.training:
+            outputs["samples"] = Samples(density, weights[..., 0], starts, ends, self.entry(ray_bundle))
+        return outputs
+
+    def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        return self.field.variation()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +14,22 @@ from dietnerf.regularizers import depth_smoothness, distortion_loss, occlusion_l
 if TYPE_CHECKING:
     from nerfstudio.cameras.rays import RayBundle
 
-    from dietnerf.model import FewViewModel
+
+class TrainedField(Protocol):
+    """What the losses ask of a field (`dietnerf.model.FewViewModel` is one)."""
+
+    config: Any
+    """Has `background_color`, `regularizers` and `semantic`."""
+    renderer_rgb: Any
+    far: float
+    num_train_data: int
+    semantic_loss: Any
+    __call__: Callable[..., Any]
+
+    def field_losses(self, outputs: dict[str, Any]) -> dict[str, Tensor]: ...
+    def variation(self) -> tuple[Tensor, Tensor]: ...
+    def render_view(self, rays: RayBundle) -> dict[str, Tensor]: ...
+    def needs_semantic_view(self, step: int) -> bool: ...
 
 
 class _Required(TypedDict):
@@ -36,7 +52,7 @@ class Batch(_Required, total=False):
 
 
 def compute_losses(
-    model: FewViewModel, batch: Batch, step: int, generator: torch.Generator | None = None
+    model: TrainedField, batch: Batch, step: int, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
     """The weighted terms of a step, whose sum is minimised: rgb, rgb_coarse, silhouette, silhouette_coarse, semantic,
     semantic_coarse, occlusion, density_variation, colour_variation, distortion, depth_smoothness, interlevel; a term
@@ -58,7 +74,7 @@ def compute_losses(
 
 
 def reconstruction_losses(
-    model: FewViewModel, outputs: dict[str, Tensor], rgb: Tensor, alpha: Tensor | None = None
+    model: TrainedField, outputs: dict[str, Tensor], rgb: Tensor, alpha: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Mean squared error of the colours and, weighted, of the opacity, and the coarse network's; see `Batch` for rgb
     and alpha."""
@@ -88,19 +104,17 @@ def reconstruction_losses(
     return losses
 
 
-def patch_loss(model: FewViewModel, patches: RayBundle | None) -> Tensor:
+def patch_loss(model: TrainedField, patches: RayBundle | None) -> Tensor:
     """The weighted depth smoothness of patches (n, p, p)."""
     if patches is None:
         raise UserError("batch has no patches but the depth smoothness is on: add rays of patches from random poses.")
     found = model(patches.flatten())
     shape = patches.origins.shape[:-1]
-    smoothness = depth_smoothness(
-        found["depth"].view(shape), found["accumulation"].view(shape), model.far
-    )
+    smoothness = depth_smoothness(found["depth"].view(shape), found["accumulation"].view(shape), model.far)
     return model.config.regularizers.depth_smoothness * smoothness
 
 
-def prior_losses(model: FewViewModel, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def prior_losses(model: TrainedField, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The regularizers that are on, and what the field itself needs, weighted."""
     config, samples = model.config.regularizers, outputs["samples"]
     losses = dict(model.field_losses(outputs))
@@ -119,7 +133,7 @@ def prior_losses(model: FewViewModel, outputs: dict[str, Tensor]) -> dict[str, T
 
 
 def semantic_losses(
-    model: FewViewModel, view: RayBundle | None, generator: torch.Generator | None = None
+    model: TrainedField, view: RayBundle | None, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
     """The semantic loss of the fine and the coarse render of a random view, weighted."""
     if view is None:

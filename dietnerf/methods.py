@@ -14,13 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.checks import require_one_of
-from dietnerf.model import (
-    DietGridModelConfig,
-    DietNerfactoModelConfig,
-    DietNeRFModelConfig,
-    FewViewModelConfig,
-    simplified_nerf_config,
-)
+from dietnerf.grid import DietGridModelConfig
+from dietnerf.mlp import DietNeRFModelConfig, simplified_nerf_config
+from dietnerf.model import FewViewModelConfig
+from dietnerf.nerfacto import DietNerfactoModelConfig
 from dietnerf.pipeline import FewViewPipelineConfig
 from dietnerf.rays import FewViewDataManagerConfig
 from dietnerf.regularizers import RegularizerConfig

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from nerfstudio.cameras.rays import RaySamples
+from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.field_components.encodings import NeRFEncoding
 from nerfstudio.field_components.field_heads import FieldHeadNames
 from nerfstudio.field_components.mlp import MLP
 from nerfstudio.fields.base_field import Field
+from nerfstudio.model_components.ray_samplers import PDFSampler, UniformSampler
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 from common.checks import require_at_least, require_one_of
+from dietnerf.model import FewViewModel, FewViewModelConfig, samples_of
 from dietnerf.regularizers import frequency_mask
 
 SKIP_LAYER = 5
@@ -108,6 +113,92 @@ def encode(encoding: NeRFEncoding, x: Float[Tensor, "*b 3"]) -> Float[Tensor, "*
     return torch.cat([encoding(x / (2 * math.pi)), x], dim=-1)
 
 
-
 def _encoding(bands: int) -> NeRFEncoding:
     return NeRFEncoding(in_dim=3, num_frequencies=bands, min_freq_exp=0.0, max_freq_exp=bands - 1.0)
+
+
+@dataclass
+class DietNeRFModelConfig(FewViewModelConfig):
+    """The published MLP (Jain et al. 2021, after Mildenhall et al. 2020)."""
+
+    _target: type = field(default_factory=lambda: DietNeRFModel)
+    num_coarse_samples: int = 64
+    """Samples along a ray for the coarse network."""
+    num_importance_samples: int = 128
+    """More samples for the fine network; 0: no fine network."""
+    num_layers: int = 8
+    """Layers of the density network."""
+    layer_width: int = 256
+    """Their width; the colour layer has half of it."""
+    position_bands: int = 10
+    """Frequency bands of positions: 2^0 to 2^(bands - 1)."""
+    direction_bands: int = 4
+    """Frequency bands of view directions."""
+    use_view_directions: bool = True
+    """Colour depends on where it is seen from."""
+    density_activation: Literal["relu", "softplus"] = "relu"
+    """relu as published; softplus cannot die."""
+
+
+class DietNeRFModel(FewViewModel):
+    """Coarse and fine MLP with hierarchical sampling."""
+
+    config: DietNeRFModelConfig
+
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        require_at_least("num_coarse_samples", self.config.num_coarse_samples, 2)
+        require_at_least("num_importance_samples", self.config.num_importance_samples, 0)
+        self.field_coarse = self._make_field()
+        self.sampler_uniform = UniformSampler(num_samples=self.config.num_coarse_samples)
+        self.field_fine: PublishedField | None = None
+        if self.config.num_importance_samples:
+            self.field_fine = self._make_field()
+            self.sampler_pdf = PDFSampler(num_samples=self.config.num_importance_samples, histogram_padding=1e-5)
+
+    @property
+    def field(self) -> PublishedField:
+        """The network whose render counts."""
+        return self.field_fine or self.field_coarse
+
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        fields = [self.field_coarse] + ([self.field_fine] if self.field_fine is not None else [])
+        return {"fields": [parameter for one in fields for parameter in one.parameters()]}
+
+    def update_to_step(self, step: int) -> None:
+        """Move the frequency mask."""
+        if self.config.regularizers.frequency_steps:
+            for one in {self.field_coarse, self.field}:
+                one.set_mask(step, self.config.regularizers.frequency_steps)
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
+        samples = self.sampler_uniform(ray_bundle)
+        found = self.field_coarse(samples)
+        outputs: dict[str, Any]
+        outputs, weights = self._composite(samples, found)
+        if self.field_fine is not None:
+            outputs = {f"{name}_coarse": value for name, value in outputs.items()}
+            samples = self.sampler_pdf(ray_bundle, samples, weights)
+            found = self.field_fine(samples)
+            fine, weights = self._composite(samples, found)
+            outputs |= fine
+        if self.training:
+            outputs["samples"] = samples_of(samples, found, weights, self.entry(ray_bundle))
+        return outputs
+
+    def _make_field(self) -> PublishedField:
+        config = self.config
+        return PublishedField(
+            num_layers=config.num_layers,
+            layer_width=config.layer_width,
+            position_bands=config.position_bands,
+            direction_bands=config.direction_bands,
+            use_view_directions=config.use_view_directions,
+            density_activation=config.density_activation,
+        )
+
+
+def simplified_nerf_config() -> DietNeRFModelConfig:
+    """The *Simplified NeRF* baseline of the authors' released configurations: 6 bands, 128 samples, no fine network
+    (trained with Adam at 5e-5)."""
+    return DietNeRFModelConfig(position_bands=6, num_coarse_samples=128, num_importance_samples=0)

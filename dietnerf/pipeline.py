@@ -18,7 +18,8 @@ from common.checks import UserError
 from common.runtime import fork_generators
 from dietnerf.data import FewViewDataset
 from dietnerf.losses import Batch, compute_losses
-from dietnerf.model import DietNeRFModelConfig, FewViewModel, FewViewModelConfig
+from dietnerf.mlp import DietNeRFModelConfig
+from dietnerf.model import FewViewModel, FewViewModelConfig
 from dietnerf.poses import PoseRanges, estimate_ranges, sample_sphere
 from dietnerf.rays import FewViewDataManager, FewViewDataManagerConfig, patch_rays
 from dietnerf.semantic import ViewSampler

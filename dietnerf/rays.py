@@ -249,9 +249,7 @@ def join_rays(bundles: Sequence[RayBundle]) -> RayBundle:
     return RayBundle(**{name: stack(name) for name in names}, metadata=metadata)
 
 
-def patch_rays(
-    cameras: Cameras, poses: Float[Tensor, "n 3 4"], generator: torch.Generator | None = None
-) -> RayBundle:
+def patch_rays(cameras: Cameras, poses: Float[Tensor, "n 3 4"], generator: torch.Generator | None = None) -> RayBundle:
     """Rays (n, PATCH, PATCH) of a random patch of neighbouring pixels at each pose, seen as by the first camera."""
     number, first = len(poses), cameras[0]
     seen = Cameras(

@@ -16,6 +16,7 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
 from common.checks import UserError, require_file
+from common.pretrained import require_finite
 from common.runtime import resolve_device
 from dietnerf.data import FewViewDataset, check_pose
 from dietnerf.methods import FewViewTrainerConfig
@@ -244,7 +245,7 @@ def load_checkpoint(pipeline: FewViewPipeline, directory: Path) -> int:
     """Load the newest step-*.ckpt of `directory`; returns its step.
 
     Raises:
-        UserError: none there, damaged, or of another field.
+        UserError: none there, damaged, of another field, or with NaN or infinity.
     """
     found = sorted(directory.glob("step-*.ckpt"))
     if not found:
@@ -253,6 +254,8 @@ def load_checkpoint(pipeline: FewViewPipeline, directory: Path) -> int:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         weights, step = state["pipeline"], int(state["step"])
+        if step < 0:
+            raise ValueError(f"step {step}")
     except Exception as error:  # whatever unpickling a broken file comes upon
         raise UserError(f"checkpoint {str(path)!r} is damaged ({type(error).__name__}): copy it again.") from error
     try:
@@ -262,4 +265,5 @@ def load_checkpoint(pipeline: FewViewPipeline, directory: Path) -> int:
         raise UserError(
             f"checkpoint {str(path)!r} is of another field than config.yml says ({reason}): keep the two together."
         ) from error
+    require_finite(dict(pipeline.named_parameters()), f"checkpoint {str(path)!r}")
     return step

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from common.checks import UserError, require_at_least, require_file, require_one_of
+from common.pretrained import require_finite
 from common.runtime import fork_generators, resolve_device
 from dietnerf.poses import PUBLISHED_RANGES, estimate_ranges, sample_interpolated, sample_sphere
 
@@ -426,6 +427,7 @@ def _load_weights(network: nn.Module, path: str, full: str) -> None:
         raise UserError(
             f"encoder {full!r}: the file lacks {missing[0]!r} and {len(missing) - 1} more: use another file."
         )
+    require_finite(network.state_dict(), f"encoder {full!r}")
 
 
 def _last_layer(network: nn.Module) -> str:

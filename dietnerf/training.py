@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,25 +15,27 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from common.batches import BatchOrder, ResumableLoader
+from common.callbacks import save_whole
 from common.checks import UserError, require_at_least, require_between, require_place
-from common.files import write_json, write_text
+from common.files import clear_leftovers, write_json, write_text
+from common.images import ImageLimit
+from common.optimizers import fused
+from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import (
-    BatchOrder,
-    ResumableLoader,
     TrainerConfig,
     build_trainer,
     fit,
-    fused,
-    is_first_process,
     mean_over_processes,
     require_same_run,
     settings_of,
+    validation_interval,
 )
 from dietnerf.data import PROTOCOLS
+from dietnerf.grid import DietGridModelConfig
 from dietnerf.methods import DESCRIPTIONS, FewViewTrainerConfig, method_config
 from dietnerf.metrics import psnr
-from dietnerf.model import DietGridModelConfig
 from dietnerf.pipeline import FewViewPipeline
 from dietnerf.regularizers import RegularizerConfig
 
@@ -148,7 +149,7 @@ class TrainConfig:
     val_views: int = 2
     """Held-out views that are looked at during training; 0 looks at none."""
     val_every: int = 0
-    """Steps between looks; 0 is a quarter of the run."""
+    """Steps between looks; 0 is a tenth of the run."""
     devices: int = 1
     """Processes or GPUs on each machine."""
     num_nodes: int = 1
@@ -162,6 +163,7 @@ class TrainConfig:
     """Write TensorBoard logs beside the CSV."""
     progress: bool = True
     """Show a progress bar; --no-progress shows none."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -203,6 +205,7 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     parser.data = data.data = config.scene.resolve()
     parser.view_ids = config.view_ids or (protocol.view_ids if protocol and not config.num_views else ())
     parser.num_views, parser.view_order, parser.view_seed = config.num_views, config.view_order, config.runtime.seed
+    parser.max_megapixels = config.limit.max_megapixels
     parser.image_size = config.image_size or (protocol.image_size if protocol else 0)
     parser.background = "white" if config.background == "random" else config.background
     if config.background == "random":
@@ -253,6 +256,7 @@ class FewViewTraining(LightningModule):
     def __init__(self, config: FewViewTrainerConfig, *, val_views: Sequence[int] = ()) -> None:
         super().__init__()
         self.run_config, self.val_views = config, list(val_views)
+        self._row: dict[str, Tensor] = {}  # of the step's loss and its parts
         self._valid: list[float] = []  # PSNR of the validation's views
         self.pipeline: FewViewPipeline = config.pipeline.setup(device="cpu", test_mode="val")
         self.pipeline.on_restart = [self._forget]
@@ -283,12 +287,22 @@ class FewViewTraining(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         _, losses, metrics = self.pipeline.get_train_loss_dict(self.global_step)
-        self.log("train/psnr", metrics["psnr"], prog_bar=True)
-        if len(losses) > 1 and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
         loss = torch.stack(list(losses.values())).sum()
-        self.log("train/loss", loss)
+        self.log("train/psnr", metrics["psnr"], prog_bar=True, logger=False)
+        self.log("train/loss", loss, logger=False)
+        self._row = {"loss": loss, "psnr": metrics["psnr"]} | (losses if len(losses) > 1 else {})
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log a step in ten, and the first in ten that has a semantic loss: all that is in a row is of its step.
+
+        Lightning's own rows would repeat what was logged last where a step has no such loss.
+        """
+        step, every = self.global_step - 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0 or "semantic" in self._row and step % every < self.model.config.semantic.every:
+            row = {f"train/{name}": float(value.detach()) for name, value in self._row.items()}
+            for logger in self.loggers:
+                logger.log_metrics(row, step)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         for index in batch.tolist():
@@ -321,9 +335,7 @@ def nerfstudio_state(module: FewViewTraining, steps: int) -> dict[str, Any]:
     optimizer: Any = module.optimizers()
     optimizer = getattr(optimizer, "optimizer", optimizer)
     optimizers = {}
-    for (name, parameters), group in zip(
-        module.model.get_param_groups().items(), optimizer.param_groups, strict=True
-    ):
+    for (name, parameters), group in zip(module.model.get_param_groups().items(), optimizer.param_groups, strict=True):
         settings = {key: value for key, value in group.items() if key not in ("params", "fused")}
         optimizers[name] = {
             "state": {i: dict(optimizer.state[p]) for i, p in enumerate(parameters) if p in optimizer.state},
@@ -345,31 +357,20 @@ def nerfstudio_state(module: FewViewTraining, steps: int) -> dict[str, Any]:
 
 
 class NerfstudioCheckpoint(Callback):
-    """Keeps nerfstudio_models/step-*.ckpt up to date: at each validation, at the end, and when Ctrl-C ends the run."""
+    """Keeps nerfstudio_models/step-*.ckpt as new as `last.ckpt`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._step = 0  # of the one that this run has written
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.write(trainer, module)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.write(trainer, module)
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
-            self.write(trainer, module)
-
-    def write(self, trainer: Trainer, module: LightningModule) -> None:
-        """The current state, in place of the one before."""
-        if not trainer.is_global_zero or not trainer.global_step:
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not trainer.is_global_zero or trainer.global_step == self._step:
             return
         assert isinstance(module, FewViewTraining)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"step-{trainer.global_step - 1:09d}.ckpt"
-        temporary = path.with_suffix(".tmp")
-        torch.save(nerfstudio_state(module, trainer.global_step), temporary)
-        os.replace(temporary, path)
+        self._step = trainer.global_step
+        clear_leftovers(self.directory)
+        path = self.directory / f"step-{self._step - 1:09d}.ckpt"
+        save_whole(nerfstudio_state(module, self._step), path)
         for other in self.directory.glob("step-*.ckpt"):
             if other != path:
                 other.unlink(missing_ok=True)
@@ -381,11 +382,17 @@ def train(config: TrainConfig) -> Path:
     An interrupted run goes on from its last checkpoint, exactly.
 
     Raises:
-        UserError: anything in the scene or the settings that cannot work, with its cure.
+        UserError: anything in the scene or the settings that cannot work, with its cure; another run uses OUT.
     """
     require_place(config.out, directory=True)
-    device = start(config.runtime)
     run = nerfstudio_config(config)
+    with sole_run(config.out):
+        return _train(config, run)
+
+
+def _train(config: TrainConfig, run: FewViewTrainerConfig) -> Path:
+    """`train`, alone in its directory and with settings that can work."""
+    device = start(config.runtime)
     settings = settings_of(config, FREE) | {"scene": str(config.scene.resolve())}
     if config.resume:
         require_same_run(config.out, settings)
@@ -397,16 +404,14 @@ def train(config: TrainConfig) -> Path:
     stride = max(1, held_out // max(1, held_out_looks))
     looks = list(range(0, held_out, stride))[:held_out_looks]
     steps = run.max_num_iterations
-    config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "config.yml", yaml.dump(run))
-    every = config.val_every or max(1, steps // 4)
     strategy = config.strategy
     if config.devices * config.num_nodes > 1 and strategy in ("auto", "ddp"):
         strategy = "ddp_find_unused_parameters_true"  # a grid's other levels have no gradient
     trainer = build_trainer(
         TrainerConfig(
             max_steps=steps,
-            val_every=min(every, steps),
+            val_every=validation_interval(config.val_every, steps),
             precision=config.runtime.precision,
             device=str(device),
             devices=config.devices,

@@ -27,9 +27,7 @@ SUBCOMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command `recycle-gpt2`."""
-    return run_cli(
-        "recycle-gpt2", "Make an English GPT-2 into a GPT-2 of another language.", SUBCOMMANDS, arguments
-    )
+    return run_cli("recycle-gpt2", "Make an English GPT-2 into a GPT-2 of another language.", SUBCOMMANDS, arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import signal
 import threading
 import time
 from collections import deque
@@ -21,10 +23,11 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.checks import UserError, require_at_least, require_between, require_one_of
-from common.files import write_json, write_text
+from common.checks import UserError, require_at_least, require_between, require_file, require_one_of
+from common.files import claimed, sync_directory, whole_file, write_json, write_text
 from common.language import IGNORE
-from recycle_gpt2.documents import Document, find_texts, read_documents, read_with_positions, size_of
+from recycle_gpt2.documents import Document, files_of, find_texts, read_documents, read_with_positions, size_of
+from recycle_gpt2.records import MALFORMED, read_json, reading
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -35,6 +38,9 @@ __all__ = ["CorpusConfig", "Document", "TokenBlocks", "build_corpus", "labels", 
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
 FORMAT = 1
 COUNTED: tuple[str, ...] = ("documents", "paragraphs", "bytes", "characters", "tokens")
+REBUILD = "delete the directory of the corpus and build it again; what was trained on it goes on"
+SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\..*\.tmp")
+"""Names of what a corpus's directory of shards holds."""
 CHUNK = 4 << 20
 """UTF-8 bytes of text whose documents make a shard."""
 
@@ -61,16 +67,19 @@ class CorpusConfig:
 
 def run(config: CorpusConfig) -> None:
     """Build the corpus that `config` describes and say what is in it."""
-    directory = build_corpus(
-        config.text,
-        load_tokenizer(config.tokenizer),
-        config.out,
-        block=config.block,
-        shares=config.shares,
-        workers=config.workers,
-        seed=config.seed,
-    )
-    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    require_outside(config.out, config.text)
+    tokenizer = load_tokenizer(config.tokenizer)
+    with claimed(config.out):
+        directory = build_corpus(
+            config.text,
+            tokenizer,
+            config.out,
+            block=config.block,
+            shares=config.shares,
+            workers=config.workers,
+            seed=config.seed,
+        )
+    manifest = read_manifest(directory)
     for split in SPLITS:
         counts = manifest["splits"][split]
         print(f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {counts['tokens']:,} tokens")
@@ -122,8 +131,8 @@ def build_corpus(
         raise UserError(f"shares are {shares}: use three for train, valid and test that sum to 1, train's above 0.")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError("the tokenizer is not a fast one with an end token: train one with `recycle-gpt2 tokenizer`.")
-    sources = sources_of(paths)
     out = Path(out)
+    _require_own(out)
     key = {
         "format": FORMAT,
         "tokenizer": tokenizer_hash(tokenizer),
@@ -134,14 +143,18 @@ def build_corpus(
         "shares": list(shares),
         "seed": seed,
         "chunk": chunk,
-        "sources": sources,
+        "text": text_hash(paths, progress=progress),
     }
     finished = out / "manifest.json"
     if finished.is_file():
-        old = json.loads(finished.read_text(encoding="utf-8"))
+        old = read_json(finished, REBUILD)
+        if "sources" in old and old["sources"] == _sources_of(paths):  # of version 0.1, which knew texts by these
+            old["text"] = key["text"]
         if all(old.get(name) == value for name, value in key.items()):
+            read_manifest(out)
             return out
         finished.unlink()
+        sync_directory(out)  # or a power cut might bring it back beside other shards
     shards = out / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     for leftover in shards.glob(".*.tmp"):  # of a call that was killed while it wrote
@@ -149,9 +162,7 @@ def build_corpus(
 
     selection = _Selection(shares, seed)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
-    metas = _write_shards(
-        paths, selection, shards, key["tokenizer"], setup, workers, chunk, sum(size for _, size, _ in sources), progress
-    )
+    metas = _write_shards(paths, selection, shards, key["tokenizer"], setup, workers, chunk, progress)
     for file in shards.iterdir():  # of another, longer corpus
         if int(file.name.split(".")[0]) >= len(metas):
             file.unlink()
@@ -179,13 +190,59 @@ def build_corpus(
     return out
 
 
-def sources_of(paths: Sequence[Path]) -> list[list[Any]]:
-    """Name, bytes and time of change (ns) of each text file.
+def text_hash(paths: Sequence[Path], *, progress: bool = False) -> str:
+    """SHA-256 of all that the text files hold, in the order that they are read in, whatever they are called.
+
+    Args:
+        paths: what `read_documents` takes.
+        progress: show a bar where there is a gigabyte or more.
 
     Raises:
         UserError: what `find_texts` raises.
     """
+    from tqdm import tqdm
+
+    texts = [path for path, _ in find_texts(paths)]
+    total, digest = sum(map(size_of, texts)), hashlib.sha256()
+    with tqdm(total=total, desc="text", unit="B", unit_scale=True, disable=not progress or total < 1 << 30) as bar:
+        for path in texts:
+            if not path.is_dir():
+                require_file(path, "text file")
+            for file in files_of(path):
+                content = hashlib.sha256()
+                with open(file, "rb") as stream:
+                    while part := stream.read(1 << 20):
+                        content.update(part)
+                        bar.update(len(part))
+                digest.update(content.digest())
+    return digest.hexdigest()
+
+
+def _sources_of(paths: Sequence[Path]) -> list[list[Any]]:
+    """Name, bytes and time of change (ns) of each text file."""
     return [[str(path), size_of(path), path.stat().st_mtime_ns] for path, _ in find_texts(paths)]
+
+
+def require_outside(out: Path, paths: Sequence[Path]) -> None:
+    """Raise UserError when what is written would be read as text the next time."""
+    place = Path(os.path.realpath(out))
+    for path in paths:
+        if Path(path).is_dir() and Path(os.path.realpath(path)) in (place, *place.parents):
+            raise UserError(f"out is {str(out)!r}, inside the text {str(path)!r}: give another, or name folders in it.")
+
+
+def _require_own(out: Path) -> None:
+    """Raise UserError when something lies in the directory of a corpus where its own files go."""
+    shards = out / "shards"
+    foreign = [] if not shards.is_dir() else [name for name in os.listdir(shards) if not SHARD_FILE.fullmatch(name)]
+    if foreign:
+        raise UserError(
+            f"{str(shards)!r} holds {min(foreign)!r}, which is no part of a corpus: move it away or give another out."
+        )
+    if (out / "manifest.json").exists():
+        manifest = read_json(out / "manifest.json", REBUILD)
+        if "format" not in manifest or "shards" not in manifest:
+            raise UserError(f"{str(out / 'manifest.json')!r} is not of a corpus: move it away or give another out.")
 
 
 def load_documents(directory: Path, split: str) -> list[Document]:
@@ -199,22 +256,31 @@ def load_documents(directory: Path, split: str) -> list[Document]:
         UserError: the corpus is not finished, or the split is another.
     """
     require_one_of("split", split, SPLITS[1:])
-    manifest = _manifest(directory)
+    manifest = read_manifest(directory)
     documents = []
     for number, lengths in enumerate(manifest["shards"]):
         if lengths[split]:
-            with open(_shard(Path(directory) / "shards", number, f"{split}.jsonl"), encoding="utf-8") as lines:
-                documents += [Document(**json.loads(line)) for line in lines]
+            path = _shard(Path(directory) / "shards", number, f"{split}.jsonl")
+            with reading(path, REBUILD), open(path, encoding="utf-8") as lines:
+                found = [Document(**json.loads(line)) for line in lines]
+                if not all(isinstance(value, str) for document in found for value in asdict(document).values()):
+                    raise TypeError
+            documents += found
     return documents
 
 
 def corpus_hash(directory: Path) -> str | None:
-    """SHA-256 of a corpus's documents, tokenizer and block; None while it is not finished."""
+    """SHA-256 of a corpus's documents, tokenizer and block; None while it is not finished.
+
+    Raises:
+        UserError: the corpus is damaged.
+    """
     if not (Path(directory) / "manifest.json").is_file():
         return None
-    digest = hashlib.sha256(str(_manifest(directory)["block"]).encode())
+    digest = hashlib.sha256(str(read_manifest(directory)["block"]).encode())
     for shard in sorted((Path(directory) / "shards").glob("*.json")):
-        digest.update(shard.read_bytes())
+        content = read_json(shard, REBUILD).get("content")
+        digest.update(str(content).encode() if content else shard.read_bytes())  # version 0.1 had no content
     return digest.hexdigest()
 
 
@@ -244,7 +310,7 @@ class TokenBlocks(Dataset[Tensor]):
                 split has no token.
         """
         require_one_of("split", split, SPLITS)
-        manifest = _manifest(directory)
+        manifest = read_manifest(directory)
         self.block = manifest["block"] if block is None else block
         require_at_least("block", self.block, 2)
         self.vocab_size, self.end, self.tokenizer = manifest["vocab_size"], manifest["end"], manifest.get("tokenizer")
@@ -261,12 +327,9 @@ class TokenBlocks(Dataset[Tensor]):
                 f"give more text or a smaller block."
             )
         for file, (_, length) in zip(self._files, lengths, strict=True):
-            size = file.stat().st_size if file.is_file() else 0
-            if size != length * self._dtype.itemsize:
-                raise UserError(
-                    f"{str(file)!r} has {size} bytes instead of {length * self._dtype.itemsize}: remove the corpus's "
-                    f"manifest.json and build it again."
-                )
+            size, whole = file.stat().st_size if file.is_file() else 0, length * self._dtype.itemsize
+            if size != whole:
+                raise UserError(f"{str(file)!r} has {size} bytes instead of {whole}: {REBUILD}.")
         self._maps: dict[int, np.memmap] = {}
 
     def __len__(self) -> int:
@@ -292,14 +355,25 @@ class TokenBlocks(Dataset[Tensor]):
             stop = min(end, int(self._begins[shard + 1]))
             parts.append(self._map(shard)[begin - first : stop - first].astype(np.int64))
             begin, shard = stop, shard + 1
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        found = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        if found.size and found.max() >= self.vocab_size:
+            raise self._damaged()
+        return found
 
     def counts(self) -> Int[Tensor, " v"]:
         """How often each token of the vocabulary occurs."""
         total = np.zeros(self.vocab_size, dtype=np.int64)
         for shard in range(len(self._files)):
-            total += np.bincount(self._map(shard), minlength=self.vocab_size)
+            counted = np.bincount(self._map(shard), minlength=self.vocab_size)
+            if len(counted) > self.vocab_size:
+                raise self._damaged()
+            total += counted
         return torch.from_numpy(total)
+
+    def _damaged(self) -> UserError:
+        return UserError(
+            f"a shard in {str(self._files[0].parent)!r} holds tokens that are not in the vocabulary: {REBUILD}."
+        )
 
     def _map(self, shard: int) -> np.memmap:
         if shard not in self._maps:
@@ -349,6 +423,10 @@ class _Selection:
         return split, "\n".join(kept)
 
 
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -365,7 +443,6 @@ def _write_shards(
     setup: tuple[str, int, str],
     workers: int,
     chunk: int,
-    size: int,
     progress: bool,
 ) -> list[dict[str, Any]]:
     """Write the shards that are not there yet; returns what is known of each, in order.
@@ -387,6 +464,7 @@ def _write_shards(
         if workers > 1
         else None
     )
+    size = sum(size_of(path) for path, _ in find_texts(paths))
     bar = tqdm(total=size, desc="corpus", unit="B", unit_scale=True, disable=not progress)
     try:
 
@@ -403,15 +481,17 @@ def _write_shards(
             bar.update(position - bar.n)
 
         for number, (rows, position) in enumerate(_chunks(paths, selection, chunk)):
-            digest = hashlib.sha256(json.dumps([tokenizer, *setup[1:], rows]).encode()).hexdigest()
+            known = [tokenizer, *setup[1:]]
+            digest = _sha256([*known, rows])
+            content = _sha256([*known, [row[:2] for row in rows]])
             future: Future[None] | None = None
             if not _is_written(shards, number, digest, setup[2]):
                 if pool is None:
-                    _write_shard(encoder, shards, number, digest, rows)
+                    _write_shard(encoder, shards, number, digest, content, rows)
                     future = Future()
                     future.set_result(None)
                 else:
-                    future = pool.submit(_work, shards, number, digest, rows)
+                    future = pool.submit(_work, shards, number, digest, content, rows)
             waiting.append((number, position, future))
             if len(waiting) > (2 * workers if pool else 0):
                 finish()
@@ -451,11 +531,11 @@ def _shard(shards: Path, number: int, suffix: str) -> Path:
 
 def _is_written(shards: Path, number: int, digest: str, dtype: str) -> bool:
     """Whether a shard of exactly these documents is there, whole. Its json is written last."""
-    path = _shard(shards, number, "json")
-    if not path.is_file():
+    try:
+        meta = json.loads(_shard(shards, number, "json").read_text(encoding="utf-8"))
+        files = [(_shard(shards, number, f"{split}.bin"), meta["counts"][split]["tokens"]) for split in SPLITS]
+    except (FileNotFoundError, *MALFORMED):
         return False
-    meta = json.loads(path.read_text(encoding="utf-8"))
-    files = ((_shard(shards, number, f"{split}.bin"), meta["counts"][split]["tokens"]) for split in SPLITS)
     return meta["digest"] == digest and all(
         (file.stat().st_size if file.is_file() else 0) == length * np.dtype(dtype).itemsize for file, length in files
     )
@@ -482,6 +562,7 @@ def _begin_worker(tokenizer: str, end: int, dtype: str) -> None:
     from multiprocessing import connection
 
     global _worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
     _worker_encoder = _Encoder(tokenizer, end, dtype)
     parent = multiprocessing.parent_process()
 
@@ -493,12 +574,17 @@ def _begin_worker(tokenizer: str, end: int, dtype: str) -> None:
     threading.Thread(target=leave, daemon=True).start()
 
 
-def _work(shards: Path, number: int, digest: str, rows: list[_Row]) -> None:
-    _write_shard(_worker_encoder, shards, number, digest, rows)
+def _work(shards: Path, number: int, digest: str, content: str, rows: list[_Row]) -> None:
+    _write_shard(_worker_encoder, shards, number, digest, content, rows)
 
 
-def _write_shard(encoder: _Encoder, shards: Path, number: int, digest: str, rows: list[_Row]) -> None:
-    """Tokenize documents and write each split's ids and held-out texts, then what is known of the shard."""
+def _write_shard(encoder: _Encoder, shards: Path, number: int, digest: str, content: str, rows: list[_Row]) -> None:
+    """Tokenize documents and write each split's ids and held-out texts, then what is known of the shard.
+
+    Its `digest` is of all of the documents, its `content` not of the names of their files.
+    """
+    # First, or after a stop it might vouch for files that were written since.
+    _shard(shards, number, "json").unlink(missing_ok=True)
     encodings = encoder.tokenizer.encode_batch([row[1] for row in rows], add_special_tokens=False)
     counts = {split: dict.fromkeys(COUNTED, 0) for split in SPLITS}
     for split in SPLITS:
@@ -521,27 +607,28 @@ def _write_shard(encoder: _Encoder, shards: Path, number: int, digest: str, rows
             path.unlink(missing_ok=True)
         if not ids:
             continue
-        partial = binary.with_name(f".{binary.name}.tmp")
-        partial.write_bytes(np.asarray(ids, dtype=encoder.dtype).tobytes())
-        os.replace(partial, binary)
+        with whole_file(binary) as file:
+            file.write(np.asarray(ids, dtype=encoder.dtype).tobytes())
         if split != "train":
             lines = (json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in texts)
             write_text(held_out, "".join(lines))
-    write_json(_shard(shards, number, "json"), {"digest": digest, "counts": counts})
+    write_json(_shard(shards, number, "json"), {"digest": digest, "content": content, "counts": counts})
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What is known of a corpus.
+
+    Raises:
+        UserError: it is not finished, damaged, or of another version.
+    """
     path = Path(directory) / "manifest.json"
     if not path.is_file():
         raise UserError(f"corpus {str(directory)!r} has no manifest.json: build it with `recycle-gpt2 corpus`.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        manifest = None
-    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
+    manifest = read_json(path, REBUILD)
+    if manifest.get("format") != FORMAT:
         raise UserError(f"corpus {str(directory)!r} is of another version of this program: build it again.")
-    if not isinstance(manifest, dict) or not _is_whole(manifest):
-        raise UserError(f"{str(path)!r} is damaged: remove it and build the corpus again.")
+    if not _is_whole(manifest):
+        raise UserError(f"{str(path)!r} is damaged: {REBUILD}.")
     return manifest
 
 
@@ -551,6 +638,11 @@ def _is_whole(manifest: dict[str, Any]) -> bool:
     if not all(isinstance(value, int) for value in (block, vocab_size, end)) or not isinstance(shards, list):
         return False
     counts = [shard.get(split) if isinstance(shard, dict) else None for shard in shards for split in SPLITS]
+    try:
+        counts += [manifest["splits"][split][name] for split in SPLITS for name in COUNTED]
+        counts += [manifest["dropped"][name] for name in ("documents", "paragraphs")]
+    except MALFORMED:
+        return False
     return (
         manifest.get("dtype") in ("uint16", "uint32")
         and 0 <= end < vocab_size  # type: ignore[operator]

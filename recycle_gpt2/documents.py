@@ -50,9 +50,7 @@ def read_documents(paths: Sequence[Path], *, suffixes: Sequence[str] = SUFFIXES)
         yield document
 
 
-def read_with_positions(
-    paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES
-) -> Iterator[tuple[Document, int]]:
+def read_with_positions(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> Iterator[tuple[Document, int]]:
     """What `read_documents` yields, each with the bytes of all files that have been read so far, as on the disk."""
     done, empty = 0, True
     for path, genre in find_texts(paths, suffixes):
@@ -102,11 +100,14 @@ def find_texts(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> Ite
             raise UserError(f"directory {str(given)!r} holds no text: put {kinds} files there (or .xz, .gz of them).")
 
 
+def files_of(path: Path) -> list[Path]:
+    """A file, or all files in a directory, sorted."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a directory."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size
+    return sum(file.stat().st_size for file in files_of(path))
 
 
 def _is_dataset(directory: Path) -> bool:

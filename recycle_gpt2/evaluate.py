@@ -244,8 +244,12 @@ def sample(
     import torch
 
     require_one_of("strategy", strategy, STRATEGIES)
-    for name, value in (("count", count), ("max_new_tokens", max_new_tokens), ("top_k", top_k),
-                        ("num_beams", num_beams)):
+    for name, value in (
+        ("count", count),
+        ("max_new_tokens", max_new_tokens),
+        ("top_k", top_k),
+        ("num_beams", num_beams),
+    ):
         require_at_least(name, value, 1)
     require_share("top_p", top_p)
     require_temperature(temperature)
@@ -256,8 +260,10 @@ def sample(
     ids = with_end(tokenizer, prompt)
     room = model.config.n_positions - len(ids)
     if room < 1:
-        raise UserError(f"the prompt has {len(ids) - 1} tokens but the model {model.config.n_positions} positions: "
-                        f"shorten the prompt.")
+        raise UserError(
+            f"the prompt has {len(ids) - 1} tokens but the model {model.config.n_positions} positions: "
+            f"shorten the prompt."
+        )
     width = max(count, num_beams if strategy == "beam" else 1)
     size = width * 4 * (2 * model.config.n_layer * model.config.n_embd * model.config.n_positions + 4 * len(tokenizer))
     require_memory(f"{width} texts are written at once", size, model.device, "use a smaller count, or fewer beams")

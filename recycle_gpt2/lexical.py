@@ -162,9 +162,7 @@ def cooccurrence_embeddings(
     return F.pad(embeddings, (0, dim - rank))
 
 
-def replace_lexical(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, table: Float[Tensor, "n d"]
-) -> None:
+def replace_lexical(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, table: Float[Tensor, "n d"]) -> None:
     """Put the new language's token table into `model`, tied to the output, and the ids of its end token in its config.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from torch.nn import functional as F
 from common.checks import UserError, printable, require_at_least, require_file, require_one_of, require_place
 from common.files import write_json, write_text
 from common.runtime import resolve_device
+from recycle_gpt2.records import MALFORMED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEASURES: tuple[str, ...] = ("csls", "cosine")
+
 
 class Neighbours(NamedTuple):
     """Rows of the source table nearest to each target row, best first."""
@@ -79,6 +82,7 @@ def run(config: LexiconConfig) -> None:
     if config.out.suffix == ".json":
         raise UserError(f"out is {str(config.out)!r}, where the precision goes: use another ending, such as .tsv.")
     require_place(config.out)
+    _require_own(config.out)
     device = resolve_device(config.device)
     model, tokenizer = load_gpt2(config.model, device=device)
     source, source_tokenizer = load_gpt2(config.source, device=device)
@@ -104,6 +108,22 @@ def run(config: LexiconConfig) -> None:
         print(f"precision at 1: {found.at_1:.3f}, at 5: {found.at_5:.3f} ({found.words:,} words)")
     write_json(config.out.with_suffix(".json"), {"config": config, "words": len(lexicon), "precision": found})
     print(f"{len(lexicon):,} words written to {config.out}")
+
+
+def _require_own(out: Path) -> None:
+    """Raise UserError where the table or its .json would take the place of what no lexicon wrote."""
+    if out.is_dir():
+        raise UserError(f"out is {str(out)!r}, a directory: give the name of a file.")
+    path = out.with_suffix(".json")
+    try:
+        own = not path.exists() or {"config", "words", "precision"} <= json.loads(path.read_bytes()).keys()
+    except MALFORMED:
+        own = False
+    if not own:
+        raise UserError(
+            f"out is {str(out)!r}, beside which {str(path)!r} would be replaced, which no lexicon wrote: "
+            f"give another name, or move that file away."
+        )
 
 
 def nearest(

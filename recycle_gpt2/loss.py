@@ -37,6 +37,4 @@ def next_token_loss(model: GPT2LMHeadModel, blocks: Int[Tensor, "b t"]) -> Float
     """
     hidden = model.transformer(input_ids=blocks, use_cache=False).last_hidden_state  # (b, t, d)
     wanted = labels(blocks, model.config.eos_token_id)[:, 1:]
-    return tied_cross_entropy(
-        hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight, wanted.flatten()
-    )
+    return tied_cross_entropy(hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight, wanted.flatten())

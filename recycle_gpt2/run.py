@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from common.checks import UserError, require_at_least, require_place, require_text
-from common.files import write_text
+from common.files import MARKER, require_own_directory, write_json, write_text
 from common.gpt2 import load_gpt2
+from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.card import model_card
-from recycle_gpt2.corpus import build_corpus, corpus_hash, load_documents, read_documents, sources_of
+from recycle_gpt2.corpus import (
+    build_corpus,
+    corpus_hash,
+    load_documents,
+    read_documents,
+    read_manifest,
+    require_outside,
+    text_hash,
+)
+from recycle_gpt2.documents import find_texts, size_of
 from recycle_gpt2.evaluate import sample, score_documents, summarise_by, table
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
 from recycle_gpt2.lexicon import run as run_lexicon
+from recycle_gpt2.records import reading
 from recycle_gpt2.stages import (
     DONE,
+    MODEL,
+    SETTINGS,
     AlignConfig,
     FinetuneConfig,
     Initialisation,
@@ -26,9 +40,10 @@ from recycle_gpt2.stages import (
     align_models,
     file_hash,
     finetune,
-    leader,
     model_hash,
     once,
+    read_done,
+    read_settings,
     relearn,
     save_model,
     wait_for,
@@ -36,8 +51,6 @@ from recycle_gpt2.stages import (
 from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from recycle_gpt2.training import StageConfig
 
-SAMPLE = 1 << 20
-"""Bytes at both ends of a text file that tell whether it has changed."""
 STAGES = ("tokenizer", "corpus", "relearn", "align", "relearn-large", "finetune", "evaluate", "lexicon", "card")
 
 
@@ -120,14 +133,16 @@ class _Corpus:
 class _Scoring:
     """What decides the scores, the lexicon and the card."""
 
-    models: dict[str, str]
+    model: str
+    """The stage that made it."""
+    small: str
     dictionary: Path | None = None
 
 
 def run(config: RunConfig) -> int:
     """`recycle-gpt2 run`: every stage that is not done yet, and say where the model is."""
     directory = recycle(config)
-    if leader():
+    if is_first_process():
         if config.push_to_hub:
             print(f"uploaded: {upload(directory, config.push_to_hub)}")
         print(f"model: {directory}; try: recycle-gpt2 sample {directory}")
@@ -144,7 +159,7 @@ def upload(directory: Path, repository: str) -> str:
 
     try:
         HfApi().create_repo(repository, exist_ok=True)
-        return str(HfApi().upload_folder(folder_path=directory, repo_id=repository))
+        return str(HfApi().upload_folder(folder_path=directory, repo_id=repository, ignore_patterns=[MARKER]))
     except Exception as error:  # the client's library decides which: no connection, no token, no such name
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -167,20 +182,31 @@ def recycle(config: RunConfig) -> Path:
         read_dictionary(config.dictionary)
     if config.out.name in ("", ".."):
         raise UserError(f"out is {str(config.out)!r}, which names no new directory: give one that does, as out/gpt2.")
+    require_outside(config.out, config.text)
     work = config.out.with_name(config.out.name + ".stages")
     require_text("out", config.out)
     require_place(work, directory=True)
-    if config.out.exists() and not (config.out / "config.json").exists():
-        raise UserError(f"{str(config.out)!r} exists and is no model directory: give another --out.")
+    text = _text(config.text)
+    if is_first_process():
+        _require_own(config, work, text)
     start(config.runtime)
     block = _check_models(config)
+    with sole_run(work):
+        _make_stages(config, work, block, text)
+    return config.out
+
+
+def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | None) -> None:
+    """Every stage that is not done."""
+    if is_first_process() and known_text is not None:
+        _take_over(config, work, known_text)
 
     def begin(name: str) -> Path:
-        if leader():
+        if is_first_process():
             print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
         return work / name
 
-    text = {"text": _text_hash(config)}
+    text = {"text": known_text}
     tokenizer_directory = begin("tokenizer")
     once(
         tokenizer_directory,
@@ -212,8 +238,14 @@ def recycle(config: RunConfig) -> Path:
     if config.large:
         out = begin("align")
         align_config = AlignConfig(
-            recycled=small, out=out, small=config.small, large=config.large, method=config.method, k=config.k,
-            choose=config.choose, runtime=config.runtime,
+            recycled=small,
+            out=out,
+            small=config.small,
+            large=config.large,
+            method=config.method,
+            k=config.k,
+            choose=config.choose,
+            runtime=config.runtime,
         )
         current = align_models(align_config)
         if config.large_share > 0:
@@ -240,48 +272,85 @@ def recycle(config: RunConfig) -> Path:
 
     models = {"recycled": str(current), "relearned": str(small), "English, untouched": config.small}
     evaluation = begin("evaluate")
-    model = model_hash(current)
+    model, scoring = model_hash(current), _Scoring(current.parent.name, config.small)
     scores = once(
         evaluation,
-        _Scoring(models),
+        scoring,
         lambda: _evaluate(config, corpus, models),
         inputs={"corpus": corpus_hash(corpus), "model": model, "relearned model": model_hash(small)},
     )
     lexicon = begin("lexicon")
     once(
         lexicon,
-        _Scoring(models, config.dictionary),
+        replace(scoring, dictionary=config.dictionary),
         lambda: _make_lexicon(config, current, lexicon),
         inputs={"model": model, "dictionary": file_hash(config.dictionary) if config.dictionary else None},
     )
     card = begin("card")
-    record = once(
+    once(
         card,
-        _Scoring({**models, "out": str(config.out)}),
+        scoring,
         lambda: _finish(config, work, current, scores),
         inputs={"model": model, "scores": file_hash(evaluation / DONE)},
     )
-    if leader() and not (config.out / "config.json").exists():  # moved or deleted since
+    if is_first_process() and not (config.out / "config.json").exists():  # moved or deleted since
         _finish(config, work, current, scores)
-    elif not leader():
+    elif not is_first_process():
         wait_for(config.out / "config.json")
-    return Path(record["model"])
 
 
-def _text_hash(config: RunConfig) -> str | None:
-    """SHA-256 of the text files' names, sizes, beginnings and ends, the same to every process; None without files."""
+def _text(paths: Sequence[Path]) -> str | None:
+    """The text's hash, the same to every process; None where it is not there any more."""
     try:
-        sources = sources_of(config.text)
-    except UserError:  # the stage that reads them complains, if it is not done
+        return text_hash(paths, progress=is_first_process())
+    except UserError:  # the stage that reads it complains, if it is not done
         return None
+
+
+def _require_own(config: RunConfig, work: Path, text: str | None) -> None:
+    """Raise UserError where a model is to be written and something else lies, before any work.
+
+    What an earlier version wrote has no marker: it stays as it is while there is nothing left to make.
+    """
+    stages = ["tokenizer", "corpus", "relearn", "evaluate", "lexicon", "card"]
+    stages += ["align"] if config.large else []
+    stages += ["relearn-large"] if config.large and config.large_share > 0 else []
+    stages += ["finetune"] if config.unfreeze != "none" and config.finetune_share > 0 else []
+    missing = [name for name in stages if not (work / name / DONE).exists()]
+    for name in missing:
+        require_own_directory(work / name / MODEL)
+    recorded = read_settings(work / "corpus").get("inputs", {}).get("text")
+    same_text = None in (text, recorded) or recorded in (text, _sampled_hash(config.text))
+    if missing or not same_text or not (config.out / "config.json").exists():
+        require_own_directory(config.out)
+
+
+def _take_over(config: RunConfig, work: Path, text: str) -> None:
+    """Let the records of version 0.1, which knew a text by its sampled hash, have the hash of today."""
+    sampled, taken = None, False
+    for stage in (work / "tokenizer", work / "corpus"):
+        settings = read_settings(stage)
+        recorded = settings.get("inputs", {}).get("text")
+        if recorded not in (None, text):
+            sampled = sampled or _sampled_hash(config.text)
+            if recorded == sampled:
+                write_json(stage / SETTINGS, {**settings, "inputs": {**settings["inputs"], "text": text}})
+                taken = True
+    if taken:
+        print(f"{work} was begun by version 0.1 with the same text: it goes on.", flush=True)
+
+
+def _sampled_hash(paths: Sequence[Path]) -> str:
+    """Version 0.1's of a text: SHA-256 of the files' names, sizes, and a MiB at both ends."""
     digest = hashlib.sha256()
-    for path, size, _ in sources:
-        digest.update(json.dumps([path, size]).encode())
-        if Path(path).is_file():
+    for path, _ in find_texts(paths):
+        size = size_of(path)
+        digest.update(json.dumps([str(path), size]).encode())
+        if path.is_file():
             with open(path, "rb") as file:
-                digest.update(file.read(SAMPLE))
-                file.seek(max(0, size - SAMPLE))
-                digest.update(file.read(SAMPLE))
+                digest.update(file.read(1 << 20))
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read(1 << 20))
     return digest.hexdigest()
 
 
@@ -323,7 +392,7 @@ def _make_corpus(config: RunConfig, tokenizer: Path, directory: Path, block: int
         workers=config.workers,
         seed=config.runtime.seed,
     )
-    return json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    return read_manifest(directory)
 
 
 def _evaluate(config: RunConfig, corpus: Path, models: dict[str, str]) -> dict[str, Any]:
@@ -361,25 +430,26 @@ def _make_lexicon(config: RunConfig, model: Path, directory: Path) -> dict[str, 
 def _finish(config: RunConfig, work: Path, current: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Write the finished model with its card."""
     records = {
-        name: json.loads((work / name / "done.json").read_text())
+        name: read_done(work / name)
         for name in ("relearn", "relearn-large", "finetune")
-        if (work / name / "done.json").exists()
+        if (work / name / DONE).exists()
     }
     model, tokenizer = load_gpt2(current)
     model.config.name_or_path = config.out.name
-    card = model_card(
-        name=config.out.name,
-        language=config.language,
-        small=_public(config.small),
-        large=_public(config.large),
-        corpus=json.loads((work / "corpus" / "done.json").read_text()),
-        vocab_size=len(tokenizer),
-        stages=records,
-        scores=scores["scores"],
-        samples=scores["samples"],
-        hardware=hardware(),
-        versions=versions(),
-    )
+    with reading(work, f"delete {DONE} in each folder there and give the same command again"):
+        card = model_card(
+            name=config.out.name,
+            language=config.language,
+            small=_public(config.small),
+            large=_public(config.large),
+            corpus=read_done(work / "corpus"),
+            vocab_size=len(tokenizer),
+            stages=records,
+            scores=scores["scores"],
+            samples=scores["samples"],
+            hardware=hardware(),
+            versions=versions(),
+        )
     save_model(model, tokenizer, config.out, card=card)
     write_text(work / "card" / "README.md", card)
     return {"model": str(config.out)}

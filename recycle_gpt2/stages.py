@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import time
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from common.checks import UserError, require_directory, require_same_settings
-from common.files import write_json
+from common.files import require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2, token_table
+from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import settings_of
 from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
@@ -29,6 +29,7 @@ from recycle_gpt2.lexical import (
     replace_lexical,
     train_only,
 )
+from recycle_gpt2.records import RENEW, read_json, reading
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 from recycle_gpt2.training import StageConfig, StageRecord, train_stage
 
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 DONE = "done.json"
+SETTINGS = "settings.json"
 MODEL = "model"
 TRAINING = "training"
-FREE = ("runtime", "devices", "num_nodes", "strategy", "workers")
+FREE = ("runtime", "devices", "num_nodes", "strategy", "workers", "out")
 """Settings that do not change what a finished stage has made (the seed among the runtime's is kept)."""
 PROCESSES = "devices * num_nodes"
 """Must stay the same while a stage trains: the blocks of a step and the number of steps follow from it."""
@@ -109,13 +111,6 @@ class FinetuneConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
-def leader() -> bool:
-    """Whether this process writes (the others, of distributed training, wait for what it has written)."""
-    # Lightning's own launcher sets the first two, torchrun the third, srun the last.
-    ranks = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
-
-
 def wait_for(path: Path, ready: Callable[[], bool] | None = None) -> None:
     """Return when `path` is there, or when it is `ready`; end with the process that was to write it."""
     parent, ready = os.getppid(), ready or path.exists
@@ -162,51 +157,97 @@ def once(
         directory: of the stage.
         config: its configuration.
         work: does it and returns a record for JSON.
-        inputs: hashes of what the stage is made of, by name; None is not known and not compared.
+        inputs: hashes of what the stage is made of, by name; None is not known and not compared. Where one is known,
+            the path in the configuration may be another.
         everyone: all processes of distributed training do the work, not only the first.
 
     Raises:
-        UserError: the directory holds training, or a finished stage, of other settings.
+        UserError: the directory holds training, or a finished stage, of other settings, or a damaged record; a `model`
+            lies there that no stage wrote; or another run is using it.
     """
     directory = Path(directory)
-    done, begun, settings = directory / DONE, directory / "settings.json", stage_settings(config)
     known = {name: value for name, value in inputs.items() if value is not None}
+    with sole_run(directory):
+        return _once(directory, stage_settings(config), work, known, everyone)
+
+
+def _once(
+    directory: Path, settings: dict[str, Any], work: Callable[[], dict[str, Any]], known: dict[str, str], everyone: bool
+) -> dict[str, Any]:
+    done, begun = directory / DONE, directory / SETTINGS
     before: dict[str, Any] = {}
     # Only training leaves something half done that other settings would not fit.
     if begun.exists() and (done.exists() or (directory / TRAINING).exists()):
-        before = _read(begun)
+        before = read_settings(directory)
         if done.exists():
             before.pop(PROCESSES, None)
-        cure = "use the same settings, delete the directory, or give another"
-        require_same_settings(directory, settings | before, settings, cure)  # older directories lack newer settings
-    if leader():
+        _require_same(directory, settings, before, known)
+    if is_first_process():
         if changed := changed_inputs(before, known):
             begin_anew(directory, changed)
         known = before.get("inputs", {}) | known
-        if "inputs" not in before or not done.exists():
+        if before.get("inputs") != known or not done.exists():
             directory.mkdir(parents=True, exist_ok=True)
             write_json(begun, settings | {"inputs": known})
     elif before:
-        wait_for(begun, lambda: not changed_inputs(_read(begun), known))
+        wait_for(begun, lambda: not changed_inputs(read_settings(directory), known))
     if done.exists():
-        return json.loads(done.read_text())
-    if not (leader() or everyone):
+        return read_done(directory)
+    if not (is_first_process() or everyone):
         wait_for(done)
-        return json.loads(done.read_text())
+        return read_done(directory)
+    if is_first_process():
+        require_own_directory(directory / MODEL)  # where the work ends
     record = work()
-    if leader():
+    if is_first_process():
         write_json(done, record | {"inputs": known})
     else:
         wait_for(done)
     return record
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A record; empty where the first process has just moved it away."""
+def _require_same(
+    directory: Path, settings: Mapping[str, Any], before: Mapping[str, Any], known: Mapping[str, str]
+) -> None:
+    """Raise UserError when a stage was begun with other settings; a hash says more than a path."""
+    hashed = {name.removesuffix(" model") for name in known.keys() & before.get("inputs", {}).keys()}
+    now = {name: _place(value) for name, value in settings.items() if name not in hashed}
+    was = now | {name: _place(value) for name, value in before.items()}  # older directories lack newer settings
+    require_same_settings(directory, was, now, "use the same settings, delete the directory, or give another")
+
+
+def _place(value: Any) -> Any:
+    """A path in one form, however it was given; anything else as it is."""
+    if isinstance(value, list):
+        return [_place(item) for item in value]
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What a stage was begun with; empty where the first process has just moved it away.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    path = directory / SETTINGS
+    cure = f"delete the directory {str(directory)!r} to make the stage again, or put an intact file there"
     try:
-        return json.loads(path.read_text())
+        found = read_json(path, cure)
     except FileNotFoundError:
         return {}
+    with reading(path, cure):
+        if not all(isinstance(value, str) for value in found.get("inputs", {}).values()):
+            raise TypeError
+    return found
+
+
+def read_done(directory: Path) -> dict[str, Any]:
+    """The record of a stage that is done.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return read_json(directory / DONE, RENEW)
 
 
 def changed_inputs(before: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
@@ -215,33 +256,34 @@ def changed_inputs(before: Mapping[str, Any], inputs: Mapping[str, str]) -> list
 
 
 def begin_anew(directory: Path, changed: Sequence[str]) -> None:
-    """Make room for a stage whose inputs have changed: what is quickly made again goes, training is kept beside it."""
+    """Make room for a stage whose inputs have changed: its training and its model are kept beside it."""
     what = f"{directory} was made of another {' and '.join(changed)}: it is made again"
-    if (directory / TRAINING).exists():
-        places = (directory.with_name(f"{directory.name}.{number}") for number in itertools.count(1))
-        kept = next(place for place in places if not place.exists())
-        os.replace(directory, kept)
-        print(f"{what}, and what was trained before is kept in {kept}.", flush=True)
-    else:
+    if not any((directory / name).exists() for name in (TRAINING, MODEL)):
         (directory / DONE).unlink(missing_ok=True)
         print(f"{what}.", flush=True)
+        return
+    places = (directory.with_name(f"{directory.name}.{number}") for number in itertools.count(1))
+    kept = next(place for place in places if not place.exists())
+    kept.mkdir()
+    shutil.copy(directory / SETTINGS, kept)
+    # The directory itself stays, for the lock in it. A stop after the training has moved leaves nothing to keep.
+    for name in (TRAINING, MODEL, DONE):
+        if (directory / name).exists():
+            os.replace(directory / name, kept / name)
+    print(f"{what}, and what was trained before is kept in {kept}.", flush=True)
 
 
-def save_model(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, card: str = ""
-) -> Path:
-    """Write a Hugging Face directory with its tokenizer, whole or not at all; one that is there is replaced."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if card:
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    for file in partial.iterdir():
-        file.chmod(0o644)
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(partial, directory)
+def save_model(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, card: str = "") -> Path:
+    """Write a Hugging Face directory with its tokenizer, whole or not at all; one of ours that is there is replaced.
+
+    Raises:
+        UserError: something else lies there, or the disk takes no more.
+    """
+    with whole_directory(directory) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return directory
 
 
@@ -271,7 +313,7 @@ def relearn(config: RelearnConfig) -> Path:
             runtime=config.runtime,
             order=int(config.keep_table),  # a short second relearning sees other blocks than the first began with
         )
-        if leader():
+        if is_first_process():
             save_model(model, tokenizer, config.out / MODEL)
         return described(record)
 
@@ -351,10 +393,11 @@ def align_models(config: AlignConfig) -> Path:
         }
 
     record = once(config.out, config, work, inputs={"recycled model": model_hash(config.recycled)})
-    print(
-        f"aligned by {config.method}: {record['neighbour_overlap']:.1%} of neighbours kept, error on held-out English "
-        f"rows {record['held_out_error']:.3f} (0 perfect, 1 useless)"
-    )
+    with reading(config.out / DONE, RENEW):
+        print(
+            f"aligned by {config.method}: {record['neighbour_overlap']:.1%} of neighbours kept, error on held-out "
+            f"English rows {record['held_out_error']:.3f} (0 perfect, 1 useless)"
+        )
     return config.out / MODEL
 
 
@@ -392,10 +435,8 @@ def finetune(config: FinetuneConfig) -> Path:
             train_only(model, layers=layers)
             directory = config.out / TRAINING / (f"step-{number}" if len(steps) > 1 else "")
             # Each step, a share of an epoch, sees other blocks; 0 and 1 are the orders of relearning.
-            records.append(
-                train_stage(model, train, valid, directory, part, runtime=config.runtime, order=number + 1)
-            )
-        if leader():
+            records.append(train_stage(model, train, valid, directory, part, runtime=config.runtime, order=number + 1))
+        if is_first_process():
             save_model(model, tokenizer, config.out / MODEL)
         last = records[-1]
         return described(

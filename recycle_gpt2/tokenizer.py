@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.checks import UserError, require_between, require_place, require_text
+from common.files import MARKER, require_own_directory, whole_directory
+from recycle_gpt2.documents import read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -36,14 +38,14 @@ class TokenizerConfig:
 
 def run(config: TokenizerConfig) -> None:
     """Train the tokenizer on the text that `config` names and save it."""
-    from recycle_gpt2.corpus import read_documents
-
     require_text("out", config.out)
     require_place(config.out, directory=True)
+    require_own_directory(config.out, "tokenizer")
     tokenizer = train_tokenizer(
         (document.text for document in read_documents(config.text)), config.vocab_size, progress=True
     )
-    save_tokenizer(tokenizer, config.out)
+    with whole_directory(config.out, "tokenizer") as partial:
+        tokenizer.save_pretrained(partial)
     print(f"{len(tokenizer):,} tokens written to {config.out}")
 
 
@@ -96,12 +98,14 @@ def train_tokenizer(
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
     """Save `tokenizer` in `directory` so that a stop leaves the old files or the new ones; returns `directory`."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as partial:
-        tokenizer.save_pretrained(partial)
-        # tokenizer.json last: it is what tells that a tokenizer is there.
-        for file in sorted(Path(partial).iterdir(), key=lambda path: path.name == "tokenizer.json"):
-            shutil.move(file, directory / file.name)
+    with whole_directory(directory / ".new-tokenizer", "tokenizer") as new:
+        tokenizer.save_pretrained(new)
+    new = directory / ".new-tokenizer"
+    # tokenizer.json last: it is what tells that a tokenizer is there.
+    names = sorted({file.name for file in new.iterdir()} - {MARKER}, key=lambda name: name == "tokenizer.json")
+    for name in names:
+        os.replace(new / name, directory / name)
+    shutil.rmtree(new)
     return directory
 
 
@@ -116,9 +120,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not (Path(directory) / "tokenizer.json").is_file():
         raise UserError(f"{str(directory)!r} holds no tokenizer.json: train one with `recycle-gpt2 tokenizer`.")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the Rust parser raises plain Exception
-        raise UserError(f"the tokenizer in {str(directory)!r} cannot be read ({error}): train it again.") from None
+        raise UserError(
+            f"the tokenizer in {str(directory)!r} cannot be read ({error}): delete that directory and train it again."
+        ) from None
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sized
@@ -16,27 +15,23 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError, require_at_least
 from common.files import write_json
 from common.language import IGNORE
+from common.optimizers import MuonAndAdam, decay_matrices, warmup_cosine
 from common.runtime import RuntimeConfig, seed_everything
-from common.training import (
-    BatchOrder,
-    MuonAndAdam,
-    ResumableLoader,
-    TrainerConfig,
-    build_trainer,
-    decay_matrices,
-    fit,
-    load_best,
-    mean_over_processes,
-    warmup_cosine,
-)
+from common.training import TrainerConfig, build_trainer, fit, load_best, mean_over_processes
 from recycle_gpt2.corpus import labels
 from recycle_gpt2.loss import next_token_loss
+from recycle_gpt2.records import RENEW, read_json, reading
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
+
+
+VALIDATIONS = 10
+"""Of a stage, where it has the steps for them: each is a checkpoint, and the best weights are chosen among them."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +57,13 @@ class StageConfig:
     schedule: Literal["plateau", "cosine"] = "plateau"
     """plateau: a tenth of the rate when validation stops improving, as published; cosine: down to zero."""
     patience: int = 1
-    """Validations without improvement that the plateau schedule bears."""
+    """Validations in a row without improvement that the plateau schedule bears."""
     warmup: int = 0
     """Steps of linear warm-up."""
     early_stopping: int = 0
     """Validations without improvement that end the stage; 0 never does."""
     val_every: int = 500
-    """Steps between validations, at most; the last step is always validated."""
+    """Steps between validations, at most: there are about ten in a stage or more, and one after its last step."""
     clip_gradients: float = 1.0
     """Largest norm of the gradient; 0 never clips."""
     devices: int = 1
@@ -103,7 +98,7 @@ def plan(num_blocks: int, block: int, config: StageConfig) -> Plan:
     if tokens <= 0:
         raise UserError(f"epochs is {config.epochs} and tokens is {config.tokens}: set one of them above 0.")
     steps = max(1, math.ceil(tokens / (blocks_per_step * block) - 1e-6))
-    validations = max(1, round(steps / config.val_every))
+    validations = math.ceil(steps / min(config.val_every, math.ceil(steps / VALIDATIONS)))
     every = math.ceil(steps / validations)
     return Plan(every * validations, every, blocks_per_step * block)
 
@@ -143,9 +138,7 @@ def build_optimizer(model: torch.nn.Module, config: StageConfig) -> torch.optim.
     if not trained:
         raise UserError("no tensor is to be trained: choose what the stage trains.")
     if config.optimizer == "muon" and any(".h." in name and p.ndim == 2 for name, p in trained.items()):
-        return MuonAndAdam(
-            model, hidden=".h.", lr_muon=config.lr_muon, lr=config.lr, weight_decay=config.weight_decay
-        )
+        return MuonAndAdam(model, hidden=".h.", lr_muon=config.lr_muon, lr=config.lr, weight_decay=config.weight_decay)
     groups = decay_matrices([*trained.values()], config.weight_decay)
     if config.optimizer == "amsgrad":
         return torch.optim.Adam(groups, lr=config.lr, amsgrad=True)
@@ -378,6 +371,15 @@ def _load_best(model: GPT2LMHeadModel, directory: Path) -> None:
 
 
 def read_record(directory: Path) -> StageRecord:
-    """The record that `train_stage` wrote in `directory`."""
-    fields = json.loads((directory / "stage.json").read_text())
-    return StageRecord(**fields | {"trained": tuple(fields["trained"]), "curve": tuple(fields["curve"])})
+    """The record that `train_stage` wrote in `directory`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = directory / "stage.json"
+    fields = read_json(path, RENEW)
+    with reading(path, RENEW):
+        numbers = ("trained_parameters", "tokens", "flops", "seconds", "val_loss")
+        if not all(isinstance(fields[name], (int, float)) for name in numbers):
+            raise TypeError
+        return StageRecord(**fields | {"trained": tuple(fields["trained"]), "curve": tuple(fields["curve"])})

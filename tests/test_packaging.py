@@ -151,9 +151,11 @@ def test_lock_has_names_and_versions_only(root):
 
 
 # Written in pieces, or this file would find itself.
-FORBIDDEN = [
-    rf"(?<![\w.])/{folder}/[\w.]+" for folder in ("home", "root", "Users", "wo" + "rk")
-] + [r"\b(?:\w+\.)*(?:py" + r"pi|pythonhosted|py" + r"thon-index)\.(?:org|com|net)\b", r"--(?:extra-)?index-" + r"url[ =]\S", r"find-" + r"links[ =]\S"]
+FORBIDDEN = [rf"(?<![\w.])/{folder}/[\w.]+" for folder in ("home", "root", "Users", "wo" + "rk")] + [
+    r"\b(?:\w+\.)*(?:py" + r"pi|pythonhosted|py" + r"thon-index)\.(?:org|com|net)\b",
+    r"--(?:extra-)?index-" + r"url[ =]\S",
+    r"find-" + r"links[ =]\S",
+]
 
 
 def test_no_paths_or_index_hosts_of_a_machine(root, tracked):

@@ -154,7 +154,7 @@ def test_marked_blocks_name_commands_and_options_that_exist(root):
                 elif words[:2] == ["python", "-m"]:
                     assert importlib.util.find_spec(words[2]), (page, words)
                     if words[2] == "experiments.reproduce":
-                        from experiments.reproduce import Config
+                        from experiments.reproduce.config import Config
 
                         tyro.cli(Config, args=words[3:], config=(tyro.conf.OmitArgPrefixes,))
                 checked += 1
@@ -195,6 +195,8 @@ def help_of(module, known, capsys):
     """The options of an experiment or benchmark."""
     if module not in known:
         place = importlib.import_module(module)
+        if hasattr(place, "__path__"):  # a package's command line
+            place = importlib.import_module(f"{module}.__main__")
         if hasattr(place, "Config"):
             flat = (tyro.conf.OmitArgPrefixes,) if hasattr(place, "from_command_line") else ()
             with pytest.raises(SystemExit):

@@ -22,7 +22,7 @@ def load_split(
     files = shard_files(directory, split)[:max_shards]
     if not files:
         raise FileNotFoundError(
-            f"{directory} has no rendered scenes of split {split!r}: run experiments/render_scenes.py first."
+            f"{directory} has no rendered scenes of split {split!r}: run experiments/scenes/render.py first."
         )
     shards = [np.load(file, mmap_mode="r") for file in files]
     images = np.empty((sum(map(len, shards)), *shards[0].shape[1:]), np.uint8)

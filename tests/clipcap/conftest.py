@@ -16,7 +16,7 @@ def clip_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP (32 pixels, patches of 16, widths 16 and 12) in Hugging Face format; read it, do not write to it."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from experiments.train_tiny_clip import train_tokenizer
+    from experiments.backbones.train_clip import train_tokenizer
 
     directory = tmp_path_factory.mktemp("clip") / "random"
     tokenizer = train_tokenizer(["a red cube", "a blue ball next to a cube"], directory)

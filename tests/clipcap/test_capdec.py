@@ -1,6 +1,7 @@
 """Text-only training: the noise, the store of captions' embeddings, and a run without any image."""
 
 import json
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,9 +13,12 @@ import torch
 from torch.nn import functional as F
 
 from clipcap import Captioner
-from clipcap.capdec import build_text_store, inject_noise, one_item_a_caption, read_captions
-from clipcap.readers import CaptionedImage
-from clipcap.training import Captioning, TrainConfig, encode_items, read_items, train
+from clipcap.data.readers.captioned import CaptionedImage
+from clipcap.training.capdec import NOWHERE, build_text_store, inject_noise, one_item_a_caption, read_captions
+from clipcap.training.material import encode_items, read_items
+from clipcap.training.module import CaptionTraining
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.checks import UserError
 from common.clip import load_clip
 from common.runtime import RuntimeConfig
@@ -149,18 +153,29 @@ def test_captions_of_a_layout_need_no_images(tmp_path, photos, clip_directory, l
 def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_directory, with_images, monkeypatch):
     captions = tmp_path / "captions.txt"
     captions.write_text("".join(f"the cat sat on mat {n}\n" for n in range(60)))
-    seen, original = [], Captioning._loss
+    seen, original = [], CaptionTraining._loss
 
     def spy(self, batch):
         if self.trainer.training:
             seen.append(batch["clip_embeddings"].norm(dim=-1))
         return original(self, batch)
 
-    monkeypatch.setattr(Captioning, "_loss", spy)
+    monkeypatch.setattr(CaptionTraining, "_loss", spy)
     config = TrainConfig(
-        data=photos / "dataset.json" if with_images else captions, out=tmp_path / "run", text_only=True,
-        clip=str(clip_directory), gpt2=str(gpt2_directory), mapper="mlp", prefix_length=3, steps=4, batch_size=6,
-        val_every=2, val_captions=5, max_tokens=10, lr=1e-2, runtime=RuntimeConfig(device="cpu"),
+        data=photos / "dataset.json" if with_images else captions,
+        out=tmp_path / "run",
+        text_only=True,
+        clip=str(clip_directory),
+        gpt2=str(gpt2_directory),
+        mapper="mlp",
+        prefix_length=3,
+        steps=4,
+        batch_size=6,
+        val_every=2,
+        val_captions=5,
+        max_tokens=10,
+        lr=1e-2,
+        runtime=RuntimeConfig(device="cpu"),
     )
     directory = train(config)
     lengths = torch.cat(seen)
@@ -171,3 +186,27 @@ def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_d
     captioner = Captioner.from_pretrained(directory, device="cpu")
     assert captioner.model.config.normalize_embeddings  # images are read as the captions were
     assert isinstance(captioner.caption(photos / "00.jpg", max_new_tokens=5), str)
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}", '{"done": 2}', '{"key": KEY, "done": "x"}', '{"key": KEY, "done": -1}',
+                                   '{"key": KEY, "done": 1000}', '{"key": KEY, "done": true}', "[" * 50_000])  # fmt: skip
+def test_a_damaged_text_store_is_made_again(state, clip_directory, tmp_path):
+    items = [CaptionedImage(f"{n}", NOWHERE, (f"the cat {n}",), "train") for n in range(3)]
+    clip = load_clip(clip_directory, device="cpu")
+    good = build_text_store(items, clip, tmp_path / "store").array[:].copy()
+    path = tmp_path / "store" / "text.json"
+    path.write_text(state.replace("KEY", json.dumps(json.loads(path.read_text())["key"])))
+    assert (build_text_store(items, clip, tmp_path / "store").array == good).all()
+
+
+def test_a_disk_without_room_for_all_rows_is_one_line(clip_directory, tmp_path):
+    """A memory map that finds no room while it is written would end the process."""
+    items = [CaptionedImage(f"{n}", NOWHERE, ("the cat",), "train") for n in range(3000)]
+    clip = load_clip(clip_directory, device="cpu")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="store of captions' embeddings .* cannot be written"):
+            build_text_store(items, clip, tmp_path / "store")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

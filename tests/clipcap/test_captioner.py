@@ -11,8 +11,9 @@ from PIL import Image
 
 from clipcap import Captioner, ClipCapConfig, ClipCapModel
 from clipcap import captioner as module
+from clipcap.data.images import ImageError, find_images, read_image
+from clipcap.data.net import Dropped
 from clipcap.decoding import decode
-from clipcap.images import ImageError, find_images, read_image
 from common.checks import UserError
 from common.clip import load_clip
 from common.pretrained import ASSETS
@@ -106,11 +107,11 @@ def test_streaming_reads_no_further_than_its_batch(captioner, photos):
 def test_of_a_list_the_next_batch_is_read_while_one_is_captioned(captioner, photos, monkeypatch):
     images, read, ready = sorted(photos.glob("0*")), [], threading.Event()
 
-    def reading(path):
+    def reading(path, **options):
         read.append(path)
         if len(read) == 4:
             ready.set()
-        return read_image(path)
+        return read_image(path, **options)
 
     def decoding(*arguments, **options):
         assert ready.wait(60)  # for the second batch, with the first in hand
@@ -143,17 +144,15 @@ def test_a_clip_in_memory_is_taken_when_it_is_the_captioners(captioner, clip_dir
 
 
 def test_urls(monkeypatch, captioner, photos):
-    from clipcap import download
-
     asked = []
 
     def fetch(url, **options):
         asked.append(options)
         if "gone" in url:
-            raise download.Dropped("HTTP 404")
+            raise Dropped("HTTP 404")
         return (photos / "00.jpg").read_bytes()[: 150 if "cut" in url else None]
 
-    monkeypatch.setattr(download, "fetch", fetch)
+    monkeypatch.setattr("clipcap.data.images.fetch", fetch)
     local = captioner.caption(photos / "00.jpg", max_new_tokens=4)
     assert captioner.caption("https://example.org/a.jpg", max_new_tokens=4) == local
     assert asked[0]["max_bytes"] > 0 and not asked[0].get("allow_private")
@@ -215,5 +214,7 @@ def test_a_batch_may_be_as_large_as_one_likes_but_must_fit_in_memory(captioner, 
 def test_a_coldest_temperature_still_gives_captions(captioner, photos):
     from common.checks import LEAST_TEMPERATURE
 
-    (found,) = captioner.caption([photos / "00.jpg"], strategy="sample", temperature=LEAST_TEMPERATURE, max_new_tokens=4)
+    (found,) = captioner.caption(
+        [photos / "00.jpg"], strategy="sample", temperature=LEAST_TEMPERATURE, max_new_tokens=4
+    )
     assert found == captioner.caption(photos / "00.jpg", strategy="greedy", max_new_tokens=4)

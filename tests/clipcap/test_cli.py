@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from clipcap.cli import SUBCOMMANDS, main
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.config import ClipCapConfig
+from clipcap.model import ClipCapModel
 
 
 @pytest.fixture
@@ -307,7 +308,9 @@ def test_csv_for_a_spreadsheet_has_no_formula(capsys, photos, model, monkeypatch
         assert safe["caption"] == (text if text in texts[-2:] else f"'{text}") and safe["score"] == exact["score"]
 
 
-@pytest.mark.parametrize("line", [b"5", b"[]", b"{}", b'["k", null]', b'["k", {"image": "x", "captions": []}]', b"[" * 99999])
+@pytest.mark.parametrize(
+    "line", [b"5", b"[]", b"{}", b'["k", null]', b'["k", {"image": "x", "captions": []}]', b"[" * 99999]
+)
 def test_a_line_that_no_run_has_written_is_done_again(capsys, photos, model, tmp_path, monkeypatch, line):
     out, options = tmp_path / "c.jsonl", ("--model", model, "--max-new-tokens", 4, "--batch-size", 2)
     from clipcap.captioner import Captioner
@@ -331,9 +334,12 @@ def test_a_sidecar_that_is_not_utf8_is_shown_on_the_sheet_all_the_same(capsys, p
 
 def test_domains_and_reasons_are_shown_as_they_are(capsys):
     """Rich would take [/x] for a tag that is closed and was never opened."""
-    from clipcap.evaluate import Evaluation, print_scores
+    from clipcap.evaluation.page import print_scores
+    from clipcap.evaluation.scores import Evaluation
 
     part = {"images": 1, "scores": {"CIDEr": 1.0}, "intervals": {}}
-    print_scores(Evaluation({"a": "x"}, {"CIDEr": 1.0}, {}, {"[/x]\x1b[2J": part}, {}, {"SPICE": "[/y]"}, "words", {}, {}))
+    print_scores(
+        Evaluation({"a": "x"}, {"CIDEr": 1.0}, {}, {"[/x]\x1b[2J": part}, {}, {"SPICE": "[/y]"}, "words", {}, {})
+    )
     shown = capsys.readouterr().out
     assert "[/x]" in shown and "[/y]" in shown and "\x1b[2J" not in shown

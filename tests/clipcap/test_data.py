@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clipcap import tokens
-from clipcap.data import CaptionDataset, collate, read_dataset
+from clipcap.data import tokens
+from clipcap.data.dataset import CaptionDataset, collate, read_dataset
+from common.batches import BatchOrder
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.language import IGNORE
-from common.training import BatchOrder
 
 
 @pytest.fixture

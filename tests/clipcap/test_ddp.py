@@ -9,7 +9,8 @@ import sys
 import torch
 from safetensors.torch import load_file
 
-from clipcap.training import TrainConfig, train
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 torch.set_num_threads(1)
-from clipcap.training import Captioning, TrainConfig, train
+from clipcap.training.train import CaptionTraining, TrainConfig, train
 from common.runtime import RuntimeConfig
 
 photos, clip, gpt2, out = sys.argv[1:]
@@ -31,7 +32,7 @@ config = TrainConfig(
 )
 train(config)
 part = replace(config, out=Path(out) / "part", tune_gpt2=True)
-original = Captioning.training_step
+original = CaptionTraining.training_step
 
 def die(self, batch, batch_idx):
     if self.global_step == 5:
@@ -39,11 +40,11 @@ def die(self, batch, batch_idx):
     return original(self, batch, batch_idx)
 
 train(replace(part, out=Path(out) / "tuned"))
-Captioning.training_step = die
+CaptionTraining.training_step = die
 try:
     train(part)
 except KeyError:
-    Captioning.training_step = original
+    CaptionTraining.training_step = original
 train(part)
 print("done", os.environ.get("LOCAL_RANK"))
 """
@@ -63,8 +64,18 @@ def test_two_processes(photos, clip_directory, gpt2_directory, tmp_path, root):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done") == 2 and "GLOBAL_RANK" not in done.stderr
     one = TrainConfig(
-        data=photos / "dataset.json", out=tmp_path / "one", clip=str(clip_directory), gpt2=str(gpt2_directory),
-        mapper="mlp", prefix_length=3, steps=10, batch_size=6, val_every=2, val_captions=2, max_tokens=10, lr=1e-2,
+        data=photos / "dataset.json",
+        out=tmp_path / "one",
+        clip=str(clip_directory),
+        gpt2=str(gpt2_directory),
+        mapper="mlp",
+        prefix_length=3,
+        steps=10,
+        batch_size=6,
+        val_every=2,
+        val_captions=2,
+        max_tokens=10,
+        lr=1e-2,
         runtime=RuntimeConfig(device="cpu"),
     )
     alone = load_file(train(one) / "model.safetensors")
@@ -94,8 +105,15 @@ def test_two_processes_of_torchrun(tmp_path, root):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("captioner written to") == 1
     one = TrainConfig(
-        data=data, out=tmp_path / "one", embeddings=embeddings, mapper="mlp", steps=2, batch_size=8, lr=1e-2,
-        val_captions=0, runtime=RuntimeConfig(device="cpu"),
+        data=data,
+        out=tmp_path / "one",
+        embeddings=embeddings,
+        mapper="mlp",
+        steps=2,
+        batch_size=8,
+        lr=1e-2,
+        val_captions=0,
+        runtime=RuntimeConfig(device="cpu"),
     )
     alone = load_file(train(one) / "model.safetensors")
     together = load_file(tmp_path / "two" / "model" / "model.safetensors")

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from clipcap import ClipCapConfig, ClipCapModel
-from clipcap.decoding import _Sampler, _topk, decode
+from clipcap.cache import largest
+from clipcap.decoding import decode
 from clipcap.packing import decoding_parts
+from clipcap.search import Sampler
 from common.checks import UserError
 
 STOPS = [3, 7, 11, 20, 25, 30, 36]
@@ -115,7 +117,9 @@ def test_greedy_equals_generate_of_transformers(model, embeddings):
         inputs_embeds=model.prefix(embeddings), attention_mask=torch.ones(7, 3), do_sample=False, max_new_tokens=12,
         eos_token_id=STOPS, pad_token_id=0,
     )  # fmt: skip
-    for row, [caption] in zip(theirs.tolist(), decode(model, embeddings, strategy="greedy", max_new_tokens=12), strict=True):
+    for row, [caption] in zip(
+        theirs.tolist(), decode(model, embeddings, strategy="greedy", max_new_tokens=12), strict=True
+    ):
         assert row[: len(caption.token_ids)] == caption.token_ids
 
 
@@ -190,7 +194,9 @@ class FixedLogits:
     ],
 )
 def test_samples_have_the_asked_distribution(options, expected):
-    sampler = _Sampler(**{"top_k": None, "top_p": None, "temperature": 1.0} | options, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(
+        **{"top_k": None, "top_p": None, "temperature": 1.0} | options, generator=torch.Generator().manual_seed(0)
+    )
     log_probs, chosen = sampler(FixedLogits([0.1, 0.4, 0.3, 0.2]), torch.zeros(1, 20000, 1))
     shares = torch.bincount(chosen[0], minlength=4) / 20000
     torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0)
@@ -235,7 +241,7 @@ def test_topk_by_blocks_is_topk():
     x = torch.randn(9, 1000, generator=torch.Generator().manual_seed(0))
     for count in (1, 5, 15):
         for columns in (1000, 960, 17):
-            values, where = _topk(x[:, :columns], count, block=16)
+            values, where = largest(x[:, :columns], count, block=16)
             expected = x[:, :columns].topk(count, -1)
             assert torch.equal(values, expected.values) and torch.equal(where, expected.indices)
 
@@ -281,7 +287,9 @@ def test_packed_gpt2_computes_the_same(model):
         assert decoding_parts(model.gpt2)[0] is transformer  # packed once
 
 
-@pytest.mark.parametrize("change", [lambda p: p.mul_(-1), lambda p: p.data.mul_(-1)], ids=["in_place", "behind_its_back"])
+@pytest.mark.parametrize(
+    "change", [lambda p: p.mul_(-1), lambda p: p.data.mul_(-1)], ids=["in_place", "behind_its_back"]
+)
 def test_changed_weights_are_packed_again(model, embeddings, change):
     model = copy.deepcopy(model)  # also after decoding
     before = ids(decode(model, embeddings, strategy="greedy", max_new_tokens=6))

@@ -1,6 +1,7 @@
 """The downloader against a server that the test starts: what comes, what is dropped and why, and what is never asked."""
 
 import contextlib
+import gzip
 import io
 import json
 import multiprocessing
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipcap import download as module
 from clipcap.cli import main
-from clipcap.download import DownloadConfig, Dropped, download, fetch, is_public, read_journal, url_key
-from clipcap.readers import read_dataset
+from clipcap.data import download as module
+from clipcap.data.download import DownloadConfig, download
+from clipcap.data.journal import read_journal, url_key
+from clipcap.data.net import Dropped, fetch, is_public
+from clipcap.data.readers import read_dataset
 from common.checks import UserError
 
 
@@ -163,22 +166,22 @@ def test_a_killed_download_leaves_no_half_files_and_goes_on(server, tmp_path, mo
         replace(source, target)
 
     def victim():
-        monkeypatch.setattr(module.os, "replace", kill_before_the_tenth)
+        monkeypatch.setattr(os, "replace", kill_before_the_tenth)
         download(settings(tsv, out, workers=1))
 
     process = multiprocessing.get_context("fork").Process(target=victim)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    kept = files(out / "images")
-    assert len(kept) == 9 and len(files(out / "partial")) == 1
+    kept = [name for name in files(out / "images") if name.endswith(".jpg")]
+    assert len(kept) == 9 and len(files(out / "images")) == 10
     for name in kept:
         Image.open(out / "images" / name).load()
     with open(out / "journal.jsonl", "a") as file:
         file.write('{"key": "half a li')
     server.asked.clear()
     report = download(settings(tsv, out))
-    assert report["downloaded"] == 30 and not (out / "partial").exists()
+    assert report["downloaded"] == 30 and len(files(out / "images")) == 30
     assert len(server.asked) in (21, 22)  # an image whose journal line was lost with the process comes again
     assert len(read_journal(out)) == 30
 
@@ -211,7 +214,7 @@ def test_this_machine_is_never_asked_without_allowance(server, tmp_path, host):
 
 def test_a_redirect_inward_is_not_followed(server, monkeypatch):
     # The test's own server stands for a public one; the address it sends to does not.
-    monkeypatch.setattr(module, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("clipcap.data.net.is_public", lambda address: address == "127.0.0.1")
     options = dict(timeout=5, max_bytes=10**6)
     assert fetch(f"{server.url}/redirect.jpg", **options) == picture()
     with pytest.raises(Dropped, match="address is not public"):
@@ -231,7 +234,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(server, monkeypatch
         return resolve("127.0.0.1" if len(asked) == 1 else "127.0.0.2", *rest, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
-    monkeypatch.setattr(module, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("clipcap.data.net.is_public", lambda address: address == "127.0.0.1")
     port = server.server_address[1]
     assert fetch(f"http://rebind.example:{port}/good.jpg", timeout=5, max_bytes=10**6) == picture()
     assert asked == ["rebind.example"]
@@ -269,3 +272,124 @@ def test_mistakes_are_one_line(server, tmp_path, capsys):
     tsv.write_text(f"a\t{server.url}/good.jpg\nno url\n")
     assert main(["download", str(tsv), "--out", str(tmp_path / "out"), "--allow-private"]) == 2
     assert "line 2" in capsys.readouterr().err and not server.asked["/good.jpg"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--timeout inf", "--timeout nan", "--timeout 0", "--timeout -1", "--timeout 1e300", "--max-megabytes inf",
+     "--max-megabytes nan", "--max-megabytes 0", "--max-megabytes 1e300", "--backoff inf", "--backoff nan",
+     "--backoff -1", "--retries -1", "--retries 1000000", "--workers 0", "--workers 1000000", "--limit -1"],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_one_line(option, tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text("a\thttp://a.example/a.jpg\n")
+    assert main(["download", str(tmp_path / "a.tsv"), "--out", str(tmp_path / "out"), *option.split()]) == 2
+    name = option.split()[0][2:].replace("-", "_")
+    last = capsys.readouterr().err.splitlines()[-1]  # before it, servers of other tests may tell of clients that left
+    assert last.startswith(f"error: {name} is ") and not (tmp_path / "out").exists()
+
+
+def test_what_a_journal_names_outside_is_not_looked_at(server, tmp_path):
+    tsv, out = write_tsv(tmp_path, server, ["/good.jpg"]), tmp_path / "out"
+    out.mkdir()
+    key = url_key(f"{server.url}/good.jpg")
+    (tmp_path / "secret.jpg").write_bytes(picture())
+    lines = [
+        {"key": key, "file": file}
+        for file in ("../secret.jpg", str(tmp_path / "secret.jpg"), f"images/{key[:2]}/../../../secret.jpg", 5, ["a"])
+    ]
+    lines += [{"key": [key], "file": ""}, {"key": key, "dropped": ["x"]}, {"key": "../../up", "file": ""}]
+    (out / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "9" * 100_000 + "\n")
+    assert read_journal(out) == {}
+    assert download(settings(tsv, out))["downloaded"] == 1 and server.asked["/good.jpg"] == 1
+    [item] = read_dataset(tsv, images=out)
+    assert item.path == out / "images" / key[:2] / f"{key}.jpg"
+
+
+def test_nothing_of_others_is_deleted_or_written_over(server, tmp_path):
+    tsv, out = write_tsv(tmp_path, server, ["/good.jpg"]), tmp_path / "out"
+    mine = ["partial/mine.txt", "images/mine.jpg", "images/00/.mine.tmp", "images/00/.mine.jpg.abcdefgh.tmp"]
+    for name in mine:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    assert download(settings(tsv, out))["downloaded"] == 1
+    assert all((out / name).read_text() == "mine" for name in mine)
+    for name in ("captions.jsonl", "report.json"):
+        other = tmp_path / f"other-{name}"
+        other.mkdir()
+        (other / name).write_text("mine")
+        with pytest.raises(UserError, match="was not written by this command"):
+            download(settings(tsv, other))
+        assert (other / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["images", "images/KEY", "captions.jsonl", "journal.jsonl", "report.json"])
+def test_nothing_is_written_through_a_link(server, tmp_path, name):
+    tsv, out, elsewhere = write_tsv(tmp_path, server, ["/good.jpg"]), tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = out / name.replace("KEY", url_key(f"{server.url}/good.jpg")[:2])
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere / "new" if "." in name else elsewhere)
+    with pytest.raises(UserError, match="is a link"):
+        download(settings(tsv, out))
+    assert not os.listdir(elsewhere)
+
+
+def test_an_image_is_not_written_over_a_links_target(server, tmp_path):
+    tsv, out = write_tsv(tmp_path, server, ["/good.jpg"]), tmp_path / "out"
+    key = url_key(f"{server.url}/good.jpg")
+    link = out / "images" / key[:2] / f"{key}.jpg"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "mine")
+    (tmp_path / "mine").write_text("mine")
+    assert download(settings(tsv, out))["dropped"] == {"a link lies in its place": 1}
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_images_with_too_many_pixels_are_dropped(monkeypatch):
+    assert module.image_suffix(picture()) == ".jpg"
+    monkeypatch.setattr(module, "MAX_PIXELS", 1599)
+    with pytest.raises(Dropped, match="too many pixels"):
+        module.image_suffix(picture())
+
+
+def test_two_in_one_file_and_avif_are_images():
+    data = io.BytesIO()
+    frame = Image.new("RGB", (8, 8), "red")
+    frame.save(data, "MPO", save_all=True, append_images=[frame])
+    assert module.image_suffix(data.getvalue()) == ".jpg"
+    frame.save(data := io.BytesIO(), "AVIF")
+    assert module.image_suffix(data.getvalue()) == ".avif"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000,
+     b"HTTP/1.1 200 " + b"x" * 100_000, b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000],
+)  # fmt: skip
+def test_huge_headers_are_dropped(head):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(4096)
+                connection.sendall(head + b"\r\n\r\n" + b"x" * 10)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(Dropped):
+            fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/", timeout=5, max_bytes=100, allow_private=True)
+
+
+def test_what_is_compressed_on_the_way_is_not_unpacked(tmp_path):
+    bomb = gzip.compress(bytes(10_000_000))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + bomb)
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        assert fetch(url, timeout=5, max_bytes=100_000, allow_private=True) == bomb

@@ -1,5 +1,7 @@
 """The embedding store: right rows, resume, mismatch, damage, killed workers, a full disk."""
 
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -14,11 +16,12 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from clipcap import embeddings
 from clipcap.cli import main
-from clipcap.data import CaptionDataset, read_dataset
-from clipcap.embeddings import EmbeddingStore, StoreWriter, build_store, encode, fingerprint
-from clipcap.images import read_image
+from clipcap.data import embeddings
+from clipcap.data.dataset import CaptionDataset, read_dataset
+from clipcap.data.embeddings import build_store, clip_fingerprint, encode
+from clipcap.data.images import read_image
+from clipcap.data.store import EmbeddingStore, StoreWriter
 from common.checks import UserError
 from common.clip import load_clip
 from common.gpt2 import load_gpt2
@@ -112,7 +115,7 @@ def test_a_mismatch_is_an_error_and_never_a_silent_one(items, clip, clip_directo
     store = tmp_path / "store"
     build_store(items, clip, store)
     shutil.copytree(clip_directory, tmp_path / "elsewhere")
-    assert fingerprint(load_clip(tmp_path / "elsewhere", device="cpu")) == fingerprint(clip)
+    assert clip_fingerprint(load_clip(tmp_path / "elsewhere", device="cpu")) == clip_fingerprint(clip)
     build_store(items, load_clip(tmp_path / "elsewhere", device="cpu"), store)  # the same weights in another place
     with pytest.raises(UserError, match=r"other weights.*'tiny'"):
         build_store(items, load_clip("tiny", device="cpu"), store)
@@ -190,10 +193,10 @@ def test_no_readable_image_is_an_error(items, photos, clip, tmp_path):
 
 
 def test_a_killed_worker_is_one_line_and_nothing_is_lost(items, clip, tmp_path, monkeypatch):
-    def read_or_die(path):
+    def read_or_die(path, **options):
         if path == items[9].path and get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read_image(path)
+        return read_image(path, **options)
 
     monkeypatch.setattr(embeddings, "read_image", read_or_die)
     assert multiprocessing.get_start_method() == "fork"  # or the workers would not have the patch
@@ -220,6 +223,66 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(items, clip, tmp_path):
     store = build_store(items, clip, tmp_path / "store", batch_size=2, inputs="patches")
     whole = build_store(items, clip, tmp_path / "whole", batch_size=2, inputs="patches")
     assert np.array_equal(list(store.array), list(whole.array))
+
+
+def test_a_full_disk_at_the_end_loses_nothing(items, clip, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings.StoreWriter, "finish", full)
+        with pytest.raises(UserError, match=r"no room for embedding store .* after 12 of 12 images"):
+            build_store(items, clip, tmp_path / "store")
+    seen = []
+    build_store(items, clip, tmp_path / "store", progress=seen.append)
+    assert seen == [12]  # none is encoded again
+
+
+SILLY = [
+    {"row_shape": [2**40, 2**40]}, {"row_shape": [1]}, {"row_shape": [3, 4]}, {"row_shape": [12.0]}, {"row_shape": [True]},
+    {"row_shape": [-12]}, {"row_shape": []}, {"row_shape": None}, {"row_shape": [24]}, {"rows": 2**60}, {"rows": 13},
+    {"rows": 0}, {"rows": True}, {"rows": "12"}, {"rows_per_shard": 1}, {"rows_per_shard": 0}, {"rows_per_shard": 4.0},
+    {"dtype": ["float16"]}, {"dtype": "object"}, {"dtype": "float32"}, {"precision": ["fp32"]}, {"skipped": {"a": 1}},
+    {"key": {}}, {"key": {"inputs": ["embedding"]}}, {"key": {"inputs": "patches"}}, {"clip": None}, {"format": [2]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SILLY, ids=str)
+def test_a_manifest_that_does_not_fit_its_files_is_refused(items, clip, tmp_path, change):
+    build_store(items, clip, tmp_path / "store")
+    path = tmp_path / "store" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    before = {file.name: file.read_bytes() for file in path.parent.glob("*.bin")}
+    path.write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError) as caught:
+        EmbeddingStore(path.parent)
+    assert len(str(caught.value).splitlines()) == 1
+    with contextlib.suppress(UserError):  # nor does a writer spoil what is there
+        embeddings.StoreWriter(path.parent, manifest["key"], "clip").close()
+    assert {file.name: file.read_bytes() for file in path.parent.glob("*.bin")} == before
+
+
+def test_names_that_do_not_fit_their_rows_are_refused(items, clip, tmp_path):
+    build_store(items, clip, tmp_path / "store")
+    names = tmp_path / "store" / "names.bin"
+    good = names.read_bytes()
+    names.write_bytes(good[:-1])
+    with pytest.raises(UserError, match="does not fit names.bin"):
+        EmbeddingStore(names.parent)
+    names.write_bytes(b"\xff" * len(good))
+    with pytest.raises(UserError, match="names.bin of .* is damaged"):
+        EmbeddingStore(names.parent).ids  # noqa: B018
+
+
+def test_a_store_that_is_added_to_can_be_read_meanwhile(items, clip, tmp_path):
+    build_store(items, clip, tmp_path / "store", dtype="float32")
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    writer = embeddings.StoreWriter(tmp_path / "store", manifest["key"], "clip")
+    writer.append(["new"], np.ones((1, 12), np.float32), [embeddings.Source(1, 2, 3)])
+    assert len(EmbeddingStore(tmp_path / "store")) == 12
+    writer.close()
+    writer.finish()
+    assert len(EmbeddingStore(tmp_path / "store")) == 13
 
 
 def test_numbers_beyond_half_precision_are_an_error(tmp_path):

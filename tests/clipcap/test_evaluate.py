@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from clipcap import captioner as captioner_module
-from clipcap import metrics
 from clipcap.cli import main
-from clipcap.data import read_dataset
-from clipcap.evaluate import EvaluateConfig, evaluate, evaluate_captions, evaluation_page, read_captions
-from clipcap.metrics import score_captions
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.config import ClipCapConfig
+from clipcap.data.dataset import read_dataset
+from clipcap.evaluation import metrics
+from clipcap.evaluation.caption_files import read_captions
+from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
+from clipcap.evaluation.metrics import score_captions
+from clipcap.evaluation.page import evaluation_page
+from clipcap.evaluation.scores import evaluate_captions
+from clipcap.model import ClipCapModel
 from common import clip as clip_module
 from common.checks import UserError
 from common.clip import FrozenCLIP

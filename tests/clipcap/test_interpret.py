@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from clipcap.captioner import Captioner
 from clipcap.cli import main
-from clipcap.images import read_image
-from clipcap.interpret import common_share, interpret, nearest_tokens
-from clipcap.model import ClipCapConfig, ClipCapModel
+from clipcap.config import ClipCapConfig
+from clipcap.data.images import read_image
+from clipcap.evaluation.interpret import common_share, interpret, nearest_tokens
+from clipcap.model import ClipCapModel
 from common.checks import UserError
 from common.gpt2 import token_table
 
@@ -93,7 +94,9 @@ def test_sums_are_taken_where_doubles_are(model, photos, monkeypatch):
     expected, normalised = interpret(captioner, paths, batch_size=3), []
     prefix, table = captioner.model.prefix, token_table
     monkeypatch.setattr(captioner.model, "prefix", lambda *given: prefix(*given).as_subclass(OnApple))
-    monkeypatch.setattr("clipcap.interpret.token_table", lambda gpt2: (normalised.append(gpt2), table(gpt2))[1])
+    monkeypatch.setattr(
+        "clipcap.evaluation.interpret.token_table", lambda gpt2: (normalised.append(gpt2), table(gpt2))[1]
+    )
     assert interpret(captioner, paths, batch_size=3) == expected
     assert len(normalised) == 1  # the lexical embeddings, once for all images
 

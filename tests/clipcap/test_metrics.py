@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from clipcap import metrics
-from clipcap.metrics import (
+from clipcap.evaluation import metrics
+from clipcap.evaluation.metrics import (
     PROMPT,
     Metric,
     bootstrap,
@@ -228,7 +228,7 @@ def test_clip_score_is_its_formula():
 
 
 def test_clip_score_puts_its_words_before_captions(clip_directory, photos):
-    from clipcap.images import read_image
+    from clipcap.data.images import read_image
     from common.clip import load_clip
 
     clip = load_clip(clip_directory, device="cpu")

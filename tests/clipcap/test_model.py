@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -15,8 +16,8 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 
 from clipcap import ClipCapConfig, ClipCapModel
 from clipcap.captioner import Captioner
+from clipcap.data.images import ImageError, find_images, read_image
 from clipcap.decoding import decode
-from clipcap.images import ImageError, find_images, read_image
 from common.checks import UserError
 from common.clip import ImageFeatures
 from common.language import IGNORE
@@ -26,7 +27,9 @@ GPT2 = dict(vocab_size=53, n_embd=16, n_layer=2, n_head=2, n_positions=40)
 
 def make(seed: int = 0, **fields) -> ClipCapModel:
     torch.manual_seed(seed)
-    fields = dict(clip_width=12, prefix_length=3, clip_length=2, mapper_layers=2, mapper_heads=4, gpt2_config=GPT2) | fields
+    fields = (
+        dict(clip_width=12, prefix_length=3, clip_length=2, mapper_layers=2, mapper_heads=4, gpt2_config=GPT2) | fields
+    )
     return ClipCapModel(ClipCapConfig(**fields)).eval()
 
 
@@ -274,6 +277,64 @@ def test_checkpoint_of_other_sizes_is_named(tmp_path):
         ClipCapModel.from_pretrained(tmp_path)
 
 
+def files(directory) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def small_disk():
+    """As if a disk had room for files of 4000 bytes alone."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_while_saving_is_one_line_and_changes_nothing(tmp_path, small_disk):
+    model = make(tune_gpt2=True)
+    with pytest.raises(UserError, match="captioner .* cannot be written .*free some space") as caught:
+        model.save_pretrained(tmp_path / "new")
+    assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("before")
+    with pytest.raises(UserError, match="cannot be written"):
+        model.save_pretrained(tmp_path / "old")
+    assert files(tmp_path) == {"old/config.json": b"before"}
+
+
+def test_saving_replaces_its_own_files_and_no_others(tmp_path):
+    place, elsewhere = tmp_path / "clone", tmp_path / "elsewhere.safetensors"
+    (place / ".git").mkdir(parents=True)
+    others = {".git/HEAD": b"main", "README.md": b"mine", "onnx.bin": b"mine", "tokenizer.model": b"mine"}
+    for name, content in others.items():
+        (place / name).write_bytes(content)
+    elsewhere.write_bytes(b"in the hub's cache")
+    (place / "model.safetensors").symlink_to(elsewhere)
+    first, second = make(0, tune_gpt2=True), make(1, tune_gpt2=True)
+    first.save_pretrained(place, max_shard_size="20kB")  # several files
+    assert len(list(place.glob("model-*.safetensors"))) > 1 and not (place / "model.safetensors").exists()
+    batch = example(first)
+    assert torch.equal(ClipCapModel.from_pretrained(place)(**batch).logits, first(**batch).logits)
+    second.save_pretrained(place)
+    assert torch.equal(ClipCapModel.from_pretrained(place)(**batch).logits, second(**batch).logits)
+    first.save_pretrained(place, max_shard_size="20kB")
+    assert torch.equal(ClipCapModel.from_pretrained(place)(**batch).logits, first(**batch).logits)
+    assert elsewhere.read_bytes() == b"in the hub's cache"
+    assert files(place).items() >= others.items() and not list(place.glob(".saving-*"))
+    modes = {file.stat().st_mode & 0o777 for file in place.glob("*.safetensors")}
+    assert modes == {0o644}  # anybody may read them, as the rest
+
+
+def test_a_config_keeps_nothing_that_chooses_code():
+    config = ClipCapConfig(
+        gpt2_config=GPT2 | {"_attn_implementation": "somebody/kernel"}, attn_implementation="somebody/kernel",
+        _attn_implementation="somebody/kernel", quantization_config={}, auto_map={"AutoModel": "evil.Evil"},
+    )  # fmt: skip
+    assert config._attn_implementation is None
+    assert not hasattr(config, "auto_map") and not hasattr(config, "quantization_config")
+    assert ClipCapModel(config).gpt2.config._attn_implementation == "sdpa"
+
+
 def test_not_a_captioner(backbone, tmp_path):
     with pytest.raises(UserError, match="is a 'gpt2' model, not a captioner"):
         ClipCapModel.from_pretrained(backbone)
@@ -312,7 +373,9 @@ class FakeCLIP:
     name, width, patch_width, image_size = "fake", 12, 12, 4
 
     def preprocess(self, images):
-        return torch.stack([torch.from_numpy(np.array(i.resize((4, 4))).transpose(2, 0, 1) / 255.0) for i in images]).float()
+        return torch.stack(
+            [torch.from_numpy(np.array(i.resize((4, 4))).transpose(2, 0, 1) / 255.0) for i in images]
+        ).float()
 
     def encode_image_features(self, pixels, *, packed=False):
         colour = pixels.mean((2, 3)).repeat(1, 4)
@@ -361,7 +424,9 @@ def test_sampled_captions_are_reproducible(captioner):
 
 def test_captioner_wants_its_own_clip(backbone):
     model = ClipCapModel.from_backbones(ClipCapConfig(clip_width=10, gpt2=str(backbone), clip="openai/other"))
-    with pytest.raises(UserError, match=r"width 12 but the captioner reads 10: use the CLIP it was trained on \(openai"):
+    with pytest.raises(
+        UserError, match=r"width 12 but the captioner reads 10: use the CLIP it was trained on \(openai"
+    ):
         Captioner(model, FakeCLIP())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,3 +173,26 @@ def test_bad_files_are_refused_by_name(tmp_path, capsys):
     assert "never run" not in capsys.readouterr().out
     with pytest.raises(UserError, match="n_head is 12: use a divisor of this GPT-2's width 64."):
         load_original_checkpoint(GOLDEN / "clipcap_mlp.pt")
+
+
+def test_a_foreign_directory_is_refused_before_anything_is_read(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="'notes.txt', which was not written by this command"):
+        convert(tmp_path / "there-is-no-such-checkpoint.pt", out)
+    assert [file.name for file in out.iterdir()] == ["notes.txt"]
+
+
+def test_a_conversion_is_written_whole_and_again(tmp_path, monkeypatch):
+    source, out = GOLDEN / "clipcap_mlp.pt", tmp_path / "out"
+    convert(source, out, n_head=4)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    convert(source, out, n_head=4)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="cannot be written .No space left on device."):
+            convert(source, out, n_head=4)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,7 +1,9 @@
 """Readers of captioned images: each layout on a small file of its real shape, and errors that name the row."""
 
+import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
 from typing import get_args
@@ -11,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipcap.readers import Format, is_plain_text, read_dataset
+from clipcap.data import untrusted
+from clipcap.data.readers import Format, is_plain_text, read_dataset
 from common.checks import UserError
+from common.files import MARKER
 
 
 @pytest.fixture
@@ -126,8 +130,6 @@ def test_duplicate_ids_and_empty_folders(folder, tmp_path):
         read_dataset(tmp_path / "empty")
     with pytest.raises(UserError, match="does not exist"):
         read_dataset(tmp_path / "nowhere")
-
-
 
 
 def coco(domains=None):
@@ -324,7 +326,7 @@ def test_a_damaged_pickle_is_one_line(folder):
 
 @pytest.mark.parametrize("order", ["cc3m", "cc12m"])
 def test_conceptual_captions_in_both_orders(folder, order):
-    from clipcap.download import url_key
+    from clipcap.data.journal import url_key
 
     urls = [f"https://images.example/{n}.jpg?x=1" for n in range(4)]
     pairs = [("a cat", urls[0]), ("a dog", urls[1]), ("the cat again", urls[0]), ("gone", urls[2])]
@@ -335,15 +337,18 @@ def test_conceptual_captions_in_both_orders(folder, order):
         read_dataset(path)
     out = folder / "downloaded"
     out.mkdir()
-    entries = [{"file": "a.jpg"}, {"file": "b.png"}, {"dropped": "HTTP 404"}]
+    keys = [url_key(url) for url in urls]
+    names = [f"images/{keys[0][:2]}/{keys[0]}.jpg", f"images/{keys[1][:2]}/{keys[1]}.png"]
+    entries = [{"file": names[0]}, {"file": names[1]}, {"dropped": "HTTP 404"}]
     lines = [json.dumps({"key": url_key(u), **entry}) for u, entry in zip(urls, entries, strict=False)]
     (out / "journal.jsonl").write_text("\n".join(lines) + '\n{"key": "cut sh')
-    for name in ("a.jpg", "b.png"):
-        (folder / name).rename(out / name)
+    for name, place in zip(("a.jpg", "b.png"), names, strict=True):
+        (out / place).parent.mkdir(parents=True)
+        (folder / name).rename(out / place)
     items = read_dataset(path, images=out)
     assert [(item.path, item.captions) for item in items] == [
-        (out / "a.jpg", ("a cat", "the cat again")),
-        (out / "b.png", ("a dog",)),
+        (out / names[0], ("a cat", "the cat again")),
+        (out / names[1], ("a dog",)),
     ]
     path.write_text(path.read_text() + rows[0].replace(urls[0], urls[3]) + "\n")
     with pytest.raises(UserError, match="1 images that are not there"):
@@ -468,7 +473,9 @@ def test_webdataset_shards(folder, tmp_path):
     shards.mkdir()
     tar(shards / "00000.tar", [("000000.jpg", jpeg), ("000000.json", b'{"caption": "not this"}'), ("000000.txt", b"one"),
                                ("000001.json", b'{"caption": "two", "url": ""}'), ("000001.jpg", jpeg)])  # fmt: skip
-    tar(shards / "00001.tar", [("deep", b"", tarfile.DIRTYPE, ""), ("deep/x.png", jpeg), ("deep/x.txt", b"three\nfour")])
+    tar(
+        shards / "00001.tar", [("deep", b"", tarfile.DIRTYPE, ""), ("deep/x.png", jpeg), ("deep/x.txt", b"three\nfour")]
+    )
     items = read_dataset(shards)
     assert [(i.image_id, i.captions) for i in items] == [
         ("00000/000000", ("one",)),
@@ -503,7 +510,7 @@ def test_a_bad_member_of_a_tar_is_one_line(tmp_path, member, message):
     with pytest.raises(UserError, match=message) as caught:
         read_dataset(path)
     assert "\n" not in str(caught.value)
-    written = {str(file.relative_to(shards)) for file in tmp_path.rglob("*") if file.is_file()}
+    written = {str(file.relative_to(shards)) for file in tmp_path.rglob("*") if file.is_file() and file.name != MARKER}
     assert written <= {"bad.tar", "bad.images/k.jpg"} and not any(file.is_symlink() for file in tmp_path.rglob("*"))
 
 
@@ -527,7 +534,7 @@ def test_text_that_is_not_utf8_names_its_line(folder, name):
         "train.tsv": ["a cat\thttps://x.example/a", "\xff\thttps://x.example/b"],
     }[name]
     (folder / name).write_bytes("\n".join(lines).encode("latin1"))
-    (folder / "journal.jsonl").write_text('{"key": "x", "file": "a.jpg"}\n')
+    (folder / "journal.jsonl").write_text(json.dumps({"key": "0" * 40, "dropped": "HTTP 404"}) + "\n")
     with pytest.raises(UserError, match="line 2 is not UTF-8"):
         read_dataset(folder / name)
 
@@ -536,3 +543,128 @@ def test_every_format_is_read_by_some_test():
     """A layout that is offered by name must be one that `read_dataset` explains."""
     assert all(f"| {name} |" in (read_dataset.__doc__ or "") for name in get_args(Format) if name != "auto")
     assert np.unique(get_args(Format)).size == len(get_args(Format))
+
+
+def headers(name, size, kind=tarfile.REGTYPE):
+    """A member's header, whose content is not there."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("opener", [open, gzip.open])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (headers("a.jpg", 1 << 40), r"'a\.jpg' has 1,099,511,627,776 bytes"),
+        (headers("x", 1 << 40, tarfile.XHDTYPE), "header of 1,099,511,627,776"),
+        (headers("x", 1 << 40, tarfile.GNUTYPE_LONGNAME), "header of 1,099,511,627,776"),
+        (headers("a.jpg", -512), r"'a\.jpg' has -512 bytes"),
+        (headers("a", -512, tarfile.DIRTYPE), "has -512 bytes|damaged"),
+        (headers("a.jpg", 100, tarfile.GNUTYPE_SPARSE), "sparse"),
+    ],
+)
+def test_what_a_tar_claims_is_not_believed(tmp_path, opener, content, message):
+    with opener(tmp_path / "bomb.tar", "wb") as file:
+        file.write(content + bytes(1024))
+    with pytest.raises(UserError, match=message):
+        read_dataset(tmp_path / "bomb.tar")
+
+
+def test_a_compressed_tar_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrusted, "MEMBER_BYTES", 100_000)
+    members = [(f"{number}.jpg", bytes(90_000)) for number in range(100)] + [("a.txt", b"zeros")]
+    for end in ("gz", "bz2", "xz"):
+        path = tmp_path / f"bomb-{end}.tar"
+        with tarfile.open(path, f"w:{end}") as archive:
+            for name, data in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        with pytest.raises(UserError, match="unpacks to more than 50 times its size"):
+            read_dataset(path)
+    path = tar(
+        tmp_path / "plain.tar", [(f"{n}.{end}", bytes([48 + n]) * 90_000) for n in range(9) for end in ("jpg", "txt")]
+    )
+    assert len(read_dataset(path)) == 9
+    [*_] = untrusted.read_tar(path)
+
+
+def test_texts_that_are_no_captions_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipcap.data.readers.tables.LARGEST_TEXT", 50)
+    monkeypatch.setattr("clipcap.data.readers.archives.LARGEST_TEXT", 50)
+    monkeypatch.setattr("clipcap.data.readers.json_files.LARGEST_JSON", 300)
+    monkeypatch.setattr("clipcap.data.readers.text.LONGEST_LINE", 200)
+    image = tmp_path / "images"
+    image.mkdir()
+    Image.new("RGB", (4, 4)).save(image / "a.png")
+    (image / "a.txt").write_text("x" * 51)
+    for end in ("txt", "json"):
+        tar(tmp_path / f"{end}.tar", [("a.jpg", b"x"), (f"a.{end}", b" " * 51)])
+    (tmp_path / "large.json").write_text("[" * 301)
+    (tmp_path / "large.jsonl").write_text('{"file_name": "a.png", "caption": "' + "x" * 200)
+    (tmp_path / "large.csv").write_text("file_name,caption\na.png," + "x" * 200)
+    (tmp_path / "large.tsv").write_text("http://a.org\t" + "x" * 200)
+    (tmp_path / "large.token.txt").write_text("a.png#0\t" + "x" * 200)
+    for name in (
+        "images",
+        "txt.tar",
+        "json.tar",
+        "large.json",
+        "large.jsonl",
+        "large.csv",
+        "large.tsv",
+        "large.token.txt",
+    ):
+        with pytest.raises(UserError, match=r"of at most|has more than 200 bytes") as caught:
+            read_dataset(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_old_and_quoted_line_ends_of_tables(folder):
+    (folder / "mac.csv").write_bytes(b"file_name,caption\ra.jpg,one\rb.jpg,two\r")
+    (folder / "quoted.csv").write_bytes(b'file_name,caption\r\na.jpg,"one\r\nmore"\r\n')
+    for name, captions in (("mac.csv", ["one", "two"]), ("quoted.csv", ["one\nmore"])):
+        found = read_dataset(folder / name, need_images=False)
+        assert [item.captions[0] for item in found] == captions
+
+
+def test_images_are_not_written_through_links_or_over_others(tmp_path):
+    elsewhere, inside = tmp_path / "elsewhere", tmp_path / "inside"
+    elsewhere.mkdir()
+    inside.mkdir()
+    path = tar(inside / "s.tar", [("sub/a.jpg", b"theirs"), ("sub/a.txt", b"one")])
+    images = inside / "s.images"
+    for link, target in (
+        (images, elsewhere),
+        (images / "sub", elsewhere),
+        (images / "sub" / "a.jpg", elsewhere / "mine"),
+    ):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target)
+        (elsewhere / "mine").write_text("mine")
+        with pytest.raises(UserError, match="is a link"):
+            read_dataset(path)
+        assert os.listdir(elsewhere) == ["mine"] and (elsewhere / "mine").read_text() == "mine"
+        link.unlink()
+    (images / "sub" / "a.jpg").write_bytes(b"mine, and")
+    with pytest.raises(UserError, match="another image"):
+        read_dataset(path)
+    assert (images / "sub" / "a.jpg").read_bytes() == b"mine, and"
+
+
+def test_an_image_that_changed_in_the_tar_comes_again(tmp_path):
+    for data in (b"first.", b"second", b"second"):
+        path = tar(tmp_path / "s.tar", [("a.jpg", data), ("a.txt", b"one")])
+        [item] = read_dataset(path)
+        assert item.path.read_bytes() == data
+
+
+def test_an_archive_inside_a_pickle_is_refused(folder):
+    class Zip:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (b"PK\x03\x04",)
+
+    (folder / "a.pkl").write_bytes(pickle.dumps({"clip_embedding": Zip(), "captions": []}))
+    with pytest.raises(UserError, match="archive inside a tensor"):
+        read_dataset(folder / "a.pkl")

@@ -1,6 +1,7 @@
 """Retrieval prompts: the nearest captions, never an image's own in training, kept with the captioner."""
 
 import json
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from clipcap import Captioner
-from clipcap.capdec import NOWHERE, TextStore
+from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.model import ClipCapModel
-from clipcap.readers import CaptionedImage
 from clipcap.retrieval import FILE, Datastore
-from clipcap.training import Captioning, Material, TrainConfig, _with_prompts, train
+from clipcap.training.capdec import NOWHERE, TextStore
+from clipcap.training.material import Material
+from clipcap.training.module import CaptionTraining
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import _with_prompts, train
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
@@ -62,7 +66,7 @@ def test_the_search_is_on_the_gpu_of_the_queries(datastore, monkeypatch):
 
 def test_training_searches_where_it_will_train(datastore, monkeypatch):
     asked = []
-    monkeypatch.setattr("clipcap.training.resolve_device", lambda name: torch.device("meta"))  # stands for a GPU
+    monkeypatch.setattr("clipcap.training.train.resolve_device", lambda name: torch.device("meta"))  # stands for a GPU
     monkeypatch.setattr(
         datastore, "prompts", lambda part, *_: asked.append(part.device.type) or torch.zeros(len(part), 3)
     )
@@ -120,18 +124,29 @@ def test_run(photos, clip_directory, roomy_gpt2, tmp_path, monkeypatch, tokenize
     for number, row in enumerate(data["images"]):
         row["sentences"] = [{"raw": f"the cat {number}"}, {"raw": f"the bat {number}"}]
     (photos / "dataset.json").write_text(json.dumps(data))
-    batches, original = [], Captioning._loss
+    batches, original = [], CaptionTraining._loss
 
     def spy(self, batch):
         if self.trainer.training:
             batches.append(batch)
         return original(self, batch)
 
-    monkeypatch.setattr(Captioning, "_loss", spy)
+    monkeypatch.setattr(CaptionTraining, "_loss", spy)
     config = TrainConfig(
-        data=photos / "dataset.json", out=tmp_path / "run", clip=str(clip_directory), gpt2=str(roomy_gpt2),
-        mapper="mlp", prefix_length=3, retrieval=2, steps=4, batch_size=8, val_every=4, val_captions=2,
-        max_tokens=10, lr=1e-2, runtime=RuntimeConfig(device="cpu"),
+        data=photos / "dataset.json",
+        out=tmp_path / "run",
+        clip=str(clip_directory),
+        gpt2=str(roomy_gpt2),
+        mapper="mlp",
+        prefix_length=3,
+        retrieval=2,
+        steps=4,
+        batch_size=8,
+        val_every=4,
+        val_captions=2,
+        max_tokens=10,
+        lr=1e-2,
+        runtime=RuntimeConfig(device="cpu"),
     )
     directory = train(config)
     seen = 0
@@ -165,3 +180,39 @@ def test_run(photos, clip_directory, roomy_gpt2, tmp_path, monkeypatch, tokenize
         train(replace(config, retrieval=15, out=tmp_path / "more"))
     with pytest.raises(UserError, match="retrieval is 40: .* of GPT-2's 160 positions"):
         train(replace(config, retrieval=40, out=tmp_path / "more"))
+
+
+BAD = {
+    "shape": {"embeddings": torch.zeros(3)}, "rows": {"tokens": torch.zeros(2, 4, dtype=torch.int32)},
+    "owners": {"owners": torch.zeros(3)}, "kind": {"tokens": torch.zeros(3, 4)}, "nan": {"embeddings": torch.full((3, 5), torch.nan)},
+    "none": {"embeddings": torch.zeros(0, 5), "tokens": torch.zeros(0, 4, dtype=torch.int32),
+             "owners": torch.zeros(0, dtype=torch.int64)},
+    "negative": {"tokens": torch.full((3, 4), -1, dtype=torch.int32)}, "whole": {"embeddings": torch.zeros(3, 5, dtype=torch.int8)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [*BAD.values(), "pad"], ids=[*BAD, "pad"])
+def test_a_datastore_of_other_tensors_is_refused(change, tmp_path):
+    from safetensors.torch import save_file
+
+    good = {"embeddings": torch.zeros(3, 5), "tokens": torch.zeros(3, 4, dtype=torch.int32), "owners": torch.arange(3)}
+    path = tmp_path / FILE
+    save_file(good, path, {"pad": "0"})
+    assert len(Datastore.load(path)) == 3
+    save_file(good if change == "pad" else good | change, path, {"pad": "x" if change == "pad" else "0"})
+    with pytest.raises(UserError, match="damaged|NaN") as caught:
+        Datastore.load(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_full_disk_leaves_the_datastore_that_was_there(tmp_path):
+    (tmp_path / FILE).write_bytes(b"before")
+    datastore = Datastore(torch.zeros(3000, 5), torch.zeros(3000, 4, dtype=torch.int32), torch.arange(3000), 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="datastore .* cannot be written"):
+            datastore.save(tmp_path / FILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {FILE: b"before"}

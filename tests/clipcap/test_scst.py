@@ -8,9 +8,11 @@ import torch
 from pycocoevalcap.cider import cider_scorer
 from pycocoevalcap.cider.cider import Cider
 
-from clipcap.model import ClipCapConfig, ClipCapModel
-from clipcap.scst import END, CorpusCider, rewarded_samples, self_critical_loss, token_log_probs
-from clipcap.training import TrainConfig, train
+from clipcap.config import ClipCapConfig
+from clipcap.model import ClipCapModel
+from clipcap.training.scst import END, CorpusCider, rewarded_samples, self_critical_loss, token_log_probs
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
 from common.runtime import RuntimeConfig, seed_everything
 
 CORPUS = [
@@ -100,15 +102,34 @@ def test_sampled_captions_get_better(model):
 
 def test_run(photos, clip_directory, gpt2_directory, tmp_path):
     plain = TrainConfig(
-        data=photos / "dataset.json", out=tmp_path / "plain", clip=str(clip_directory), gpt2=str(gpt2_directory),
-        mapper="mlp", prefix_length=3, steps=2, batch_size=6, val_every=2, val_captions=0, max_tokens=10, lr=1e-2,
+        data=photos / "dataset.json",
+        out=tmp_path / "plain",
+        clip=str(clip_directory),
+        gpt2=str(gpt2_directory),
+        mapper="mlp",
+        prefix_length=3,
+        steps=2,
+        batch_size=6,
+        val_every=2,
+        val_captions=0,
+        max_tokens=10,
+        lr=1e-2,
         runtime=RuntimeConfig(device="cpu"),
     )
     first = train(plain)
     directory = train(
         TrainConfig(
-            data=plain.data, out=tmp_path / "scst", init=first, scst=True, scst_samples=2, steps=10, batch_size=4,
-            val_every=5, max_tokens=10, lr=1e-3, runtime=plain.runtime,
+            data=plain.data,
+            out=tmp_path / "scst",
+            init=first,
+            scst=True,
+            scst_samples=2,
+            steps=10,
+            batch_size=4,
+            val_every=5,
+            max_tokens=10,
+            lr=1e-3,
+            runtime=plain.runtime,
         )
     )
     before, after = ClipCapModel.from_pretrained(first), ClipCapModel.from_pretrained(directory)

@@ -12,7 +12,7 @@ import pytest
 
 from clipcap import Captioner
 from clipcap.cli import main
-from clipcap.serve import STRATEGIES, build_page, launch
+from clipcap.serve import STRATEGIES, ServeConfig, serving
 from common.pretrained import ASSETS
 
 pytest.importorskip("gradio", reason="gradio (extra [serve]) is not installed")
@@ -26,9 +26,8 @@ def captioner():
 
 @pytest.fixture(scope="module")
 def address(captioner):
-    page = build_page(captioner, max_new_tokens=30)
-    yield launch(page, port=0, max_upload=1, block=False)
-    page.close()
+    with serving(captioner, ServeConfig(port=0, max_upload=1, max_new_tokens=30)) as running:
+        yield running
 
 
 def test_a_browser_captions_a_file_and_is_told_of_a_bad_one(address, captioner, tmp_path):

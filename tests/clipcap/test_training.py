@@ -2,19 +2,31 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from clipcap import Captioner, training
+from clipcap import Captioner
+from clipcap.config import ClipCapConfig
 from clipcap.decoding import decode
-from clipcap.lora import add_lora, merge_lora
-from clipcap.model import ClipCapConfig, ClipCapModel
-from clipcap.training import Captioning, TrainConfig, train
-from common.checks import UserError
+from clipcap.model import ClipCapModel
+from clipcap.training import material
+from clipcap.training.lora import add_lora, merge_lora
+from clipcap.training.module import CaptionTraining
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import run, train
+from common.checks import UserError, run_command
+from common.files import claimed
 from common.gpt2 import load_gpt2
+from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
+from tests.kills import AS_TESTS, kill_everywhere
 
 
 @pytest.fixture
@@ -66,8 +78,8 @@ def test_patches_as_input(config):
 
 def test_images_are_read_by_workers(config, monkeypatch):
     given = []
-    build = training.build_store
-    monkeypatch.setattr(training, "build_store", lambda *a, **k: given.append(k["workers"]) or build(*a, **k))
+    build = material.build_store
+    monkeypatch.setattr(material, "build_store", lambda *a, **k: given.append(k["workers"]) or build(*a, **k))
     train(replace(config, steps=1))
     train(replace(config, steps=2, workers=0))  # a run goes on with others
     assert given == [2, 0]
@@ -77,7 +89,7 @@ def test_a_training_step_leaves_a_frozen_gpt2_untouched(config):
     """Regression: the original's frozen GPT-2 collects gradients and sits in the optimizer."""
     model = ClipCapModel.from_backbones(ClipCapConfig(clip_width=12, prefix_length=3, gpt2=config.gpt2)).train()
     before = {name: value.clone() for name, value in model.gpt2.state_dict().items()}
-    module = Captioning(model, lr=0.1, warmup=0, total=10, weight_decay=0.1)
+    module = CaptionTraining(model, lr=0.1, warmup=0, total=10, weight_decay=0.1)
     optimizer = module.configure_optimizers()["optimizer"]
     ids = torch.randint(1, 200, (4, 6))
     loss = module._loss({"clip_embeddings": torch.randn(4, 12), "input_ids": ids, "labels": ids})
@@ -93,7 +105,7 @@ def test_a_training_step_leaves_a_frozen_gpt2_untouched(config):
 def test_resume_is_exact(config, tmp_path, monkeypatch):
     whole = weights(train(replace(config, tune_gpt2=True)))
     part = replace(config, tune_gpt2=True, out=tmp_path / "part")
-    original, calls = Captioning.training_step, []
+    original, calls = CaptionTraining.training_step, []
 
     def interrupted(self, batch, batch_idx):
         calls.append(batch_idx)
@@ -101,10 +113,10 @@ def test_resume_is_exact(config, tmp_path, monkeypatch):
             raise RuntimeError("killed")
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(Captioning, "training_step", interrupted)
+    monkeypatch.setattr(CaptionTraining, "training_step", interrupted)
     with pytest.raises(RuntimeError, match="killed"):
         train(part)
-    monkeypatch.setattr(Captioning, "training_step", original)
+    monkeypatch.setattr(CaptionTraining, "training_step", original)
     resumed = weights(train(part))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -214,13 +226,13 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(config, monkeypatch):
     images, ids = torch.randn(6, 12), torch.randint(1, 200, (6, 9))
     labels = ids.clone()
     labels[:3, 2:] = -100  # a short batch and a long one
-    module = Captioning(model, lr=1.0, warmup=0, total=1, weight_decay=0.0)
+    module = CaptionTraining(model, lr=1.0, warmup=0, total=1, weight_decay=0.0)
 
     class Fake:
         world_size, accumulate_grad_batches = 1, 2
 
     logged = {}
-    monkeypatch.setattr(Captioning, "trainer", Fake)
+    monkeypatch.setattr(CaptionTraining, "trainer", Fake)
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.setdefault(name, value))
     for part in (slice(0, 3), slice(3, 6)):
         batch = {"clip_embeddings": images[part], "input_ids": ids[part], "labels": labels[part]}
@@ -300,3 +312,90 @@ def test_logs_and_a_quiet_terminal(config, capfd, recwarn):
     printed = "".join(capfd.readouterr())
     for chatter in ("GPU available", "Tip:", "max_steps", "num_workers", "TPU", "Warning"):
         assert chatter not in printed
+
+
+def test_one_run_at_a_time_in_a_directory(config):
+    with claimed(config.out), pytest.raises(UserError, match="is in use by process .*: wait for it, stop it, or give"):
+        train(config)
+    assert os.listdir(config.out) == []
+    with pytest.raises(UserError, match="embeddings and out are both .*: give each a directory of its own"):
+        train(replace(config, embeddings=config.out))
+
+
+def test_a_directory_that_is_not_ours_is_refused_before_any_work(config, monkeypatch):
+    (config.out / "model").mkdir(parents=True)
+    (config.out / "model" / "thesis.txt").write_text("mine")
+    monkeypatch.setattr("clipcap.training.train.read_items", lambda *_: pytest.fail("work"))
+    with pytest.raises(UserError, match="would take the place of 'thesis.txt'"):
+        train(config)
+    assert (config.out / "model" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_signal_while_it_trains_loses_nothing(config, tmp_path, monkeypatch, capsys):
+    whole = weights(train(replace(config, tune_gpt2=True)))
+    part = replace(config, tune_gpt2=True, out=tmp_path / "part")
+    original, calls = CaptionTraining.training_step, []
+
+    def signalled(self, batch, batch_idx):
+        calls.append(batch_idx)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionTraining, "training_step", signalled)
+        assert run_command(lambda: run(part)) == 143
+    assert "stopped by SIGTERM; what was saved before is kept." in capsys.readouterr().err
+    assert torch.load(part.out / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert not (part.out / "model").exists() and not (part.out / ".lock").exists()
+    resumed = weights(train(part))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def scene_captioner(directory: Path) -> str:
+    """A scenario of `tests.kills`: a captioner of the packaged scenes."""
+    torch.set_num_threads(1)
+    saved = train(
+        TrainConfig(
+            data=ASSETS / "samples/scenes/dataset.json", out=directory, embeddings=directory.parent / "embeddings",
+            mapper="mlp", prefix_length=2, steps=2, batch_size=4, val_every=1, val_captions=0, workers=0,
+            runtime=RuntimeConfig(device="cpu"),
+        )
+    )  # fmt: skip
+    last = torch.load(directory / "last.ckpt", weights_only=True)["state_dict"]
+    values = [*weights(saved).values(), *last.values()]
+    return str([float(value.double().sum()) for value in values]) + (directory / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_any_of_its_writes_ends_the_same(tmp_path):
+    kill_everywhere("tests.clipcap.test_training:scene_captioner", tmp_path, points=6)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from common.checks import run_command
+from clipcap import training
+from tests.clipcap.test_training import TrainConfig, ASSETS, RuntimeConfig
+
+def fill(*arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    return whole(*arguments)
+
+whole, training.whole_directory = training.whole_directory, fill
+config = TrainConfig(data=ASSETS / "samples/scenes/dataset.json", out=Path(sys.argv[1]), mapper="mlp", prefix_length=2,
+                     steps=1, batch_size=4, val_captions=0, workers=0, runtime=RuntimeConfig(device="cpu"))
+raise SystemExit(run_command(lambda: training.run(config)))
+"""
+
+
+def test_a_full_disk_at_the_end_is_one_line_and_the_same_command_writes_the_model(tmp_path, root):
+    command = [sys.executable, "-c", AS_TESTS + FULL, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: File too large") and str(tmp_path / "run/model") in last and "disk space" in last
+    assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/.model.partial").exists()
+    checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1

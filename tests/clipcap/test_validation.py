@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from clipcap import Captioner
-from clipcap.metrics import score_captions
+from clipcap.data.readers import read_dataset
+from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapModel
-from clipcap.readers import read_dataset
-from clipcap.training import TrainConfig, train
-from clipcap.validation import CaptionValidation, Subset, explain_collapse, measure_variety
+from clipcap.training.settings import TrainConfig
+from clipcap.training.train import train
+from clipcap.training.validation import CaptionValidation, Subset, explain_collapse, measure_variety
 from common.runtime import RuntimeConfig
 
 
@@ -34,9 +35,20 @@ def test_collapse_is_told_from_references_that_are_alike():
 @pytest.fixture
 def config(photos, clip_directory, gpt2_directory, tmp_path):
     return TrainConfig(
-        data=photos / "dataset.json", out=tmp_path / "run", clip=str(clip_directory), gpt2=str(gpt2_directory),
-        mapper="mlp", prefix_length=3, steps=4, batch_size=8, lr=1e-2, val_every=4, val_captions=2, val_beams=2,
-        max_tokens=12, runtime=RuntimeConfig(device="cpu"),
+        data=photos / "dataset.json",
+        out=tmp_path / "run",
+        clip=str(clip_directory),
+        gpt2=str(gpt2_directory),
+        mapper="mlp",
+        prefix_length=3,
+        steps=4,
+        batch_size=8,
+        lr=1e-2,
+        val_every=4,
+        val_captions=2,
+        val_beams=2,
+        max_tokens=12,
+        runtime=RuntimeConfig(device="cpu"),
     )
 
 
@@ -47,7 +59,8 @@ def test_cider_and_the_page_are_those_of_the_captioner(config, photos):
     captions = captioner.caption([item.path for item in items], num_beams=2, max_new_tokens=12)
     expected = score_captions(
         {item.image_id: text for item, text in zip(items, captions, strict=True)},
-        {item.image_id: item.captions for item in items}, tokenizer="words",
+        {item.image_id: item.captions for item in items},
+        tokenizer="words",
     )
     with open(config.out / "metrics.csv") as file:
         row = next(row for row in csv.DictReader(file) if row["val/cider"])
@@ -72,8 +85,7 @@ def test_the_best_checkpoint_by_cider_is_saved(config, monkeypatch):
 
 def test_a_collapse_is_explained_once_and_stands_on_the_page(config, photos, capsys):
     items = [
-        replace(item, captions=(f"picture number {n}",))
-        for n, item in enumerate(read_dataset(photos / "dataset.json"))
+        replace(item, captions=(f"picture number {n}",)) for n, item in enumerate(read_dataset(photos / "dataset.json"))
     ]
     store = {item.image_id: n for n, item in enumerate(items)}
 

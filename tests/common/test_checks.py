@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import signal
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from common.checks import (
     run_command,
 )
 from common.commands import Subcommand, run_cli
+from common.signals import Stopped, StopRequest
 
 
 def raising(error: BaseException):
@@ -49,6 +54,56 @@ def test_user_error_is_one_line_and_exit_code_2(capsys):
 def test_ctrl_c_is_130(capsys):
     assert run_command(raising(KeyboardInterrupt())) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_signals_unwind_a_command_as_ctrl_c_does(name, code, capsys):
+    signum, kept = signal.Signals[name], []
+
+    def command() -> int:
+        try:
+            signal.raise_signal(signum)
+        finally:
+            if name != "SIGINT":
+                signal.raise_signal(signum)  # a second one does not stop the keeping
+            kept.append(True)
+        return 0
+
+    before = signal.getsignal(signum)
+    assert run_command(command) == code and kept
+    assert signal.getsignal(signum) == before
+    shown = "Ctrl-C" if name == "SIGINT" else name
+    assert capsys.readouterr().err == f"\nstopped by {shown}; what was saved before is kept.\n"
+
+
+def test_a_signal_that_is_not_to_stop_at_once_is_noted(tmp_path):
+    with StopRequest() as request:
+        request.at_once = False
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        assert request.signum == signal.SIGTERM
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), StopRequest():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_forked_workers_are_ended_by_signals_as_before():
+    """A pool ends its workers by SIGTERM."""
+    with StopRequest() as request:
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM and not request.signum
+
+
+def test_commands_run_in_other_threads():
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(run_command(lambda: 3)))
+    thread.start()
+    thread.join()
+    assert codes == [3]
 
 
 def test_disk_and_permission_errors_name_the_file(capsys, tmp_path):

@@ -124,10 +124,74 @@ def test_a_directory_is_one_runs_until_it_ends_or_is_killed(tmp_path):
 
 
 def test_many_that_want_it_at_once_go_one_by_one(tmp_path):
-    code = HOLD.replace("time.sleep(60)", "open(sys.argv[1] + '/order', 'a').write('<'); time.sleep(0.05); "
-                        "open(sys.argv[1] + '/order', 'a').write('>')")
-    others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL) for _ in range(4)]
+    code = HOLD.replace(
+        "time.sleep(60)",
+        "open(sys.argv[1] + '/order', 'a').write('<'); time.sleep(0.05); open(sys.argv[1] + '/order', 'a').write('>')",
+    )
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(4)
+    ]
     assert 0 in [other.wait() for other in others]
     order = (tmp_path / "order").read_text()
     assert order == "<>" * (len(order) // 2)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from common.checks import run_command
+from common.files import whole_directory, whole_file, write_json
+
+place = Path(sys.argv[2])
+big = 100_000
+
+def weights():
+    with whole_directory(place) as partial:
+        save_file({"a": torch.zeros(big)}, partial / "model.safetensors")
+
+def checkpoint():
+    with whole_file(place) as file:
+        torch.save({"a": torch.zeros(big)}, file)
+
+def array():
+    with whole_file(place) as file:
+        np.save(file, np.zeros(big))
+
+def text():
+    write_json(place, ["x"] * big)
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+raise SystemExit(run_command({"weights": weights, "checkpoint": checkpoint, "array": array, "text": text}[sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("what", ["weights", "checkpoint", "array", "text"])
+def test_a_full_disk_is_one_line_that_names_the_place(tmp_path, root, what):
+    place = tmp_path / "place"
+    if what == "weights":
+        fill(place, a="before")
+    else:
+        place.write_text("before")
+    done = subprocess.run([sys.executable, "-c", FULL, what, str(place)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert str(place) in done.stderr and "free disk space" in done.stderr
+    assert (content(place) == {"a": "before"}) if what == "weights" else place.read_text() == "before"
+    assert os.listdir(tmp_path) == ["place"]
+
+
+def test_a_claim_clears_what_a_kill_left_and_nothing_else(tmp_path):
+    for name in (".last.ckpt.abc_ef12.tmp", ".notes.tmp", "last.ckpt.abcdef12.tmp", ".last.ckpt.ABCDEF12.tmp"):
+        (tmp_path / name).touch()
+    with claimed(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [
+            ".last.ckpt.ABCDEF12.tmp",
+            ".lock",
+            ".notes.tmp",
+            "last.ckpt.abcdef12.tmp",
+        ]

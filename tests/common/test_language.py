@@ -48,8 +48,19 @@ def contexts(length: int, block: int, stride: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("length", "block", "stride"),
-    [(2, 32, 16), (20, 32, 16), (32, 32, 16), (33, 32, 16), (50, 16, 8), (50, 16, 15), (50, 16, 1), (49, 16, 7),
-     (17, 16, 8), (40, 2, 1), (31, 8, 3)],
+    [
+        (2, 32, 16),
+        (20, 32, 16),
+        (32, 32, 16),
+        (33, 32, 16),
+        (50, 16, 8),
+        (50, 16, 15),
+        (50, 16, 1),
+        (49, 16, 7),
+        (17, 16, 8),
+        (40, 2, 1),
+        (31, 8, 3),
+    ],
 )
 def test_score_equals_one_pass_per_token(model, length, block, stride):
     ids = text(length)
@@ -129,7 +140,9 @@ def test_chunked_cross_entropy_equals_the_plain_one(chunk, reduction):
         torch.testing.assert_close(a, b)
     assert not found[0][labels == IGNORE].any()
     with torch.no_grad():
-        torch.testing.assert_close(chunked_cross_entropy(hidden, table, labels, chunk=chunk, reduction=reduction), plain)
+        torch.testing.assert_close(
+            chunked_cross_entropy(hidden, table, labels, chunk=chunk, reduction=reduction), plain
+        )
 
 
 def test_the_loss_asks_once_which_positions_count():

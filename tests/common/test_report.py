@@ -122,8 +122,16 @@ def test_text_marks(text, shown):
 def test_table():
     rows = [{"model": "MLP", "bleu": 0.12345, "n": 12000}, {"model": "Transformer", "bleu": math.nan, "extra": True}]
     page = Page("t").table(rows, caption="c").html()
-    for cell in ("<td class=\"number\">0.123</td>", "12,000", "–", '<th scope="row">MLP</th>', "yes", "<caption>c</caption>",
-                 '<th scope="col" class="number">bleu</th>', '<th scope="col">model</th>'):
+    for cell in (
+        '<td class="number">0.123</td>',
+        "12,000",
+        "–",
+        '<th scope="row">MLP</th>',
+        "yes",
+        "<caption>c</caption>",
+        '<th scope="col" class="number">bleu</th>',
+        '<th scope="col">model</th>',
+    ):
         assert cell in page, cell
     assert re.findall(r'<th scope="col"[^>]*>(\w+)', page) == ["model", "bleu", "n", "extra"]
     sequence = Page("t").table([(1, 2.5), (None, np.float32(1e-5))], ["a", "b"]).html()
@@ -185,7 +193,9 @@ def test_figures_are_drawings_and_the_same_every_time():
 
 
 def test_contact_sheet():
-    sheet = contact_sheet([picture(), np.zeros((4, 8, 3)), picture(30)], ["short", "many words to wrap " * 5, ""], columns=2)
+    sheet = contact_sheet(
+        [picture(), np.zeros((4, 8, 3)), picture(30)], ["short", "many words to wrap " * 5, ""], columns=2
+    )
     assert sheet.mode == "RGB" and sheet.width == 2 * 200 + 8 and sheet.height > 2 * 200
     assert contact_sheet([picture()]).size == (208, 208)
     with pytest.raises(UserError, match="0 images"):

@@ -91,8 +91,21 @@ def test_start_applies_and_checks_the_configuration():
         torch.set_num_threads(threads)
     with pytest.raises(UserError, match="threads is -1"):
         start(RuntimeConfig(threads=-1))
+    with pytest.raises(UserError, match="threads is 1000000 but this machine has"):  # torch would crash
+        start(RuntimeConfig(threads=10**6))
     with pytest.raises(UserError, match="precision"):
         start(RuntimeConfig(precision="fp8"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_is_warned_of_where_it_is_slow(monkeypatch, capsys, fast):
+    monkeypatch.setattr("common.runtime.can_pack", lambda device, dtype: fast)
+    start(RuntimeConfig(device="cpu", precision="bf16"))
+    assert capsys.readouterr().err.count("precision is 'bf16', but this processor is faster in fp32") == (not fast)
+    start(RuntimeConfig(device="cpu"))
+    monkeypatch.setattr("common.runtime.resolve_device", torch.device)
+    start(RuntimeConfig(device="mps", precision="bf16"))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", ["high"]), ("cuda:1", ["high"]), ("cpu", []), ("mps", [])])
@@ -117,6 +130,7 @@ def test_fork_generators_leaves_the_outer_state():
 
 def test_hardware_and_versions_for_cards():
     assert "cores" in hardware() and "\n" not in hardware()
+    assert f"({torch.backends.cpu.get_cpu_capability()})" in hardware()
     assert versions()["torch"] == torch.__version__.split("+")[0] or "torch" in versions()
 
 

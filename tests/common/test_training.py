@@ -1,8 +1,16 @@
-"""Batch order, exact resume, Ctrl-C and NaN, with dropout on."""
+"""Batch order, exact resume, signals, kills, full disks and NaN, with dropout on."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import hashlib
+import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,19 +22,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from common.checks import UserError
-from common.training import (
-    BatchOrder,
-    KeepBest,
-    MuonAndAdam,
-    ResumableLoader,
-    TrainerConfig,
-    build_trainer,
-    fit,
-    require_same_run,
-    warmup_cosine,
-    warmup_linear,
-)
+from common.batches import BatchOrder, ResumableLoader
+from common.callbacks import KeepBest, KeepLast
+from common.checks import UserError, run_command
+from common.optimizers import MuonAndAdam, warmup_cosine, warmup_linear
+from common.processes import sole_run
+from common.training import TrainerConfig, build_trainer, fit, require_same_run, validation_interval
+from tests.kills import AS_TESTS, kill_everywhere
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -143,20 +145,39 @@ class Regression(LightningModule):
 
 
 def train(
-    directory: Path, steps: int, at=lambda step: None, at_validation=lambda step: None, *, val_every: int = 2,
-    accumulate: int = 1, validate: bool = True, seed: int = 0,
+    directory: Path,
+    steps: int,
+    at=lambda step: None,
+    at_validation=lambda step: None,
+    *,
+    val_every: int = 2,
+    accumulate: int = 1,
+    validate: bool = True,
+    seed: int = 0,
+    save_at: Collection[int] = (),
+    kind: type[Regression] = Regression,
 ) -> Regression:
-    """Up to `steps` steps over 21 items in batches of 3: seven batches in an epoch, eight of two to a step."""
+    """Up to `steps` steps over 21 items in batches of 3: seven batches in an epoch, eight of two to a step.
+
+    `save_at`: steps after which ten minutes have passed.
+    """
     torch.manual_seed(seed)
-    module = Regression(at, at_validation)
+    module = kind(at, at_validation)
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(21, 4))).float()
     data = TensorDataset(x, torch.arange(21.0)[:, None])
     config = TrainerConfig(
-        max_steps=steps, val_every=val_every * accumulate, accumulate=accumulate, device="cpu", progress=False,
+        max_steps=steps,
+        val_every=val_every * accumulate,
+        accumulate=accumulate,
+        device="cpu",
+        progress=False,
         tensorboard=False,
     )
+    trainer = build_trainer(config, directory)
+    (keeps_last,) = (callback for callback in trainer.callbacks if isinstance(callback, KeepLast))
+    keeps_last._is_due = lambda trainer: trainer.global_step in save_at
     fit(
-        build_trainer(config, directory),
+        trainer,
         module,
         directory,
         train_dataloaders=ResumableLoader(data, BatchOrder(21, 3, accumulate=accumulate)),
@@ -256,32 +277,46 @@ def test_ctrl_c_while_a_validation_is_taken_up(tmp_path, monkeypatch, name):
             train(tmp_path / "stopped", 10)
     resumed = train(tmp_path / "stopped", 10, seed=200)
     assert same(resumed, whole)
-    steps = [torch.load(tmp_path / run / "best.ckpt", weights_only=False)["global_step"] for run in ("whole", "stopped")]
+    steps = [
+        torch.load(tmp_path / run / "best.ckpt", weights_only=False)["global_step"] for run in ("whole", "stopped")
+    ]
     assert steps[0] == steps[1]
 
 
-def test_ctrl_c_in_the_last_validation_loses_no_more_than_the_steps_before_it(tmp_path):
+@pytest.mark.parametrize("steps", [6, 7])  # 7 make an epoch
+@pytest.mark.parametrize("end", [Killed, KeyboardInterrupt])
+def test_an_end_in_the_last_validation_loses_no_step(tmp_path, end, steps):
     def interrupt(step: int) -> None:
-        if step == 6:
-            raise KeyboardInterrupt
+        if step == steps:
+            raise end
 
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, 6, at_validation=interrupt)
-    resumed = train(tmp_path, 6)
-    assert resumed.validated == [6] and len(resumed.seen) == 2
+    whole = train(tmp_path / "whole", steps, val_every=steps)
+    with pytest.raises(end):
+        train(tmp_path / "ended", steps, at_validation=interrupt, val_every=steps)
+    resumed = train(tmp_path / "ended", steps, val_every=steps, seed=200)
+    assert resumed.validated == [steps] and not resumed.seen and same(resumed, whole)
+    assert (tmp_path / "ended/best.ckpt").is_file()
+    files = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "ended")]
+    assert files[0] == files[1] and files[0].count("\n") == 2
+    assert not train(tmp_path / "ended", steps, val_every=steps).validated
 
 
 def test_older_checkpoints_know_their_best(tmp_path):
-    assert KeepBest(tmp_path, filename="best", monitor="val/loss").state_key == ModelCheckpoint(
-        tmp_path, filename="best", monitor="val/loss"
-    ).state_key
+    assert (
+        KeepBest(tmp_path, filename="best", monitor="val/loss").state_key
+        == ModelCheckpoint(tmp_path, filename="best", monitor="val/loss").state_key
+    )
 
 
 def test_batches_of_an_epoch_stay_what_they_are(tmp_path):
     data = TensorDataset(torch.arange(20))
     loader = ResumableLoader(data, BatchOrder(20, 4))
     next(iter(loader))
-    for name, other in {"batch_size": {"batch_size": 5}, "accumulate": {"accumulate": 2}, "processes": {"world": 2}}.items():
+    for name, other in {
+        "batch_size": {"batch_size": 5},
+        "accumulate": {"accumulate": 2},
+        "processes": {"world": 2},
+    }.items():
         order = BatchOrder(20, **({"batch_size": 4, "rank": 0} | other))
         with pytest.raises(UserError, match=f"an epoch was begun with {name}|'an epoch' was begun with {name}"):
             ResumableLoader(data, order).load_state_dict(loader.state_dict())
@@ -299,8 +334,14 @@ def test_beginning_anew_forgets_the_run_before(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        fit(build_trainer(config, tmp_path), Regression(die), tmp_path, resume=False,
-            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)), val_dataloaders=DataLoader(data, batch_size=6))
+        fit(
+            build_trainer(config, tmp_path),
+            Regression(die),
+            tmp_path,
+            resume=False,
+            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
+            val_dataloaders=DataLoader(data, batch_size=6),
+        )
     assert not (tmp_path / "last.ckpt").exists() and not (tmp_path / "best.ckpt").exists()
 
 
@@ -340,11 +381,296 @@ def test_without_validation_a_killed_run_goes_on_from_its_last_checkpoint(tmp_pa
         if step == 9:
             raise Killed
 
-    whole = train(tmp_path / "whole", 12, validate=False, val_every=4)
+    whole = train(tmp_path / "whole", 12, validate=False)
     with pytest.raises(Killed):
-        train(tmp_path / "killed", 12, die, validate=False, val_every=4)
-    resumed = train(tmp_path / "killed", 12, validate=False, val_every=4, seed=200)
+        train(tmp_path / "killed", 12, die, validate=False, save_at=[4, 8])
+    resumed = train(tmp_path / "killed", 12, validate=False, seed=200)
     assert resumed.seen == whole.seen[8:] and same(resumed, whole)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("at", [1, 3, 4, 6, 7, 8])  # within and between epochs and validations, and just after one
+def test_a_run_goes_on_from_a_checkpoint_that_was_due_by_time(tmp_path, accumulate, at):
+    def die(step: int) -> None:
+        if step == at:
+            raise Killed
+
+    options = {"val_every": 3, "accumulate": accumulate}
+    whole = train(tmp_path / "whole", 10, **options)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", 10, die, save_at=[at], **options)
+    resumed = train(tmp_path / "killed", 10, seed=200, **options)
+    assert resumed.seen == whole.seen[at * accumulate :] and same(resumed, whole)
+    assert whole.validated == [3, 6, 9] and resumed.validated == [step for step in (3, 6, 9) if step > at]
+    files = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "killed")]
+    assert files[0] == files[1]
+
+
+def test_a_checkpoint_is_due_after_ten_minutes(tmp_path, monkeypatch):
+    written, now = [], [0.0]
+    monkeypatch.setattr("common.callbacks.time.monotonic", lambda: now[0])
+    save = Trainer.save_checkpoint
+    monkeypatch.setattr(
+        Trainer, "save_checkpoint", lambda self, *a, **k: written.append(self.global_step) or save(self, *a, **k)
+    )
+
+    def wait(step: int) -> None:
+        now[0] += 200
+
+    data = TensorDataset(torch.zeros(20, 4), torch.zeros(20, 1))
+    for minutes, expected in ((10.0, [3, 6, 8]), (0.0, [*range(1, 8), 8]), (20.0, [6, 8])):
+        written.clear()
+        config = TrainerConfig(max_steps=8, save_minutes=minutes, device="cpu", progress=False, tensorboard=False)
+        directory = tmp_path / f"{minutes}"
+        fit(
+            build_trainer(config, directory),
+            Regression(wait),
+            directory,
+            train_dataloaders=ResumableLoader(data, BatchOrder(20, 5)),
+        )
+        assert written == expected
+    assert TrainerConfig().save_minutes == 10
+
+
+class Signalled(Regression):
+    """A signal comes when the optimizer has made its fifth step, before that is counted."""
+
+    def optimizer_step(self, *arguments, **options):
+        super().optimizer_step(*arguments, **options)
+        if self.trainer.global_step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_ends_the_command(tmp_path, whole, name, capsys):
+    signum = signal.Signals[name]
+
+    def stop(step: int) -> None:
+        if step == 5:
+            signal.raise_signal(signum)
+            signal.raise_signal(signum)  # not reached
+        assert step < 6
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert run_command(lambda: train(tmp_path, 18, stop) and 0) == 128 + signum
+    shown = "Ctrl-C" if name == "SIGINT" else name
+    assert capsys.readouterr().err == f"\nstopped by {shown}; what was saved before is kept.\n"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    resumed = train(tmp_path, 18, seed=200)
+    assert resumed.seen == whole.seen[5:] and same(resumed, whole)
+
+
+def test_a_signal_within_the_optimizers_step_waits_for_its_end(tmp_path, whole):
+    assert run_command(lambda: train(tmp_path, 18, kind=Signalled) and 0) == 143
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 5
+    resumed = train(tmp_path, 18, seed=200)
+    assert resumed.seen == whole.seen[5:] and same(resumed, whole)
+
+
+@pytest.mark.parametrize("at", [4, 10])
+def test_a_signal_in_a_validation_has_it_come_again(tmp_path, at):
+    whole = train(tmp_path / "whole", 10)
+    stop = lambda step: signal.raise_signal(signal.SIGTERM) if step == at else None  # noqa: E731
+    assert run_command(lambda: train(tmp_path / "stopped", 10, at_validation=stop) and 0) == 143
+    resumed = train(tmp_path / "stopped", 10, seed=200)
+    assert resumed.seen == whole.seen[at:] and same(resumed, whole)
+    assert resumed.validated == list(range(at, 11, 2))
+
+
+def test_a_second_signal_while_the_first_saves_is_ignored(tmp_path, monkeypatch, whole):
+    save, calls = Trainer.save_checkpoint, []
+
+    def signalled(self, *arguments, **options):
+        calls.append(self.global_step)
+        if calls[-1] == 5:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+        return save(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_checkpoint", signalled)
+        stop = lambda step: signal.raise_signal(signal.SIGTERM) if step == 5 else None  # noqa: E731
+        assert run_command(lambda: train(tmp_path, 18, stop) and 0) == 143
+    resumed = train(tmp_path, 18, seed=200)
+    assert resumed.seen == whole.seen[5:] and same(resumed, whole)
+
+
+def test_a_signal_in_the_last_writing_ends_the_command_after_it(tmp_path, monkeypatch):
+    save = Trainer.save_checkpoint
+
+    def signalled(self, *arguments, **options):
+        if self.global_step == 6 and not self.validating:
+            signal.raise_signal(signal.SIGTERM)
+        return save(self, *arguments, **options)
+
+    after = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_checkpoint", signalled)
+        assert run_command(lambda: after.append(train(tmp_path, 6))) == 143
+    assert not after and torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_a_signal_while_a_checkpoint_is_read_leaves_it_as_it_is(tmp_path, monkeypatch):
+    train(tmp_path, 4)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    for hook in ("on_load_checkpoint", "on_train_start"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Regression, hook, lambda *_: signal.raise_signal(signal.SIGTERM))
+            assert run_command(lambda: train(tmp_path, 8) and 0) == 143
+        assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+def test_ignored_signals_stay_so(tmp_path):
+    """As with nohup, which leaves a training running when its terminal closes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        module = train(tmp_path, 4, lambda step: signal.raise_signal(signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(module.seen) == 4
+
+
+def weights_hash(directory: Path) -> str:
+    """Of both checkpoints' weights, and of the metrics."""
+    digest = hashlib.sha256()
+    for name in ("last", "best"):
+        checkpoint = torch.load(directory / f"{name}.ckpt", weights_only=True)
+        digest.update(str(checkpoint["global_step"]).encode())
+        for value in checkpoint["state_dict"].values():
+            digest.update(value.numpy().tobytes())
+    return digest.hexdigest() + (directory / "metrics.csv").read_text()
+
+
+def killed_run(directory: Path) -> str:
+    """A scenario of `tests.kills`."""
+    torch.set_num_threads(1)
+    with sole_run(directory):
+        train(directory, 9, val_every=3, accumulate=2, save_at=[1, 4])
+    return weights_hash(directory)
+
+
+def test_a_run_killed_at_any_of_its_writes_ends_the_same(tmp_path):
+    kill_everywhere("tests.common.test_training:killed_run", tmp_path, points=6)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_each_of_its_writes_ends_the_same(tmp_path):
+    kill_everywhere("tests.common.test_training:killed_run", tmp_path, points=150)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from common.checks import run_command
+from tests.common.test_training import train
+
+def fill(step):
+    if step == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+
+raise SystemExit(run_command(lambda: train(Path(sys.argv[1]), 18, fill, val_every=4) and 0))
+"""
+
+
+@pytest.mark.parametrize("room", [100, 6000])
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, root, whole, room):
+    command = [sys.executable, "-c", AS_TESTS + FULL, str(tmp_path / "run"), str(room)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "File too large" in done.stderr and "free disk space" in done.stderr
+    assert str(tmp_path / "run/last.ckpt") in done.stderr or str(tmp_path / "run/metrics.csv") in done.stderr
+    assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == 4
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    resumed = train(tmp_path / "run", 18, val_every=4, seed=200)
+    assert resumed.seen == whole.seen[4:]
+
+
+def test_rows_of_metrics_that_a_kill_cut_short_come_again(tmp_path):
+    train(tmp_path / "whole", 30)
+    train(tmp_path / "cut", 12)
+    path = tmp_path / "cut/metrics.csv"
+    path.write_text(path.read_text() + "0,13,0.5,\n0,1")
+    train(tmp_path / "cut", 30)
+    assert path.read_text() == (tmp_path / "whole/metrics.csv").read_text()
+    with open(path) as file:
+        assert all(row["step"] for row in csv.DictReader(file))
+
+
+def test_about_ten_validations():
+    assert [validation_interval(0, steps, most=500) for steps in (1, 7, 20, 1234, 5000, 10**6)] == [
+        1,
+        1,
+        2,
+        123,
+        500,
+        500,
+    ]
+    assert validation_interval(0, 10**6) == 10**5
+    assert validation_interval(250, 10**6, most=500) == 250 and validation_interval(250, 100) == 100
+
+
+TWO = """
+import sys
+import time
+from pathlib import Path
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from common.checks import run_command
+from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit
+from tests.common.test_training import Regression
+
+torch.set_num_threads(1)
+directory = Path(sys.argv[1])
+directory.mkdir(exist_ok=True)
+
+class Slow(Regression):
+    def training_step(self, batch, batch_idx):
+        (directory / f"begun{self.global_rank}").touch()
+        time.sleep(0.05)
+        return super().training_step(batch, batch_idx)
+
+def command():
+    torch.manual_seed(0)
+    module = Slow()
+    data = TensorDataset(torch.arange(84.0).reshape(21, 4) / 84, torch.arange(21.0)[:, None])
+    config = TrainerConfig(max_steps=400, val_every=30, devices=2, strategy="ddp", device="cpu",
+                           progress=False, tensorboard=False)
+    fit(build_trainer(config, directory), module, directory,
+        train_dataloaders=ResumableLoader(data, BatchOrder(21, 3)), val_dataloaders=DataLoader(data, batch_size=11))
+    return 0
+
+raise SystemExit(run_command(command))
+"""
+
+
+@pytest.mark.parametrize("whom", ["first", "second", "both"])
+def test_a_signal_to_one_of_two_processes_ends_both_after_they_have_saved(tmp_path, whom):
+    script = tmp_path / "script.py"
+    script.write_text(AS_TESTS + TWO)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        until = time.monotonic() + 120
+        while not all((tmp_path / f"run/begun{rank}").exists() for rank in (0, 1)):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in {"first": [process.pid], "second": children[:1], "both": [process.pid, children[0]]}[whom]:
+            os.kill(int(pid), signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 143, error
+    assert error.count("stopped by SIGTERM") == 1 and "Traceback" not in error
+    checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert 0 < checkpoint["global_step"] < 400 and len(checkpoint["random_state"]) == 2
 
 
 def test_a_moved_run_knows_its_best(tmp_path):
@@ -354,8 +680,13 @@ def test_a_moved_run_knows_its_best(tmp_path):
         trainer = build_trainer(TrainerConfig(max_steps=steps, val_every=2, device="cpu", progress=False), directory)
         module = GetsWorse()
         module.validated = steps
-        fit(trainer, module, directory, train_dataloaders=ResumableLoader(data, BatchOrder(16, 2)),
-            val_dataloaders=DataLoader(data, batch_size=16))
+        fit(
+            trainer,
+            module,
+            directory,
+            train_dataloaders=ResumableLoader(data, BatchOrder(16, 2)),
+            val_dataloaders=DataLoader(data, batch_size=16),
+        )
 
     go(tmp_path / "here", 4)
     (tmp_path / "here").rename(tmp_path / "there")
@@ -404,7 +735,7 @@ def test_nan_is_told_and_not_written_whatever_comes_next(tmp_path, end):
         return float("nan") if step == 5 else 1.0
 
     with pytest.raises(UserError, match="the loss is nan at step 6"):
-        train(tmp_path, 6 if end == "last step" else 18, breaks, validate=False, val_every=4)
+        train(tmp_path, 6 if end == "last step" else 18, breaks, validate=False, save_at=[4, 8])
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
     assert checkpoint["global_step"] == 4
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
@@ -435,8 +766,12 @@ def test_nan_is_told_before_other_callbacks_write(tmp_path, interrupted):
     data, writes = TensorDataset(torch.zeros(12, 4), torch.zeros(12, 1)), Writes()
     config = TrainerConfig(max_steps=4, device="cpu", progress=False, tensorboard=False)
     with pytest.raises(UserError, match="the loss is nan at step 1"):
-        fit(build_trainer(config, tmp_path, callbacks=[writes]), Regression(breaks), tmp_path,
-            train_dataloaders=ResumableLoader(data, BatchOrder(12, 3)))
+        fit(
+            build_trainer(config, tmp_path, callbacks=[writes]),
+            Regression(breaks),
+            tmp_path,
+            train_dataloaders=ResumableLoader(data, BatchOrder(12, 3)),
+        )
     assert not writes.written
 
 
@@ -467,8 +802,13 @@ def test_a_checkpoint_of_other_sizes_is_named(tmp_path):
     data = TensorDataset(torch.zeros(6, 4), torch.zeros(6, 1))
     config = TrainerConfig(max_steps=4, val_every=1, device="cpu", progress=False, tensorboard=False)
     with pytest.raises(UserError, match=r"last\.ckpt.*does not fit"):
-        fit(build_trainer(config, tmp_path), module, tmp_path,
-            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)), val_dataloaders=DataLoader(data, batch_size=6))
+        fit(
+            build_trainer(config, tmp_path),
+            module,
+            tmp_path,
+            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
+            val_dataloaders=DataLoader(data, batch_size=6),
+        )
 
 
 def test_configuration_is_checked(tmp_path):
@@ -502,7 +842,9 @@ class Net(LightningModule):
         self.model.add_module("out", nn.Linear(8, 1))
 
     def configure_optimizers(self):
-        optimizer = MuonAndAdam(self.model, hidden="hidden.", lr_muon=0.02, lr=0.01, weight_decay=0.1, betas=(0.9, 0.98))
+        optimizer = MuonAndAdam(
+            self.model, hidden="hidden.", lr_muon=0.02, lr=0.01, weight_decay=0.1, betas=(0.9, 0.98)
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(4, 20))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -514,8 +856,13 @@ def test_muon_and_adam_take_their_parameters_and_step_together(tmp_path):
     torch.manual_seed(0)
     module = Net()
     twin = nn.Sequential(*[type(layer)(layer.in_features, layer.out_features) for layer in module.model])
-    twin.load_state_dict({f"{n}.{kind}": module.model.state_dict()[f"{name}.{kind}"]
-                          for n, name in enumerate(("embed", "hidden", "out")) for kind in ("weight", "bias")})
+    twin.load_state_dict(
+        {
+            f"{n}.{kind}": module.model.state_dict()[f"{name}.{kind}"]
+            for n, name in enumerate(("embed", "hidden", "out"))
+            for kind in ("weight", "bias")
+        }
+    )
     data = TensorDataset(torch.randn(30, 4), torch.randn(30, 1))
     config = TrainerConfig(max_steps=6, clip_gradients=0.5, device="cpu", progress=False, tensorboard=False)
     loader = ResumableLoader(data, BatchOrder(30, 10))
@@ -525,7 +872,8 @@ def test_muon_and_adam_take_their_parameters_and_step_together(tmp_path):
     plain = [layer.bias for layer in twin]
     adam = torch.optim.AdamW(
         [{"params": [twin[0].weight, twin[2].weight], "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-        lr=0.01, betas=(0.9, 0.98),
+        lr=0.01,
+        betas=(0.9, 0.98),
     )
     factor, order = warmup_cosine(4, 20), BatchOrder(30, 10)
     for step in range(6):
@@ -556,8 +904,13 @@ def test_patience_survives_a_resume(tmp_path):
         if seen == 2:  # more patience than before
             config = replace(config, patience=5)
         trainer = build_trainer(config, tmp_path)
-        fit(trainer, module, tmp_path, train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
-            val_dataloaders=DataLoader(data, batch_size=6))
+        fit(
+            trainer,
+            module,
+            tmp_path,
+            train_dataloaders=ResumableLoader(data, BatchOrder(6, 3)),
+            val_dataloaders=DataLoader(data, batch_size=6),
+        )
         assert (trainer.global_step, len(module.seen)) == (6 if seen == 2 else 4, seen)
 
 
@@ -587,7 +940,9 @@ def test_every_validation_writes_last_and_only_the_better_ones_best(tmp_path):
     loader = ResumableLoader(data, BatchOrder(16, 2))
     with pytest.raises(RuntimeError, match="power failure"):
         fit(trainer, GetsWorse(), tmp_path, train_dataloaders=loader, val_dataloaders=DataLoader(data, batch_size=16))
-    steps = {name: torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["global_step"] for name in ("best", "last")}
+    steps = {
+        name: torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["global_step"] for name in ("best", "last")
+    }
     assert steps == {"best": 2, "last": 6}
 
 

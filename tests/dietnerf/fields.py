@@ -1,6 +1,8 @@
 """A tiny configuration of each field."""
 
-from dietnerf.model import DietGridModelConfig, DietNerfactoModelConfig, DietNeRFModelConfig
+from dietnerf.grid import DietGridModelConfig
+from dietnerf.mlp import DietNeRFModelConfig
+from dietnerf.nerfacto import DietNerfactoModelConfig
 
 CONFIGS = {
     "mlp": DietNeRFModelConfig(

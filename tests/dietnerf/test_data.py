@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import images as opening
 from common.checks import UserError
 from dietnerf.data import (
     PAPER_VIEWS,
@@ -17,6 +18,7 @@ from dietnerf.data import (
     FewViewDataset,
     FewViewParserConfig,
     load_image,
+    load_mask,
     scene_kind,
     select_views,
 )
@@ -37,7 +39,9 @@ def edit(path: Path, change) -> Path:
 
 def test_blender_cameras_and_colours(ball_scene):
     views = read(ball_scene)
-    assert views.view_ids == (0, 1, 2, 3, 4, 5) and views.background == "white" and views.source == "transforms_train.json"
+    assert (
+        views.view_ids == (0, 1, 2, 3, 4, 5) and views.background == "white" and views.source == "transforms_train.json"
+    )
     meta = json.loads((ball_scene / "transforms_train.json").read_text())
     pose = torch.tensor(meta["frames"][2]["transform_matrix"])[:3]
     assert torch.allclose(views.cameras.camera_to_worlds[2], pose.float())
@@ -59,7 +63,9 @@ def test_blender_cameras_and_colours(ball_scene):
 def test_scaling_is_the_mean_over_the_area(ball_scene):
     full, half = read(ball_scene), read(ball_scene, image_size=8)
     whole = full.load(0)[0]
-    naive = torch.stack([whole[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean(dim=(0, 1)) for y in range(8) for x in range(8)])
+    naive = torch.stack(
+        [whole[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean(dim=(0, 1)) for y in range(8) for x in range(8)]
+    )
     assert torch.allclose(half.load(0)[0].reshape(-1, 3), naive, atol=1e-5)
     assert float(half.cameras.fx[0]) == pytest.approx(float(full.cameras.fx[0]) / 2)
     assert float(half.cameras.cx[0]) == 4 and int(half.cameras.width[0]) == 8
@@ -161,7 +167,12 @@ def test_intrinsics_are_those_of_other_sizes_of_the_same_images(tmp_path):
     (scene / "transforms.json").write_text(json.dumps(meta))
     for size, scale in ((0, 1), (8, 0.5)):
         cameras = read(scene, image_size=size).cameras[0]
-        assert [float(v) for v in (cameras.fx, cameras.fy, cameras.cx, cameras.cy)] == [20 * scale, 20 * scale, 8 * scale, 8 * scale]
+        assert [float(v) for v in (cameras.fx, cameras.fy, cameras.cx, cameras.cy)] == [
+            20 * scale,
+            20 * scale,
+            8 * scale,
+            8 * scale,
+        ]
         assert (int(cameras.width), int(cameras.height)) == (16 * scale, 16 * scale)
     (scene / "transforms.json").write_text(json.dumps(meta | dict(h=128)))
     with pytest.raises(UserError, match="f0.png' is 16x16 but its camera's w and h are 64x128"):
@@ -199,7 +210,9 @@ def test_masks_that_cannot_be_used(tmp_path, shape, value, said):
 def test_fisheye_circles_are_not_passed_over_in_silence(tmp_path):
     scene = nerfstudio_scene(tmp_path)
     meta = json.loads((scene / "transforms.json").read_text())
-    (scene / "transforms.json").write_text(json.dumps(meta | dict(camera_model="OPENCV_FISHEYE", fisheye_crop_radius=8)))
+    (scene / "transforms.json").write_text(
+        json.dumps(meta | dict(camera_model="OPENCV_FISHEYE", fisheye_crop_radius=8))
+    )
     with pytest.raises(UserError, match="fisheye_crop_radius 8, which cannot be used: undistort"):
         read(scene)
 
@@ -244,7 +257,9 @@ def test_llff_layout(tmp_path):
     views = read(tmp_path)
     assert scene_kind(tmp_path) == "llff" and len(views) == 7 and len(read(tmp_path, "test")) == 2
     near, far = views.metadata["planes"]
-    assert far / near == pytest.approx(6 * 1.1 / (2 * 0.9)) and float(views.scene_box.aabb[1, 0]) == pytest.approx(max(1.0, far))
+    assert far / near == pytest.approx(6 * 1.1 / (2 * 0.9)) and float(views.scene_box.aabb[1, 0]) == pytest.approx(
+        max(1.0, far)
+    )
     cameras = views.cameras.camera_to_worlds
     assert torch.allclose(torch.linalg.det(cameras[:, :, :3]), torch.ones(7), atol=1e-4)
     # all cameras look at one point: the ball's centre
@@ -293,7 +308,7 @@ def test_broken_images(tmp_path):
     with pytest.raises(UserError, match="is empty"):
         read(scene)
     path.write_bytes(b"no picture at all")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not an image"):
         read(scene)
     Image.new("RGBA", (8, 16)).save(path)
     with pytest.raises(UserError, match="8x16 but .* is 16x16"):
@@ -428,7 +443,9 @@ def test_rays_follow_from_seed_rank_and_step(ball_scene, monkeypatch):
     expected = one.train_dataset.cameras.generate_rays(
         camera_indices=torch.tensor([[view]]), coords=torch.tensor([[row + 0.5, column + 0.5]])
     )
-    assert torch.allclose(rays.directions[5], expected.directions[0]) and torch.allclose(rays.origins[5], expected.origins[0])
+    assert torch.allclose(rays.directions[5], expected.directions[0]) and torch.allclose(
+        rays.origins[5], expected.origins[0]
+    )
     # too many pixels to keep: the same rays, made when drawn
     monkeypatch.setattr("dietnerf.rays.CACHED_PIXELS", 0)
     drawn, _ = manager().next_train(7)
@@ -471,3 +488,49 @@ def test_the_training_views_decide_what_is_behind_all_views(tmp_path, opaque):
     for order in (("train", "test"), ("test", "train")):
         parser = FewViewParserConfig(data=scene).setup()
         assert {parser.get_dataparser_outputs(split).metadata["background"] for split in order} == {expected}
+
+
+def test_images_and_masks_are_no_larger_than_the_limit(tmp_path):
+    scene = write_scene(tmp_path / "blender")
+    assert len(read(scene, max_megapixels=256e-6).images)
+    masked = masked_scene(tmp_path / "other", np.full((16, 16), 255, np.uint8))
+    assert read(masked, max_megapixels=256e-6).mask(0).all()
+    for path in (scene, masked):
+        with pytest.raises(UserError, match="16x16 pixels") as caught:
+            read(path, max_megapixels=255e-6)
+        assert "scale it down" in str(caught.value)
+    path = tmp_path / "large.png"
+    Image.new("L", (16, 16), 9).save(path)
+    for refused in (load_image, load_mask):
+        options = ("image",) if refused is load_image else ()
+        with pytest.raises(UserError, match="too large"):
+            refused(path, (16, 16), *options, max_pixels=255)
+    with pytest.raises(UserError, match="max_megapixels is 0"):
+        read(scene, max_megapixels=0)
+
+
+def test_grey_of_sixteen_bits_and_palettes(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    colour, alpha = load_image(tmp_path / "deep.png", (8, 8), "image")
+    assert alpha is None and np.allclose(colour.numpy(), (values / 65535)[..., None], atol=0.5 / 255)
+    Image.fromarray((values > 30000).astype(np.uint16)).save(tmp_path / "mask.png")  # 1 of 65535 is not black
+    assert np.array_equal(load_mask(tmp_path / "mask.png", (8, 8)).numpy()[..., 0], values > 30000)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    colour, alpha = load_image(tmp_path / "palette.png", (8, 8), "white")
+    assert (colour == 1).all() and (alpha == 0).all()
+
+
+@pytest.mark.parametrize("size", [(40, 30), (13, 7), (20, 15), (1, 1)])
+def test_images_are_converted_in_parts(tmp_path, monkeypatch, size):
+    values = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    whole = load_image(tmp_path / "a.png", size, "white"), load_mask(tmp_path / "a.png", size)
+    monkeypatch.setattr(opening, "BAND_PIXELS", 170)
+    parts = load_image(tmp_path / "a.png", size, "white"), load_mask(tmp_path / "a.png", size)
+    for one, other in zip(whole[0], parts[0], strict=True):
+        assert one.shape == other.shape == (size[1], size[0], one.shape[-1])
+        assert torch.allclose(one, other, atol=1e-6)
+    assert torch.equal(whole[1], parts[1])

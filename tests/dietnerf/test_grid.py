@@ -163,7 +163,14 @@ def test_a_camera_sees_what_lies_on_its_rays(number):
     rays = cameras.generate_rays(camera_indices=number, keep_shape=True).flatten()
     assert (views_of(rays.origins + 2.5 * rays.directions, own) == 1).all()
     assert (views_of(rays.origins - 2.5 * rays.directions, own) == 0).all()
-    for corner, seen in (((0.1, 0.1), 1), ((11.9, 19.9), 1), ((-0.1, 5.0), 0), ((12.1, 5.0), 0), ((5.0, 20.1), 0), ((5.0, -0.1), 0)):
+    for corner, seen in (
+        ((0.1, 0.1), 1),
+        ((11.9, 19.9), 1),
+        ((-0.1, 5.0), 0),
+        ((12.1, 5.0), 0),
+        ((5.0, 20.1), 0),
+        ((5.0, -0.1), 0),
+    ):
         ray = cameras.generate_rays(camera_indices=number, coords=torch.tensor(corner))  # row, column
         assert views_of((ray.origins + 3 * ray.directions)[None].view(1, 3), own).tolist() == [seen], corner
 

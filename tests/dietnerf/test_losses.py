@@ -122,7 +122,9 @@ def test_a_random_background_teaches_opacity():
     outputs = {"rgb": torch.rand(9, 3), "accumulation": torch.rand(9, 1)}
     found = reconstruction_losses(model, outputs, outputs["rgb"], outputs["accumulation"])
     assert found["rgb"] < 1e-12
-    white = reconstruction_losses(model, {**outputs, "accumulation": torch.ones(9, 1)}, outputs["rgb"], torch.zeros(9, 1))
+    white = reconstruction_losses(
+        model, {**outputs, "accumulation": torch.ones(9, 1)}, outputs["rgb"], torch.zeros(9, 1)
+    )
     assert white["rgb"] > 0.05  # an opaque white wall in place of nothing
     with pytest.raises(UserError, match="no alpha"):
         reconstruction_losses(model, outputs, outputs["rgb"])

@@ -116,7 +116,13 @@ def test_scores_name_what_is_not_measured(pair, monkeypatch, tmp_path):
     bare = score_views([image], [truth], [None], held_out[:1], training)
     assert bare.not_measured["psnr_foreground"] == "the images have no alpha" and "psnr_foreground" not in bare.values
     same = score_views(
-        [image], [truth], [None], held_out[:1], training, config=MetricsConfig(second_encoder="tiny"), loss_encoder="tiny"
+        [image],
+        [truth],
+        [None],
+        held_out[:1],
+        training,
+        config=MetricsConfig(second_encoder="tiny"),
+        loss_encoder="tiny",
     )
     assert "was in the loss" in same.not_measured["similarity"]
 

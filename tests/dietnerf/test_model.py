@@ -14,13 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.checks import UserError
-from dietnerf.mlp import SKIP_LAYER, PublishedField, encode
-from dietnerf.model import (
-    DietGridModelConfig,
-    DietNeRFModelConfig,
-    FewViewModel,
-    simplified_nerf_config,
-)
+from dietnerf.grid import DietGridModelConfig
+from dietnerf.mlp import SKIP_LAYER, DietNeRFModelConfig, PublishedField, encode, simplified_nerf_config
+from dietnerf.model import FewViewModel
 from dietnerf.poses import pose_spherical
 from dietnerf.regularizers import RegularizerConfig
 from tests.dietnerf.fields import CONFIGS

@@ -54,7 +54,12 @@ def test_published_schedule():
     config = method_config("dietnerf")
     assert config.optimizers["fields"]["optimizer"].lr == 5e-4
     data, model = config.pipeline.datamanager, config.pipeline.model
-    assert (data.train_num_rays_per_batch, data.rays_from, data.crop_steps, data.crop_fraction) == (1024, "one", 500, 0.5)
+    assert (data.train_num_rays_per_batch, data.rays_from, data.crop_steps, data.crop_fraction) == (
+        1024,
+        "one",
+        500,
+        0.5,
+    )
     assert (model.semantic.weight, model.semantic.every, model.semantic.resolution) == (0.1, 10, 168)
     assert model.semantic.feature == "class_token" and model.semantic.poses == "published"
     assert (model.num_coarse_samples, model.num_importance_samples) == (64, 128)
@@ -283,7 +288,10 @@ def test_semantic_text_and_priors_reach_the_model(ball_scene):
     )
     model = config.pipeline.model
     assert model.semantic.text == "a ball" and model.regularizers.occlusion == 0.5 and model.semantic.hinge
-    assert model.regularizers.density_variation == method_config("dietnerf-grid").pipeline.model.regularizers.density_variation
+    assert (
+        model.regularizers.density_variation
+        == method_config("dietnerf-grid").pipeline.model.regularizers.density_variation
+    )
     assert (model.near, model.far) == (1.0, 9.0)
     with pytest.raises(UserError, match="near is 3.0 and far is 2.0"):
         nerfstudio_config(replace(TrainConfig(scene=ball_scene), near=3.0, far=2.0))
@@ -296,10 +304,16 @@ def test_the_crop_stretches_with_the_steps(ball_scene):
 
 
 def test_levels_of_the_grid_are_spread_over_the_same_steps(ball_scene):
-    model = nerfstudio_config(TrainConfig(scene=ball_scene, steps=2000, resolutions=(8, 12, 16, 24), harmonics=2)).pipeline.model
+    model = nerfstudio_config(
+        TrainConfig(scene=ball_scene, steps=2000, resolutions=(8, 12, 16, 24), harmonics=2)
+    ).pipeline.model
     assert model.resolutions == (8, 12, 16, 24) and model.harmonics == 2
     usual = nerfstudio_config(TrainConfig(scene=ball_scene, steps=2000)).pipeline.model
-    assert model.grow_at[-1] == usual.grow_at[-1] and len(model.grow_at) == 3 and list(model.grow_at) == sorted(model.grow_at)
+    assert (
+        model.grow_at[-1] == usual.grow_at[-1]
+        and len(model.grow_at) == 3
+        and list(model.grow_at) == sorted(model.grow_at)
+    )
     assert nerfstudio_config(TrainConfig(scene=ball_scene, resolutions=(20,))).pipeline.model.grow_at == ()
     with pytest.raises(UserError, match=r"resolutions, harmonics and min_views are the grid's"):
         nerfstudio_config(TrainConfig(scene=ball_scene, method="nerfacto", resolutions=(8, 12)))

@@ -203,6 +203,16 @@ def test_classifiers_lose_their_last_layer_of_whatever_kind(images, name, size):
     assert found["embedding"].shape == (1, size)
 
 
+def test_a_classifier_with_nan_is_refused_by_name(tmp_path):
+    from torchvision import models
+
+    state = models.squeezenet1_1().state_dict()
+    state["features.3.squeeze.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="features.3.squeeze.weight holds NaN or infinity"):
+        load_encoder(f"torchvision:squeezenet1_1:{tmp_path / 'weights.pt'}", device="cpu")
+
+
 def test_a_classifier_without_its_weights_is_named(monkeypatch):
     from dietnerf import semantic
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +15,9 @@ import pytest
 import torch
 import yaml
 
+from common import checks
 from common.checks import UserError
+from common.files import claimed
 from common.runtime import RuntimeConfig
 from dietnerf.evaluation import score_scene
 from dietnerf.methods import method_config
@@ -22,6 +26,7 @@ from dietnerf.training import TrainConfig, train
 from tests.dietnerf.ball import write_scene
 from tests.dietnerf.fields import CONFIGS
 from tests.dietnerf.test_pipeline import nerfstudio_run, run_command  # noqa: F401
+from tests.kills import kill_everywhere
 
 
 @pytest.fixture
@@ -66,31 +71,73 @@ def test_a_run_and_what_it_leaves(ball_scene, tmp_path, small_grid):
     assert scene.render(pose, size=8).rgb.shape == (8, 8, 3)
 
 
-def test_resume_is_exact(ball_scene, tmp_path, small_grid):
-    whole = train(settings(ball_scene, tmp_path / "whole"))
-
-    # Stopped after 6 of 12 steps: the same schedule, cut short by an exception as Ctrl-C raises it.
+def test_resume_is_exact(ball_scene, tmp_path, small_grid, monkeypatch):
+    """After a signal in the eighth of 15 steps, on all that is in the files: weights, and the rows of metrics."""
     from dietnerf.training import FewViewTraining
 
-    after = FewViewTraining.on_train_batch_end
+    options = {"steps": 15, "semantic_every": 3, "val_every": 4}
+    whole = train(settings(ball_scene, tmp_path / "whole", **options))
+    before = FewViewTraining.training_step
 
     def stop(module, *arguments):
-        after(module, *arguments)
         if module.global_step == 7:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
+        return before(module, *arguments)
 
-    FewViewTraining.on_train_batch_end = stop
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(settings(ball_scene, tmp_path / "cut"))
-    finally:
-        FewViewTraining.on_train_batch_end = after
-    cut = tmp_path / "cut"
-    assert (cut / "last.ckpt").is_file() and (cut / "nerfstudio_models/step-000000006.ckpt").is_file()
-    train(settings(ball_scene, cut))
-    first, second = weights(whole), weights(cut)
+    cut = settings(ball_scene, tmp_path / "cut", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(FewViewTraining, "training_step", stop)
+        assert checks.run_command(lambda: train(cut) and 0) == 143
+    assert [path.name for path in cut.out.glob("nerfstudio_models/*")] == ["step-000000006.ckpt"]
+    train(cut)
+    first, second = weights(whole), weights(cut.out)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (whole / "metrics.csv").read_text() == (cut.out / "metrics.csv").read_text()
+
+
+def test_a_row_of_metrics_is_of_its_step(ball_scene, tmp_path, small_grid, monkeypatch):
+    from dietnerf.pipeline import FewViewPipeline
+
+    seen, compute = {}, FewViewPipeline.get_train_loss_dict
+
+    def noted(pipeline, step):
+        found = compute(pipeline, step)
+        seen[step] = {name: float(value.detach()) for name, value in found[1].items()}
+        return found
+
+    monkeypatch.setattr(FewViewPipeline, "get_train_loss_dict", noted)
+    run = train(settings(ball_scene, tmp_path / "run", steps=35, semantic_every=7, val_views=0))
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 10, 14, 20, 21, 30]  # and of 28, after 21, none
+    for row in rows:
+        parts = seen[int(row["step"])]
+        assert {name: float(row[f"train/{name}"]) for name in parts} == pytest.approx(parts, rel=1e-6)
+        assert float(row["train/loss"]) == pytest.approx(sum(parts.values()), rel=1e-5) and row["train/psnr"]
+        assert bool(row["train/semantic"]) == ("semantic" in parts) == (int(row["step"]) % 7 == 0)
+
+
+def test_one_run_at_a_time_in_a_directory(ball_scene, tmp_path):
+    with claimed(tmp_path / "run"), pytest.raises(UserError, match="is in use by process"):
+        train(settings(ball_scene, tmp_path / "run"))
+    assert os.listdir(tmp_path / "run") == []
+
+
+def small_field(directory: Path) -> str:
+    """A scenario of `tests.kills`."""
+    torch.set_num_threads(1)
+    scene = directory.parent / "scene"
+    if not scene.exists():
+        write_scene(scene)
+    run = train(settings(scene, directory, method="mlp-small", steps=4, rays=16, semantic_weight=0.0, val_every=2))
+    values = [*weights(run).values(), *torch.load(run / "last.ckpt", weights_only=True)["state_dict"].values()]
+    return str([float(value.double().sum()) for value in values]) + (run / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_any_of_its_writes_ends_the_same(tmp_path):
+    kill_everywhere("tests.dietnerf.test_training:small_field", tmp_path, points=6)
 
 
 def test_another_run_does_not_go_on_from_this_one(ball_scene, tmp_path, small_grid, monkeypatch):

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from experiments import build_corpus
-from experiments.build_corpus import Config, Paragraphs, glosses, is_prose, main
+from experiments.backbones import build_corpus
+from experiments.backbones.build_corpus import Config, Paragraphs, glosses, is_prose, main
 
 PAGE = """<html><head><title>no</title><style>p {{}}</style></head><body><nav>Home of the site and more</nav>
 <h1>Titel van deze pagina is dit</h1><p>Dit is een zin van <b>pagina {n}</b>, en het is niet de laatste.<br>
@@ -31,7 +31,11 @@ def test_languages_are_told_apart():
 
 
 def test_glosses_are_sentences_and_each_occurs_once():
-    lines = ["  1 This software and database is provided", "0001 n 01 dog | a pet that barks at the door; ", "x | a pet that barks at the door"]
+    lines = [
+        "  1 This software and database is provided",
+        "0001 n 01 dog | a pet that barks at the door; ",
+        "x | a pet that barks at the door",
+    ]
     assert list(glosses(lines)) == [["A pet that barks at the door."]]
 
 
@@ -39,7 +43,9 @@ def test_glosses_are_sentences_and_each_occurs_once():
 def test_a_corpus_is_built_from_packages_and_is_the_same_again(tmp_path, monkeypatch):
     package = tmp_path / "tree"
     (package / "DEBIAN").mkdir(parents=True)
-    (package / "DEBIAN" / "control").write_text("Package: boek\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: b\n")
+    (package / "DEBIAN" / "control").write_text(
+        "Package: boek\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: b\n"
+    )
     pages = package / "usr/share/doc/boek/html"
     pages.mkdir(parents=True)
     for n in range(60):
@@ -50,7 +56,11 @@ def test_a_corpus_is_built_from_packages_and_is_the_same_again(tmp_path, monkeyp
     for run in ("first", "second"):
         out = tmp_path / run
         (out / "packages").mkdir(parents=True)
-        subprocess.run(["dpkg-deb", "--build", str(package), str(out / "packages" / "boek_1_all.deb")], check=True, capture_output=True)
+        subprocess.run(
+            ["dpkg-deb", "--build", str(package), str(out / "packages" / "boek_1_all.deb")],
+            check=True,
+            capture_output=True,
+        )
         main(Config(languages=("nld",), out=out, valid_percent=20))
         contents.append([(out / f"nld.{split}.txt.xz").read_bytes() for split in ("train", "valid")])
     assert contents[0] == contents[1]

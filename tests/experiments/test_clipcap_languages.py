@@ -8,8 +8,8 @@ import pytest
 from common.checks import UserError
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
-from experiments import clipcap_languages
-from experiments.clipcap_languages import Config, find_models, main, plan, summarise, take_share
+from experiments.captions import languages as clipcap_languages
+from experiments.captions.languages import Config, find_models, main, plan, summarise, take_share
 from experiments.scenes.captions import names_all
 from experiments.scenes.karpathy import SAMPLES, captioned_in, packaged_records
 from experiments.scenes.wording import WORDINGS
@@ -83,9 +83,14 @@ def test_two_languages_to_the_page(tmp_path, monkeypatch, capsys):
     main(dutch)
     main(Config(**options, language="ita", modes=("frozen",), shares=(0.5,)))
     page = (tmp_path / "docs" / "clipcap_languages.md").read_text()
-    for text in ("## Dutch", "## Italian", "GPT-2 fine-tuned; captions: 100% is 20.", "GPT-2 frozen; captions: 50% is 10."):
+    for text in (
+        "## Dutch",
+        "## Italian",
+        "GPT-2 fine-tuned; captions: 100% is 20.",
+        "GPT-2 frozen; captions: 50% is 10.",
+    ):
         assert text in page
-    assert "at most 2 steps of 4 captions, that is passes of 0.4 over 100%;" in page and "passes of 0.8 over 50%;" in page
+    assert "at most 2 steps of 4 captions: 0.4 passes over 100%;" in page and "0.8 passes over 50%;" in page
     assert all((tmp_path / "docs" / f"clipcap_languages_{name}.png").stat().st_size > 5000 for name in ("nld", "ita"))
     directory = tmp_path / "out" / "nld" / "recycled-fine-tuned-1-seed0"
     result = json.loads((directory / "result.json").read_text())
@@ -100,6 +105,10 @@ def test_two_languages_to_the_page(tmp_path, monkeypatch, capsys):
     main(dutch)
     with pytest.raises(UserError, match="was begun with steps 2, now it is 3"):
         main(Config(**options | {"steps": 3}, modes=("fine-tuned",), shares=(1.0,)))
-    for change, said in (({"modes": ("x",)}, "mode is 'x'"), ({"shares": (2.0,)}, "share is 2"), ({"steps": 0}, "steps")):
+    for change, said in (
+        ({"modes": ("x",)}, "mode is 'x'"),
+        ({"shares": (2.0,)}, "share is 2"),
+        ({"steps": 0}, "steps"),
+    ):
         with pytest.raises(UserError, match=said):
             main(Config(**options | change))

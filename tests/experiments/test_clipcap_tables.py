@@ -8,8 +8,9 @@ import pytest
 from common.checks import UserError
 from common.files import write_json
 from common.runtime import RuntimeConfig
-from experiments import clipcap_coco, clipcap_conceptual, clipcap_nocaps, clipcap_photographs, clipcap_prefix_length
-from experiments.clipcap_tables import SCENES, small_data
+from experiments.captions import clipcap_conceptual, clipcap_nocaps, clipcap_photographs, clipcap_prefix_length
+from experiments.captions import coco as clipcap_coco
+from experiments.captions.tables import SCENES, small_data
 
 WHICH = shutil.which
 CPU = RuntimeConfig(device="cpu")
@@ -57,7 +58,7 @@ def test_coco(options, tmp_path, capsys):
     clipcap_coco.main(clipcap_coco.Config(**options))
     table = (tmp_path / "docs" / "clipcap_coco_small.md").read_text()
     assert [row["captioner"] for row in rows(tmp_path / "out")] == ["transformer-frozen", "mlp-tuned"]
-    assert "not comparable" in table and "`python -m experiments.clipcap_coco --small --steps 2`" in table
+    assert "not comparable" in table and "`python -m experiments.captions.coco --small --steps 2`" in table
     assert table in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "mlp-tuned" / "evaluation-test" / "results.json").read_text())
     assert result["images"] == 4 and f"{100 * result['scores']['CIDEr']:.2f}" in rows(tmp_path / "out")[1]["CIDEr"]
@@ -70,7 +71,7 @@ def test_conceptual_has_one_caption_each(options, tmp_path):
     assert len(images) == 14 and all(len(row["sentences"]) == 1 for row in images)
     record = json.loads((tmp_path / "out" / "mlp-tuned" / "training.json").read_text())
     assert record["captions"]["train"] == 8 and record["steps"] == 2
-    assert "split test" in (tmp_path / "docs" / "clipcap_conceptual_small.md").read_text()
+    assert "(split: test)" in (tmp_path / "docs" / "clipcap_conceptual_small.md").read_text()
 
 
 def test_nocaps_by_domain(options, tmp_path):
@@ -95,7 +96,9 @@ def test_prefix_length(options, tmp_path):
 
 
 def test_photographs(data, tmp_path):
-    config = clipcap_photographs.Config(data=data, out=tmp_path / "out", steps=2, clip_score="", resamples=10, runtime=CPU)
+    config = clipcap_photographs.Config(
+        data=data, out=tmp_path / "out", steps=2, clip_score="", resamples=10, runtime=CPU
+    )
     clipcap_photographs.main(config)
     assert json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())["images"] == 4
     assert (tmp_path / "out" / "evaluation" / "index.html").read_text().count('class="card"') == 4
@@ -132,5 +135,10 @@ def test_few_test_scenes_are_chosen_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(karpathy, "export", export)
     path, _ = small_data(tmp_path, tmp_path / "out", 5)
     assert [row["filename"] for row in json.loads(path.read_text())["images"]] == [
-        "a.png", "0.png", "2.png", "4.png", "6.png", "8.png"
+        "a.png",
+        "0.png",
+        "2.png",
+        "4.png",
+        "6.png",
+        "8.png",
     ]

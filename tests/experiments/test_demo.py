@@ -14,7 +14,7 @@ import tyro
 
 import recycle_gpt2.cli
 from common.runtime import RuntimeConfig
-from experiments.demo import Config, Steps, spread, write_demo
+from experiments.demo.page import Config, Steps, spread, write_demo
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,20 @@ def page(tmp_path_factory):
 
 def test_the_page_has_every_part_and_says_what_was_run(page):
     text = page.read_text()
-    for heading in ("Three applications", "Captions in Dutch", "What a prefix says", "recycled for Dutch", "What was run"):
+    for heading in (
+        "Three applications",
+        "Captions in Dutch",
+        "What a prefix says",
+        "recycled for Dutch",
+        "What was run",
+    ):
         assert heading in text, heading
     assert "clipcap caption common/assets/samples/scenes/test_000.jpg --language nld" in text
     results = json.loads((page.parent / "results.json").read_text())
     assert set(results["captions"]) == set(results["dutch"]["captions"]) and len(results["captions"]) == 6
-    assert [step["seconds"] >= 0 for step in results["steps"]] and results["steps"][5]["step"] == "caption them in Dutch"
+    assert [step["seconds"] >= 0 for step in results["steps"]] and results["steps"][5][
+        "step"
+    ] == "caption them in Dutch"
     assert all(step["step"] in text for step in results["steps"])
 
 
@@ -59,10 +67,10 @@ def test_every_number_has_its_command(page):
     out, found = page.parent, commands(page)
     expected = [
         "clipcap evaluate --data common/assets/samples/scenes/dataset.json --model tiny --resamples 300",
-        "python -m experiments.evaluate_tiny_clip --clip tiny --split test",
-        "python -m experiments.demo_recycling",
-        "python -m experiments.train_tiny_gpt2 --corpus out/corpus --size small --epochs 4",
-        "python -m experiments.train_tiny_gpt2 --corpus out/corpus --size medium --epochs 3",
+        "python -m experiments.backbones.evaluate_clip --clip tiny --split test",
+        "python -m experiments.demo.recycling",
+        "python -m experiments.backbones.train_gpt2 --corpus out/corpus --size small --epochs 4",
+        "python -m experiments.backbones.train_gpt2 --corpus out/corpus --size medium --epochs 3",
         f"recycle-gpt2 evaluate tiny tiny-medium --text {out / 'sentence.txt'}",
     ]
     if importlib.util.find_spec("nerfstudio") is not None:
@@ -111,7 +119,9 @@ def test_a_telephone_shows_it_whole_without_errors(page):
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         view = browser.new_page(viewport={"width": 390, "height": 844})
-        view.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+        view.on(
+            "console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None
+        )
         view.on("pageerror", lambda error: errors.append(str(error)))
         view.on("request", lambda request: asked.append(request.url) if not request.url.startswith("data:") else None)
         view.goto(page.as_uri(), wait_until="load")

@@ -13,8 +13,9 @@ from common.checks import UserError
 from common.files import write_json
 from common.report import Page
 from common.runtime import RuntimeConfig
-from experiments import demo_scene, dietnerf_synthetic
-from experiments.dietnerf_synthetic import ARMS, Config, gains, main, read_runs, tabulate, training_config
+from experiments.demo import scene as demo_scene
+from experiments.fields import synthetic
+from experiments.fields.synthetic import ARMS, Config, gains, main, read_runs, tabulate, training_config
 from tests.dietnerf.ball import write_scene
 
 
@@ -36,7 +37,12 @@ def record(arm: str, seed: int, psnr: float, views: int = 3) -> dict:
 
 
 def test_tables():
-    runs = [record("grid", 0, 20.0), record("grid", 1, 22.0), record("grid-clip", 0, 21.0), record("grid-clip", 1, 22.0)]
+    runs = [
+        record("grid", 0, 20.0),
+        record("grid", 1, 22.0),
+        record("grid-clip", 0, 21.0),
+        record("grid-clip", 1, 22.0),
+    ]
     runs.append(record("grid-clip", 7, 99.0))  # has no partner
     rows = tabulate(runs)
     assert [row["arm"] for row in rows] == ["grid", "grid-clip"]
@@ -80,7 +86,7 @@ def test_runs_are_made_once(tmp_path, few_voxels, monkeypatch, capsys):
     assert {run["arm"] for run in runs} == {"grid", "grid-clip"} and all(run["steps"] == 4 for run in runs)
     assert len((tmp_path / "out/table.md").read_text().splitlines()) == 4
     assert (tmp_path / "out/views.png").is_file()
-    monkeypatch.setattr(dietnerf_synthetic, "train", lambda settings: pytest.fail("was run again"))
+    monkeypatch.setattr(synthetic, "train", lambda settings: pytest.fail("was run again"))
     main(config)
     for name, changed in (("steps 4, now it is 6", {"steps": 6}), ("eval_every 1, now it is 2", {"eval_every": 2})):
         with pytest.raises(UserError, match=f"was begun with {name}"):

@@ -14,9 +14,10 @@ from common.gpt2 import load_gpt2, token_table
 from common.pretrained import ASSETS
 from common.report import Page
 from common.runtime import RuntimeConfig
-from experiments import recycle_languages, recycle_report
-from experiments.demo_recycling import recycling_section
-from experiments.recycle_text import held_out, is_english, second_genre, write_texts
+from experiments.demo.recycling import recycling_section
+from experiments.languages import recycle as recycle_languages
+from experiments.languages import recycle_report
+from experiments.languages.text import held_out, is_english, second_genre, write_texts
 
 WORDS = "de kat en het huis zijn op een mat van hout die nacht was koud water lopen huizen katten groter".split()
 
@@ -53,11 +54,20 @@ def test_texts_are_split_by_genre_and_none_is_in_two(source, tmp_path):
 def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, monkeypatch):
     monkeypatch.setattr(recycle_languages, "RATES", dict.fromkeys(recycle_languages.RATES, (1e-2,)))
     config = recycle_languages.Config(
-        text=source, out=tmp_path / "out",
+        text=source,
+        out=tmp_path / "out",
         parts=("baselines", "tune", "main", "alignment", "medium", "data_size", "budgets", "initialisations"),
-        arms=("frozen English", "relearned, then unfrozen"), methods=("least squares", "random rows"), initialisations=("copy",),
-        vocab_size=300, tokens=2000, tune_tokens=600, brief_tokens=600, budgets=(600,), budget_arms=("frozen English",),
-        block=32, runtime=RuntimeConfig(device="cpu", threads=1),
+        arms=("frozen English", "relearned, then unfrozen"),
+        methods=("least squares", "random rows"),
+        initialisations=("copy",),
+        vocab_size=300,
+        tokens=2000,
+        tune_tokens=600,
+        brief_tokens=600,
+        budgets=(600,),
+        budget_arms=("frozen English",),
+        block=32,
+        runtime=RuntimeConfig(device="cpu", threads=1),
     )
     monkeypatch.setattr(recycle_languages, "UNFROZEN_SHARES", (0.5,))
     monkeypatch.setattr(recycle_languages, "MAIN", ("frozen English",))
@@ -77,7 +87,15 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
     recycle_languages.main(config)
     recycle_report.main(recycle_report.Config(out=tmp_path / "out", docs=tmp_path / "docs"))
     page = (tmp_path / "docs" / "recycling_results.md").read_text()
-    for part in ("frozen English", "trigram", "untouched English (tiny)", "least squares", "1% of the text", "600 tokens", "| copy |"):
+    for part in (
+        "frozen English",
+        "trigram",
+        "untouched English (tiny)",
+        "least squares",
+        "1% of the text",
+        "600 tokens",
+        "| copy |",
+    ):
         assert part in page, part
     assert (tmp_path / "docs" / "recycling_nld_tokens.png").is_file()
 
@@ -122,9 +140,27 @@ def test_the_captioner_takes_a_recycled_model(tmp_path, english_recycled):
         lines.append(f"{number}.png,een kat op het huis")
     (folder / "captions.csv").write_text("\n".join(lines))
     arguments = [
-        "train", "--data", str(folder), "--out", str(tmp_path / "out"), "--gpt2", str(english_recycled), "--steps", "2",
-        "--batch-size", "2", "--mapper-layers", "1", "--mapper-heads", "2", "--prefix-length", "2", "--clip-length", "2",
-        "--device", "cpu",
+        "train",
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--gpt2",
+        str(english_recycled),
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--mapper-layers",
+        "1",
+        "--mapper-heads",
+        "2",
+        "--prefix-length",
+        "2",
+        "--clip-length",
+        "2",
+        "--device",
+        "cpu",
     ]
     assert main(arguments) == 0
     captioner = ClipCapModel.from_pretrained(tmp_path / "out" / "model")

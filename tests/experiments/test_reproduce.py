@@ -13,14 +13,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipcap.download import url_key
+from clipcap.data.journal import url_key
 from common.checks import UserError
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
-from experiments import reproduce
-from experiments.clipcap_nocaps import scenes_by_domain
-from experiments.clipcap_tables import SCENES
-from experiments.reproduce import BLENDER, CLIP, ENCODERS, GPT2, MEDIUM, TABLES, Config, field_table, main
+from experiments.captions.nocaps import scenes_by_domain
+from experiments.captions.tables import SCENES
+from experiments.reproduce import costs, fields, languages, needs
+from experiments.reproduce.config import BLENDER, CLIP, GPT2, MEDIUM, Config
+from experiments.reproduce.fields import ENCODERS, field_table
+from experiments.reproduce.tables import TABLES, main
 from tests.dietnerf.ball import write_scene
 
 CPU = RuntimeConfig(device="cpu")
@@ -68,18 +70,18 @@ def wrongs(name, config):
 def test_weights_without_a_file_are_missing(tmp_path):
     place = tmp_path / "gpt2"
     shutil.copytree(ASSETS / "gpt2-tiny", place)
-    assert reproduce.find_weights(tmp_path, GPT2) == str(place)
+    assert needs.find_weights(tmp_path, GPT2) == str(place)
     for file in ("model.safetensors", "tokenizer.json"):
         (place / file).unlink()
-        assert reproduce.find_weights(tmp_path, GPT2) is None
-    assert reproduce.missing_weights(tmp_path, GPT2).lines == [
+        assert needs.find_weights(tmp_path, GPT2) is None
+    assert needs.missing_weights(tmp_path, GPT2).lines == [
         f"  {place}",
         f"      hf download gpt2 --local-dir {place}",
         "      it is there, but without model.safetensors, tokenizer.json",
     ]
     (place / "merges.txt").touch()
     (place / "pytorch_model.bin.index.json").touch()
-    assert reproduce.find_weights(tmp_path, GPT2) == str(place)
+    assert needs.find_weights(tmp_path, GPT2) == str(place)
 
 
 def test_images_that_are_named_have_to_be_there(tmp_path):
@@ -164,7 +166,9 @@ def test_what_goes_without_optional_things_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
     def said(name):
-        return [need.lines[0] for need in TABLES[name].needs(Config(name, data=tmp_path)) if need.optional and not need.met]
+        return [
+            need.lines[0] for need in TABLES[name].needs(Config(name, data=tmp_path)) if need.optional and not need.met
+        ]
 
     for name in ("clipcap-coco", "clipcap-conceptual", "clipcap-nocaps"):
         assert said(name)[0] == "optional, without it METEOR and SPICE are not measured: java"
@@ -181,7 +185,7 @@ def test_published_means_are_beside_ours_of_all_scenes():
         for scene in BLENDER
         for views in (8, 100)
     ]
-    published = {"lego": reproduce.DIETNERF_LEGO, "mean": reproduce.DIETNERF_MEAN}
+    published = {"lego": fields.DIETNERF_LEGO, "mean": fields.DIETNERF_MEAN}
     lines = field_table(runs, published)
     ours = "20.00 | {} | 0.500 | {} | 0.250 | {} | not measured | {} | not measured | {} |"
     assert f"| mean of 8 | nerf | {ours.format('14.934', '0.687', '0.318', '228.1', '0.076')}" in lines
@@ -209,21 +213,21 @@ def test_estimates_count_the_weights_that_there_are():
         small = GPT2LMHeadModel(GPT2Config())
         medium = GPT2LMHeadModel(GPT2Config(n_layer=24, n_embd=1024, n_head=16))
         vision = CLIPVisionModel(CLIPVisionConfig())
-    assert reproduce.SMALL == matrices(small.transformer.h) and reproduce.HEAD == small.lm_head.weight.numel()
-    assert reproduce.blocks(24, 1024) == matrices(medium.transformer.h)
+    assert costs.SMALL == matrices(small.transformer.h) and costs.HEAD == small.lm_head.weight.numel()
+    assert costs.blocks(24, 1024) == matrices(medium.transformer.h)
     positions = 50 * 768  # a table, which multiplies nothing
-    assert reproduce.VIT == 50 * (matrices(vision) - positions)
-    assert reproduce.duration(30) == "30.0 s" and reproduce.duration(7200) == "2.0 hours"
-    assert reproduce.matrix_rate(torch.device("cpu"), torch.float32) > 1e8
+    assert costs.VIT == 50 * (matrices(vision) - positions)
+    assert costs.duration(30) == "30.0 s" and costs.duration(7200) == "2.0 hours"
+    assert costs.matrix_rate(torch.device("cpu"), torch.float32) > 1e8
     # memory of AdamW: weight, gradient, two moments and a temporary in 4 bytes each, beside the program
-    assert reproduce.training_memory(10, 4, states=2, kept=5) == 4 * (10 + 4 * 4) + 5 + 2**30
+    assert costs.training_memory(10, 4, states=2, kept=5) == 4 * (10 + 4 * 4) + 5 + 2**30
 
 
 def test_estimates_count_the_field():
     pytest.importorskip("nerfstudio")
     from dietnerf.mlp import PublishedField
 
-    assert reproduce.FIELD == sum(p.numel() for p in PublishedField().parameters() if p.ndim == 2)
+    assert costs.FIELD == sum(p.numel() for p in PublishedField().parameters() if p.ndim == 2)
 
 
 PHASES = {
@@ -353,9 +357,9 @@ def small_fields(tmp_path, monkeypatch):
 
     monkeypatch.setattr("dietnerf.training.method_config", small_method)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    options, small = reproduce.published_options, {"sizes": (12,), "rays": 4, "resolution": 8}
+    options, small = fields.published_options, {"sizes": (12,), "rays": 4, "resolution": 8}
     monkeypatch.setattr(
-        reproduce, "published_options", lambda config, out, **changes: options(config, out, **small | changes)
+        fields, "published_options", lambda config, out, **changes: options(config, out, **small | changes)
     )
     scene = write_scene(tmp_path / "data" / "nerf_synthetic" / "lego", splits={"train": 100, "test": 2}, size=12)
     for name in set(BLENDER) - {"lego"}:
@@ -364,13 +368,15 @@ def small_fields(tmp_path, monkeypatch):
 
 
 def test_fields_run_and_runs_of_several_machines_make_one_table(small_fields, weights, tmp_path, monkeypatch, capsys):
-    from experiments import dietnerf_synthetic
+    from experiments.fields import synthetic as dietnerf_synthetic
 
     one = Config("dietnerf-synthetic", out=tmp_path / "one", weights=weights, **small_fields)
     main(one)
     assert "FID and KID are not measured: " in capsys.readouterr().out
     table = (tmp_path / "one" / "table.md").read_text()
-    runs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "one" / "runs" / "lego" / "12").glob("*.json")}
+    runs = {
+        path.stem: json.loads(path.read_text()) for path in (tmp_path / "one" / "runs" / "lego" / "12").glob("*.json")
+    }
     assert {name: run["steps"] for name, run in runs.items()} == {
         "nerf_v8_s0": 2, "simplified_v8_s0": 2, "dietnerf_v8_s0": 2, "dietnerf-tuned_v8_s0": 2, "nerf_v100_s0": 2,
     }  # fmt: skip
@@ -395,7 +401,7 @@ def test_fields_run_and_runs_of_several_machines_make_one_table(small_fields, we
 
 def test_encoders_run(small_fields, tmp_path):
     config = Config("dietnerf-encoders", out=tmp_path / "out", **small_fields)
-    reproduce.run_encoders(config, dict.fromkeys(ENCODERS.values(), "tiny"))
+    fields.run_encoders(config, dict.fromkeys(ENCODERS.values(), "tiny"))
     table = (tmp_path / "out" / "table.md").read_text()
     for name in ENCODERS:
         place = tmp_path / "out" / name.replace("/", "").replace(" ", "-") / "runs" / "lego" / "12"
@@ -406,7 +412,7 @@ def test_encoders_run(small_fields, tmp_path):
 
 
 def test_recycling_runs_and_goes_on(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(reproduce.LANGUAGES["nld"], "vocab_size", 600)
+    monkeypatch.setitem(languages.LANGUAGES["nld"], "vocab_size", 600)
     text = tmp_path / "data" / "text" / "nld"
     text.mkdir(parents=True)
     shutil.copy(ASSETS / "samples" / "dutch" / "train.txt.xz", text)  # enough that some documents are held out

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from common.runtime import RuntimeConfig
-from experiments import tiny_clip_recipe
+from experiments.backbones import clip_recipe as tiny_clip_recipe
+from experiments.backbones.train_clip import augment, contrastive_loss, looks, phrase_loss, view_loss
 from experiments.scenes.graph import COLOURS, HELD_OUT, SHAPES, sample_family
-from experiments.train_tiny_clip import augment, contrastive_loss, looks, phrase_loss, view_loss
 
 
 def unit(*shape, seed=0):
@@ -45,13 +45,17 @@ def test_phrase_loss_is_the_mean_over_objects_and_leaves_held_out_pairs_out():
 def test_contrastive_loss_counts_only_what_can_be_compared():
     images, texts, wrong, scale = unit(4, 6), unit(4, 6, seed=1), unit(4, 1, 6, seed=2), torch.tensor(5.0)
     everything = torch.ones(4, 4, dtype=torch.bool)
-    plain = F.cross_entropy(torch.cat([5 * images @ texts.T, 5 * (images * wrong[:, 0]).sum(1, keepdim=True)], 1), torch.arange(4))
+    plain = F.cross_entropy(
+        torch.cat([5 * images @ texts.T, 5 * (images * wrong[:, 0]).sum(1, keepdim=True)], 1), torch.arange(4)
+    )
     plain = (plain + F.cross_entropy(5 * texts @ images.T, torch.arange(4))) / 2
     assert contrastive_loss(images, texts, wrong, scale, everything).item() == pytest.approx(plain.item(), abs=1e-5)
     only_own = torch.eye(4, dtype=torch.bool)
     own = (images * texts).sum(1) * 5
     against_wrong = -F.logsigmoid(own - 5 * (images * wrong[:, 0]).sum(1)).mean() / 2  # nothing else is left
-    assert contrastive_loss(images, texts, wrong, scale, only_own).item() == pytest.approx(against_wrong.item(), abs=1e-5)
+    assert contrastive_loss(images, texts, wrong, scale, only_own).item() == pytest.approx(
+        against_wrong.item(), abs=1e-5
+    )
 
 
 def test_view_loss_is_smallest_for_equal_views():

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from common.runtime import RuntimeConfig
-from experiments.train_tiny_gpt2 import Config, main
+from experiments.backbones.train_gpt2 import Config, main
 
 
 def test_three_steps_make_a_model_with_its_tokenizer_and_scores(tmp_path):
@@ -15,7 +15,13 @@ def test_three_steps_make_a_model_with_its_tokenizer_and_scores(tmp_path):
     (tmp_path / "eng.valid.txt").write_text("\n\n".join(lines[:9]))
     main(
         Config(
-            tmp_path, out=tmp_path / "out", vocab_size=280, block=16, batch_size=2, max_steps=3, val_every=2,
+            tmp_path,
+            out=tmp_path / "out",
+            vocab_size=280,
+            block=16,
+            batch_size=2,
+            max_steps=3,
+            val_every=2,
             runtime=RuntimeConfig(device="cpu", threads=1),
         )
     )

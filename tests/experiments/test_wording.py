@@ -14,7 +14,10 @@ CAMERA = Camera(0.0, 0.5, 5.0, (0.0, 0.0, 0.0))
 
 
 def scene(*looks):
-    things = [SceneObject(shape, colour, material, size, 0.9 * i, 0.0, 0.0) for i, (size, colour, material, shape) in enumerate(looks)]
+    things = [
+        SceneObject(shape, colour, material, size, 0.9 * i, 0.0, 0.0)
+        for i, (size, colour, material, shape) in enumerate(looks)
+    ]
     return Scene(tuple(things), None, Light(0.0, 1.0, 3.0, 0.5))
 
 
@@ -60,19 +63,37 @@ def test_italian_articles_and_agreement():
 
 
 def test_italian_prepositions_join_their_articles():
-    three = [("small", "red", "rubber", "stool"), ("small", "blue", "rubber", "ring"), ("small", "green", "rubber", "cone")]
+    three = [
+        ("small", "red", "rubber", "stool"),
+        ("small", "blue", "rubber", "ring"),
+        ("small", "green", "rubber", "cone"),
+    ]
     texts = {
         caption(
-            scene(*random.Random(i).sample(three, 3)), replace(CAMERA, azimuth=0.7 * i), random.Random(i), detail="full", wording=ITALIAN
+            scene(*random.Random(i).sample(three, 3)),
+            replace(CAMERA, azimuth=0.7 * i),
+            random.Random(i),
+            detail="full",
+            wording=ITALIAN,
         )
         for i in range(300)
     }
     joined = " ".join(texts)
-    for phrase in ("dello sgabello rosso", "allo sgabello rosso", "dell'anello blu", "all'anello blu", "del cono verde", "al cono verde"):
+    for phrase in (
+        "dello sgabello rosso",
+        "allo sgabello rosso",
+        "dell'anello blu",
+        "all'anello blu",
+        "del cono verde",
+        "al cono verde",
+    ):
         assert phrase in joined, phrase
     assert not re.search(r"\b(di|a) (il|lo|la) |\b(di|a) l'", joined)
 
 
 def test_reader_knows_adjectives_after_the_noun():
-    assert dict(looks(parse("un cubo rosso a sinistra di una palla blu", wording=ITALIAN))) == {("red", "cube"): 1, ("blue", "ball"): 1}
+    assert dict(looks(parse("un cubo rosso a sinistra di una palla blu", wording=ITALIAN))) == {
+        ("red", "cube"): 1,
+        ("blue", "ball"): 1,
+    }
     assert looks(parse("un cubo, rosso", wording=ITALIAN)) == {(None, "cube"): 1}

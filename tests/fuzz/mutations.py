@@ -27,7 +27,9 @@ JUNK = st.one_of(
     st.booleans(),
     st.integers(-3, 40),
     st.sampled_from([10**30, -(10**30), 10**400, 1e308, float("nan"), float("inf")]),
-    st.sampled_from(["", ".", "/", "..", "../../outside", "/etc/hostname", "a\0b", "\ud800", "x" * 5000, "é" * 300, "nan"]),
+    st.sampled_from(
+        ["", ".", "/", "..", "../../outside", "/etc/hostname", "a\0b", "\ud800", "x" * 5000, "é" * 300, "nan"]
+    ),
     st.text(max_size=8),
     st.sampled_from([[], {}, [[]], [{}], {"": None}, [None, 1, "a"]]),
 )

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipcap.download import read_journal
-from clipcap.readers import read_dataset
+from clipcap.data.journal import read_journal
+from clipcap.data.readers import read_dataset
 from common.checks import UserError
 from tests.fuzz.mutations import FUZZ, JUNK, bad_json, damaged, files_below, only_user_errors
 
@@ -25,13 +26,16 @@ KARPATHY = {
     ]
 }
 COCO = {
-    "images": [{"id": 1, "file_name": "a.png", "domain": "in-domain"}, {"id": 2, "file_name": "b.png", "domain": "near-domain"}],
+    "images": [
+        {"id": 1, "file_name": "a.png", "domain": "in-domain"},
+        {"id": 2, "file_name": "b.png", "domain": "near-domain"},
+    ],
     "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}, {"id": 2, "image_id": 2, "caption": "a hat"}],
 }
 ORIGINAL = [{"image_id": "1", "caption": "a cat"}, {"image_id": "2", "caption": "a hat"}]
 JSON = {"karpathy": KARPATHY, "coco": COCO, "nocaps": COCO, "original": ORIGINAL}
 LINES = {
-    "table.csv": b"file_name,caption,split\na.png,a cat,train\nb.png,\"a \"\"hat\"\"\",val\n",
+    "table.csv": b'file_name,caption,split\na.png,a cat,train\nb.png,"a ""hat""",val\n',
     "table.jsonl": b'{"file_name": "a.png", "caption": ["a cat", "a dog"]}\n{"file_name": "b.png", "caption": "a hat"}\n',
     "flickr.token.txt": b"a.png#0\ta cat\nb.png#0\ta hat\n",
     "conceptual.tsv": b"a cat\thttp://example.org/a.png\na hat\thttp://example.org/b.png\n",
@@ -81,21 +85,38 @@ def test_lines(name, place):
 
 
 @FUZZ
-@given(damaged(pickle.dumps({"clip_embedding": torch.ones(2, 3), "captions": [
-    {"caption": "a cat", "clip_embedding": 0, "image_id": "1"}, {"caption": "a hat", "clip_embedding": 1, "image_id": "2"}]})))
+@given(
+    damaged(
+        pickle.dumps(
+            {
+                "clip_embedding": torch.ones(2, 3),
+                "captions": [
+                    {"caption": "a cat", "clip_embedding": 0, "image_id": "1"},
+                    {"caption": "a hat", "clip_embedding": 1, "image_id": "2"},
+                ],
+            }
+        )
+    )
+)
 def test_pickle(place, data):
     (place / "original.pkl").write_bytes(data)
     read(place / "original.pkl")
 
 
 NAMES = st.one_of(
-    st.sampled_from(["a.jpg", "a.txt", "../b.jpg", "../../b.txt", "/tmp/b.jpg", "x/../../c.jpg", "d\\..\\e.jpg", "a.json", ".", ""]),
+    st.sampled_from(
+        ["a.jpg", "a.txt", "../b.jpg", "../../b.txt", "/tmp/b.jpg", "x/../../c.jpg", "d\\..\\e.jpg", "a.json", ".", ""]
+    ),
     st.text(max_size=8).map(lambda text: f"{text}.jpg"),
 )
 
 
 @FUZZ
-@given(st.lists(st.tuples(NAMES, st.binary(max_size=12), st.sampled_from("fls"), JUNK), max_size=4), st.booleans(), st.data())
+@given(
+    st.lists(st.tuples(NAMES, st.binary(max_size=12), st.sampled_from("fls"), JUNK), max_size=4),
+    st.booleans(),
+    st.data(),
+)
 def test_tar(tmp_path_factory, members, cut, data):
     around = tmp_path_factory.mktemp("tar")
     inside = around / "inside"
@@ -119,10 +140,11 @@ def test_tar(tmp_path_factory, members, cut, data):
 
 
 @FUZZ
-@given(damaged(b'{"key": "k", "file": "images/k.jpg", "reason": "", "again": false}\n'))
+@given(damaged(b'{"key": "%b", "file": "images/00/%b.jpg", "dropped": "", "again": false}\n' % (b"0" * 40, b"0" * 40)))
 def test_journal_of_downloads(place, data):
     (place / "journal.jsonl").write_bytes(data)
-    read_journal(place)
+    for key, entry in read_journal(place).items():
+        assert len(key) == 40 and entry.file in ("", f"images/{key[:2]}/{key}{Path(entry.file).suffix}")
 
 
 @pytest.mark.parametrize("data, message", [

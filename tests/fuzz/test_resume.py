@@ -13,16 +13,9 @@ from lightning import LightningModule
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError
-from common.training import (
-    BatchOrder,
-    ResumableLoader,
-    TrainerConfig,
-    build_trainer,
-    fit,
-    load_best,
-    require_same_run,
-)
+from common.training import TrainerConfig, build_trainer, fit, load_best, require_same_run
 from tests.fuzz.mutations import FUZZ, JUNK, break_file, changed, damaged, only_user_errors
 
 SETTINGS = {"lr": 0.1}
@@ -50,7 +43,12 @@ def train(directory, steps, *, compare=True):
         require_same_run(directory, SETTINGS)
     config = TrainerConfig(max_steps=steps, val_every=2, device="cpu", progress=False, tensorboard=False)
     loader = ResumableLoader(TensorDataset(torch.ones(6, 2)), BatchOrder(6, 2))
-    fit(build_trainer(config, directory, monitor="train/loss", settings=SETTINGS), Line(), directory, train_dataloaders=loader)
+    fit(
+        build_trainer(config, directory, monitor="train/loss", settings=SETTINGS),
+        Line(),
+        directory,
+        train_dataloaders=loader,
+    )
 
 
 def test_other_bytes(tmp_path):
@@ -67,7 +65,9 @@ def test_other_values(tmp_path):
     ours = {name: good[name] for name in ("state_dict", "callbacks", "random_state", "settings")}
 
     @settings(FUZZ, max_examples=30)
-    @given(changed({"loader": loader, **ours}), st.one_of(st.just(None), st.tuples(st.sampled_from(sorted(good)), JUNK)))
+    @given(
+        changed({"loader": loader, **ours}), st.one_of(st.just(None), st.tuples(st.sampled_from(sorted(good)), JUNK))
+    )
     def check(bad, name_and_junk):
         bad = copy.deepcopy(good) | bad
         bad["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [bad.pop("loader", None)]

@@ -112,3 +112,32 @@ def test_checkpoint_of_other_values(copied):
             Scene.load(copied, device="cpu")
 
     check()
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return open, (str(self.made), "w")
+
+
+def test_a_checkpoint_that_would_run_code_or_holds_nan_is_refused(copied):
+    path, made = copied / "nerfstudio_models/step-000000001.ckpt", copied.parent / "made"
+    good = torch.load(path, weights_only=True)
+    parameters = Scene.load(copied, device="cpu").pipeline.named_parameters()
+    name = next(name for name, value in parameters if value.numel() > 1)
+    torch.save(good | {"pipeline": good["pipeline"] | {name: Hostile(made)}}, path)
+    with pytest.raises(UserError, match="is damaged"):
+        Scene.load(copied, device="cpu")
+    assert not made.exists()
+    good["pipeline"][name].view(-1)[0] = float("nan")
+    torch.save(good, path)
+    with pytest.raises(UserError, match="holds NaN or infinity") as caught:
+        Scene.load(copied, device="cpu")
+    assert name in str(caught.value)
+    torch.save(good | {"step": -1}, path)
+    with pytest.raises(UserError, match="is damaged"):
+        Scene.load(copied, device="cpu")

@@ -68,8 +68,13 @@ def english_models(tmp_path_factory: pytest.TempPathFactory, english_tokenizer) 
         torch.manual_seed(layers)
         model = GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=len(english_tokenizer), n_positions=32, n_embd=width, n_layer=layers, n_head=2,
-                bos_token_id=0, eos_token_id=0,
+                vocab_size=len(english_tokenizer),
+                n_positions=32,
+                n_embd=width,
+                n_layer=layers,
+                n_head=2,
+                bos_token_id=0,
+                eos_token_id=0,
             )
         )
         model.save_pretrained(folder / name)

@@ -45,8 +45,26 @@ def refused(arguments: list[str], capsys) -> str:
 
 
 def run_with(text, models, out, *more: str) -> list[str]:
-    return ["run", "--text", str(text), "--language", "nld", "--small", str(models[0]), "--out", str(out),
-            "--vocab-size", "320", "--shares", "0.8", "0.1", "0.1", "--device", "cpu", *more]
+    return [
+        "run",
+        "--text",
+        str(text),
+        "--language",
+        "nld",
+        "--small",
+        str(models[0]),
+        "--out",
+        str(out),
+        "--vocab-size",
+        "320",
+        "--shares",
+        "0.8",
+        "0.1",
+        "0.1",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def test_empty_binary_and_badly_encoded_files(tmp_path, english_models, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -11,12 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from common.checks import UserError
+from common.files import claimed
 from common.language import IGNORE
 from recycle_gpt2 import corpus as corpus_module
 from recycle_gpt2.corpus import (
@@ -29,6 +32,7 @@ from recycle_gpt2.corpus import (
     load_documents,
     read_documents,
     run,
+    text_hash,
 )
 from recycle_gpt2.evaluate import with_end
 from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer
@@ -221,7 +225,9 @@ def test_text_that_spells_the_end_token(tokenizer, tmp_path):
     out = build_corpus([path], tokenizer, tmp_path / "out", block=2, shares=(1, 0, 0), progress=False)
     blocks = TokenBlocks(out, "train")
     assert int(blocks.counts()[blocks.end]) == 2
-    assert tokenizer.decode(blocks.tokens(0, blocks.num_tokens)) == "een <|endoftext|> twee<|endoftext|>drie<|endoftext|>"
+    assert (
+        tokenizer.decode(blocks.tokens(0, blocks.num_tokens)) == "een <|endoftext|> twee<|endoftext|>drie<|endoftext|>"
+    )
 
 
 def test_truncation_in_a_tokenizer_cuts_no_document(built, text, tokenizer, dutch, tmp_path):
@@ -229,8 +235,14 @@ def test_truncation_in_a_tokenizer_cuts_no_document(built, text, tokenizer, dutc
     path = tmp_path / "short" / "tokenizer.json"
     state = json.loads(path.read_text(encoding="utf-8"))
     state["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
-    state["padding"] = {"strategy": {"Fixed": 9999}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                        "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    state["padding"] = {
+        "strategy": {"Fixed": 9999},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
     path.write_text(json.dumps(state), encoding="utf-8")
     short = load_tokenizer(tmp_path / "short")
     assert len(short.backend_tokenizer.encode(dutch[0]).ids) != len(tokenizer(dutch[0]).input_ids)
@@ -296,14 +308,14 @@ import os, signal, sys
 from pathlib import Path
 from recycle_gpt2 import corpus
 from recycle_gpt2.tokenizer import load_tokenizer
-real, written = corpus.os.replace, []
+real, written = os.replace, []
 def replace(source, target):
     if len(written) == {after}:
         Path("{marker}").write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
     written.append(target)
     real(source, target)
-corpus.os.replace = replace
+os.replace = replace
 corpus.build_corpus([Path("{text}")], load_tokenizer(Path("{tokenizer}")), Path("{out}"), block=32,
     shares={shares}, chunk=4000, progress=False)
 """
@@ -313,9 +325,7 @@ corpus.build_corpus([Path("{text}")], load_tokenizer(Path("{tokenizer}")), Path(
 def test_killed_build_goes_on_to_the_same_bytes(built, text, tokenizer, tmp_path, root, monkeypatch):
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
     out, marker = tmp_path / "killed", tmp_path / "marker"
-    script = KILLED.format(
-        after=7, marker=marker, text=text, tokenizer=tmp_path / "tokenizer", out=out, shares=SHARES
-    )
+    script = KILLED.format(after=7, marker=marker, text=text, tokenizer=tmp_path / "tokenizer", out=out, shares=SHARES)
     done = subprocess.run([sys.executable, "-c", script], cwd=root, timeout=200)
     assert done.returncode == -signal.SIGKILL and marker.exists()
     ready = sorted((out / "shards").glob("*.json"))
@@ -328,6 +338,141 @@ def test_killed_build_goes_on_to_the_same_bytes(built, text, tokenizer, tmp_path
     build_corpus([text], tokenizer, out, block=32, shares=SHARES, chunk=4000, progress=False)
     assert contents(out) == contents(built)
     assert written and min(written) == len(ready)  # what was there was not made again
+
+
+def test_a_text_is_what_it_holds_wherever_it_lies(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = text_hash([text])
+    assert text_hash([Path("text")]) == before
+    os.utime(text / "stories.txt", ns=(1, 1))
+    (tmp_path / "elsewhere").mkdir()
+    text.rename(tmp_path / "elsewhere" / "text")
+    assert text_hash([Path("elsewhere/text")]) == before
+    path = tmp_path / "elsewhere" / "text" / "stories.txt"
+    path.write_bytes(b"de kat\n" * 600_000)
+    before = text_hash([path])
+    stat = path.stat()
+    with open(path, "r+b") as file:  # in the middle, as long, and at the same time
+        file.seek(2_100_000)
+        file.write(b"de mat\n")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert text_hash([path]) != before
+
+
+def test_a_moved_text_gives_the_same_corpus(built, text, tokenizer, tmp_path, monkeypatch):
+    before, hashed = contents(built), corpus_hash(built)
+    options = dict(block=32, shares=SHARES, chunk=4000, progress=False)
+    moved = tmp_path / "moved"
+    text.rename(moved)
+    monkeypatch.setattr(corpus_module, "_write_shard", None)
+    build_corpus([moved], tokenizer, built, **options)
+    assert contents(built) == before
+    monkeypatch.undo()
+    again = build_corpus([moved], tokenizer, tmp_path / "again", **options)
+    assert corpus_hash(again) == hashed
+    assert load_documents(again, "test")[0].source.startswith(str(moved))
+
+
+def test_a_corpus_of_version_0_1_is_used_again(built, text, tokenizer, monkeypatch):
+    """It knew texts by name, size and time, and shards had no hash of their content."""
+    manifest = json.loads((built / "manifest.json").read_text())
+    del manifest["text"]
+    manifest["sources"] = corpus_module._sources_of([text])
+    (built / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256(b"32")
+    for path in sorted((built / "shards").glob("*.json")):
+        shard = json.loads(path.read_text())
+        del shard["content"]
+        path.write_text(json.dumps(shard))
+        digest.update(path.read_bytes())
+    assert corpus_hash(built) == digest.hexdigest()  # what that version's records of training hold
+    before = contents(built)
+    monkeypatch.setattr(corpus_module, "_write_shards", None)
+    build_corpus([text], tokenizer, built, block=32, shares=SHARES, chunk=4000, progress=False)
+    assert contents(built) == before
+
+
+def test_what_is_not_of_a_corpus_is_left_alone(text, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    for name, content in (("shards/000123.tar", "a"), ("shards/.notes", "b"), ("manifest.json", '{"files": []}')):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(content)
+        with pytest.raises(UserError, match="move it away or give another out"):
+            build_corpus([text], tokenizer, out, block=16, shares=SHARES, progress=False)
+        assert contents(out) == {name: content.encode()}
+        (out / name).unlink()
+
+
+def test_a_corpus_inside_its_text_is_refused(text, tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="inside the text"):
+        run(CorpusConfig(text=(text,), tokenizer=tmp_path / "tokenizer", out=text / "corpus", shares=SHARES))
+    assert not (text / "corpus").exists()
+
+
+def test_one_build_at_a_time(text, tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    config = CorpusConfig(text=(text,), tokenizer=tmp_path / "tokenizer", out=tmp_path / "out", shares=SHARES)
+    with claimed(tmp_path / "out"), pytest.raises(UserError, match="is in use by process"):
+        run(config)
+
+
+def test_a_build_that_was_stopped_vouches_for_nothing_it_has_overwritten(built, text, tokenizer, monkeypatch):
+    """Another tokenizer of the same sizes: only the record of a shard tells what is in its files."""
+    options = dict(block=32, shares=SHARES, chunk=4000, progress=False)
+    before = contents(built)
+
+    def stopped(path, *_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "write_json", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            changed = (text / "stories.txt").read_text().replace("kat", "tak")
+            (text / "other.txt").write_text(changed)
+            build_corpus([text / "other.txt"], tokenizer, built, **options)
+    assert not (built / "manifest.json").exists() and not (built / "shards" / "000000.json").exists()
+    (text / "other.txt").unlink()
+    build_corpus([text], tokenizer, built, **options)
+    assert contents(built) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_build_ends_its_workers(stop, tokenizer, tmp_path, root):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    path = tmp_path / "much.txt"
+    path.write_text("\n\n".join(f"{number} de kat en het huis zijn op een mat" for number in range(600_000)))
+    command = [sys.executable, "-m", "recycle_gpt2.cli", "corpus", "--text", str(path), "--tokenizer",
+               str(tmp_path / "tokenizer"), "--out", str(tmp_path / "out"), "--workers", "2"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def workers() -> list[int]:
+        found = map(int, children.read_text().split())
+        return [pid for pid in found if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+    deadline = time.monotonic() + 900
+    while not (len(workers()) == 2 and list((tmp_path / "out").glob("shards/*"))):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    pids = workers()
+    process.send_signal(stop)
+    process.wait(60)
+    assert process.returncode != 0
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: it exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.slow

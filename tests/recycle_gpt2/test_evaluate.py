@@ -164,8 +164,10 @@ def test_sampling_settings_that_cannot_work(loaded, changes, message):
 def test_command_compares_models_by_genre(gpt2_directory, english_models, text, tmp_path, capsys):
     models = [str(gpt2_directory), str(english_models[0])]
     out = tmp_path / "scores.json"
-    assert main(["evaluate", *models, "--text", str(text), "--out", str(out), "--max-documents", "160",
-                 "--device", "cpu"]) == 0
+    assert (
+        main(["evaluate", *models, "--text", str(text), "--out", str(out), "--max-documents", "160", "--device", "cpu"])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "stories" in printed and "news" in printed and "bits/byte" in printed
     found = json.loads(out.read_text())["models"]
@@ -185,8 +187,25 @@ def test_command_computes_in_bf16_and_reads_no_more_than_it_scores(gpt2_director
     out = tmp_path / "scores.json"
     nats = {}
     for precision in ("fp32", "bf16"):
-        assert main(["evaluate", str(gpt2_directory), "--text", str(text), "--out", str(out), "--max-documents", "2",
-                     "--device", "cpu", "--precision", precision]) == 0
+        assert (
+            main(
+                [
+                    "evaluate",
+                    str(gpt2_directory),
+                    "--text",
+                    str(text),
+                    "--out",
+                    str(out),
+                    "--max-documents",
+                    "2",
+                    "--device",
+                    "cpu",
+                    "--precision",
+                    precision,
+                ]
+            )
+            == 0
+        )
         nats[precision] = json.loads(out.read_text())["models"][str(gpt2_directory)]["all"]["nats"]
     assert read == [0, 1] * 2
     assert nats["fp32"] != nats["bf16"] and nats["bf16"] == pytest.approx(nats["fp32"], rel=0.02)
@@ -201,8 +220,26 @@ def test_command_computes_in_bf16_and_reads_no_more_than_it_scores(gpt2_director
 
 def test_command_samples_to_a_file(gpt2_directory, tmp_path):
     out = tmp_path / "samples.jsonl"
-    assert main(["sample", str(gpt2_directory), "--prompts", "the cat", "the bat", "--count", "2", "--out", str(out),
-                 "--max-new-tokens", "5", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                str(gpt2_directory),
+                "--prompts",
+                "the cat",
+                "the bat",
+                "--count",
+                "2",
+                "--out",
+                str(out),
+                "--max-new-tokens",
+                "5",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["the cat"] * 2 + ["the bat"] * 2
     assert all(line["text"].startswith(line["prompt"]) for line in lines)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recycle_gpt2.stages import leader
+from common.processes import is_first_process
 
 LAUNCHERS = {
     "alone": ({}, True),
@@ -24,4 +24,4 @@ def test_leader(launcher, monkeypatch):
     variables, expected = LAUNCHERS[launcher]
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert leader() is expected
+    assert is_first_process() is expected

@@ -128,7 +128,12 @@ def test_focus_by_dictionary(source, english_tokenizer, tokenizer, generator, tm
     rows = initialise("focus", source, english_tokenizer, tokenizer, generator=generator, dictionary=path)
     house, wood, huis, kat = (
         own(" " + word).input_ids[0]
-        for own, word in ((english_tokenizer, "house"), (english_tokenizer, "wood"), (tokenizer, "huis"), (tokenizer, "kat"))
+        for own, word in (
+            (english_tokenizer, "house"),
+            (english_tokenizer, "wood"),
+            (tokenizer, "huis"),
+            (tokenizer, "kat"),
+        )
     )
     torch.testing.assert_close(rows[huis], (source[house] + source[wood]) / 2)
     torch.testing.assert_close(rows[kat], source[english_tokenizer(" unheard of").input_ids].mean(0))
@@ -174,7 +179,9 @@ def test_sparsemax(generator):
     torch.testing.assert_close(weights.sum(-1), torch.ones(50))
     assert (weights >= 0).all() and (weights == 0).float().mean() > 0.5
     torch.testing.assert_close(sparsemax(torch.tensor([3.0, 1.0])), torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(sparsemax(torch.tensor([0.5, 0.5, 0.1])), torch.tensor([0.4667, 0.4667, 0.0667]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        sparsemax(torch.tensor([0.5, 0.5, 0.1])), torch.tensor([0.4667, 0.4667, 0.0667]), atol=1e-4, rtol=0
+    )
 
 
 def test_cooccurrence_is_the_plain_formula(monkeypatch):
@@ -316,7 +323,9 @@ def test_reinitialised_layers_are_as_gpt2_begins(model):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    fresh = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=64, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0))
+    fresh = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_positions=64, n_embd=64, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
     own = copy.deepcopy(fresh)
     with torch.no_grad():
         for parameter in own.parameters():

@@ -20,7 +20,15 @@ from recycle_gpt2.lexicon import (
     word_tokens,
 )
 
-PAIRS = {"kat": "cat", "huis": "house", "hout": "wood", "nacht": "night", "water": "water", "koud": "cold", "mat": "mat"}
+PAIRS = {
+    "kat": "cat",
+    "huis": "house",
+    "hout": "wood",
+    "nacht": "night",
+    "water": "water",
+    "koud": "cold",
+    "mat": "mat",
+}
 
 
 @pytest.fixture
@@ -64,7 +72,9 @@ def test_csls_lowers_hubs():
     source = F.normalize(torch.randn(20, 8, generator=generator), dim=-1)
     target = source + 0.9 * source.mean(0) * 8  # all move towards the mean
     source = torch.cat([source, target.mean(0, keepdim=True)])  # a hub: near to every target
-    hits = {measure: (nearest(target, source, k=1, measure=measure).indices == 20).sum() for measure in ("cosine", "csls")}
+    hits = {
+        measure: (nearest(target, source, k=1, measure=measure).indices == 20).sum() for measure in ("cosine", "csls")
+    }
     assert hits["cosine"] > hits["csls"]
 
 
@@ -145,3 +155,10 @@ def test_run(tables, tokenizer, english_tokenizer, dictionary, tmp_path, capsys)
         run(LexiconConfig(model=tmp_path / "nld", source=str(tmp_path / "eng"), out=out.with_suffix(".json")))
     with pytest.raises(UserError, match="k .*is 3: use at least 5"):
         run(LexiconConfig(model=tmp_path / "nld", source=str(tmp_path / "eng"), out=out, k=3, dictionary=dictionary))
+    others = tmp_path / "words.json"
+    others.write_text('{"mine": 1}')
+    for out, message in ((tmp_path, "a directory"), (tmp_path / "words.tsv", r"words.json' would be replaced")):
+        with pytest.raises(UserError, match=message):
+            run(LexiconConfig(model=tmp_path / "absent", out=out))
+    assert others.read_text() == '{"mine": 1}'
+    run(LexiconConfig(model=tmp_path / "nld", source=str(tmp_path / "eng"), out=tmp_path / "lexicon.tsv", k=5))

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checks import UserError
+from common.files import MARKER, claimed
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
 from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
-from recycle_gpt2.corpus import build_corpus
+from recycle_gpt2.corpus import build_corpus, text_hash
 from recycle_gpt2.run import RunConfig, recycle, upload
 from recycle_gpt2.stages import (
     AlignConfig,
@@ -61,7 +63,7 @@ def settings(text: Path, models: tuple[Path, Path], out: Path) -> RunConfig:
     )
 
 
-KILLS = '''
+KILLS = """
 import os, pickle, signal, sys
 import torch
 torch.set_num_threads(1)
@@ -108,7 +110,7 @@ for name, prepare in points:
     assert not config.out.exists(), name
 run.recycle(config)
 run.recycle(whole)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +254,8 @@ def test_number_of_processes_is_free_only_when_a_stage_is_done(tmp_path):
 
 def test_other_processes_wait_until_the_first_has_made_a_stage_again(tmp_path, monkeypatch):
     once(tmp_path, Settings(), lambda: {"number": 1}, inputs={"text": "a"})
-    monkeypatch.setattr("recycle_gpt2.stages.leader", lambda: threading.current_thread().name == "first")
+    for module in ("recycle_gpt2.stages", "common.processes"):
+        monkeypatch.setattr(f"{module}.is_first_process", lambda: threading.current_thread().name == "first")
     first = threading.Thread(
         name="first", target=once, args=(tmp_path, Settings(), lambda: {"number": 2}), kwargs={"inputs": {"text": "b"}}
     )
@@ -317,13 +320,13 @@ def test_a_model_is_uploaded_with_its_card(monkeypatch, tmp_path):
         def create_repo(self, name, exist_ok):
             calls.append(name)
 
-        def upload_folder(self, *, folder_path, repo_id):
-            calls.append((folder_path, repo_id))
+        def upload_folder(self, *, folder_path, repo_id, ignore_patterns):
+            calls.append((folder_path, repo_id, ignore_patterns))
             return "address"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert upload(tmp_path, "me/gpt2-nld") == "address"
-    assert calls == ["me/gpt2-nld", (tmp_path, "me/gpt2-nld")]
+    assert calls == ["me/gpt2-nld", (tmp_path, "me/gpt2-nld", [MARKER])]
     monkeypatch.setattr(Hub, "create_repo", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(UserError, match="nothing is trained anew"):
         upload(tmp_path, "me/gpt2-nld")
@@ -339,9 +342,7 @@ def test_small_and_large_of_other_english_vocabularies_are_refused(runs, tmp_pat
     assert not (tmp_path / "other").exists()
     relearned = config.out.with_name("whole.stages") / "relearn" / "model"
     with pytest.raises(UserError, match="English vocabularies"):
-        align_models(
-            AlignConfig(recycled=relearned, out=tmp_path / "a", small=config.small, large=str(gpt2_directory))
-        )
+        align_models(AlignConfig(recycled=relearned, out=tmp_path / "a", small=config.small, large=str(gpt2_directory)))
 
 
 @long
@@ -352,20 +353,29 @@ def test_stages_by_themselves(runs, tmp_path):
     stage = StageConfig(tokens=500, batch_size=4, lr=1e-3)
     directory = relearn(
         RelearnConfig(
-            corpus=stages / "corpus", tokenizer=stages / "tokenizer", out=tmp_path / "relearn", model=config.small,
-            initialisation="focus", positions=True, norms=True, stage=stage, runtime=config.runtime,
+            corpus=stages / "corpus",
+            tokenizer=stages / "tokenizer",
+            out=tmp_path / "relearn",
+            model=config.small,
+            initialisation="focus",
+            positions=True,
+            norms=True,
+            stage=stage,
+            runtime=config.runtime,
         )
     )
     record = json.loads((tmp_path / "relearn" / "done.json").read_text())
     assert {"transformer.wpe.weight", "transformer.ln_f.bias"} < set(record["trained"])
     assert not [name for name in record["trained"] if "mlp" in name or "attn" in name]
     aligned = align_models(
-        AlignConfig(recycled=directory, out=tmp_path / "align", small=config.small, large=config.large, method="knn",
-                    k=3)
+        AlignConfig(
+            recycled=directory, out=tmp_path / "align", small=config.small, large=config.large, method="knn", k=3
+        )
     )
     tuned = finetune(
-        FinetuneConfig(model=aligned, corpus=stages / "corpus", out=tmp_path / "tuned", stage=stage,
-                       runtime=config.runtime)
+        FinetuneConfig(
+            model=aligned, corpus=stages / "corpus", out=tmp_path / "tuned", stage=stage, runtime=config.runtime
+        )
     )
     model, _ = load_gpt2(tuned)
     before, _ = load_gpt2(aligned)
@@ -404,7 +414,10 @@ def test_focus_with_a_dictionary_still_mixes_the_other_rows(
     given = {}
     monkeypatch.setattr(stages_module, "initialise", lambda *args, **kwargs: given.update(kwargs))
     config = RelearnConfig(
-        corpus=tmp_path / "corpus", tokenizer=tmp_path, out=tmp_path / "out", initialisation="focus",
+        corpus=tmp_path / "corpus",
+        tokenizer=tmp_path,
+        out=tmp_path / "out",
+        initialisation="focus",
         dictionary=tmp_path / "words.tsv",
     )
     model, english = load_gpt2(english_models[0])
@@ -445,7 +458,8 @@ def test_alignment_is_on_the_device_and_scores_are_in_the_precision_asked_for(
     config = settings(text, english_models, tmp_path / "out")
     exact, rough = (
         run_module._evaluate(
-            replace(config, runtime=RuntimeConfig(device="cpu", precision=precision)), tmp_path / "corpus",
+            replace(config, runtime=RuntimeConfig(device="cpu", precision=precision)),
+            tmp_path / "corpus",
             {"recycled": small},
         )["scores"]["recycled"]["all"]["nats"]
         for precision in ("fp32", "bf16")
@@ -474,23 +488,148 @@ def test_corpus_of_another_tokenizer_is_named(tmp_path, text, dutch, tokenizer, 
     english_tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="vocabulary of 320 tokens but the tokenizer 310"):
         relearn(
-            RelearnConfig(corpus=tmp_path / "corpus", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out",
-                          model=str(english_models[0]))
+            RelearnConfig(
+                corpus=tmp_path / "corpus",
+                tokenizer=tmp_path / "tokenizer",
+                out=tmp_path / "out",
+                model=str(english_models[0]),
+            )
         )
     train_tokenizer(dutch[:100], 320).save_pretrained(tmp_path / "as-large")
     with pytest.raises(UserError, match="built with another tokenizer of as many tokens"):
         relearn(
-            RelearnConfig(corpus=tmp_path / "corpus", tokenizer=tmp_path / "as-large", out=tmp_path / "out",
-                          model=str(english_models[0]))
+            RelearnConfig(
+                corpus=tmp_path / "corpus",
+                tokenizer=tmp_path / "as-large",
+                out=tmp_path / "out",
+                model=str(english_models[0]),
+            )
         )
 
 
-def test_out_that_is_no_model_is_not_overwritten(tmp_path, text, english_models):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="no model directory"):
+@pytest.mark.parametrize("there", ["thesis.txt", "config.json", ".git/config"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_out_that_holds_something_else_is_refused_before_any_work(
+    there, linked, tmp_path, text, english_models, monkeypatch
+):
+    place = tmp_path / ("real" if linked else "out")
+    (place / there).parent.mkdir(parents=True)
+    (place / there).write_text("mine")
+    if linked:
+        (tmp_path / "out").symlink_to(place)
+    monkeypatch.setattr(run_module, "load_gpt2", None)
+    with pytest.raises(UserError, match=f"out' would take the place of '{there}', .* move it away"):
         recycle(settings(text, english_models, tmp_path / "out"))
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    assert (place / there).read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "out", place.name}
+
+
+def test_a_stage_with_a_model_that_it_did_not_write_is_refused_before_any_work(
+    tmp_path, text, english_models, monkeypatch
+):
+    shutil.copytree(english_models[0], tmp_path / "out.stages" / "align" / "model")
+    monkeypatch.setattr(run_module, "load_gpt2", None)
+    with pytest.raises(UserError, match=r"align.model' would take the place of 'config.json'"):
+        recycle(settings(text, english_models, tmp_path / "out"))
+    monkeypatch.undo()
+    config = AlignConfig(Path(english_models[0]), tmp_path / "out.stages" / "align")
+    with pytest.raises(UserError, match=r"align.model' would take the place of 'config.json'"):
+        align_models(config)
+
+
+def test_out_inside_the_text_is_refused(text, english_models):
+    with pytest.raises(UserError, match="inside the text"):
+        recycle(settings(text, english_models, text / "out"))
+
+
+def test_one_run_at_a_time(tmp_path, text, english_models):
+    config = settings(text, english_models, tmp_path / "out")
+    with claimed(tmp_path / "out.stages"), pytest.raises(UserError, match=r"out.stages' is in use by process \d+ on"):
+        recycle(config)
+    relearning = RelearnConfig(tmp_path / "corpus", tmp_path / "tokenizer", tmp_path / "relearn")
+    tuning = FinetuneConfig(english_models[0], tmp_path / "corpus", tmp_path / "tuned")
+    aligning = AlignConfig(english_models[0], tmp_path / "align")
+    for command, given in ((relearn, relearning), (finetune, tuning), (align_models, aligning)):
+        with claimed(given.out), pytest.raises(UserError, match="is in use by process"):
+            command(given)
+    assert not (tmp_path / "relearn" / "settings.json").exists()
+
+
+def test_a_model_is_swapped_in_whole(tmp_path, english_models, monkeypatch):
+    model, english = load_gpt2(english_models[0])
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        save_model(model, english, tmp_path / "out", card="---")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "real").iterdir()}
+    assert (tmp_path / "out").is_symlink() and "README.md" in before
+
+    def full(*_, **__):  # safetensors' own kind of error
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(model), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left on device: .*out'"):
+        save_model(model, english, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "real").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "out"}
+
+
+def test_a_path_may_be_given_in_another_form_and_moved_where_a_hash_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "stage" / "training").mkdir(parents=True)
+
+    def stage(given: str, model: str, **inputs: str):
+        return once(tmp_path / "stage", Paths(Path(given), model), lambda: {"number": 1}, inputs=inputs)
+
+    stage("corpus", "model", corpus="a")
+    assert stage("moved/corpus", str(tmp_path / "model"), corpus="a")["number"] == 1
+    with pytest.raises(UserError, match="begun with model '.*model', now it is 'other'"):
+        stage("corpus", "other", corpus="a")
+    with pytest.raises(UserError, match="begun with corpus 'corpus', now it is 'elsewhere'"):
+        stage("elsewhere", "model")  # nothing tells that it is the same
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Of a stage that is made of files."""
+
+    corpus: Path
+    model: str
+
+
+def test_a_run_of_version_0_1_goes_on_with_the_text_that_it_had(tmp_path, text, english_models, monkeypatch, capsys):
+    """It knew a text by its path, its size and its ends."""
+    monkeypatch.chdir(tmp_path)
+    config = settings(Path("text"), english_models, tmp_path / "out")
+    work = tmp_path / "out.stages"
+    sampled = "4b1ae9a4a5c0b63ee1e2a1b0b2a3bb8c0d3a1b8d9a5b9b6a1c0d7c1b0a4b5c6d"
+    for stage in ("tokenizer", "corpus"):
+        (work / stage).mkdir(parents=True)
+        (work / stage / "done.json").write_text('{"tokens": 320}')
+    for recorded, same in ((run_module._sampled_hash((Path("text"),)), True), (sampled, False)):
+        for stage in ("tokenizer", "corpus"):
+            record = {"text": ["text"], "vocab_size": 320, "seed": 0, "inputs": {"text": recorded}}
+            (work / stage / "settings.json").write_text(json.dumps(record))
+        text_now = text_hash([Path("text")])
+        run_module._take_over(config, work, text_now)
+        printed = capsys.readouterr().out
+        assert ("begun by version 0.1 with the same text: it goes on" in printed) is same
+        inputs = json.loads((work / "corpus" / "settings.json").read_text())["inputs"]
+        assert (inputs["text"] == text_now) is same
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")  # as that version wrote it, without a marker
+    for name in ("relearn", "align", "relearn-large", "finetune", "evaluate", "lexicon", "card"):
+        (work / name).mkdir()
+        (work / name / "done.json").write_text("{}")
+    with pytest.raises(UserError, match="take the place of 'config.json'"):
+        run_module._require_own(config, work, text_now)  # it is to be made of another text
+    record["inputs"]["text"] = run_module._sampled_hash((Path("text"),))
+    (work / "corpus" / "settings.json").write_text(json.dumps(record))
+    run_module._require_own(config, work, text_now)  # nothing is left to make
+    (work / "finetune" / "done.json").unlink()
+    with pytest.raises(UserError, match="take the place of 'config.json'"):
+        run_module._require_own(config, work, text_now)
 
 
 @long
@@ -503,9 +642,29 @@ def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
 
     def command(out: Path, *more: str) -> list[str]:
         return [
-            sys.executable, "-m", "recycle_gpt2.cli", "relearn", "--corpus", str(stages / "corpus"), "--tokenizer",
-            str(stages / "tokenizer"), "--out", str(out), "--model", str(small), "--tokens", "1024", "--optimizer",
-            "adamw", "--schedule", "cosine", "--device", "cpu", "--threads", "1", *more,
+            sys.executable,
+            "-m",
+            "recycle_gpt2.cli",
+            "relearn",
+            "--corpus",
+            str(stages / "corpus"),
+            "--tokenizer",
+            str(stages / "tokenizer"),
+            "--out",
+            str(out),
+            "--model",
+            str(small),
+            "--tokens",
+            "1024",
+            "--optimizer",
+            "adamw",
+            "--schedule",
+            "cosine",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            *more,
         ]
 
     root = Path(__file__).parents[2]

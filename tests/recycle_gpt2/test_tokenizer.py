@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.checks import UserError
+from common.files import MARKER
 from recycle_gpt2.tokenizer import (
     TokenizerConfig,
     load_tokenizer,
@@ -86,7 +87,33 @@ def test_run(text, tmp_path, capsys):
     run(TokenizerConfig(text=(text,), out=tmp_path / "out", vocab_size=300))
     assert len(load_tokenizer(tmp_path / "out")) == 300
     assert "300 tokens" in capsys.readouterr().out
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [MARKER]
+    run(TokenizerConfig(text=(text,), out=tmp_path / "out", vocab_size=290))
+    assert len(load_tokenizer(tmp_path / "out")) == 290
+
+
+def test_what_lies_there_is_not_replaced_and_the_text_not_read(text, tmp_path, tokenizer, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    monkeypatch.setattr("recycle_gpt2.tokenizer.train_tokenizer", None)
+    with pytest.raises(UserError, match="which was not written by this command: move it away"):
+        run(TokenizerConfig(text=(text,), out=tmp_path / "other", vocab_size=300))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_tokenizer_that_was_there(text, tmp_path, monkeypatch):
+    run(TokenizerConfig(text=(text,), out=tmp_path / "out", vocab_size=300))
+
+    def full(self, *args, **kwargs):  # what the library in Rust raises
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*out'"):
+        run(TokenizerConfig(text=(text,), out=tmp_path / "out", vocab_size=290))
+    with pytest.raises(OSError, match="No space left"):
+        save_tokenizer(load_tokenizer(tmp_path / "out"), tmp_path / "out")
+    assert len(load_tokenizer(tmp_path / "out")) == 300
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "out"}
 
 
 def test_unreadable(tmp_path):

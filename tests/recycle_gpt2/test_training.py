@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.checks import UserError
 from common.language import IGNORE
+from common.optimizers import MuonAndAdam
 from common.runtime import RuntimeConfig
-from common.training import MuonAndAdam
 from recycle_gpt2 import loss as loss_module
 from recycle_gpt2.lexical import layers_from_top, train_only
 from recycle_gpt2.loss import next_token_loss, positions_at_once, tied_cross_entropy
@@ -47,8 +47,18 @@ def blocks(count: int, seed: int = 0) -> Blocks:
 def model() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=12, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0,
-                   resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=16,
+            n_embd=12,
+            n_layer=3,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            resid_pdrop=0.1,
+            embd_pdrop=0.1,
+            attn_pdrop=0.1,
+        )
     )
 
 
@@ -113,9 +123,7 @@ def test_unfreezing_begins_at_the_output_not_at_block_0(model, tmp_path):
     layers = layers_from_top(model.config.n_layer, 1)
     train_only(model, layers=layers)
     before = snapshot(model)
-    train_stage(
-        model, blocks(8), blocks(4, 1), tmp_path, StageConfig(batch_size=4), runtime=RUNTIME, progress=False
-    )
+    train_stage(model, blocks(8), blocks(4, 1), tmp_path, StageConfig(batch_size=4), runtime=RUNTIME, progress=False)
     after = snapshot(model)
     blocks_changed = {
         int(name.split(".")[2]) for name in before if ".h." in name and not torch.equal(before[name], after[name])
@@ -145,6 +153,17 @@ def test_plan_ends_with_a_validation(epochs, tokens, every):
     assert wanted <= found.steps <= math.ceil(wanted) + found.steps / found.val_every
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 11, 19, 99, 305, 499, 500, 700, 5000, 12_345])
+def test_a_stage_is_validated_about_ten_times_or_more_and_at_least_every_val_every_steps(steps):
+    for every in (1, 7, 500):
+        found = plan(steps, BLOCK, StageConfig(batch_size=1, val_every=every))
+        validations = found.steps / found.val_every
+        assert found.val_every <= every
+        assert min(steps, 6) <= validations <= max(10, math.ceil(steps / every))
+        assert validations >= 10 or steps < 100
+        assert steps <= found.steps <= max(steps + 1, 1.1 * steps)
+
+
 @pytest.mark.parametrize("count, accumulate, epochs", [(10, 2, 2), (40, 8, 4), (9, 3, 1)])
 def test_a_stage_of_accumulated_batches_is_validated_at_its_end(model, tmp_path, count, accumulate, epochs):
     train_only(model)
@@ -170,8 +189,16 @@ def test_stages_of_another_order_see_other_blocks_first(model, tmp_path, monkeyp
     numbered = Blocks(torch.arange(1, 25)[:, None].expand(24, BLOCK).clone())
     for order in (0, 1):
         seen[order] = []
-        train_stage(model, numbered, blocks(4, 1), tmp_path / str(order), StageConfig(epochs=0.5, batch_size=4),
-                    runtime=RUNTIME, order=order, progress=False)
+        train_stage(
+            model,
+            numbered,
+            blocks(4, 1),
+            tmp_path / str(order),
+            StageConfig(epochs=0.5, batch_size=4),
+            runtime=RUNTIME,
+            order=order,
+            progress=False,
+        )
     assert len(seen[0]) == len(seen[1]) == 3 and seen[0] != seen[1]
 
 
@@ -317,7 +344,12 @@ def test_settings_that_cannot_work_are_named(model, tmp_path, changes, message):
     train_only(model)
     with pytest.raises(UserError, match=message):
         train_stage(
-            model, blocks(8), blocks(2), tmp_path / "x", replace(StageConfig(), **changes), runtime=RUNTIME,
+            model,
+            blocks(8),
+            blocks(2),
+            tmp_path / "x",
+            replace(StageConfig(), **changes),
+            runtime=RUNTIME,
             progress=False,
         )
     assert not (tmp_path / "x").exists()

@@ -1,0 +1,108 @@
+"""A captioner's configuration, as Hugging Face keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import GPT2Config
+from transformers.configuration_utils import PreTrainedConfig
+
+from common import gpt2 as gpt2_backbones
+from common.checks import UserError, require_one_of
+from common.clip import OPEN_CLIP_PREFIX
+from common.gpt2 import gpt2_config
+from common.pretrained import LAYERS, SIZE, SWITCH, checked, tokens, whole
+
+KEPT = ("name_or_path", "architectures", "transformers_version")
+INPUTS = ("embedding", "patches")
+MAPPERS = ("mlp", "transformer")
+RULES = {
+    **dict.fromkeys(("clip_width", "prefix_length", "clip_length", "mapper_heads"), SIZE),
+    **dict.fromkeys(("retrieval", "retrieval_tokens"), whole(0, 10_000)),
+    **dict.fromkeys(("normalize_embeddings", "tune_gpt2"), SWITCH),
+    "mapper_layers": LAYERS,
+    "eos_token_id": tokens(10_000_000) | None,
+}
+
+
+class ClipCapConfig(PreTrainedConfig):
+    """Sizes of a captioner and the names of its backbones.
+
+    Fields:
+        mapper: "mlp" or "transformer".
+        inputs: what the mapper reads: CLIP's pooled "embedding", or (transformer only) its "patches".
+        clip_width: e, width of what the mapper reads.
+        prefix_length: K, positions of the prefix, those of retrieved captions included.
+        retrieval: captions of the datastore that stand in the prefix, before what the mapper makes; 0 for none.
+        retrieval_tokens: positions of the prefix that they take.
+        clip_length: tokens the Transformer mapper makes of the embedding.
+        mapper_layers, mapper_heads: of the Transformer mapper.
+        normalize_embeddings: scale embeddings to length 1 first (the original's `normalize_prefix`).
+        tune_gpt2: GPT-2 is trained with the mapper, and saved with it; otherwise it is frozen.
+        gpt2: packaged name, hub id or directory of GPT-2; None when its weights are saved with the mapper only.
+        gpt2_config: sizes of GPT-2, as in its `config.json`; read from `gpt2` when left out.
+        clip: name of the CLIP whose embeddings it reads.
+        eos_token_id: token or tokens that end a caption.
+    """
+
+    model_type = "clipcap"
+
+    mapper: str = "mlp"
+    inputs: str = "embedding"
+    clip_width: int = 512
+    prefix_length: int = 10
+    retrieval: int = 0
+    retrieval_tokens: int = 0
+    clip_length: int = 10
+    mapper_layers: int = 8
+    mapper_heads: int = 8
+    normalize_embeddings: bool = False
+    tune_gpt2: bool = False
+    gpt2: str | None = None
+    gpt2_config: dict[str, Any] | None = None
+    clip: str | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        require_one_of("mapper", self.mapper, MAPPERS)
+        require_one_of("inputs", self.inputs, INPUTS)
+        for name in ("gpt2", "clip"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise UserError(f"{name} is {value!r}: give a name or a directory as text.")
+        if isinstance(self.gpt2_config, GPT2Config):
+            self.gpt2_config = self.gpt2_config.to_dict()
+        if not isinstance(self.gpt2_config, dict | None):
+            raise UserError(f"gpt2_config is {self.gpt2_config!r}: give GPT-2's sizes by name.")
+        checked(vars(self), RULES, "the captioner's config")
+        if bool(self.retrieval) != bool(self.retrieval_tokens) or self.retrieval_tokens >= self.prefix_length:
+            raise UserError(
+                f"retrieval is {self.retrieval} with retrieval_tokens {self.retrieval_tokens} and prefix_length "
+                f"{self.prefix_length}: use 0 for both, or leave positions of the prefix to the mapper."
+            )
+        super().__post_init__(**{name: value for name, value in kwargs.items() if name in KEPT})
+
+    @property
+    def saves_gpt2(self) -> bool:
+        """Whether GPT-2's weights belong in the captioner's own checkpoint."""
+        return self.tune_gpt2 or self.gpt2 is None
+
+    def build_gpt2_config(self) -> GPT2Config:
+        """GPT-2's sizes as transformers' config.
+
+        Raises:
+            UserError: they are in no field.
+        """
+        if self.gpt2_config is None:
+            raise UserError("gpt2_config is None: give GPT-2's sizes, or use ClipCapModel.from_backbones.")
+        return gpt2_config(self.gpt2_config, "gpt2_config")
+
+
+def absolute(name: str) -> str:
+    """A backbone's name as it will still be right in another working directory."""
+    if name.startswith(OPEN_CLIP_PREFIX):
+        architecture, _, weights = name.partition("/")
+        path = Path(weights).expanduser()
+        return f"{architecture}/{path.resolve()}" if path.is_file() else name
+    is_path = name not in gpt2_backbones.PACKAGED and Path(name).expanduser().is_dir()
+    return str(Path(name).expanduser().resolve()) if is_path else name

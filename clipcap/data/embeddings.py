@@ -1,0 +1,293 @@
+"""Embedding store: each image encoded once, memory-mapped in shards, with a manifest that makes a mismatch an error."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipcap.data.images import ImageError, read_image
+from clipcap.data.readers import Format, read_dataset
+from clipcap.data.readers.captioned import CaptionedImage
+from clipcap.data.store import ROWS_PER_SHARD, EmbeddingStore, Source, StoreWriter, alone, file_hash, pickle_source
+from common.checks import UserError, printable, require_at_least
+from common.images import MAX_PIXELS, ImageLimit
+from common.runtime import RuntimeConfig, autocast, start
+
+if TYPE_CHECKING:
+    from common.clip import FrozenCLIP, Preprocess
+
+
+Inputs = Literal["embedding", "patches"]
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Encode every image once with CLIP, for `clipcap train --embeddings OUT`.
+
+    Started again, it goes on where it stopped; images that are new since are added. DATA is anything that
+    `clipcap train` reads; the original project's pickle needs no images: its embeddings are taken over.
+    """
+
+    data: tyro.conf.Positional[Path]
+    """Captions: a file or a folder."""
+    out: Path
+    """Directory of the embedding store."""
+    clip: str = "tiny"
+    """CLIP: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path."""
+    images: Path | None = None
+    """Directory of the images, when they are not beside the captions."""
+    format: Format = "auto"
+    """Layout of DATA, when it should not be guessed."""
+    skip_missing: bool = False
+    """Leave out captions whose image is missing, instead of stopping."""
+    inputs: Inputs = "embedding"
+    """The pooled embedding (the paper), or the patch features."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Numbers in the store."""
+    batch_size: int = 32
+    """Images encoded at once."""
+    workers: int = 2
+    """Processes that read images; 0 reads them in this one."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def encode(clip: FrozenCLIP, pixels: Float[Tensor, "b 3 s s"], inputs: Inputs) -> Float[Tensor, "b ..."]:
+    """The mapper's input for preprocessed images: the embedding (b, e) or the patch features (b, p, w).
+
+    No gradients flow; on a CPU the encoder is packed (`FrozenCLIP.encode_image_features`).
+    """
+    features = clip.encode_image_features(pixels, packed=True)
+    return features.patches if inputs == "patches" else features.embedding
+
+
+def build_store(
+    items: Sequence[CaptionedImage],
+    clip: FrozenCLIP,
+    directory: Path,
+    *,
+    inputs: Inputs = "embedding",
+    batch_size: int = 32,
+    dtype: Literal["float16", "float32"] | None = None,
+    precision: str = "fp32",
+    progress: Callable[[int], object] = lambda done: None,
+    workers: int = 0,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    max_pixels: int = MAX_PIXELS,
+) -> EmbeddingStore:
+    """Encode every image that is not in the store yet, once, and return the store.
+
+    An interrupted call goes on where it stopped; what is there for other images stays. An image that cannot be read
+    is left out, listed in `EmbeddingStore.skipped`, and tried again by the next call. Items of the original project's
+    pickle bring their embeddings with them. Several processes may call this for one directory: one works, the others
+    wait.
+
+    Args:
+        items: images; their ids are the keys.
+        clip: backbone.
+        directory: where the store is kept.
+        inputs: embedding or patch features.
+        batch_size: images encoded at once.
+        dtype: of a new store, float16 when not given; None takes an old one as it is.
+        precision: of the encoder for a new store, fp32 or bf16; rows are added to an old one in its own, and one of
+            fp32 serves both.
+        progress: called with the number of images done.
+        workers: processes that read images; 0 reads them in this one.
+        rows_per_shard: rows in each file of a new store.
+        max_pixels: of an image; a larger one counts as one that cannot be read.
+
+    Raises:
+        UserError: the store was made with another CLIP, other preprocessing or inputs, or of an image that has
+            changed since; rows are missing that would be of fp32 among those of bf16; a file of it is cut short; no
+            image can be read; the disk is full; a worker was killed.
+    """
+    require_at_least("batch_size", batch_size, 1)
+    require_at_least("workers", workers, 0)
+    directory.mkdir(parents=True, exist_ok=True)
+    key = {
+        "weights": clip_fingerprint(clip),
+        "preprocessing": json.loads(json.dumps(asdict(clip.preprocess))),
+        "inputs": inputs,
+        "normalization": "none",
+    }
+    if all(item.embedding_row is not None for item in items):
+        precision = "fp32"  # nothing is computed
+    with alone(directory):
+        writer = StoreWriter(directory, key, clip.name, dtype=dtype, precision=precision, rows_per_shard=rows_per_shard)
+        todo = writer.missing(items)
+        before = writer.state["precision"]
+        if before != precision == "fp32" and any(item.embedding_row is None for item in todo):
+            raise UserError(
+                f"embedding store {str(directory)!r} was computed in {before}, not fp32: give another directory, use "
+                f"--precision {before}, or delete this one."
+            )
+        skipped: dict[str, str] = {}
+        done = len(items) - len(todo)
+        if not todo:
+            progress(done)
+        try:
+            for batch in _encoded(todo, clip, inputs, batch_size, writer.state["precision"], workers, max_pixels):
+                skipped |= batch.skipped
+                if batch.rows is not None:
+                    writer.append(batch.names, batch.rows, batch.sources)
+                done += len(batch.names) + len(batch.skipped)
+                progress(done)
+            if not writer.rows:
+                raise UserError(f"none of the {len(items)} images can be read: {next(iter(skipped.values()))}")
+            writer.finish(skipped, tried={item.image_id for item in todo})
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it handed a batch over
+            if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            # While its frames hold the loader, torch raises this again whenever another child process ends.
+            traceback.clear_frames(error.__traceback__)
+            raise UserError(
+                f"a worker was killed after {done} of {len(items)} images (memory may have run out): the embeddings "
+                f"so far are kept; run it again, with fewer workers or smaller batches."
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(
+                f"no room for embedding store {str(directory)!r} after {done} of {len(items)} images "
+                f"({error.strerror}): those are kept; free some space and run it again."
+            ) from error
+        finally:
+            writer.close()
+    return EmbeddingStore(directory)
+
+
+def clip_fingerprint(clip: FrozenCLIP) -> str:
+    """Hash of a CLIP's weights (a sample of every tensor), the same wherever its files are and who loads them."""
+    digests = []
+    for value in clip.backbone.state_dict().values():
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
+        digests.append(hashlib.sha256(str(tuple(value.shape)).encode() + sample.tobytes()).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:32]
+
+
+class _Batch(NamedTuple):
+    names: list[str]
+    rows: np.ndarray | None
+    sources: list[Source]
+    skipped: dict[str, str]
+
+
+def _encoded(
+    items: Sequence[CaptionedImage],
+    clip: FrozenCLIP,
+    inputs: Inputs,
+    batch_size: int,
+    precision: str,
+    workers: int,
+    max_pixels: int,
+) -> Iterator[_Batch]:
+    """Batches of what is to be appended."""
+    ready = [item for item in items if item.embedding_row is not None]
+    for path in sorted({item.path for item in ready}):
+        yield from _taken_over([item for item in ready if item.path == path], path, clip, inputs, batch_size)
+    items = [item for item in items if item.embedding_row is None]
+    workers = min(workers, len(items))  # none is started for nothing
+    loader = DataLoader(_Pixels(items, clip.preprocess, max_pixels), batch_size, num_workers=workers, collate_fn=_join)
+    for pixels, found in loader:
+        names = [name for name, source, _ in found if source is not None]
+        skipped = {name: reason for name, source, reason in found if source is None}
+        rows = None
+        if pixels is not None:
+            with autocast(clip.device, precision):
+                rows = encode(clip, pixels, inputs).float().cpu().numpy()
+            if not np.isfinite(rows).all():
+                raise UserError(f"{clip.name!r} gives NaN or infinity for images like {names[0]!r}.")
+        yield _Batch(names, rows, [source for _, source, _ in found if source is not None], skipped)
+
+
+def _taken_over(
+    items: Sequence[CaptionedImage], path: Path, clip: FrozenCLIP, inputs: Inputs, batch_size: int
+) -> Iterator[_Batch]:
+    """Embeddings that the original project's pickle holds."""
+    from clipcap.data.untrusted import read_pickle
+
+    if inputs != "embedding":
+        raise UserError(f"pickle {str(path)!r} holds embeddings, no {inputs}: use inputs embedding.")
+    embeddings = read_pickle(path)["clip_embedding"]
+    if embeddings.shape[1] != clip.width:
+        raise UserError(
+            f"pickle {str(path)!r} holds embeddings of width {embeddings.shape[1]}, {clip.name!r} gives {clip.width}: "
+            f"name the CLIP that they were made with."
+        )
+    for begin in range(0, len(items), batch_size):
+        batch = items[begin : begin + batch_size]
+        rows = embeddings[[item.embedding_row for item in batch]].float().numpy()
+        if not np.isfinite(rows).all():
+            raise UserError(f"pickle {str(path)!r} holds NaN or infinity: make it again.")
+        yield _Batch([item.image_id for item in batch], rows, [pickle_source(path) for _ in batch], {})
+
+
+class _Pixels(Dataset[Any]):
+    """Preprocessed images; what cannot be read is a reason."""
+
+    def __init__(self, items: Sequence[CaptionedImage], preprocess: Preprocess, max_pixels: int) -> None:
+        self.items, self.preprocess, self.max_pixels = items, preprocess, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor | None, Source | None, str]:
+        item = self.items[index]
+        try:
+            image = read_image(item.path, max_pixels=self.max_pixels, side=self.preprocess.size)
+            pixels = self.preprocess(image)[0]
+        except ImageError as error:
+            return item.image_id, None, None, str(error)
+        status = item.path.stat()
+        return item.image_id, pixels, Source(status.st_size, status.st_mtime_ns, file_hash(item.path)), ""
+
+
+def _join(batch: list[Any]) -> tuple[Tensor | None, list[tuple[str, Source | None, str]]]:
+    pixels = [pixels for _, pixels, _, _ in batch if pixels is not None]
+    return torch.stack(pixels) if pixels else None, [(name, source, reason) for name, _, source, reason in batch]
+
+
+def run(config: EmbedConfig) -> int:
+    """`clipcap embed`: build the store and say what is in it."""
+    from tqdm import tqdm
+
+    from common.clip import load_clip
+
+    device = start(config.runtime)
+    items = read_dataset(config.data, images=config.images, skip_missing=config.skip_missing, format=config.format)
+    clip = load_clip(config.clip, device=device)
+    with tqdm(total=len(items), desc=f"embedding images with CLIP {config.clip}", unit=" images") as bar:
+        store = build_store(
+            items,
+            clip,
+            config.out,
+            max_pixels=config.limit.max_pixels,
+            inputs=config.inputs,
+            batch_size=config.batch_size,
+            dtype=config.dtype,
+            precision=config.runtime.precision,
+            progress=lambda done: bar.update(done - bar.n),
+            workers=config.workers,
+        )
+    if store.skipped:
+        print(f"skipped {len(store.skipped)} images, which cannot be read:", file=sys.stderr)
+        for reason in list(store.skipped.values())[:10]:
+            print(f"  {printable(reason)}", file=sys.stderr)
+    shape = "x".join(map(str, store.array.shape[1:]))
+    print(f"{len(store)} images, {shape} {store.array.dtype} each, are in {config.out}.")
+    return 0

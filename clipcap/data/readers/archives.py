@@ -1,0 +1,127 @@
+"""Captions with images inside archives: data sets on disk and WebDataset shards."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipcap.data.images import IMAGE_SUFFIXES
+from clipcap.data.readers.captioned import SPLITS, CaptionedImage, check_captions
+from clipcap.data.readers.tables import CAPTION_KEYS
+from clipcap.data.readers.text import LARGEST_TEXT, decode
+from clipcap.data.untrusted import read_tar
+from common.checks import UserError
+from common.files import MARKER, whole_file, write_json
+from common.images import ImageTooLarge, open_image
+
+
+def read_saved(source: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
+    from datasets import DatasetDict, Image, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(source))
+    except Exception as error:  # pyarrow and datasets each have their own for a broken file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"data set {str(source)!r} cannot be loaded ({reason}): save it again.") from error
+    root = images.resolve() if images else source.with_name(f"{source.name}.images")
+    for name, part in loaded.items() if isinstance(loaded, DatasetDict) else [("", loaded)]:
+        if name and name not in SPLITS:
+            raise UserError(f"data set {str(source)!r}: split is {name!r}: use train, val or test.")
+        image_key = next((key for key, feature in part.features.items() if isinstance(feature, Image)), None)
+        caption_key = next((key for key in CAPTION_KEYS if key in part.features), None)
+        if caption_key is None or image_key is None and need_images:
+            raise UserError(
+                f"data set {str(source)!r} has the columns {', '.join(part.features)}: it needs one of images, and "
+                f"one named {CAPTION_KEYS[0]!r} or {CAPTION_KEYS[1]!r}."
+            )
+        for number, row in enumerate(part.cast_column(image_key, Image(decode=False)) if image_key else part):
+            where = f"data set {str(source)!r}, {name or 'row'} {number}"
+            text, image = row[caption_key], row[image_key] if image_key else None
+            captions = check_captions([str(t) for t in (text if isinstance(text, list) else [text]) if t], where)
+            image_id = f"{name or 'row'}-{number:08}"
+            if image is None and need_images:
+                raise UserError(f"{where}: it has no image.")
+            path = Path(image["path"]) if image and image["path"] else root
+            if image and image["bytes"]:
+                file = f"{image_id}{_suffix(image['bytes'], where)}"
+                path = root / file
+                write_image(root, file, image["bytes"])
+            yield CaptionedImage(image_id, path, captions, SPLITS[name] if name else "")
+
+
+def _suffix(data: bytes, where: str) -> str:
+    """File suffix of an image's bytes."""
+    try:
+        with open_image(io.BytesIO(data), where, max_pixels=sys.maxsize) as image:  # counted when it is read
+            return f".{(image.format or '').lower()}"
+    except ImageTooLarge:
+        raise
+    except UserError:
+        raise UserError(f"{where}: its image is not one that Pillow knows: leave the row out.") from None
+
+
+def read_shards(source: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
+    from braceexpand import braceexpand
+
+    shards = sorted(source.glob("*.tar")) if source.is_dir() else [Path(name) for name in braceexpand(str(source))]
+    if not shards:
+        raise UserError(f"folder {str(source)!r} holds no .tar: give a folder of WebDataset shards.")
+    for shard in shards:
+        root = (images or shard.parent / f"{shard.stem}.images") / (shard.stem if images else "")
+        files: dict[str, Path] = {}
+        texts: dict[str, list[str]] = {}
+        for name, data in read_tar(shard):
+            base, _, suffix = name.name.partition(".")
+            key, suffix = str(name.parent / base), f".{suffix.lower()}"
+            where = f"tar {str(shard)!r}, member {str(name)!r}"
+            if suffix in (".txt", ".caption", ".json") and len(data) > LARGEST_TEXT:
+                raise UserError(f"{where} has {len(data):,} bytes, of at most {LARGEST_TEXT:,}: it is no caption.")
+            if suffix in IMAGE_SUFFIXES:
+                if key in files:
+                    raise UserError(f"{where}: sample {key!r} has two images: make the keys distinct.")
+                files[key] = root / name
+                write_image(root, str(name), data)
+            elif suffix in (".txt", ".caption"):
+                texts[key] = [line for line in decode(data, where).split("\n") if line.strip()]
+            elif suffix == ".json" and key not in texts:
+                texts[key] = _captions_of_json(data, where)
+        if not need_images:
+            files |= {key: root / key for key in texts if key not in files}
+        for key, path in files.items():
+            captions = check_captions(texts.get(key, []), f"tar {str(shard)!r}, sample {key!r}")
+            yield CaptionedImage(f"{shard.stem}/{key}", path, captions, "")
+
+
+def _captions_of_json(data: bytes, where: str) -> list[str]:
+    try:
+        row = json.loads(decode(data, where))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}, line {error.lineno} is not JSON: {error.msg}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON that can be read: {error}.") from None
+    text = next((row[key] for key in CAPTION_KEYS if row.get(key)), []) if isinstance(row, dict) else []
+    return [str(t) for t in (text if isinstance(text, list) else [text])]
+
+
+def write_image(root: Path, name: str, data: bytes) -> None:
+    """Write a file below `root`, all at once, unless it is there with this content.
+
+    Raises:
+        UserError: a link leads elsewhere, or another file lies there that was not written so.
+    """
+    path, marker = root / name, root / MARKER
+    for place in itertools.takewhile(lambda place: place != root.parent, (path, *path.parents)):
+        if place.is_symlink():
+            raise UserError(f"{str(place)!r} is a link, and images would be written through it: move it away.")
+    if not root.exists():
+        write_json(marker, {"files": []})
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return
+    if path.exists() and not marker.is_file():
+        raise UserError(f"{str(path)!r} is another image than the data set's: move it away, or give --images.")
+    with whole_file(path, sync=False) as file:
+        file.write(data)

@@ -1,0 +1,277 @@
+"""The command `clipcap evaluate`: caption a data set, score the captions, and show them best and worst first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from clipcap.data.dataset import CaptionedImage, read_dataset
+from clipcap.data.readers import Format
+from clipcap.decoding import require_options
+from clipcap.evaluation.caption_files import read_captions
+from clipcap.evaluation.page import evaluation_page, print_scores
+from clipcap.evaluation.scores import MOST_RESAMPLES, Evaluation, evaluate_captions
+from common.checks import UserError, printable, require_at_least, require_between, require_file, require_place
+from common.files import write_json
+from common.images import ImageLimit
+from common.runtime import RuntimeConfig, hardware, start, versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.clip import FrozenCLIP
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a captioner, or captions already made, against reference captions.
+
+    Writes to OUT: captions.jsonl (each caption as soon as it is made; an interrupted run goes on from there),
+    results.json, per_image.json, and index.html with the images, captions, references and scores.
+    """
+
+    data: Path
+    """Captioned images, in any layout that `clipcap train` reads."""
+    images: Path | None = None
+    """Directory of the images, when they are not beside the captions."""
+    format: Format = "auto"
+    """Layout of DATA, where it should not be guessed from its content."""
+    split: str = "test"
+    """Which split: train, val, test or all."""
+    skip_missing: bool = False
+    """Leave out captions whose image is missing, instead of stopping."""
+    model: str | None = None
+    """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
+    captions: Path | None = None
+    """Captions already made, instead of a model: what `clipcap caption` wrote as JSON or CSV, or COCO's results format,
+    a list of {"image_id", "caption"}; an id is the image's file name, its stem, or the number at the stem's end."""
+    out: Path = Path("out/evaluation")
+    """Where captions, scores and the page go."""
+    clip_score: str = "tiny"
+    """CLIP of CLIPScore: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path; empty leaves it out."""
+    tokenizer: Literal["auto", "ptb", "words"] = "auto"
+    """ptb (needs Java, as the published scores), words (a plain rule), or auto: ptb where Java is installed."""
+    resamples: int = 1000
+    """Resamples of the images for the 95% intervals; 0 leaves them out."""
+    shown: int = 300
+    """Images on the page: the best half and the worst half by CIDEr; 0 shows all."""
+    strategy: Literal["beam", "beam_original", "greedy"] = "beam"
+    """Decoding, with a model."""
+    num_beams: int = 5
+    """Beams, with a model."""
+    max_new_tokens: int = 67
+    """Longest caption, with a model."""
+    batch_size: int = 16
+    """Images captioned at once."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def captioner_fingerprint(model: str) -> str:
+    """What a captioner is known by: its name, or a hash of what is in its directory."""
+    from clipcap.model import PACKAGED
+
+    directory = Path(PACKAGED.get(model, Path(model).expanduser()))
+    if not directory.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for file in sorted([*directory.glob("*.safetensors"), directory / "config.json"]):
+        with open(require_file(file, "captioner"), "rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def caption_items(
+    items: Sequence[CaptionedImage], config: EvaluateConfig, clip: FrozenCLIP | None = None
+) -> tuple[dict[str, str], list[str], dict[str, Tensor]]:
+    """Caption images, keeping each caption in OUT/captions.jsonl, and take from there what was made before.
+
+    Args:
+        items: images.
+        config: the captioner and how it decodes.
+        clip: of CLIPScore; the captioner uses it too when it is its own.
+
+    Returns:
+        Image id to caption, a line for each image that cannot be read, and image id to what `clip` gave on the way.
+
+    Raises:
+        UserError: the file holds captions of another captioner or decoding.
+    """
+    from tqdm import tqdm
+
+    from clipcap.captioner import Captioner
+    from clipcap.data.images import ImageError
+    from common.runtime import resolve_dtype
+
+    assert config.model is not None
+    path = config.out / "captions.jsonl"
+    made_by = {
+        "model": captioner_fingerprint(config.model),
+        "strategy": config.strategy,
+        "num_beams": config.num_beams,
+        "max_new_tokens": config.max_new_tokens,
+        "precision": config.runtime.precision,
+    }
+    made = _made_before(path, made_by)
+    found = {item.image_id: made[item.image_id] for item in items if item.image_id in made}
+    waiting: dict[str, list[str]] = {}
+    for item in items:
+        if item.image_id not in found:
+            waiting.setdefault(str(item.path), []).append(item.image_id)
+    skipped: list[str] = []
+    embeddings: dict[str, Tensor] = {}
+    if not waiting:
+        return found, skipped, embeddings
+
+    def skip(error: ImageError) -> None:
+        skipped.append(str(error))
+        bar.update()
+
+    captioner = Captioner.from_pretrained(
+        config.model, device=config.runtime.device, dtype=resolve_dtype(config.runtime.precision), clip=clip
+    )
+    with (
+        open(path, "a", encoding="ascii") as file,
+        tqdm(total=len(items), initial=len(found), desc="captioning", unit=" images") as bar,
+    ):
+        if not file.tell():
+            file.write(json.dumps({"made_by": made_by}) + "\n")
+        for result in captioner.stream(
+            list(waiting),
+            on_error=skip,
+            batch_size=config.batch_size,
+            strategy=config.strategy,
+            num_beams=config.num_beams,
+            max_new_tokens=config.max_new_tokens,
+            max_pixels=config.limit.max_pixels,
+        ):
+            for image_id in waiting[str(result.image)]:
+                found[image_id] = result.captions[0]
+                if captioner.clip is clip and result.embedding is not None:
+                    embeddings[image_id] = result.embedding
+                file.write(json.dumps({"image_id": image_id, "caption": found[image_id]}) + "\n")
+            file.flush()
+            bar.update()
+    return found, skipped, embeddings
+
+
+def _made_before(path: Path, made_by: dict[str, Any]) -> dict[str, str]:
+    """Captions in a file that an earlier run began; a last line that was cut short is taken off it."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(path, len(whole))
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        if rows and rows[0]["made_by"] != made_by:
+            changed = sorted(key for key in made_by if rows[0]["made_by"].get(key) != made_by[key])
+            raise UserError(
+                f"{str(path)!r} holds captions of another run (another {', '.join(changed)}): "
+                f"give another --out, or delete the file."
+            )
+        return {str(row["image_id"]): str(row["caption"]) for row in rows[1:]}
+    except UserError:
+        raise
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{str(path)!r} was not written by this command: give another --out, or delete it.") from None
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Caption and score a split, and write captions, results and the page to `config.out`.
+
+    Raises:
+        UserError: anything in the data or the settings that cannot work, with its cure.
+    """
+    if (config.model is None) == (config.captions is None):
+        raise UserError("give either --model, whose captions are made, or --captions, a file of captions.")
+    require_at_least("shown", config.shown, 0)
+    require_at_least("batch_size", config.batch_size, 1)
+    require_between("resamples", config.resamples, 0, MOST_RESAMPLES)
+    require_options(strategy=config.strategy, num_beams=config.num_beams, max_new_tokens=config.max_new_tokens)
+    require_place(config.out, directory=True)
+    if config.captions is not None:
+        require_file(config.captions, "captions")
+    start(config.runtime)
+    everything = read_dataset(config.data, images=config.images, skip_missing=config.skip_missing, format=config.format)
+    items = [item for item in everything if config.split in ("all", item.split)]
+    if not items:
+        splits = sorted({item.split for item in everything})
+        raise UserError(f"{str(config.data)!r} has no split {config.split!r}: choose one of {', '.join(splits)}, all.")
+    if any(item.embedding_row is not None for item in items):
+        raise UserError(f"{str(config.data)!r} holds embeddings instead of images: evaluate on the images themselves.")
+    unreferenced = [item.image_id for item in items if not item.captions]
+    if unreferenced:
+        raise UserError(
+            f"{len(unreferenced)} of {len(items)} images have no reference caption, the first {unreferenced[0]!r}: "
+            f"there is nothing to score them by; use a split that has."
+        )
+    clip = None
+    if config.clip_score:
+        from common.clip import load_clip
+
+        clip = load_clip(config.clip_score, device=config.runtime.device)
+    config.out.mkdir(parents=True, exist_ok=True)
+    skipped: list[str] = []
+    embeddings: dict[str, Tensor] = {}
+    if config.captions is not None:
+        captions = read_captions(config.captions, items)
+    else:
+        captions, skipped, embeddings = caption_items(items, config, clip)
+    if skipped:
+        print(f"skipped {len(skipped)} of {len(items)} images:", file=sys.stderr)
+        for reason in skipped[:10]:
+            print(f"  {printable(reason)}", file=sys.stderr)
+    if len(captions) < len(items):
+        print(f"{len(items) - len(captions)} of {len(items)} images have no caption and are left out.", file=sys.stderr)
+    scored = {item.image_id for item in items}
+    training = [
+        text for item in everything if item.split == "train" and item.image_id not in scored for text in item.captions
+    ]
+    found = evaluate_captions(
+        captions,
+        items,
+        clip=clip,
+        embeddings=embeddings,
+        training=training,
+        tokenizer=config.tokenizer,
+        resamples=config.resamples,
+        seed=config.runtime.seed,
+        progress=True,
+        max_pixels=config.limit.max_pixels,
+    )
+    result = {name: value for name, value in asdict(found).items() if name not in ("captions", "per_image")}
+    write_json(
+        config.out / "results.json",
+        {"images": len(found.captions), "skipped": skipped}
+        | result
+        | {"config": config, "hardware": hardware(), "versions": versions()},
+    )
+    write_json(
+        config.out / "per_image.json",
+        {key: {"caption": text} | found.per_image[key] for key, text in found.captions.items()},
+    )
+    title = f"{config.data.name}, split {config.split}"
+    page = evaluation_page(
+        found, items, title=f"Captions of {title}", shown=config.shown, max_pixels=config.limit.max_pixels
+    )
+    page.details("configuration", config)
+    page.details("hardware and versions", {"hardware": hardware(), "versions": versions()})
+    page.write(config.out / "index.html")
+    return found
+
+
+def run(config: EvaluateConfig) -> int:
+    """`clipcap evaluate`: score, print and say where the page is."""
+    print_scores(evaluate(config))
+    print(f"page: {config.out / 'index.html'}")
+    return 0

@@ -1,0 +1,216 @@
+"""What `clipcap train` is asked for, and whether it can work."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from clipcap.config import ClipCapConfig, absolute
+from clipcap.data.dataset import CaptionedImage
+from clipcap.data.readers import Format
+from common.checks import UserError, require_at_least
+from common.images import ImageLimit
+from common.runtime import RuntimeConfig
+from common.training import settings_of
+
+FREE = (
+    "data", "images", "out", "embeddings", "format", "skip_missing", "workers", "epochs", "steps", "val_every",
+    "val_captions", "val_beams", "monitor", "patience", "resume", "devices", "num_nodes", "strategy",
+)  # fmt: skip
+"""Settings that may be others when a run is gone on with; its captions must be the same wherever they are."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a captioner on your images.
+
+    DATA is a Karpathy JSON file (COCO, Flickr8k, Flickr30k), or a folder of images with captions.csv or
+    captions.jsonl (columns file_name and caption), or with a text file of captions beside each image, or one of the
+    other layouts that --format names.
+
+    The captions of images that are held out are written to OUT/samples.html while it trains, the losses and scores to
+    OUT/metrics.csv and OUT/tensorboard. The same command goes on with a run that was interrupted.
+    """
+
+    data: Path
+    """Captions with their images; with --text-only also captions without them, or a .txt file with a caption a line."""
+    images: Path | None = None
+    """Directory of the images, when they are not beside the captions."""
+    out: Path = Path("out/captioner")
+    """Where the run goes; the trained captioner is in its folder `model`."""
+    embeddings: Path | None = None
+    """Directory of the embedding store, OUT/embeddings when not given; runs with the same images and CLIP share it."""
+    format: Format = "auto"
+    """Layout of DATA, where it should not be guessed from its content."""
+    skip_missing: bool = False
+    """Leave out captions whose image is missing, instead of stopping."""
+    workers: int = 2
+    """Processes that read images; 0 reads them in this one."""
+    init: Path | None = None
+    """Trained captioner to go on from; its sizes, CLIP and GPT-2, frozen or not, are then used."""
+    clip: str = "tiny"
+    """CLIP: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path."""
+    gpt2: str = "tiny"
+    """GPT-2: tiny, tiny-medium, a Hugging Face id or directory."""
+    mapper: Literal["mlp", "transformer"] = "transformer"
+    """Mapping network."""
+    tune_gpt2: bool = False
+    """Train GPT-2 with the mapper (the paper's fine-tuned variant), instead of keeping it frozen."""
+    lora: int = 0
+    """Rank of low-rank updates of GPT-2 (LoRA), between frozen and fine-tuned; 0 for none."""
+    prefix_length: int = 10
+    """Prefix embeddings per image (the paper's K)."""
+    clip_length: int = 10
+    """Tokens that the Transformer mapper makes of the embedding."""
+    mapper_layers: int = 8
+    """Layers of the Transformer mapper."""
+    mapper_heads: int = 8
+    """Attention heads of the Transformer mapper."""
+    inputs: Literal["embedding", "patches"] = "embedding"
+    """What the mapper reads: the pooled embedding (the paper), or the patch features."""
+    normalize_embeddings: bool = False
+    """Scale embeddings to length 1 before the mapper."""
+    epochs: int = 10
+    """Passes over the captions."""
+    steps: int = 0
+    """Optimizer steps, when not 0, instead of epochs."""
+    batch_size: int = 40
+    """Captions in a batch of each process."""
+    accumulate: int = 1
+    """Batches whose gradients make one step: the mean over all their tokens."""
+    lr: float = 2e-5
+    """AdamW's peak learning rate."""
+    warmup: int = 5000
+    """Steps of linear warm-up; at most a tenth of the run."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls to 0 after warm-up; linear is the paper's."""
+    clip_gradients: float = 1.0
+    """Largest norm of the gradient; 0 never clips."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    max_tokens: int = 67
+    """Longest caption, its end token included."""
+    val_every: int = 0
+    """Steps between validations; 0 is a tenth of the run, at most 500."""
+    val_captions: int = 200
+    """Images that are captioned at each validation, for CIDEr and OUT/samples.html; 0 for none."""
+    val_beams: int = 1
+    """Beams of these captions; 1 is greedy."""
+    monitor: Literal["auto", "loss", "cider"] = "auto"
+    """What the best checkpoint is the best in, on the validation split; auto is cider with --scst, else loss."""
+    patience: int = 0
+    """Validations without improvement after which the run ends; 0 never ends it early."""
+    text_only: bool = False
+    """Train on the captions alone, no images: noisy CLIP embeddings of captions stand in for images (CapDec)."""
+    text_noise: float = 0.016
+    """Variance of that noise."""
+    scst: bool = False
+    """Self-critical training on CIDEr of a captioner given by --init: use a low rate, such as 1e-5."""
+    scst_samples: int = 5
+    """Captions sampled for each image of a batch with --scst."""
+    retrieval: int = 0
+    """Captions of similar images (from the training captions, by CLIP) put as text before each caption; 0 for none."""
+    resume: bool = True
+    """Go on from last.ckpt in OUT when there is one; --no-resume begins anew."""
+    devices: int = 1
+    """Processes or GPUs on each machine; a step then has as many times --batch-size captions."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How several processes train together."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def settings_of_run(config: TrainConfig, items: list[CaptionedImage]) -> dict[str, Any]:
+    """What a run that goes on must have in common with its beginning."""
+    texts = "\0".join(text for item in items for text in (item.image_id, *item.captions))
+    digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass"))
+    captions = f"{sum(len(item.captions) for item in items)} with hash {digest.hexdigest()[:12]}"
+    return settings_of(config, FREE) | {"captions": captions}
+
+
+def resolve_init(config: TrainConfig) -> TrainConfig:
+    """The settings with the sizes and backbones of --init; one that was given and differs is an error."""
+    if config.init is None:
+        return config
+    saved = ClipCapConfig.from_pretrained(config.init) if (config.init / "config.json").is_file() else None
+    if saved is None or saved.model_type != "clipcap":
+        raise UserError(f"init {str(config.init)!r} is no trained captioner: give the directory `model` of a run.")
+    plain = TrainConfig(data=config.data)
+    taken: dict[str, Any] = {"tune_gpt2": config.tune_gpt2 or saved.tune_gpt2}
+    if config.text_only and not saved.normalize_embeddings:
+        raise UserError(
+            f"init {str(config.init)!r} reads embeddings of any length and text_only trains on those of length 1: give "
+            f"a captioner trained with --text-only or --normalize-embeddings."
+        )
+    for name in (
+        "mapper",
+        "inputs",
+        "prefix_length",
+        "clip_length",
+        "mapper_layers",
+        "mapper_heads",
+        "clip",
+        "gpt2",
+        "normalize_embeddings",
+    ):
+        ours, theirs = getattr(config, name), getattr(saved, name)
+        if theirs is None:
+            continue
+        if name in ("clip", "gpt2"):
+            ours = absolute(ours)
+        if ours not in (getattr(plain, name), theirs):
+            raise UserError(f"{name} is {ours!r} but init {str(config.init)!r} has {theirs!r}: leave it out.")
+        taken[name] = theirs
+    return replace(config, **taken)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError for settings that cannot work."""
+    least_one = (
+        "batch_size",
+        "max_tokens",
+        "accumulate",
+        "mapper_layers",
+        "prefix_length",
+        "val_beams",
+        "devices",
+        "num_nodes",
+        "epochs",
+        "scst_samples",
+    )
+    for name in least_one:
+        require_at_least(name, getattr(config, name), 1)
+    least_zero = (
+        "lora",
+        "retrieval",
+        "val_every",
+        "val_captions",
+        "patience",
+        "clip_gradients",
+        "text_noise",
+        "warmup",
+        "steps",
+        "weight_decay",
+        "workers",
+    )
+    for name in least_zero:
+        require_at_least(name, getattr(config, name), 0)
+    if config.embeddings is not None and config.embeddings.resolve() == config.out.resolve():
+        raise UserError(f"embeddings and out are both {str(config.out)!r}: give each a directory of its own.")
+    if not config.lr > 0:
+        raise UserError(f"lr is {config.lr}: use a rate above 0.")
+    ways = [name for name in ("text_only", "scst", "retrieval") if getattr(config, name)]
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)} are given together: choose one.")
+    if config.scst and config.init is None:
+        raise UserError("scst is given without --init: name a trained captioner to go on from.")
+    if config.retrieval and config.init is not None:
+        raise UserError("retrieval is given with --init: a captioner with retrieval is trained from the start.")
+    if config.lora and config.tune_gpt2:
+        raise UserError("lora and tune_gpt2 are given together: choose one.")
+    if config.inputs == "patches" and ways and not config.scst:
+        raise UserError(f"{ways[0]} is given with inputs 'patches': texts have no patches, use 'embedding'.")

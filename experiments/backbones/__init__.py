@@ -1,0 +1,1 @@
+"""How the packaged backbones, their corpora and samples were made."""

@@ -1,0 +1,1 @@
+"""ClipCap: the published tables, the ablations and captions in other languages."""

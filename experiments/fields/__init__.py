@@ -1,0 +1,1 @@
+"""DietNeRF: fields, losses and priors compared on scenes with few views."""

@@ -1,0 +1,354 @@
+"""The table of DietNeRF's experiments: fields, losses and controls over scenes, numbers of views and seeds.
+
+    python -m experiments.fields.synthetic --scenes common/assets/samples/multiview --arms grid grid-clip grid-random
+
+Each run leaves one JSON file in OUT/runs; a run that is there is not made again, and the tables, curves and contact
+sheets are made of whatever is there. --budget ends the work early, between runs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from common.checks import UserError, require_at_least, require_same_settings, run_command
+from common.files import write_json
+from common.pretrained import ASSETS
+from common.report import Page, contact_sheet, plot_lines
+from common.runtime import RuntimeConfig, hardware, start, versions
+from dietnerf.cli import silence_nerfstudio
+from dietnerf.evaluation import score_scene
+from dietnerf.metrics import MetricsConfig
+from dietnerf.scene import Scene
+from dietnerf.training import TrainConfig, train
+from experiments import from_command_line
+
+ARMS: dict[str, dict[str, Any]] = {
+    "nerf": dict(method="mlp", semantic_weight=0.0),
+    "simplified": dict(method="simplified", semantic_weight=0.0),
+    "dietnerf": dict(method="mlp", semantic_weight=0.1, semantic_poses="published"),
+    "dietnerf-random": dict(method="mlp", semantic_weight=0.1, semantic_poses="published", semantic_random=True),
+    "mlp-small": dict(method="mlp-small", semantic_weight=0.0),
+    "mlp-small-clip": dict(method="mlp-small", semantic_weight=0.1),
+    "mlp-small-random": dict(method="mlp-small", semantic_weight=0.1, semantic_random=True),
+    "mlp-small-clip-weak": dict(method="mlp-small", semantic_weight=0.01),
+    "mlp-small-random-weak": dict(method="mlp-small", semantic_weight=0.01, semantic_random=True),
+    "nerfacto": dict(method="nerfacto", semantic_weight=0.0),
+    "nerfacto-clip": dict(method="nerfacto", semantic_weight=0.01, semantic_hinge=True, semantic_augment=True),
+    "nerfacto-random": dict(
+        method="nerfacto", semantic_weight=0.01, semantic_random=True, semantic_hinge=True, semantic_augment=True
+    ),
+    "grid": dict(semantic_weight=0.0),
+    "grid-plain": dict(semantic_weight=0.0, density_variation=0.0, colour_variation=0.0),
+    "grid-occlusion": dict(semantic_weight=0.0, occlusion=0.01),
+    "grid-distortion": dict(semantic_weight=0.0, distortion=0.01),
+    "grid-depth": dict(semantic_weight=0.0, depth_smoothness=0.01),
+    "grid-background": dict(semantic_weight=0.0, background="random"),
+    "grid-clip-strong": dict(semantic_weight=0.1),
+    "grid-clip": dict(semantic_weight=0.01),
+    "grid-clip-weak": dict(semantic_weight=0.001),
+    "grid-hinge": dict(semantic_weight=0.01, semantic_hinge=True),
+    "grid-augment": dict(semantic_weight=0.01, semantic_augment=True),
+    "grid-hinge-augment": dict(semantic_weight=0.01, semantic_hinge=True, semantic_augment=True),
+    "grid-text": dict(semantic_weight=0.01, semantic_feature="embedding"),
+    "grid-random-weak": dict(semantic_weight=0.001, semantic_random=True),
+    "grid-random": dict(semantic_weight=0.01, semantic_random=True),
+    "grid-random-augment": dict(semantic_weight=0.01, semantic_random=True, semantic_hinge=True, semantic_augment=True),
+}
+"""What each row of the table changes. Names that end in -random are the control: an encoder with random weights whose
+gradient has the norm that the trained encoder's would have; in -text, --text becomes one more target."""
+CHANGE = "+"
+"""grid+lr=0.3+rays=4096 is the arm grid with these settings of dietnerf train."""
+BASELINES = {"grid": "grid", "nerfacto": "nerfacto", "mlp-small": "mlp-small", "dietnerf": "nerf"}
+"""The row without a semantic loss that each row, by the beginning of its name, is compared with."""
+FINE_TUNED = "-tuned"
+"""An arm's name with this ending drops the semantic loss for the last fifth of the steps (the paper's MSE tuning)."""
+SCORES = ("psnr", "psnr_farthest", "psnr_foreground", "ssim", "similarity")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run the experiments that are missing, and write the tables of all that are there."""
+
+    scenes: tuple[Path, ...] = (ASSETS / "samples" / "multiview",)
+    """Directories of scenes."""
+    arms: tuple[str, ...] = ("grid", "grid-plain", "grid-clip", "grid-hinge-augment", "grid-random-augment")
+    """Rows of the table; with changes such as grid+lr=0.3."""
+    views: tuple[int, ...] = (3, 4, 8)
+    """Numbers of training views, chosen far from each other."""
+    view_ids: tuple[int, ...] = ()
+    """Exactly these training views instead."""
+    sizes: tuple[int, ...] = (100,)
+    """Widths of the images in pixels; 0 keeps theirs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each run."""
+    steps: int = 0
+    """Training steps; 0 is each method's own number."""
+    rays: int = 0
+    """Rays a step; 0 is each method's own number."""
+    eval_every: int = 1
+    """Score every Nth held-out view."""
+    eval_first: int = 0
+    """The first one: settings are chosen on other views than those that are reported."""
+    resolution: int = 64
+    """Side of the semantic loss's renders."""
+    encoder: str = "tiny"
+    """Encoder of the semantic loss."""
+    text: str = ""
+    """What the scene shows, for arms that end in -text."""
+    second_encoder: str = ""
+    """CLIP that scores similarity and is in no loss."""
+    budget: float = 0.0
+    """CPU minutes after which no further run begins; 0 is no limit."""
+    out: Path = Path("out/dietnerf_synthetic")
+    """Where everything goes."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def training_config(config: Config, scene: Path, size: int, arm: str, views: int, seed: int, out: Path) -> TrainConfig:
+    """What one run trains.
+
+    Raises:
+        UserError: an arm that does not exist.
+    """
+    base, *changes = arm.split(CHANGE)
+    name = base.removesuffix(FINE_TUNED)
+    if name not in ARMS:
+        raise UserError(f"arm is {arm!r}: choose of {', '.join(ARMS)}, each also with {FINE_TUNED}.")
+    chosen = TrainConfig(
+        scene=scene,
+        out=out,
+        image_size=size,
+        num_views=0 if config.view_ids else views,
+        view_ids=config.view_ids,
+        steps=config.steps,
+        rays=config.rays,
+        semantic_encoder=config.encoder,
+        semantic_resolution=config.resolution,
+        val_views=0,
+        progress=False,
+        runtime=replace(config.runtime, seed=seed),
+    )
+    chosen = replace(chosen, **ARMS[name])
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in TrainConfig.__dataclass_fields__ or not value:
+            raise UserError(f"arm {arm!r}: {change!r} is no setting of dietnerf train, such as lr=0.3.")
+        parsed = yaml.safe_load(value)
+        setting: Any = {key: tuple(parsed) if isinstance(parsed, list) else parsed}
+        chosen = replace(chosen, **setting)
+    if name.endswith("-text"):
+        if not config.text:
+            raise UserError(f"arm {arm!r} needs a description: give --text.")
+        chosen = replace(chosen, semantic_text=config.text)
+    if base.endswith(FINE_TUNED):
+        from dietnerf.training import nerfstudio_config
+
+        chosen = replace(chosen, semantic_end=round(0.8 * nerfstudio_config(chosen).max_num_iterations))
+    return chosen
+
+
+def base_arm(arm: str) -> str:
+    """The row of `ARMS` that an arm comes from."""
+    return arm.split(CHANGE)[0].removesuffix(FINE_TUNED)
+
+
+def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str, Any]) -> dict[str, Any]:
+    """Train and score once; writes `path` and a picture of some held-out views beside it."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    directory = train(settings)
+    trained = time.process_time() - cpu
+    scene = Scene.load(directory, device=config.runtime.device)
+    found = score_scene(
+        scene,
+        every=config.eval_every,
+        first=config.eval_first,
+        metrics=MetricsConfig(second_encoder=config.second_encoder),
+        progress=False,
+    )
+    record = {
+        **labels,
+        "scores": found.scores.values,
+        "not_measured": found.scores.not_measured,
+        "training_views": found.record["training_views"],
+        "held_out_views": found.ids,
+        "steps": scene.step + 1,
+        "cpu_seconds": round(trained, 1),
+        "cpu_seconds_with_scoring": round(time.process_time() - cpu, 1),
+        "seconds": round(time.perf_counter() - wall, 1),
+        "config": asdict(settings),
+        "scoring": scoring(config),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    shown = list(range(0, len(found.ids), max(1, len(found.ids) // 3)))[:3]
+    pairs = [np.concatenate((found.truths[i].numpy(), found.renderings[i].rgb.numpy()), axis=1) for i in shown]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = (np.concatenate(pairs, axis=0).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    Image.fromarray(picture).save(path.with_suffix(".png"))
+    write_json(path, record)
+    return record
+
+
+def require_same_run(path: Path, config: Config, settings: TrainConfig) -> None:
+    """Raise UserError when a finished run was trained or scored with other settings than are asked for now."""
+    record = json.loads(path.read_text())
+    before = record["config"] | record.get("scoring", {})
+    now = json.loads(json.dumps(asdict(settings) | scoring(config), default=str))
+    same = before.keys() - {"scene", "out", "resume", "progress", "runtime"}  # older runs lack later settings
+    require_same_settings(path, before, {name: value for name, value in now.items() if name in same})
+
+
+def scoring(config: Config) -> dict[str, Any]:
+    """What the scores of a run depend on, beside its training."""
+    return {name: getattr(config, name) for name in ("eval_every", "eval_first", "second_encoder")}
+
+
+def read_runs(out: Path) -> list[dict[str, Any]]:
+    """Records of all runs that are there."""
+    return [json.loads(path.read_text()) for path in sorted((out / "runs").glob("**/*.json"))]
+
+
+def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread over seeds of every score, a row for each scene, size, number of views and arm."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["scene"], run["size"], run["views"], run["arm"]), []).append(run)
+    rows = []
+    order = list(ARMS)
+    for key in sorted(groups, key=lambda k: (*k[:3], order.index(base_arm(k[3])), k[3])):
+        group = groups[key]
+        row: dict[str, Any] = dict(zip(("scene", "size", "views", "arm"), key, strict=True)) | {"seeds": len(group)}
+        for name in SCORES:
+            values = [run["scores"][name] for run in group if run["scores"].get(name) is not None]
+            if values:
+                row[name] = statistics.fmean(values)
+                row[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+        row["cpu_seconds"] = statistics.fmean(run["cpu_seconds"] for run in group)
+        rows.append(row)
+    return rows
+
+
+def gains(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """PSNR of each arm less its baseline's, all else being equal: mean and standard error."""
+    found = {(r["scene"], r["size"], r["views"], r["seed"], r["arm"]): r["scores"]["psnr"] for r in runs}
+    paired: dict[tuple[Any, ...], list[float]] = {}
+    for (scene, size, views, seed, arm), value in found.items():
+        _, *changes = arm.split(CHANGE)
+        beginning = next((value for name, value in BASELINES.items() if arm.startswith(name)), "")
+        baseline = CHANGE.join([beginning, *changes])
+        other = found.get((scene, size, views, seed, baseline))
+        if arm != baseline and other is not None:
+            paired.setdefault((scene, size, views, arm), []).append(value - other)
+    return [
+        dict(zip(("scene", "size", "views", "arm"), key, strict=True))
+        | {
+            "pairs": len(values),
+            "gain": statistics.fmean(values),
+            "standard_error": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
+        }
+        for key, values in sorted(paired.items())
+    ]
+
+
+def write_tables(out: Path) -> list[dict[str, Any]]:
+    """results.json, table.md, views.png and index.html from the runs in `out`; returns the rows."""
+    runs = read_runs(out)
+    rows, differences = tabulate(runs), gains(runs)
+    write_json(out / "results.json", {"rows": rows, "gains": differences, "runs": len(runs)})
+    names = [name for name in SCORES if any(name in row for row in rows)]
+    lines = ["| scene | size | views | arm | seeds | " + " | ".join(names) + " | CPU s |"]
+    lines.append("|" + "---|" * (6 + len(names)))
+    for row in rows:
+        cells = [_with_spread(row, name) for name in names]
+        head = [str(row[key]) for key in ("scene", "size", "views", "arm", "seeds")]
+        lines.append("| " + " | ".join([*head, *cells, f"{row['cpu_seconds']:.0f}"]) + " |")
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    page = Page("DietNeRF on synthetic scenes", "Held-out views after training on few")
+    page.section("Scores", "Means over seeds; PSNR in dB.")
+    page.table([{k: v for k, v in row.items() if not k.endswith("_spread")} for row in rows])
+    if differences:
+        page.section("Against no semantic loss", "PSNR less that of the same field with the same views and seed.")
+        page.table(differences)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        xs, ys = curves.setdefault(f"{row['scene']} {row['size']} {row['arm']}", ([], []))
+        xs.append(row["views"])
+        ys.append(row["psnr"])
+    curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
+    if curves:
+        figure = plot_lines(curves, x="training views", y="PSNR of held-out views (dB)")
+        figure.savefig(out / "curves.svg")
+        page.section("By number of views")
+        page.figure(figure)
+    pictures = [(path, json.loads(path.with_suffix(".json").read_text())) for path in (out / "runs").glob("**/*.png")]
+    pictures = [(p, r) for p, r in sorted(pictures, key=lambda pair: str(pair[0])) if r["seed"] == 0][:24]
+    if pictures:
+        titles = [
+            f"{r['arm'].replace(CHANGE, ' ' + CHANGE)}, {r['views']} views: {r['scores']['psnr']:.2f} dB"
+            for _, r in pictures
+        ]
+        sheet = contact_sheet([Image.open(p) for p, _ in pictures], titles, columns=6, size=200)
+        sheet.save(out / "views.png")
+        page.section("Pictures", "Held-out photographs to the left, renders to the right; seed 0.")
+        page.image(sheet, alt="held-out views")
+    page.write(out / "index.html")
+    return rows
+
+
+def _with_spread(row: dict[str, Any], name: str) -> str:
+    if name not in row:
+        return "-"
+    digits = 2 if name.startswith("psnr") else 4
+    spread = row.get(f"{name}_spread")
+    return f"{row[name]:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def main(config: Config) -> None:
+    for name in ("budget", "steps", "rays"):
+        require_at_least(name, getattr(config, name), 0)
+    silence_nerfstudio()
+    start(config.runtime)
+    begun = time.process_time()
+    numbers = (len(config.view_ids),) if config.view_ids else config.views
+    todo = [
+        (scene, size, arm, views, seed)
+        for scene in config.scenes
+        for size in config.sizes
+        for seed in config.seeds
+        for views in numbers
+        for arm in config.arms
+    ]
+    for number, (scene, size, arm, views, seed) in enumerate(todo, start=1):
+        name = f"{arm}_v{views}_s{seed}"
+        path = config.out / "runs" / scene.name / str(size) / f"{name}.json"
+        work = config.out / "work" / scene.name / str(size) / name
+        settings = training_config(config, scene, size, arm, views, seed, work)
+        if path.exists():
+            require_same_run(path, config, settings)
+            continue
+        if config.budget and time.process_time() - begun > 60 * config.budget:
+            print(f"the budget of {config.budget:g} CPU minutes is spent: {len(todo) - number + 1} runs are left.")
+            break
+        labels = {"scene": scene.name, "size": size, "arm": arm, "views": views, "seed": seed}
+        record = run_one(config, replace(settings, resume=True), path, labels)
+        scores = record["scores"]
+        print(
+            f"[{number}/{len(todo)}] {scene.name} {size} {name}: {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, "
+            f"{record['cpu_seconds']:.0f} CPU s",
+            flush=True,
+        )
+    write_tables(config.out)
+    print(f"page: {config.out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))

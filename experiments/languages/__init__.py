@@ -1,0 +1,1 @@
+"""Recycling: each way to a new language compared on held-out text."""

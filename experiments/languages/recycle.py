@@ -1,0 +1,551 @@
+"""Does English help? GPT-2 recycled for Dutch and Italian against every control (de Vries & Nissim 2021, sec. 4 and 5).
+
+    python -m experiments.languages.recycle --text DIR --language nld \
+        --parts baselines tune main seeds alignment medium data_size budgets initialisations
+
+DIR holds LANG.train.txt(.xz) and LANG.valid.txt(.xz), made by experiments/backbones/build_corpus.py. Every run writes a
+JSON file when it is finished and is not made again; one that was stopped goes on from its checkpoint. Tables are made
+of the runs that exist, by experiments/languages/report.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+from common.checks import require_at_least, require_one_of, run_command
+from common.files import write_json
+from common.gpt2 import load_gpt2, token_table
+from common.ngram import WittenBell
+from common.runtime import RuntimeConfig, fork_generators, hardware, start, versions
+from experiments import from_command_line
+from experiments.languages.text import held_out, write_texts
+from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
+from recycle_gpt2.corpus import Document, TokenBlocks, build_corpus, read_documents
+from recycle_gpt2.evaluate import document_score, score_documents, summarise, with_end
+from recycle_gpt2.lexical import (
+    INITIALISATIONS,
+    cooccurrence_embeddings,
+    initialise,
+    reinitialise_layers,
+    replace_lexical,
+    shuffle_weights,
+    train_only,
+)
+from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from recycle_gpt2.training import StageConfig, train_stage
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+FROZEN = ("frozen English", "frozen shuffled English", "frozen fresh layers")
+WHOLE = ("scratch", "all from English")
+UNFROZEN = "relearned, then unfrozen"
+ARMS = ("frozen English", "frozen shuffled English", *WHOLE, UNFROZEN, "frozen fresh layers")
+FRESH = ("frozen fresh layers", "scratch")
+"""Arms that begin as GPT-2's own initialisation does, layers and rows."""
+MAIN = ("frozen English", "frozen shuffled English", "scratch", "all from English")
+RATES: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(FROZEN, (0.003, 0.01, 0.03, 0.1)),
+    **dict.fromkeys(WHOLE, (0.005, 0.01, 0.02)),
+}
+"""Learning rates tried, of AdamW; Muon's is twice that."""
+UNFROZEN_SHARES = (0.25, 0.5, 1.0)
+"""Rates tried after unfreezing, as shares of the best when all trains from English."""
+PARTS = ("tune", "main", "seeds", "alignment", "medium", "data_size", "budgets", "initialisations", "baselines")
+SHARES = (0.01, 0.1)
+METHODS: dict[str, dict[str, Any]] = {
+    "least squares": {"method": "least_squares"},
+    "least squares, chosen options": {"method": "least_squares"},
+    "Procrustes": {"method": "procrustes"},
+    "Procrustes with scale": {"method": "procrustes", "scale": True},
+    "kNN, 1": {"method": "knn", "k": 1},
+    "kNN, 10": {"method": "knn", "k": 10},
+    "random rows": {},
+}
+"""Where the medium model's rows come from, with the arguments of `align`."""
+MEDIUM = ("aligned medium, all", "medium from FOCUS rows, all", "medium from random rows, all")
+"""The larger model with everything trained: rows carried over from the relearned small model, or begun there."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Recycle the packaged English models for one language, with all controls."""
+
+    text: Path
+    """Directory of LANG.train.txt(.xz) and LANG.valid.txt(.xz)."""
+    language: Literal["nld", "ita"] = "nld"
+    """nld or ita."""
+    out: Path = Path("out/recycle")
+    """Where texts, corpora and runs go."""
+    parts: tuple[str, ...] = ("baselines", "tune", "main", "seeds")
+    """What to run: baselines, tune, main (seed 0 of every arm), seeds (1, 2 of the main arms), alignment (methods),
+    medium (what alignment saves when all trains), data_size (1 and 10 %), budgets (of training tokens),
+    initialisations (of rows)."""
+    arms: tuple[str, ...] = ARMS
+    """Arms of the part main."""
+    vocab_size: int = 4096
+    """Tokens of the new language's tokenizer."""
+    initialisation: str = "focus"
+    """How the new token tables begin in English (or shuffled) layers; fresh ones have GPT-2's own initialisation."""
+    tokens: int = 250_000
+    """Training tokens of each arm."""
+    tune_tokens: int = 150_000
+    """Training tokens of each learning rate that is tried."""
+    initialisations: tuple[str, ...] = INITIALISATIONS
+    """Of the part initialisations."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Rows of the part alignment."""
+    budgets: tuple[int, ...] = (62_500, 1_000_000)
+    """Training tokens of the part budgets, beside --tokens."""
+    budget_arms: tuple[str, ...] = ("all from English", "scratch")
+    """Arms of the part budgets."""
+    brief_tokens: int = 50_000
+    """Training tokens of the medium model after its alignment."""
+    block: int = 256
+    """Tokens in a block."""
+    batch_size: int = 4
+    """Blocks in a step."""
+    rates_of: Path | None = None
+    """Take the learning rates that were tuned in this directory (another language's), instead of tuning."""
+    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(device="cpu", precision="bf16", threads=1))
+
+
+@dataclass
+class Language:
+    """The data of one language."""
+
+    directory: Path
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenBlocks
+    valid: TokenBlocks
+    documents: dict[str, list[Document]]
+    auxiliary: torch.Tensor
+
+
+def prepare(config: Config) -> Language:
+    """Texts, tokenizer, corpus and auxiliary embeddings; made once."""
+    directory = config.out / config.language
+    texts = write_texts(config.text, config.language, directory)
+    if not (directory / "tokenizer" / "tokenizer.json").exists():
+        made = train_tokenizer((d.text for d in read_documents([texts["train"]])), config.vocab_size)
+        save_tokenizer(made, directory / "tokenizer")
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    corpus = build_corpus(
+        [texts["train"]], tokenizer, directory / "corpus", block=config.block, shares=(0.98, 0.015, 0.005)
+    )
+    train, valid = (TokenBlocks(corpus, split) for split in ("train", "valid"))
+    path = directory / "auxiliary.npy"
+    if not path.exists():
+        ids = train.tokens(0, train.num_tokens)
+        made_rows = cooccurrence_embeddings(ids, len(tokenizer), end=tokenizer.eos_token_id)
+        np.save(directory / "auxiliary.part.npy", np.asarray(made_rows))
+        (directory / "auxiliary.part.npy").rename(path)
+    return Language(directory, tokenizer, train, valid, held_out(directory), torch.from_numpy(np.load(path)))
+
+
+def first_rows(
+    initialisation: str,
+    model: GPT2LMHeadModel,
+    english: PreTrainedTokenizerFast,
+    language: Language,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Rows of the new language, made of an English model's."""
+    return initialise(
+        initialisation,
+        token_table(model),
+        english,
+        language.tokenizer,
+        generator=generator,
+        auxiliary=language.auxiliary,
+        target_counts=language.train.counts(),
+    )
+
+
+def begin(arm: str, config: Config, language: Language, seed: int) -> GPT2LMHeadModel:
+    """The model that an arm begins with, and the tensors that it trains first."""
+    generator = torch.Generator().manual_seed(seed)
+    if arm in MEDIUM:
+        return begin_medium(arm, config, language, generator)
+    model, english = load_gpt2("tiny")
+    if arm in FRESH:  # English rows are much too large for fresh layers: a loss of 36 nats
+        shape = len(language.tokenizer), model.config.n_embd
+        rows = model.config.initializer_range * torch.randn(shape, generator=generator)
+    else:
+        rows = first_rows(config.initialisation, model, english, language, generator)
+    if arm == "frozen shuffled English":
+        shuffle_weights(model, generator)
+    if arm in FRESH:
+        reinitialise_layers(model, generator)
+    replace_lexical(model, language.tokenizer, rows)
+    train_only(model, layers="all" if arm in WHOLE else ())
+    return model
+
+
+def begin_medium(arm: str, config: Config, language: Language, generator: torch.Generator) -> GPT2LMHeadModel:
+    """The larger model with a table of the new language, all of it to be trained."""
+    model, english = load_gpt2("tiny-medium")
+    if arm == MEDIUM[0]:
+        relearned, _ = load_gpt2(language.directory / "runs" / "frozen-English-seed0" / "model", frozen=True)
+        small, _ = load_gpt2("tiny", frozen=True)
+        rows = align(token_table(small), token_table(model), token_table(relearned), method="least_squares")
+    else:
+        rows = first_rows(config.initialisation if arm == MEDIUM[1] else "random", model, english, language, generator)
+    replace_lexical(model, language.tokenizer, rows)
+    train_only(model, layers="all")
+    return model
+
+
+def stage(config: Config, *, rate: float, tokens: int, whole: bool, validations: int = 10) -> StageConfig:
+    """AdamW on the token table; Muon beside it where the layers train; cosine to zero."""
+    steps = math.ceil(tokens / (config.batch_size * config.block))
+    return StageConfig(
+        tokens=tokens,
+        batch_size=config.batch_size,
+        optimizer="muon" if whole else "adamw",
+        lr=rate,
+        lr_muon=2 * rate,
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup=max(1, min(100, steps // 10)),
+        val_every=max(1, steps // validations),
+    )
+
+
+def score_held_out(model: GPT2LMHeadModel, tokenizer: Any, language: Language) -> dict[str, Any]:
+    """Summaries of both held-out genres."""
+    return {
+        split: asdict(summarise(score_documents(model, tokenizer, documents)))
+        for split, documents in language.documents.items()
+    }
+
+
+def slug(arm: str) -> str:
+    """An arm's name as a folder's."""
+    return arm.replace(" ", "-").replace(",", "")
+
+
+def finished(path: Path) -> dict[str, Any] | None:
+    """The result of a run that is finished."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def run_arm(
+    arm: str,
+    config: Config,
+    language: Language,
+    *,
+    seed: int,
+    rate: float,
+    tokens: int,
+    name: str,
+    share: float = 1.0,
+    unfrozen_rate: float = 0.0,
+    report: bool = True,
+    keep: bool = False,
+) -> dict[str, Any]:
+    """Train and score one arm, unless its result is there.
+
+    Args:
+        name: of the run's folder.
+        share: of the training blocks that are used.
+        unfrozen_rate: of the second half, in which everything trains, of the arm that has one.
+        report: score the held-out documents; without it, only validation (to tune).
+        keep: keep the model.
+    """
+    directory = language.directory / "runs" / name
+    asked = {"rate": rate, "unfrozen_rate": unfrozen_rate, "tokens_asked": tokens}
+    done = finished(directory / "result.json")
+    if done is not None and all(done.get(key, value) == value for key, value in asked.items()):
+        return done
+    begun = time.process_time()
+    runtime = RuntimeConfig(config.runtime.device, config.runtime.precision, seed, config.runtime.threads)
+    start(runtime)
+    model = begin(arm, config, language, seed)
+    train: Any = language.train
+    if share < 1:
+        chosen = np.random.default_rng(0).permutation(len(train))[: max(config.batch_size, round(share * len(train)))]
+        train = Subset(train, sorted(chosen.tolist()))
+    first = tokens // 2 if arm == UNFROZEN else tokens
+    records = [
+        train_stage(
+            model,
+            train,
+            language.valid,
+            directory / "train",
+            stage(config, rate=rate, tokens=first, whole=arm in (*WHOLE, *MEDIUM), validations=8 if report else 3),
+            runtime=runtime,
+            progress=False,
+        )
+    ]
+    if arm == UNFROZEN:
+        train_only(model, layers="all")
+        records.append(
+            train_stage(
+                model,
+                train,
+                language.valid,
+                directory / "unfrozen",
+                stage(config, rate=unfrozen_rate, tokens=tokens - first, whole=True),
+                runtime=runtime,
+                progress=False,
+            )
+        )
+    result = {
+        "arm": arm,
+        "language": config.language,
+        "seed": seed,
+        "share": share,
+        **asked,
+        "tokens": sum(record.tokens for record in records),
+        "flops": sum(record.flops for record in records),
+        "train_tokens_available": language.train.num_tokens,
+        "val_loss": records[-1].val_loss,
+        "stages": [asdict(record) for record in records],
+        "initialisation": "GPT-2's own" if arm in FRESH else config.initialisation,
+        "vocab_size": len(language.tokenizer),
+        "held_out": score_held_out(model, language.tokenizer, language) if report else None,
+        "cpu_seconds": round(time.process_time() - begun, 1),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    if keep:
+        model.save_pretrained(directory / "model")
+        language.tokenizer.save_pretrained(directory / "model")
+    write_json(directory / "result.json", result)
+    for folder in ("train", "unfrozen"):
+        shutil.rmtree(directory / folder, ignore_errors=True)
+    shown: Any = result["held_out"]
+    scores = ", ".join(f"{split} {found['bits_per_byte']:.4f}" for split, found in shown.items()) if shown else ""
+    print(
+        f"{time.strftime('%H:%M:%S')} {config.language} {name}: val {result['val_loss']:.4f} {scores} "
+        f"({result['cpu_seconds']:.0f} s)",
+        flush=True,
+    )
+    return result
+
+
+def tuned(arm: str, config: Config, language: Language) -> float:
+    """The rate with the lowest validation loss after a short run of seed 0 (the test documents have no part in it)."""
+    if config.rates_of is not None:
+        return json.loads((config.rates_of / "rates.json").read_text())[arm]
+    if len(RATES[arm]) == 1:
+        return RATES[arm][0]
+    losses = {
+        rate: run_arm(
+            arm,
+            config,
+            language,
+            seed=0,
+            rate=rate,
+            tokens=config.tune_tokens,
+            name=f"tune-{slug(arm)}-{rate:g}",
+            report=False,
+        )["val_loss"]
+        for rate in RATES[arm]
+    }
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def tuned_unfrozen(config: Config, language: Language, relearning: float, whole: float) -> float:
+    """The rate after unfreezing with the lowest validation loss, among shares of the best when all trains."""
+    if config.rates_of is not None:
+        return json.loads((config.rates_of / "rates.json").read_text())[UNFROZEN]
+    if len(UNFROZEN_SHARES) == 1:
+        return UNFROZEN_SHARES[0] * whole
+    losses = {
+        share * whole: run_arm(
+            UNFROZEN,
+            config,
+            language,
+            seed=0,
+            rate=relearning,
+            unfrozen_rate=share * whole,
+            tokens=config.tune_tokens,
+            name=f"tune-{slug(UNFROZEN)}-{share * whole:g}",
+            report=False,
+        )["val_loss"]
+        for share in UNFROZEN_SHARES
+    }
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def rates(config: Config, language: Language) -> dict[str, float]:
+    """The tuned rate of every arm, written to rates.json."""
+    found = {arm: tuned(arm, config, language) for arm in (*FROZEN, *WHOLE)}
+    found[UNFROZEN] = tuned_unfrozen(config, language, found["frozen English"], found["all from English"])
+    write_json(language.directory / "rates.json", found)
+    return found
+
+
+def run_baselines(config: Config, language: Language) -> None:
+    """n-gram models over the same tokens, and the English model as it is."""
+    path = language.directory / "baselines.json"
+    if path.exists():
+        return
+    ids = language.train.tokens(0, language.train.num_tokens)
+    results: dict[str, Any] = {}
+    for order, name in ((2, "bigram (Witten-Bell)"), (3, "trigram (Witten-Bell)")):
+        model = WittenBell(ids, order=order, vocab_size=len(language.tokenizer))
+        results[name] = {}
+        for split, documents in language.documents.items():
+            scores = []
+            for document in documents:
+                nats = model.score(np.asarray(with_end(language.tokenizer, document.text)))[1:]
+                scores.append(document_score(document, float(nats.sum()), len(nats)))
+            results[name][split] = asdict(summarise(scores))
+    for name in ("tiny", "tiny-medium"):
+        english, tokenizer = load_gpt2(name, frozen=True)
+        results[f"untouched English ({name})"] = score_held_out(english, tokenizer, language)
+    write_json(path, results)
+    for name, found in results.items():
+        print(
+            f"{config.language} {name}: " + ", ".join(f"{k} {v['bits_per_byte']:.4f}" for k, v in found.items()),
+            flush=True,
+        )
+
+
+def run_alignment(config: Config, language: Language, rate: float) -> None:
+    """The medium model with rows aligned from the relearned small one, before and after a brief relearning."""
+    relearned, _ = load_gpt2(language.directory / "runs" / "frozen-English-seed0" / "model", frozen=True)
+    small, english = load_gpt2("tiny", frozen=True)
+    large, _ = load_gpt2("tiny-medium", frozen=True)
+    tables = token_table(small), token_table(large)
+    target = token_table(relearned)
+    generator = torch.Generator().manual_seed(0)
+    runtime = RuntimeConfig(config.runtime.device, config.runtime.precision, 0, config.runtime.threads)
+    for name in config.methods:
+        settings = METHODS[name]
+        if name == "least squares, chosen options":
+            settings = settings | choose_options(*tables, method="least_squares", generator=generator).arguments()
+        budgets = [0, config.brief_tokens]
+        if name == "random rows":
+            budgets += [2 * config.brief_tokens, 4 * config.brief_tokens]
+        for tokens in budgets:
+            directory = language.directory / "alignment" / f"{slug(name)}-{tokens}"
+            if (directory / "result.json").exists():
+                continue
+            begun = time.process_time()
+            start(runtime)
+            model, _ = load_gpt2("tiny-medium")
+            if settings:
+                rows = align(*tables, target, **settings)
+                overlap = neighbour_overlap(target, rows)
+                error = held_out_error(*tables, generator=torch.Generator().manual_seed(0), **settings)
+            else:
+                rows = first_rows("random", large, english, language, torch.Generator().manual_seed(0))
+                overlap = error = None  # type: ignore[assignment]
+            replace_lexical(model, language.tokenizer, rows)
+            record = None
+            if tokens:
+                train_only(model)
+                record = train_stage(
+                    model,
+                    language.train,
+                    language.valid,
+                    directory / "train",
+                    stage(config, rate=rate, tokens=tokens, whole=False, validations=5),
+                    runtime=runtime,
+                    progress=False,
+                )
+            result: dict[str, Any] = {
+                "method": name,
+                "settings": settings,
+                "tokens": tokens,
+                "rate": rate,
+                "overlap": overlap,
+                "held_out_error": error,
+                "record": asdict(record) if record else None,
+                "held_out": score_held_out(model, language.tokenizer, language),
+                "cpu_seconds": round(time.process_time() - begun, 1),
+                "hardware": hardware(),
+            }
+            write_json(directory / "result.json", result)
+            shutil.rmtree(directory / "train", ignore_errors=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} {config.language} align {name} {tokens}: "
+                + ", ".join(f"{k} {v['bits_per_byte']:.4f}" for k, v in result["held_out"].items())
+                + f" overlap {overlap} error {error} ({result['cpu_seconds']:.0f} s)",
+                flush=True,
+            )
+
+
+def main(config: Config) -> None:
+    """Run the parts asked for, what is finished excepted."""
+    for part in config.parts:
+        require_one_of("part", part, PARTS)
+    for method in config.methods:
+        require_one_of("rows", method, tuple(METHODS))
+    for arm in config.arms:
+        require_one_of("arm", arm, ARMS)
+    for arm in config.budget_arms:
+        require_one_of("arm", arm, ARMS)
+    require_at_least("tokens", config.tokens, 2)
+    start(config.runtime)
+    with fork_generators(config.runtime.seed):
+        language = prepare(config)
+    if "baselines" in config.parts:
+        run_baselines(config, language)
+    if config.parts == ("baselines",):
+        return
+    best = rates(config, language)
+
+    def run(arm: str, name: str, **changes: Any) -> dict[str, Any]:
+        first = {UNFROZEN: "frozen English", **dict.fromkeys(MEDIUM, "all from English")}.get(arm, arm)
+        settings = dict(
+            seed=0, tokens=config.tokens, rate=best[first], unfrozen_rate=best[UNFROZEN] if arm == UNFROZEN else 0.0
+        )
+        return run_arm(arm, config, language, name=name, **settings | changes)
+
+    for part in config.parts:
+        if part == "main":
+            for arm in config.arms:
+                run(arm, f"{slug(arm)}-seed0", keep=True)
+        if part == "seeds":
+            for seed in (1, 2):
+                for arm in MAIN:
+                    run(arm, f"{slug(arm)}-seed{seed}", seed=seed)
+        if part == "alignment":
+            run("frozen English", "frozen-English-seed0", keep=True)
+            run_alignment(config, language, best["frozen English"])
+        if part == "data_size":
+            for share in SHARES:
+                # Few texts are passed over at most ten times.
+                tokens = min(config.tokens, round(10 * share * language.train.num_tokens))
+                for arm in MAIN:
+                    run(arm, f"{slug(arm)}-share{share:g}", share=share, tokens=tokens)
+        if part == "medium":
+            run("frozen English", "frozen-English-seed0", keep=True)
+            for arm in MEDIUM:
+                run(arm, f"{slug(arm)}-seed0", keep=True)
+            run(MEDIUM[0], f"{slug(MEDIUM[0])}-{max(config.budgets)}", tokens=max(config.budgets), keep=True)
+        if part == "initialisations":
+            for name in config.initialisations:
+                if name != config.initialisation:
+                    run_arm(
+                        "frozen English",
+                        replace(config, initialisation=name),
+                        language,
+                        seed=0,
+                        tokens=config.tokens,
+                        rate=best["frozen English"],
+                        name=f"frozen-English-from-{name}",
+                    )
+        if part == "budgets":
+            for tokens in config.budgets:
+                for arm in config.budget_arms:
+                    run(arm, f"{slug(arm)}-{tokens}", tokens=tokens, keep=tokens == max(config.budgets))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(lambda: main(from_command_line(Config))))
