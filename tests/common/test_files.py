@@ -196,3 +196,9 @@ def test_a_claim_clears_what_a_kill_left_and_nothing_else(tmp_path):
             ".notes.tmp",
             "last.ckpt.abcdef12.tmp",
         ]
+
+
+def test_an_empty_directory_of_a_call_that_was_killed_at_once_is_used_again(tmp_path):
+    (tmp_path / ".model.partial").mkdir()
+    fill(tmp_path / "model", a="1")
+    assert content(tmp_path / "model") == {"a": "1"} and os.listdir(tmp_path) == ["model"]
