@@ -37,17 +37,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return products * 2.0 * 2048 * 768 * 3072 / best * (torch.get_num_threads() if on_cpu else 1)
 
 
-def memory_here(device: torch.device) -> float:
-    """Bytes of the GPU, or those of the machine that are free."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
-    return 1024.0 * int(line.split()[1])
-
-
 def duration(seconds: float) -> str:
     """Seconds as people say them."""
     for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from common.checks import UserError, require_at_least
-from common.runtime import hardware, resolve_dtype, start
+from common.runtime import free_memory, hardware, resolve_dtype, start
 from experiments.reproduce.captioners import (
     coco_needs,
     conceptual_needs,
@@ -34,7 +34,6 @@ from experiments.reproduce.costs import (
     duration,
     field_costs,
     matrix_rate,
-    memory_here,
     recycling_costs,
 )
 from experiments.reproduce.fields import (
@@ -101,7 +100,7 @@ def estimate(config: Config, table: Table, device: torch.device) -> list[str]:
         f"  For another machine: python -m experiments.reproduce {config.name} --dry-run --matrix-rate RATE, "
         f"its GFLOP/s in {config.runtime.precision}, in which this run computes (--precision)."
     )
-    free, most = memory_here(device), max(cost.memory for cost in costs)
+    free, most = free_memory(device), max(cost.memory for cost in costs)
     if not config.matrix_rate and most > free:
         lines.append(f"  MEMORY: {most / 2**30:.1f} GiB are needed and {free / 2**30:.1f} are free here.")
     return lines

@@ -52,7 +52,7 @@ def test_models_are_found_where_they_were_recycled(tmp_path):
     assert found["recycled"] == str(tmp_path / "runs" / "all-from-English-900" / "model")
     assert find_models(Config(recycled=tmp_path, gpt2=(f"mine={GPT2}",), models=("mine",))) == {"mine": GPT2}
     for options, said in (
-        ({"models": ("aligned medium",)}, "recycle_languages --language nld"),
+        ({"models": ("aligned medium",)}, "experiments.languages.recycle --language nld"),
         ({"gpt2": ("tiny",)}, "name=directory"),
         ({"gpt2": ("x=gone",)}, "'gone' has no config.json"),
     ):
