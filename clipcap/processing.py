@@ -17,7 +17,8 @@ from clipcap.config import ClipCapConfig
 from clipcap.data.images import ImageSource, read_image
 from clipcap.model import PACKAGED, WHAT, ClipCapModel
 from common.checks import UserError
-from common.clip import Preprocess, load_clip
+from common.clip import load_clip
+from common.encoders.preprocess import Preprocess
 from common.files import write_json
 from common.pretrained import load_tokenizer, loading, locate, saving
 

@@ -80,14 +80,19 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
+def sync(path: Path) -> None:
+    """Have what was written to a file survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_directory(directory: Path) -> None:
     """Have a directory's own entries, such as a file that took another's place, survive a power cut."""
     with contextlib.suppress(OSError):  # some file systems cannot
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(directory)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -142,6 +147,8 @@ def whole_directory(path: str | os.PathLike[str], what: str = "model") -> Iterat
     _take_up(target, before)
     if (partial / MARKER).is_file():  # of a call that was killed
         shutil.rmtree(partial)
+    with contextlib.suppress(OSError):  # of one that was killed even earlier
+        partial.rmdir()
     partial.mkdir()
     try:
         write_json(partial / MARKER, {"files": []})
@@ -151,6 +158,7 @@ def whole_directory(path: str | os.PathLike[str], what: str = "model") -> Iterat
         names = sorted(name for name in files if name != MARKER)
         for name in names:
             (partial / name).chmod(0o644)
+            sync(partial / name)
         write_json(partial / MARKER, {"files": names})
         require_own_directory(target, what)  # somebody may have put something there meanwhile
         if (target / MARKER).exists():

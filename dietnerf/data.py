@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +20,15 @@ from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.scene_box import SceneBox
-from PIL import Image
 from torch import Tensor
 
 from common.checks import UserError, require_at_least, require_file, require_one_of
-from common.images import MAX_PIXELS, ImageLimit, bands, grey_to_8_bit, open_image
+from common.images import ImageLimit, open_image
+from dietnerf.images import IMAGE_SUFFIXES, find_image, is_opaque, load_image, load_mask, require_same_size
+from dietnerf.layouts import check_pose, colmap_model, read_frames, scene_kind
 
 PAPER_VIEWS = (26, 86, 2, 55, 75, 93, 16, 73)
 """The eight training views of DietNeRF's Blender protocol (Jain et al. 2021, appendix)."""
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG", ".JPEG", ".webp")
-
 
 BLENDER_PLANES = (2.0, 6.0)
 """Near and far of NeRF's synthetic scenes."""
@@ -53,122 +51,6 @@ class Protocol:
 
 
 PROTOCOLS = {"paper": Protocol(PAPER_VIEWS, 400, 8), "standard": Protocol((), 0, 1)}
-
-
-def scene_kind(path: Path) -> Literal["blender", "nerfstudio", "colmap", "llff"]:
-    """The layout of a scene's directory (or of a nerfstudio transforms file).
-
-    Raises:
-        UserError: nothing there, or no layout that is known.
-    """
-    if not path.exists():
-        raise UserError(f"scene {str(path)!r} does not exist: check the path.")
-    if path.is_file():
-        if path.suffix != ".json":
-            raise UserError(
-                f"scene {str(path)!r} is a {path.suffix or 'plain'} file: give a directory or a .json file."
-            )
-        return "nerfstudio"
-    if (path / "transforms_train.json").is_file():
-        return "blender"
-    if (path / "transforms.json").is_file():
-        return "nerfstudio"
-    if _reconstruction(path) is not None:
-        return "colmap"
-    if (path / "poses_bounds.npy").is_file():
-        return "llff"
-    raise UserError(
-        f"scene {str(path)!r} has no transforms_train.json (Blender), transforms.json (nerfstudio), sparse/0 (COLMAP) "
-        f"or poses_bounds.npy (LLFF): check the path."
-    )
-
-
-def _reconstruction(path: Path) -> Path | None:
-    """Where COLMAP's reconstruction lies within a scene."""
-    for place in ("colmap/sparse/0", "sparse/0", "sparse"):
-        if any((path / place / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt")):
-            return Path(place)
-    return None
-
-
-def read_frames(path: Path) -> dict[str, Any]:
-    """A transforms file whose frames have been checked.
-
-    Raises:
-        UserError: not JSON, no frames, or a frame without an image's path or a proper camera matrix.
-    """
-    require_file(path, "transforms file")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
-        raise UserError(f"transforms file {str(path)!r} is not JSON ({error}): write it again.") from error
-    frames = meta.get("frames") if isinstance(meta, dict) else None
-    if not isinstance(frames, list) or not frames:
-        raise UserError(f"transforms file {str(path)!r} has no frames: give it at least one.")
-    for number, frame in enumerate(frames):
-        named = isinstance(frame, dict) and isinstance(frame.get("file_path"), str)
-        if not named or "transform_matrix" not in frame:
-            raise UserError(f"frame {number} of {str(path)!r} lacks file_path or transform_matrix: add them.")
-        check_pose(frame["transform_matrix"], f"frame {number} of {str(path)!r}")
-    return meta
-
-
-def check_pose(matrix: Any, what: str) -> np.ndarray:
-    """The (4, 4) or (3, 4) camera-to-world matrix as an array (3, 4).
-
-    Raises:
-        UserError: another shape, NaN, or a left part that is not a rotation.
-    """
-    try:
-        pose = np.asarray(matrix, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        pose = np.zeros(0)
-    if pose.shape not in ((4, 4), (3, 4)):
-        raise UserError(f"{what}: transform_matrix has shape {pose.shape}: give 4 rows of 4 numbers.")
-    if not np.isfinite(pose).all():
-        raise UserError(f"{what}: transform_matrix holds NaN or infinity: estimate this camera again or remove it.")
-    rotation = pose[:3, :3]
-    error = float(np.abs(rotation.T @ rotation - np.eye(3)).max())
-    if error > 1e-2 or np.linalg.det(rotation) < 0:
-        kind = f"is {error:.2g} from a rotation" if error > 1e-2 else "mirrors (determinant -1)"
-        raise UserError(f"{what}: transform_matrix {kind}: give a camera-to-world matrix without scale or mirror.")
-    return pose[:3]
-
-
-def find_image(directory: Path, name: str) -> Path:
-    """The image of a frame, whose name may lack its suffix.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = directory / name
-    if path.suffix and path.is_file():
-        return path
-    for suffix in IMAGE_SUFFIXES:
-        if (candidate := path.parent / (path.name + suffix)).is_file():
-            return candidate
-    raise UserError(f"image {str(path)!r} does not exist: check file_path in the transforms file.")
-
-
-def require_same_size(paths: Sequence[Path], what: str = "image", *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of all images (or masks, as `what` says), none of which is decoded.
-
-    Raises:
-        UserError: one cannot be opened or has more than `max_pixels` pixels, or their sizes differ.
-    """
-    first: tuple[int, int] | None = None
-    for path in paths:
-        with open_image(require_file(path, what), f"{what} {str(path)!r}", max_pixels=max_pixels) as image:
-            size = image.size
-        first = first or size
-        if size != first:
-            raise UserError(
-                f"{what} {str(path)!r} is {size[0]}x{size[1]} but {str(paths[0])!r} is {first[0]}x{first[1]}: "
-                f"give all {what}s of a scene one size."
-            )
-    if first is None:
-        raise UserError("the scene has 0 images: give at least 2.")
-    return first
 
 
 def select_views(
@@ -220,101 +102,6 @@ def select_views(
     if len(chosen) < 2:
         raise UserError("the scene has one training view: novel views need at least 2.")
     return tuple(chosen)
-
-
-def load_image(
-    path: Path, size: tuple[int, int], background: str, *, max_pixels: int = MAX_PIXELS
-) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"] | None]:
-    """Colour over the background in [0, 1], and alpha where the image has it, averaged by area down to `size`.
-
-    Args:
-        path: of an image of any mode.
-        size: (width, height), at most the image's.
-        background: "white" or "black", over which transparent pixels lie; "image" drops alpha.
-        max_pixels: most pixels that are decoded.
-
-    Raises:
-        UserError: unreadable, cut short or too large.
-    """
-    pixels = np.asarray(_decode(path, max_pixels))
-    with_alpha = pixels.shape[-1] == 4 and background != "image"
-    behind = 1.0 if background == "white" else 0.0
-
-    def part(top: int, bottom: int) -> np.ndarray:
-        values = pixels[top:bottom].astype(np.float32) / 255
-        colour = values[..., :3]
-        if not with_alpha:
-            return colour
-        alpha = values[..., 3:]
-        return np.concatenate((colour * alpha + (1 - alpha) * behind, alpha), axis=-1)
-
-    found = _area(pixels.shape[:2], part, size)
-    return (found[..., :3].contiguous(), found[..., 3:].contiguous()) if with_alpha else (found, None)
-
-
-def load_mask(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> Bool[Tensor, "h w 1"]:
-    """Where a mask is not black, at `size`; a smaller pixel is left out where a part of it is (if any is whole).
-
-    Raises:
-        UserError: unreadable, cut short, too large, or black all over.
-    """
-    image = _decode(path, max_pixels, exact_grey=True)
-    usable = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"))[..., None] > 0
-    share = _area(usable.shape[:2], lambda top, bottom: usable[top:bottom].astype(np.float32), size)
-    if not share.any():
-        raise UserError(f"mask {str(path)!r} is black all over: make white what may be used, or leave its view out.")
-    return share > 0.999 * share.max()
-
-
-def _decode(path: Path, max_pixels: int, *, exact_grey: bool = False) -> Image.Image:
-    """An image as RGBA when it has alpha, else as RGB; `exact_grey` keeps grey of more than 8 bits as it is."""
-    with open_image(path, f"image {str(path)!r}", max_pixels=max_pixels) as opened:
-        opened.load()
-        if opened.mode.startswith(("I", "F")) and exact_grey:
-            return opened.copy()
-        image = grey_to_8_bit(opened)
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def is_opaque(path: Path, *, max_pixels: int = MAX_PIXELS) -> bool:
-    """Whether an image has no alpha, or alpha that hides nothing.
-
-    Raises:
-        UserError: unreadable, cut short or too large.
-    """
-    image = _decode(path, max_pixels)
-    return image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
-
-
-def _area(
-    shape: tuple[int, ...], part: Callable[[int, int], np.ndarray], size: tuple[int, int]
-) -> Float[Tensor, "h w c"]:
-    """Each channel averaged over the area of each smaller pixel.
-
-    Args:
-        shape: (height, width) of the image.
-        part: gives its rows from one to another, as (rows, width, channels).
-        size: (width, height) of the result.
-    """
-    (height, width), (new_width, new_height) = shape, size
-    if (width, height) == size:
-        return torch.cat([torch.from_numpy(part(*rows)) for rows in bands(width, height)])
-    rows, columns = area_weights(height, new_height), area_weights(width, new_width)
-    found = []
-    with torch.autocast("cpu", enabled=False):  # the first step, which may be in bfloat16, asks for the images
-        for first, end in bands(math.ceil(width * height / new_height), new_height):
-            top, bottom = first * height // new_height, math.ceil(end * height / new_height)
-            values = torch.from_numpy(np.ascontiguousarray(part(top, bottom)))
-            found.append(torch.einsum("yh,hwc,xw->yxc", rows[first:end, top:bottom], values, columns))
-    return torch.cat(found)
-
-
-def area_weights(old: int, new: int) -> Float[Tensor, "new old"]:
-    """How much of each of `old` pixels lies in each of `new` larger ones, in rows that sum to 1."""
-    begins, ends = torch.arange(old, dtype=torch.float64), torch.arange(1, old + 1, dtype=torch.float64)
-    edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
-    overlap = torch.minimum(ends, edges[1:, None]) - torch.maximum(begins, edges[:-1, None])
-    return (overlap.clamp(min=0) * (new / old)).float()
 
 
 @dataclass
@@ -488,7 +275,7 @@ class FewViewParser(DataParser):
         return self._through(parser, split)
 
     def _colmap(self, split: str) -> DataparserOutputs:
-        place = _reconstruction(Path(self.config.data))
+        place = colmap_model(Path(self.config.data))
         assert place is not None
         parser = ColmapDataParserConfig(
             data=Path(self.config.data),

@@ -18,7 +18,8 @@ from torch import Tensor
 from common.checks import UserError, require_file
 from common.pretrained import require_finite
 from common.runtime import resolve_device
-from dietnerf.data import FewViewDataset, check_pose
+from dietnerf.data import FewViewDataset
+from dietnerf.layouts import check_pose
 from dietnerf.methods import FewViewTrainerConfig
 from dietnerf.model import FewViewModel
 from dietnerf.pipeline import FewViewPipeline

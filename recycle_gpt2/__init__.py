@@ -8,7 +8,9 @@ from common.exports import lazy_exports
 
 if TYPE_CHECKING:
     from recycle_gpt2.alignment import align
-    from recycle_gpt2.corpus import TokenBlocks, build_corpus, read_documents
+    from recycle_gpt2.blocks import TokenBlocks
+    from recycle_gpt2.corpus import build_corpus
+    from recycle_gpt2.documents import read_documents
     from recycle_gpt2.evaluate import score
     from recycle_gpt2.lexical import initialise, replace_lexical, train_only
     from recycle_gpt2.tokenizer import train_tokenizer
@@ -30,11 +32,11 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "TokenBlocks": "recycle_gpt2.corpus",
+        "TokenBlocks": "recycle_gpt2.blocks",
         "align": "recycle_gpt2.alignment",
         "build_corpus": "recycle_gpt2.corpus",
         "initialise": "recycle_gpt2.lexical",
-        "read_documents": "recycle_gpt2.corpus",
+        "read_documents": "recycle_gpt2.documents",
         "replace_lexical": "recycle_gpt2.lexical",
         "score": "recycle_gpt2.evaluate",
         "train_only": "recycle_gpt2.lexical",

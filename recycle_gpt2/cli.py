@@ -16,7 +16,7 @@ SUBCOMMANDS = {
     ),
     "finetune": Subcommand("recycle_gpt2.stages", "FinetuneConfig", "run_finetune", "unfreeze a model and train on"),
     "evaluate": Subcommand("recycle_gpt2.evaluate", "EvaluateConfig", "run", "score models on text, by genre"),
-    "sample": Subcommand("recycle_gpt2.evaluate", "SampleConfig", "run_sample", "let a model write"),
+    "sample": Subcommand("recycle_gpt2.sampling", "SampleConfig", "run_sample", "let a model write"),
     "lexicon": Subcommand("recycle_gpt2.lexicon", "LexiconConfig", "run", "list each word's nearest English words"),
     "judge": Subcommand("recycle_gpt2.judge", "JudgeConfig", "run_form", "make a form: human or machine?"),
     "judge-report": Subcommand(

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from common.language import chunked_cross_entropy
-from recycle_gpt2.corpus import labels
+from recycle_gpt2.blocks import labels
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel

@@ -19,16 +19,16 @@ from recycle_gpt2.corpus import (
     build_corpus,
     corpus_hash,
     load_documents,
-    read_documents,
     read_manifest,
     require_outside,
     text_hash,
 )
-from recycle_gpt2.documents import find_texts, size_of
-from recycle_gpt2.evaluate import sample, score_documents, summarise_by, table
+from recycle_gpt2.documents import find_texts, read_documents, size_of
+from recycle_gpt2.evaluate import score_documents, summarise_by, table
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
+from recycle_gpt2.sampling import sample
 from recycle_gpt2.stages import (
     DONE,
     MODEL,

@@ -21,7 +21,8 @@ from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import settings_of
 from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
-from recycle_gpt2.corpus import TokenBlocks, corpus_hash
+from recycle_gpt2.blocks import TokenBlocks
+from recycle_gpt2.corpus import corpus_hash
 from recycle_gpt2.lexical import (
     cooccurrence_embeddings,
     initialise,

@@ -22,7 +22,7 @@ from common.language import IGNORE
 from common.optimizers import MuonAndAdam, decay_matrices, warmup_cosine
 from common.runtime import RuntimeConfig, seed_everything
 from common.training import TrainerConfig, build_trainer, fit, load_best, mean_over_processes
-from recycle_gpt2.corpus import labels
+from recycle_gpt2.blocks import labels
 from recycle_gpt2.loss import next_token_loss
 from recycle_gpt2.records import RENEW, read_json, reading
 

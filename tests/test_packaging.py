@@ -99,21 +99,24 @@ def test_import_layers_know_every_room(root, project):
 
 
 def test_packaged_backbones_are_small(root):
-    from common import clip, gpt2
+    from common import gpt2
+    from common.encoders.interface import PACKAGED
 
-    weights = [folder / "model.safetensors" for folder in (*clip.PACKAGED.values(), *gpt2.PACKAGED.values())]
+    weights = [folder / "model.safetensors" for folder in (*PACKAGED.values(), *gpt2.PACKAGED.values())]
     size = sum(path.stat().st_size for path in weights)
     assert size < 15e6, {path.name: path.stat().st_size for path in weights}
 
 
 def test_every_packaged_file_is_in_the_wheel(root, project):
-    """The wheel takes common/assets/** and Python files: nothing that is needed lies elsewhere."""
-    assert project["tool"]["setuptools"]["package-data"]["common"] == ["assets/**"]
+    """The wheel takes common/assets/**, Python files and py.typed: nothing that is needed lies elsewhere."""
+    data = project["tool"]["setuptools"]["package-data"]
+    assert data.pop("common") == ["assets/**", "py.typed"]
+    assert data == dict.fromkeys(("clipcap", "dietnerf", "recycle_gpt2"), ["py.typed"])
     for room in ROOMS[:4]:
         for path in (root / room).rglob("*"):
             inside = path.relative_to(root).parts
             if path.is_file() and "__pycache__" not in inside and inside[:2] != ("common", "assets"):
-                assert path.suffix == ".py", path
+                assert path.suffix == ".py" or inside[1:] == ("py.typed",), path
 
 
 @pytest.mark.filterwarnings("ignore")  # setuptools' warnings are of classes that cannot be handed to another process

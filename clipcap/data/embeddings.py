@@ -28,7 +28,8 @@ from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, autocast, start
 
 if TYPE_CHECKING:
-    from common.clip import FrozenCLIP, Preprocess
+    from common.clip import FrozenCLIP
+    from common.encoders.preprocess import Preprocess
 
 
 Inputs = Literal["embedding", "patches"]

@@ -27,10 +27,13 @@ from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
 from experiments.languages.text import surest_new_words
 from recycle_gpt2.alignment import align, choose_options, held_out_error
-from recycle_gpt2.corpus import TokenBlocks, build_corpus, read_documents
-from recycle_gpt2.evaluate import sample, score_documents, summarise, with_end
+from recycle_gpt2.blocks import TokenBlocks
+from recycle_gpt2.corpus import build_corpus
+from recycle_gpt2.documents import read_documents
+from recycle_gpt2.evaluate import score_documents, summarise, with_end
 from recycle_gpt2.lexical import cooccurrence_embeddings, initialise, replace_lexical, train_only
 from recycle_gpt2.lexicon import build_lexicon
+from recycle_gpt2.sampling import sample
 from recycle_gpt2.tokenizer import train_tokenizer
 from recycle_gpt2.training import StageConfig, train_stage
 

@@ -14,8 +14,8 @@ from common.pretrained import ASSETS
 from common.report import Page
 from common.runtime import RuntimeConfig, resolve_device
 from dietnerf.consistency import Similarities, embed_scene, pair_similarities, plot_similarities, summary
-from dietnerf.data import load_image, require_same_size
 from dietnerf.evaluation import NAMES, score_scene
+from dietnerf.images import load_image, require_same_size
 from dietnerf.render import frames_of, path_poses, write_gif
 from dietnerf.scene import Scene
 from dietnerf.semantic import load_encoder

@@ -14,9 +14,9 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,31 +28,34 @@ from common.gpt2 import load_gpt2, token_table
 from common.ngram import WittenBell
 from common.runtime import RuntimeConfig, fork_generators, hardware, start, versions
 from experiments import from_command_line
+from experiments.languages.arms import (
+    ARMS,
+    FRESH,
+    FROZEN,
+    MEDIUM,
+    METHODS,
+    UNFROZEN,
+    WHOLE,
+    Config,
+    Language,
+    begin,
+    first_rows,
+    slug,
+)
 from experiments.languages.text import held_out, write_texts
 from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
-from recycle_gpt2.corpus import Document, TokenBlocks, build_corpus, read_documents
+from recycle_gpt2.blocks import TokenBlocks
+from recycle_gpt2.corpus import build_corpus
+from recycle_gpt2.documents import read_documents
 from recycle_gpt2.evaluate import document_score, score_documents, summarise, with_end
-from recycle_gpt2.lexical import (
-    INITIALISATIONS,
-    cooccurrence_embeddings,
-    initialise,
-    reinitialise_layers,
-    replace_lexical,
-    shuffle_weights,
-    train_only,
-)
+from recycle_gpt2.lexical import cooccurrence_embeddings, replace_lexical, train_only
 from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from recycle_gpt2.training import StageConfig, train_stage
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2LMHeadModel
 
-FROZEN = ("frozen English", "frozen shuffled English", "frozen fresh layers")
-WHOLE = ("scratch", "all from English")
-UNFROZEN = "relearned, then unfrozen"
-ARMS = ("frozen English", "frozen shuffled English", *WHOLE, UNFROZEN, "frozen fresh layers")
-FRESH = ("frozen fresh layers", "scratch")
-"""Arms that begin as GPT-2's own initialisation does, layers and rows."""
+
 MAIN = ("frozen English", "frozen shuffled English", "scratch", "all from English")
 RATES: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(FROZEN, (0.003, 0.01, 0.03, 0.1)),
@@ -63,73 +66,6 @@ UNFROZEN_SHARES = (0.25, 0.5, 1.0)
 """Rates tried after unfreezing, as shares of the best when all trains from English."""
 PARTS = ("tune", "main", "seeds", "alignment", "medium", "data_size", "budgets", "initialisations", "baselines")
 SHARES = (0.01, 0.1)
-METHODS: dict[str, dict[str, Any]] = {
-    "least squares": {"method": "least_squares"},
-    "least squares, chosen options": {"method": "least_squares"},
-    "Procrustes": {"method": "procrustes"},
-    "Procrustes with scale": {"method": "procrustes", "scale": True},
-    "kNN, 1": {"method": "knn", "k": 1},
-    "kNN, 10": {"method": "knn", "k": 10},
-    "random rows": {},
-}
-"""Where the medium model's rows come from, with the arguments of `align`."""
-MEDIUM = ("aligned medium, all", "medium from FOCUS rows, all", "medium from random rows, all")
-"""The larger model with everything trained: rows carried over from the relearned small model, or begun there."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Recycle the packaged English models for one language, with all controls."""
-
-    text: Path
-    """Directory of LANG.train.txt(.xz) and LANG.valid.txt(.xz)."""
-    language: Literal["nld", "ita"] = "nld"
-    """nld or ita."""
-    out: Path = Path("out/recycle")
-    """Where texts, corpora and runs go."""
-    parts: tuple[str, ...] = ("baselines", "tune", "main", "seeds")
-    """What to run: baselines, tune, main (seed 0 of every arm), seeds (1, 2 of the main arms), alignment (methods),
-    medium (what alignment saves when all trains), data_size (1 and 10 %), budgets (of training tokens),
-    initialisations (of rows)."""
-    arms: tuple[str, ...] = ARMS
-    """Arms of the part main."""
-    vocab_size: int = 4096
-    """Tokens of the new language's tokenizer."""
-    initialisation: str = "focus"
-    """How the new token tables begin in English (or shuffled) layers; fresh ones have GPT-2's own initialisation."""
-    tokens: int = 250_000
-    """Training tokens of each arm."""
-    tune_tokens: int = 150_000
-    """Training tokens of each learning rate that is tried."""
-    initialisations: tuple[str, ...] = INITIALISATIONS
-    """Of the part initialisations."""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Rows of the part alignment."""
-    budgets: tuple[int, ...] = (62_500, 1_000_000)
-    """Training tokens of the part budgets, beside --tokens."""
-    budget_arms: tuple[str, ...] = ("all from English", "scratch")
-    """Arms of the part budgets."""
-    brief_tokens: int = 50_000
-    """Training tokens of the medium model after its alignment."""
-    block: int = 256
-    """Tokens in a block."""
-    batch_size: int = 4
-    """Blocks in a step."""
-    rates_of: Path | None = None
-    """Take the learning rates that were tuned in this directory (another language's), instead of tuning."""
-    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(device="cpu", precision="bf16", threads=1))
-
-
-@dataclass
-class Language:
-    """The data of one language."""
-
-    directory: Path
-    tokenizer: PreTrainedTokenizerFast
-    train: TokenBlocks
-    valid: TokenBlocks
-    documents: dict[str, list[Document]]
-    auxiliary: torch.Tensor
 
 
 def prepare(config: Config) -> Language:
@@ -151,59 +87,6 @@ def prepare(config: Config) -> Language:
         np.save(directory / "auxiliary.part.npy", np.asarray(made_rows))
         (directory / "auxiliary.part.npy").rename(path)
     return Language(directory, tokenizer, train, valid, held_out(directory), torch.from_numpy(np.load(path)))
-
-
-def first_rows(
-    initialisation: str,
-    model: GPT2LMHeadModel,
-    english: PreTrainedTokenizerFast,
-    language: Language,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """Rows of the new language, made of an English model's."""
-    return initialise(
-        initialisation,
-        token_table(model),
-        english,
-        language.tokenizer,
-        generator=generator,
-        auxiliary=language.auxiliary,
-        target_counts=language.train.counts(),
-    )
-
-
-def begin(arm: str, config: Config, language: Language, seed: int) -> GPT2LMHeadModel:
-    """The model that an arm begins with, and the tensors that it trains first."""
-    generator = torch.Generator().manual_seed(seed)
-    if arm in MEDIUM:
-        return begin_medium(arm, config, language, generator)
-    model, english = load_gpt2("tiny")
-    if arm in FRESH:  # English rows are much too large for fresh layers: a loss of 36 nats
-        shape = len(language.tokenizer), model.config.n_embd
-        rows = model.config.initializer_range * torch.randn(shape, generator=generator)
-    else:
-        rows = first_rows(config.initialisation, model, english, language, generator)
-    if arm == "frozen shuffled English":
-        shuffle_weights(model, generator)
-    if arm in FRESH:
-        reinitialise_layers(model, generator)
-    replace_lexical(model, language.tokenizer, rows)
-    train_only(model, layers="all" if arm in WHOLE else ())
-    return model
-
-
-def begin_medium(arm: str, config: Config, language: Language, generator: torch.Generator) -> GPT2LMHeadModel:
-    """The larger model with a table of the new language, all of it to be trained."""
-    model, english = load_gpt2("tiny-medium")
-    if arm == MEDIUM[0]:
-        relearned, _ = load_gpt2(language.directory / "runs" / "frozen-English-seed0" / "model", frozen=True)
-        small, _ = load_gpt2("tiny", frozen=True)
-        rows = align(token_table(small), token_table(model), token_table(relearned), method="least_squares")
-    else:
-        rows = first_rows(config.initialisation if arm == MEDIUM[1] else "random", model, english, language, generator)
-    replace_lexical(model, language.tokenizer, rows)
-    train_only(model, layers="all")
-    return model
 
 
 def stage(config: Config, *, rate: float, tokens: int, whole: bool, validations: int = 10) -> StageConfig:
@@ -228,11 +111,6 @@ def score_held_out(model: GPT2LMHeadModel, tokenizer: Any, language: Language) -
         split: asdict(summarise(score_documents(model, tokenizer, documents)))
         for split, documents in language.documents.items()
     }
-
-
-def slug(arm: str) -> str:
-    """An arm's name as a folder's."""
-    return arm.replace(" ", "-").replace(",", "")
 
 
 def finished(path: Path) -> dict[str, Any] | None:

@@ -21,10 +21,11 @@ from common.files import write_text
 from common.gpt2 import load_gpt2, token_table
 from common.report import plot_lines
 from experiments import from_command_line
-from experiments.languages.recycle import ARMS, MEDIUM, slug
+from experiments.languages.arms import ARMS, slug
+from experiments.languages.recycle import MEDIUM
 from experiments.languages.text import LANGUAGES, surest_new_words
-from recycle_gpt2.evaluate import sample
 from recycle_gpt2.lexicon import build_lexicon
+from recycle_gpt2.sampling import sample
 
 PROMPTS = {
     "nld": ("Klik op", "In dit dialoogvenster", "U kunt een tabel"),

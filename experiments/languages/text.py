@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.checks import UserError, require_directory
 from common.files import write_text
-from recycle_gpt2.corpus import Document
+from recycle_gpt2.documents import Document
 from recycle_gpt2.lexicon import Entry
 
 LANGUAGES = {"nld": "Dutch", "ita": "Italian"}

@@ -19,7 +19,7 @@ from clipcap.captioner import Captioner
 from clipcap.data.images import ImageError, find_images, read_image
 from clipcap.decoding import decode
 from common.checks import UserError
-from common.clip import ImageFeatures
+from common.encoders.interface import ImageFeatures
 from common.language import IGNORE
 
 GPT2 = dict(vocab_size=53, n_embd=16, n_layer=2, n_head=2, n_positions=40)
@@ -368,7 +368,7 @@ def test_import_is_light():
 
 
 class FakeCLIP:
-    """Stands for `common.clip.FrozenCLIP`: the mean colour of an image, repeated."""
+    """Stands for `common.encoders.interface.FrozenCLIP`: the mean colour of an image, repeated."""
 
     name, width, patch_width, image_size = "fake", 12, 12, 4
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from common.checks import UserError
-from common.clip import OPENAI_MEAN, OPENAI_STD, Preprocess, load_clip, to_rgb
+from common.clip import load_clip
+from common.encoders.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
+from common.images import to_rgb
 
 TEXTS = ["a red cube", "two small metal spheres on grey ground!", "It's a photo of a cat, 123. " * 20]
 TINY_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -213,7 +215,7 @@ def test_openai_tag_turns_quick_gelu_on(tiny, monkeypatch):
         raise RuntimeError("stop here")
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
-    monkeypatch.setattr("common.clip.require_reachable", lambda *_: None)
+    monkeypatch.setattr("common.encoders.hugging_face.require_reachable", lambda *_: None)
     for weights, expected in (("openai", True), ("laion2b_s34b_b79k", False)):
         with pytest.raises(UserError):
             load_clip(f"open_clip:ViT-B-32/{weights}")

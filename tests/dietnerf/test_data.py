@@ -12,16 +12,9 @@ from PIL import Image
 
 from common import images as opening
 from common.checks import UserError
-from dietnerf.data import (
-    PAPER_VIEWS,
-    PROTOCOLS,
-    FewViewDataset,
-    FewViewParserConfig,
-    load_image,
-    load_mask,
-    scene_kind,
-    select_views,
-)
+from dietnerf.data import PAPER_VIEWS, PROTOCOLS, FewViewDataset, FewViewParserConfig, select_views
+from dietnerf.images import load_image, load_mask
+from dietnerf.layouts import scene_kind
 from dietnerf.rays import FewViewDataManagerConfig, draw_pixels
 from tests.dietnerf.ball import draw_ball, look_at_origin, write_scene
 

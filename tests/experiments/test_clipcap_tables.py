@@ -8,8 +8,7 @@ import pytest
 from common.checks import UserError
 from common.files import write_json
 from common.runtime import RuntimeConfig
-from experiments.captions import clipcap_conceptual, clipcap_nocaps, clipcap_photographs, clipcap_prefix_length
-from experiments.captions import coco as clipcap_coco
+from experiments.captions import coco, conceptual, nocaps, photographs, prefix_length
 from experiments.captions.tables import SCENES, small_data
 
 WHICH = shutil.which
@@ -55,7 +54,7 @@ def rows(out):
 
 
 def test_coco(options, tmp_path, capsys):
-    clipcap_coco.main(clipcap_coco.Config(**options))
+    coco.main(coco.Config(**options))
     table = (tmp_path / "docs" / "clipcap_coco_small.md").read_text()
     assert [row["captioner"] for row in rows(tmp_path / "out")] == ["transformer-frozen", "mlp-tuned"]
     assert "not comparable" in table and "`python -m experiments.captions.coco --small --steps 2`" in table
@@ -66,7 +65,7 @@ def test_coco(options, tmp_path, capsys):
 
 
 def test_conceptual_has_one_caption_each(options, tmp_path):
-    clipcap_conceptual.main(clipcap_conceptual.Config(**options, variants=("mlp-tuned",)))
+    conceptual.main(conceptual.Config(**options, variants=("mlp-tuned",)))
     images = json.loads((tmp_path / "out" / "data" / "one_caption.json").read_text())["images"]
     assert len(images) == 14 and all(len(row["sentences"]) == 1 for row in images)
     record = json.loads((tmp_path / "out" / "mlp-tuned" / "training.json").read_text())
@@ -75,7 +74,7 @@ def test_conceptual_has_one_caption_each(options, tmp_path):
 
 
 def test_nocaps_by_domain(options, tmp_path):
-    clipcap_nocaps.main(clipcap_nocaps.Config(**options, variants=("mlp-tuned",), models=("tiny",)))
+    nocaps.main(nocaps.Config(**options, variants=("mlp-tuned",), models=("tiny",)))
     (row,) = rows(tmp_path / "out")
     assert {"CIDEr in", "CIDEr overall"} <= set(row) and {"CIDEr near", "CIDEr out"} & set(row)
     result = json.loads((tmp_path / "out" / "mlp-tuned" / "evaluation-all" / "results.json").read_text())
@@ -85,8 +84,8 @@ def test_nocaps_by_domain(options, tmp_path):
 
 
 def test_prefix_length(options, tmp_path):
-    config = clipcap_prefix_length.Config(**options, lengths=(3, 2), variants=("transformer-frozen",))
-    clipcap_prefix_length.main(config)
+    config = prefix_length.Config(**options, lengths=(3, 2), variants=("transformer-frozen",))
+    prefix_length.main(config)
     assert [row["K"] for row in rows(tmp_path / "out")] == [2, 3]
     for length in (2, 3):
         model = json.loads((tmp_path / "out" / f"transformer-frozen-{length}" / "model" / "config.json").read_text())
@@ -96,28 +95,26 @@ def test_prefix_length(options, tmp_path):
 
 
 def test_photographs(data, tmp_path):
-    config = clipcap_photographs.Config(
-        data=data, out=tmp_path / "out", steps=2, clip_score="", resamples=10, runtime=CPU
-    )
-    clipcap_photographs.main(config)
+    config = photographs.Config(data=data, out=tmp_path / "out", steps=2, clip_score="", resamples=10, runtime=CPU)
+    photographs.main(config)
     assert json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())["images"] == 4
     assert (tmp_path / "out" / "evaluation" / "index.html").read_text().count('class="card"') == 4
 
 
 def test_missing_data_is_said_first(tmp_path):
-    for module in (clipcap_coco, clipcap_conceptual, clipcap_prefix_length):
+    for module in (coco, conceptual, prefix_length):
         with pytest.raises(UserError, match="give --data"):
             module.main(module.Config(out=tmp_path))
         with pytest.raises(UserError, match="'gone.json' does not exist"):
             module.main(module.Config(data=tmp_path.__class__("gone.json"), out=tmp_path))
     with pytest.raises(UserError, match="give --nocaps"):
-        clipcap_nocaps.main(clipcap_nocaps.Config(out=tmp_path))
+        nocaps.main(nocaps.Config(out=tmp_path))
     with pytest.raises(UserError, match="1 models for 2 variants"):
-        clipcap_nocaps.main(clipcap_nocaps.Config(small=True, models=("tiny",)))
+        nocaps.main(nocaps.Config(small=True, models=("tiny",)))
     with pytest.raises(UserError, match="test 'gone.tsv' does not exist"):
-        clipcap_conceptual.main(clipcap_conceptual.Config(small=True, test=tmp_path.__class__("gone.tsv")))
+        conceptual.main(conceptual.Config(small=True, test=tmp_path.__class__("gone.tsv")))
     with pytest.raises(UserError, match="variant is 'x'"):
-        clipcap_coco.main(clipcap_coco.Config(small=True, variants=("x",)))
+        coco.main(coco.Config(small=True, variants=("x",)))
     assert small_data(tmp_path, tmp_path) == (SCENES, None)
     assert not list(tmp_path.iterdir())
 

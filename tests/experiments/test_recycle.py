@@ -15,8 +15,7 @@ from common.pretrained import ASSETS
 from common.report import Page
 from common.runtime import RuntimeConfig
 from experiments.demo.recycling import recycling_section
-from experiments.languages import recycle as recycle_languages
-from experiments.languages import recycle_report
+from experiments.languages import recycle, report
 from experiments.languages.text import held_out, is_english, second_genre, write_texts
 
 WORDS = "de kat en het huis zijn op een mat van hout die nacht was koud water lopen huizen katten groter".split()
@@ -52,8 +51,8 @@ def test_texts_are_split_by_genre_and_none_is_in_two(source, tmp_path):
 
 
 def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(recycle_languages, "RATES", dict.fromkeys(recycle_languages.RATES, (1e-2,)))
-    config = recycle_languages.Config(
+    monkeypatch.setattr(recycle, "RATES", dict.fromkeys(recycle.RATES, (1e-2,)))
+    config = recycle.Config(
         text=source,
         out=tmp_path / "out",
         parts=("baselines", "tune", "main", "alignment", "medium", "data_size", "budgets", "initialisations"),
@@ -69,10 +68,10 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
         block=32,
         runtime=RuntimeConfig(device="cpu", threads=1),
     )
-    monkeypatch.setattr(recycle_languages, "UNFROZEN_SHARES", (0.5,))
-    monkeypatch.setattr(recycle_languages, "MAIN", ("frozen English",))
-    recycle_languages.main(config)
-    runs = recycle_report.read_runs(tmp_path / "out" / "nld")
+    monkeypatch.setattr(recycle, "UNFROZEN_SHARES", (0.5,))
+    monkeypatch.setattr(recycle, "MAIN", ("frozen English",))
+    recycle.main(config)
+    runs = report.read_runs(tmp_path / "out" / "nld")
     frozen = runs["frozen-English-seed0"]
     assert frozen["stages"][0]["trained"] == ["transformer.wte.weight"]
     both = runs["relearned-then-unfrozen-seed0"]
@@ -83,9 +82,9 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
     aligned, random = (runs[f"{rows}-seed0"] for rows in ("aligned-medium-all", "medium-from-random-rows-all"))
     assert aligned["tokens"] == random["tokens"] == frozen["tokens"]
     assert aligned["flops"] > frozen["flops"] and aligned["stages"][0]["curve"][0] != random["stages"][0]["curve"][0]
-    monkeypatch.setattr(recycle_languages, "train_stage", None)  # nothing is trained again
-    recycle_languages.main(config)
-    recycle_report.main(recycle_report.Config(out=tmp_path / "out", docs=tmp_path / "docs"))
+    monkeypatch.setattr(recycle, "train_stage", None)  # nothing is trained again
+    recycle.main(config)
+    report.main(report.Config(out=tmp_path / "out", docs=tmp_path / "docs"))
     page = (tmp_path / "docs" / "recycling_results.md").read_text()
     for part in (
         "frozen English",
@@ -101,10 +100,10 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
 
 
 def test_shuffled_layers_hold_the_same_values_elsewhere(source, tmp_path):
-    config = recycle_languages.Config(text=source, out=tmp_path, vocab_size=300, block=32)
-    language = recycle_languages.prepare(config)
+    config = recycle.Config(text=source, out=tmp_path, vocab_size=300, block=32)
+    language = recycle.prepare(config)
     english, shuffled, fresh = (
-        recycle_languages.begin(arm, config, language, 0)
+        recycle.begin(arm, config, language, 0)
         for arm in ("frozen English", "frozen shuffled English", "frozen fresh layers")
     )
     weights = [model.transformer.h[1].mlp.c_fc.weight.detach() for model in (english, shuffled, fresh)]

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 
 from common.checks import UserError
-from recycle_gpt2.corpus import TokenBlocks, build_corpus, corpus_hash, load_documents
+from recycle_gpt2.blocks import TokenBlocks
+from recycle_gpt2.corpus import build_corpus, corpus_hash, load_documents
 from recycle_gpt2.documents import read_documents
 from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from tests.fuzz.mutations import FUZZ, bad_json, break_file, damaged, only_user_errors

@@ -15,7 +15,8 @@ from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from common.checks import UserError  # noqa: E402
-from dietnerf.data import FewViewDataset, FewViewParserConfig, read_frames  # noqa: E402
+from dietnerf.data import FewViewDataset, FewViewParserConfig  # noqa: E402
+from dietnerf.layouts import read_frames  # noqa: E402
 from tests.fuzz.mutations import FUZZ, bad_json, break_file, damaged, only_user_errors  # noqa: E402
 
 POSE = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]]

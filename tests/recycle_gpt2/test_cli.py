@@ -143,6 +143,6 @@ def test_absurd_values_are_one_line(arguments, message, text, gpt2_directory, tm
 
 
 def test_a_text_cannot_write_to_the_terminal(gpt2_directory, monkeypatch, capsys):
-    monkeypatch.setattr("recycle_gpt2.evaluate.sample", lambda *_, **__: ["een\n\x1b[2Jkat"])
+    monkeypatch.setattr("recycle_gpt2.sampling.sample", lambda *_, **__: ["een\n\x1b[2Jkat"])
     assert main(["sample", str(gpt2_directory), "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "een\n\\x1b[2Jkat\n\n"

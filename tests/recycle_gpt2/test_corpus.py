@@ -22,13 +22,13 @@ from common.checks import UserError
 from common.files import claimed
 from common.language import IGNORE
 from recycle_gpt2 import corpus as corpus_module
+from recycle_gpt2 import shards
+from recycle_gpt2.blocks import TokenBlocks, labels
 from recycle_gpt2.corpus import (
     CorpusConfig,
     Document,
-    TokenBlocks,
     build_corpus,
     corpus_hash,
-    labels,
     load_documents,
     read_documents,
     run,
@@ -333,8 +333,8 @@ def test_killed_build_goes_on_to_the_same_bytes(built, text, tokenizer, tmp_path
     with pytest.raises(UserError, match=r"no manifest\.json"):
         TokenBlocks(out, "train")
     written = []
-    plain = corpus_module._write_shard
-    monkeypatch.setattr(corpus_module, "_write_shard", lambda *args: written.append(args[2]) or plain(*args))
+    plain = shards._write_shard
+    monkeypatch.setattr(shards, "_write_shard", lambda *args: written.append(args[2]) or plain(*args))
     build_corpus([text], tokenizer, out, block=32, shares=SHARES, chunk=4000, progress=False)
     assert contents(out) == contents(built)
     assert written and min(written) == len(ready)  # what was there was not made again
@@ -364,7 +364,7 @@ def test_a_moved_text_gives_the_same_corpus(built, text, tokenizer, tmp_path, mo
     options = dict(block=32, shares=SHARES, chunk=4000, progress=False)
     moved = tmp_path / "moved"
     text.rename(moved)
-    monkeypatch.setattr(corpus_module, "_write_shard", None)
+    monkeypatch.setattr(shards, "_write_shard", None)
     build_corpus([moved], tokenizer, built, **options)
     assert contents(built) == before
     monkeypatch.undo()
@@ -387,14 +387,14 @@ def test_a_corpus_of_version_0_1_is_used_again(built, text, tokenizer, monkeypat
         digest.update(path.read_bytes())
     assert corpus_hash(built) == digest.hexdigest()  # what that version's records of training hold
     before = contents(built)
-    monkeypatch.setattr(corpus_module, "_write_shards", None)
+    monkeypatch.setattr(corpus_module, "write_shards", None)
     build_corpus([text], tokenizer, built, block=32, shares=SHARES, chunk=4000, progress=False)
     assert contents(built) == before
 
 
 def test_what_is_not_of_a_corpus_is_left_alone(text, tokenizer, tmp_path):
     out = tmp_path / "out"
-    for name, content in (("shards/000123.tar", "a"), ("shards/.notes", "b"), ("manifest.json", '{"files": []}')):
+    for name, content in (("shards/000123.tar", "a"), ("shards/.notes.tmp", "b"), ("manifest.json", '{"files": []}')):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(content)
         with pytest.raises(UserError, match="move it away or give another out"):
@@ -484,14 +484,14 @@ def test_workers_leave_with_a_killed_parent(text, tokenizer, tmp_path, root):
         "import multiprocessing, os, sys, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         f"sys.path.insert(0, {str(root)!r})\n"
-        "from recycle_gpt2 import corpus\n"
+        "from recycle_gpt2 import shards\n"
         "from recycle_gpt2.tokenizer import load_tokenizer\n"
         "from pathlib import Path\n"
         "if __name__ == '__main__':\n"
         f"    tokenizer = load_tokenizer(Path({str(tmp_path / 'tokenizer')!r}))\n"
         "    setup = (tokenizer.backend_tokenizer.to_str(), 0, 'uint16')\n"
         "    context = multiprocessing.get_context('spawn')\n"
-        "    pool = ProcessPoolExecutor(1, context, initializer=corpus._begin_worker, initargs=setup)\n"
+        "    pool = ProcessPoolExecutor(1, context, initializer=shards._begin_worker, initargs=setup)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    time.sleep(100)\n"
     )

@@ -14,16 +14,9 @@ from torch.nn import functional as F
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from recycle_gpt2.cli import main
-from recycle_gpt2.corpus import Document
-from recycle_gpt2.evaluate import (
-    DocumentScore,
-    sample,
-    score,
-    score_documents,
-    summarise,
-    summarise_by,
-    with_end,
-)
+from recycle_gpt2.documents import Document
+from recycle_gpt2.evaluate import DocumentScore, score, score_documents, summarise, summarise_by, with_end
+from recycle_gpt2.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +204,7 @@ def test_command_computes_in_bf16_and_reads_no_more_than_it_scores(gpt2_director
     assert nats["fp32"] != nats["bf16"] and nats["bf16"] == pytest.approx(nats["fp32"], rel=0.02)
     on = []
     monkeypatch.setattr(
-        "recycle_gpt2.evaluate.sample", lambda *args, **options: on.append(torch.is_autocast_enabled("cpu")) or []
+        "recycle_gpt2.sampling.sample", lambda *args, **options: on.append(torch.is_autocast_enabled("cpu")) or []
     )
     for precision in ("fp32", "bf16"):
         main(["sample", str(gpt2_directory), "--device", "cpu", "--precision", precision])

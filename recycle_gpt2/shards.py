@@ -1,0 +1,259 @@
+"""Documents tokenized in chunks by several processes, each chunk a shard that is written whole and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.checks import UserError
+from common.files import whole_file, write_json, write_text
+from recycle_gpt2.documents import Document, find_texts, read_with_positions, size_of
+from recycle_gpt2.records import MALFORMED
+
+SPLITS: tuple[str, ...] = ("train", "valid", "test")
+COUNTED: tuple[str, ...] = ("documents", "paragraphs", "bytes", "characters", "tokens")
+SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\.\d{6,}\..*\.tmp")
+"""Names of what a corpus's directory of shards holds."""
+CHUNK = 4 << 20
+"""UTF-8 bytes of text whose documents make a shard."""
+
+
+class Selection:
+    """Which documents and paragraphs are new, and which split a document is in. Holds 64 bits of each one's hash."""
+
+    def __init__(self, shares: Sequence[float], seed: int) -> None:
+        self.shares, self.seed = shares, seed
+        self.duplicates = self.emptied = self.repeated = 0
+        self._documents: set[int] = set()
+        self._paragraphs: set[int] = set()
+
+    def take(self, document: Document) -> tuple[str, str] | None:
+        """The split and the new paragraphs of a document, or None when nothing of it is new."""
+        whole = _hash(document.text)
+        if whole in self._documents:
+            self.duplicates += 1
+            return None
+        self._documents.add(whole)
+        kept = []
+        for paragraph in document.text.split("\n"):
+            digest = _hash(paragraph)
+            if digest in self._paragraphs:
+                self.repeated += 1
+            else:
+                self._paragraphs.add(digest)
+                kept.append(paragraph)
+        if not kept:
+            self.emptied += 1
+            return None
+        place = _hash(f"{self.seed}\n{document.text}") / 2**64
+        if place < self.shares[1]:
+            split = "valid"
+        else:
+            split = "test" if place < self.shares[1] + self.shares[2] else "train"
+        return split, "\n".join(kept)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+_Row = tuple[str, str, str, str]
+"""Split, text, source and genre of a document."""
+
+
+def write_shards(
+    paths: Sequence[Path],
+    selection: Selection,
+    shards: Path,
+    tokenizer: str,
+    setup: tuple[str, int, str],
+    workers: int,
+    chunk: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Write the shards that are not there yet; returns what is known of each, in order.
+
+    The documents are read and chosen here, in one process; the workers tokenize and write. At most two chunks for each
+    worker wait, so that memory does not grow with the corpus.
+    """
+    import multiprocessing
+
+    from tqdm import tqdm
+
+    metas: list[dict[str, Any]] = []
+    waiting: deque[tuple[int, int, Future[None] | None]] = deque()  # None: it is there already
+    encoder = Encoder(*setup)
+    begun, tokens = time.monotonic(), 0
+    # Started afresh and not forked: a fork would copy the threads' locks of torch and of the tokenizer.
+    pool = (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=setup)
+        if workers > 1
+        else None
+    )
+    size = sum(size_of(path) for path, _ in find_texts(paths))
+    bar = tqdm(total=size, desc="corpus", unit="B", unit_scale=True, disable=not progress)
+    try:
+
+        def finish() -> None:
+            nonlocal tokens
+            number, position, future = waiting.popleft()
+            if future is not None:
+                future.result()
+            meta = json.loads(shard_path(shards, number, "json").read_text(encoding="utf-8"))
+            metas.append(meta)
+            if future is not None:
+                tokens += sum(counts["tokens"] for counts in meta["counts"].values())
+            bar.set_postfix_str(f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s", refresh=False)
+            bar.update(position - bar.n)
+
+        for number, (rows, position) in enumerate(_chunks(paths, selection, chunk)):
+            known = [tokenizer, *setup[1:]]
+            digest = _sha256([*known, rows])
+            content = _sha256([*known, [row[:2] for row in rows]])
+            future: Future[None] | None = None
+            if not _is_written(shards, number, digest, setup[2]):
+                if pool is None:
+                    _write_shard(encoder, shards, number, digest, content, rows)
+                    future = Future()
+                    future.set_result(None)
+                else:
+                    future = pool.submit(_work, shards, number, digest, content, rows)
+            waiting.append((number, position, future))
+            if len(waiting) > (2 * workers if pool else 0):
+                finish()
+        while waiting:
+            finish()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: use fewer workers; what is done is kept."
+        ) from None
+    finally:
+        bar.close()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+    return metas
+
+
+def _chunks(paths: Sequence[Path], selection: Selection, chunk: int) -> Iterator[tuple[list[_Row], int]]:
+    """New documents in lists of at least `chunk` bytes of text, with the position in the files after each."""
+    rows: list[_Row] = []
+    size = position = 0
+    for document, position in read_with_positions(paths):
+        taken = selection.take(document)
+        if taken is None:
+            continue
+        rows.append((*taken, document.source, document.genre))
+        size += len(taken[1].encode())
+        if size >= chunk:
+            yield rows, position
+            rows, size = [], 0
+    if rows:
+        yield rows, position
+
+
+def shard_path(shards: Path, number: int, suffix: str) -> Path:
+    return shards / f"{number:06}.{suffix}"
+
+
+def _is_written(shards: Path, number: int, digest: str, dtype: str) -> bool:
+    """Whether a shard of exactly these documents is there, whole. Its json is written last."""
+    try:
+        meta = json.loads(shard_path(shards, number, "json").read_text(encoding="utf-8"))
+        files = [(shard_path(shards, number, f"{split}.bin"), meta["counts"][split]["tokens"]) for split in SPLITS]
+    except (FileNotFoundError, *MALFORMED):
+        return False
+    return meta["digest"] == digest and all(
+        (file.stat().st_size if file.is_file() else 0) == length * np.dtype(dtype).itemsize for file, length in files
+    )
+
+
+class Encoder:
+    """What a shard is written with: the tokenizer (as JSON), its end token's id and the type of the ids."""
+
+    def __init__(self, tokenizer: str, end: int, dtype: str) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer, self.end, self.dtype = Tokenizer.from_str(tokenizer), end, np.dtype(dtype)
+        self.tokenizer.encode_special_tokens = True  # a text that spells the end token does not end there
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
+
+_worker_encoder: Encoder
+"""A worker process's: too large to be sent with each chunk."""
+
+
+def _begin_worker(tokenizer: str, end: int, dtype: str) -> None:
+    import multiprocessing
+    from multiprocessing import connection
+
+    global _worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    _worker_encoder = Encoder(tokenizer, end, dtype)
+    parent = multiprocessing.parent_process()
+
+    def leave() -> None:  # with a parent that was killed, or the worker would wait for work for ever
+        if parent is not None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def _work(shards: Path, number: int, digest: str, content: str, rows: list[_Row]) -> None:
+    _write_shard(_worker_encoder, shards, number, digest, content, rows)
+
+
+def _write_shard(encoder: Encoder, shards: Path, number: int, digest: str, content: str, rows: list[_Row]) -> None:
+    """Tokenize documents and write each split's ids and held-out texts, then what is known of the shard.
+
+    Its `digest` is of all of the documents, its `content` not of the names of their files.
+    """
+    # First, or after a stop it might vouch for files that were written since.
+    shard_path(shards, number, "json").unlink(missing_ok=True)
+    encodings = encoder.tokenizer.encode_batch([row[1] for row in rows], add_special_tokens=False)
+    counts = {split: dict.fromkeys(COUNTED, 0) for split in SPLITS}
+    for split in SPLITS:
+        ids: list[int] = []
+        texts = []
+        for (own, text, source, genre), encoding in zip(rows, encodings, strict=True):
+            if own == split:
+                ids += [*encoding.ids, encoder.end]
+                texts.append(Document(text, source, genre))
+        sizes = (
+            len(texts),
+            sum(document.text.count("\n") + 1 for document in texts),
+            sum(len(document.text.encode()) for document in texts),
+            sum(len(document.text) for document in texts),
+            len(ids),
+        )
+        counts[split] = dict(zip(COUNTED, sizes, strict=True))
+        binary, held_out = (shard_path(shards, number, f"{split}.{suffix}") for suffix in ("bin", "jsonl"))
+        for path in (binary, held_out):
+            path.unlink(missing_ok=True)
+        if not ids:
+            continue
+        with whole_file(binary) as file:
+            file.write(np.asarray(ids, dtype=encoder.dtype).tobytes())
+        if split != "train":
+            lines = (json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in texts)
+            write_text(held_out, "".join(lines))
+    write_json(shard_path(shards, number, "json"), {"digest": digest, "content": content, "counts": counts})
