@@ -270,7 +270,6 @@ def test_absurd_values(program, name, place, monkeypatch):
                 wrong += f"wrote {sorted(new)[:3]}"
             if wrong:
                 faults.append(f"{program} {name} --{'.'.join(path)} {value!r:.60}: {wrong}")
-                print(faults[-1], file=open("/tmp/faults.txt", "a"))  # DEBUG
     monkeypatch.setattr(tyro, "cli", parse)
     for word in WORDS:  # as they are typed
         if wrong := fault(program, [name, *given[1:], word]):
