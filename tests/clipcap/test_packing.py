@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from clipcap.images import read_image
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipcap.captioner import Captioner
+from clipcap.data.images import read_image
 from clipcap.decoding import decode
 from clipcap.packing import (
     CHUNK,

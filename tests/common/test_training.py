@@ -617,7 +617,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from common.checks import run_command
-from common.training import BatchOrder, ResumableLoader, TrainerConfig, build_trainer, fit
+from common.batches import BatchOrder, ResumableLoader
+from common.training import TrainerConfig, build_trainer, fit
 from tests.common.test_training import Regression
 
 torch.set_num_threads(1)

@@ -26,14 +26,13 @@ from recycle_gpt2 import shards
 from recycle_gpt2.blocks import TokenBlocks, labels
 from recycle_gpt2.corpus import (
     CorpusConfig,
-    Document,
     build_corpus,
     corpus_hash,
     load_documents,
-    read_documents,
     run,
     text_hash,
 )
+from recycle_gpt2.documents import Document, read_documents
 from recycle_gpt2.evaluate import with_end
 from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer
 
