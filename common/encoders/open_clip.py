@@ -69,6 +69,10 @@ def load_open_clip(name: str) -> tuple[Backbone, Preprocess]:
             f"open_clip has no weights {weights!r} for {arch!r}: give a file's path, or one of {', '.join(tags)}."
         )
     state = None if tagged else _read_checkpoint(weights)
+    if int(open_clip.__version__.split(".")[0]) >= 3:
+        safe = {"weights_only": True, "pretrained_text": False}
+    else:
+        safe = {"load_weights_only": True, "pretrained_hf": False}
     with loading(name, PACKAGED, "CLIP"):
         if tagged.get("hf_hub"):
             repository, file = os.path.split(tagged["hf_hub"])
@@ -77,8 +81,7 @@ def load_open_clip(name: str) -> tuple[Backbone, Preprocess]:
             arch,
             pretrained=weights if tagged else None,
             force_quick_gelu=tagged.get("quick_gelu", False),
-            pretrained_hf=False,
-            load_weights_only=True,
+            **safe,
         )
         # transformers' own tokenizers may come with code; open_clip's has none and knows no such option
         trust = {"trust_remote_code": False} if "hf_tokenizer_name" in architecture["text_cfg"] else {}

@@ -69,7 +69,7 @@ def test_animated_and_16_bit_images(capsys, tmp_path, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("caption", "{folder}/gone.jpg", "--model", "{model}"), "gone.jpg"),
+        (("caption", "{folder}/gone.jpg", "--model", "{model}", "--max-new-tokens", "5"), "gone.jpg"),
         (("caption", "{empty}", "--model", "{model}"), "no image"),
         (("caption", "{folder}", "--model", "no/such-model"), "no/such-model"),
         (("caption", "{folder}", "--model", "{folder}"), "config.json"),
@@ -265,7 +265,7 @@ def test_paths_that_no_file_can_have_are_skipped_as_unreadable_ones_are(capsys, 
         bad = ("n" * 300 + ".jpg", "a\0b.jpg", f"{photos}/00.jpg/below.jpg", "d/" * 3000 + "x.jpg")
         code, out, err = run(capsys, "caption", *bad, photos / "00.jpg", *arguments)
         assert code == 0 and out.count("00.jpg") == 1 and "skipped 4 of 5 images" in err
-    code, _, err = run(capsys, "caption", "n" * 300 + ".jpg", "--model", model, "--format", "sidecar")
+    code, _, err = run(capsys, "caption", "n" * 300 + ".jpg", *arguments[:4], "--format", "sidecar")
     assert code == 2 and "skipped 1 of 1" in err
 
 

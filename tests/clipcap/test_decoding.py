@@ -256,7 +256,7 @@ def test_topk_by_blocks_is_topk():
         ({"num_beams": 60}, "num_beams is 60: use at most the 41 tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 127}, "max_new_tokens is 127: GPT-2's 128 positions leave room for 126."),
-        ({"temperature": 0, "strategy": "sample"}, "temperature is 0: use a number above 0, or strategy 'greedy'."),
+        ({"temperature": 0, "strategy": "sample"}, "temperature is 0: use at least 1e-06."),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0, "strategy": "sample"}, "top_p is 0: use a number above 0 and at most 1."),
         ({"top_p": 1.5, "strategy": "sample"}, "top_p is 1.5"),

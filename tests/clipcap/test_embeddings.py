@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 
 from clipcap.cli import main
 from clipcap.data import embeddings
+from clipcap.data import store as store_module
 from clipcap.data.dataset import CaptionDataset, read_dataset
 from clipcap.data.embeddings import build_store, clip_fingerprint, encode
 from clipcap.data.images import read_image
@@ -203,7 +204,7 @@ def test_a_killed_worker_is_one_line_and_nothing_is_lost(items, clip, tmp_path, 
     with pytest.raises(UserError, match=r"worker was killed after \d+ of 12") as caught:
         build_store(items, clip, tmp_path / "store", batch_size=2, workers=1)
     assert "\n" not in str(caught.value)
-    kept = (tmp_path / "store" / "rows.bin").stat().st_size // embeddings.RECORD.itemsize
+    kept = (tmp_path / "store" / "rows.bin").stat().st_size // store_module.RECORD.itemsize
     assert kept >= 2
     os.kill(os.getpid(), signal.SIGCHLD)  # some other child ends: it is not taken for the worker's death again
     seen = []
@@ -230,7 +231,7 @@ def test_a_full_disk_at_the_end_loses_nothing(items, clip, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embeddings.StoreWriter, "finish", full)
+        patch.setattr(store_module.StoreWriter, "finish", full)
         with pytest.raises(UserError, match=r"no room for embedding store .* after 12 of 12 images"):
             build_store(items, clip, tmp_path / "store")
     seen = []
@@ -258,7 +259,7 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused(items, clip, tmp_path
         EmbeddingStore(path.parent)
     assert len(str(caught.value).splitlines()) == 1
     with contextlib.suppress(UserError):  # nor does a writer spoil what is there
-        embeddings.StoreWriter(path.parent, manifest["key"], "clip").close()
+        store_module.StoreWriter(path.parent, manifest["key"], "clip").close()
     assert {file.name: file.read_bytes() for file in path.parent.glob("*.bin")} == before
 
 
@@ -277,8 +278,8 @@ def test_names_that_do_not_fit_their_rows_are_refused(items, clip, tmp_path):
 def test_a_store_that_is_added_to_can_be_read_meanwhile(items, clip, tmp_path):
     build_store(items, clip, tmp_path / "store", dtype="float32")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
-    writer = embeddings.StoreWriter(tmp_path / "store", manifest["key"], "clip")
-    writer.append(["new"], np.ones((1, 12), np.float32), [embeddings.Source(1, 2, 3)])
+    writer = store_module.StoreWriter(tmp_path / "store", manifest["key"], "clip")
+    writer.append(["new"], np.ones((1, 12), np.float32), [store_module.Source(1, 2, 3)])
     assert len(EmbeddingStore(tmp_path / "store")) == 12
     writer.close()
     writer.finish()
@@ -289,7 +290,7 @@ def test_numbers_beyond_half_precision_are_an_error(tmp_path):
     tmp_path.joinpath("store").mkdir()
     writer = StoreWriter(tmp_path / "store", {}, "clip")
     with pytest.raises(UserError, match="use dtype float32"):
-        writer.append(["a"], np.full((1, 4), 1e6, np.float32), [embeddings.Source(1, 2, 3)])
+        writer.append(["a"], np.full((1, 4), 1e6, np.float32), [store_module.Source(1, 2, 3)])
 
 
 def test_the_originals_pickle_needs_no_images(clip, gpt2_directory, tmp_path):

@@ -287,7 +287,7 @@ def test_finished_corpus_is_used_again(built, text, tokenizer, dutch, monkeypatc
     before = contents(built)
     options = dict(shares=SHARES, chunk=4000, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "_write_shard", fail)
+        patch.setattr(shards, "_write_shard", fail)
         build_corpus([text], tokenizer, built, block=32, **options)
         assert contents(built) == before
         build_corpus([text], tokenizer, built, block=16, **options)  # the shards serve any block
@@ -425,7 +425,7 @@ def test_a_build_that_was_stopped_vouches_for_nothing_it_has_overwritten(built, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "write_json", stopped)
+        patch.setattr(shards, "write_json", stopped)
         with pytest.raises(KeyboardInterrupt):
             changed = (text / "stories.txt").read_text().replace("kat", "tak")
             (text / "other.txt").write_text(changed)
