@@ -27,7 +27,7 @@ from clipcap.training.validation import CaptionValidation, Subset
 from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError
 from common.clip import load_clip
-from common.files import require_own_directory, whole_directory, write_json
+from common.files import clear_leftovers, require_own_directory, whole_directory, write_json
 from common.processes import is_first_process, sole_run
 from common.runtime import hardware, own_gpu, resolve_device, start, versions
 from common.training import TrainerConfig, build_trainer, fit, load_best, require_same_run, validation_interval
@@ -96,6 +96,7 @@ def train(config: TrainConfig) -> Path:
     check(config)
     config = resolve_init(config)
     with sole_run(config.out):
+        clear_leftovers(config.out / "tokens")
         return _train(config)
 
 

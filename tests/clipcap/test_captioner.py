@@ -193,7 +193,8 @@ def test_arrays_and_pil_images(captioner):
     [
         ({"temperature": float("nan")}, "temperature is nan"), ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": 1e-320}, "temperature is 1e-320"), ({"strategy": "sample", "top_p": float("nan")}, "top_p is nan"),
-        ({"num_beams": 10**9}, "num_beams is 1000000000"), ({"seed": 10**26}, "seed is"), ({"seed": -1}, "seed is -1"),
+        ({"num_beams": 10**9}, "num_beams is 1000000000"), ({"seed": 10**26, "max_new_tokens": 5}, "seed is"),
+        ({"seed": -1, "max_new_tokens": 5}, "seed is -1"),
         ({"max_new_tokens": 10**12}, "max_new_tokens is"),
         ({"strategy": "sample", "num_captions": 10**12}, "num_captions is"),
     ],

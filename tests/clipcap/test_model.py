@@ -372,10 +372,13 @@ class FakeCLIP:
 
     name, width, patch_width, image_size = "fake", 12, 12, 4
 
-    def preprocess(self, images):
-        return torch.stack(
-            [torch.from_numpy(np.array(i.resize((4, 4))).transpose(2, 0, 1) / 255.0) for i in images]
-        ).float()
+    class preprocess:
+        size = 4
+
+        def __new__(cls, images):
+            return torch.stack(
+                [torch.from_numpy(np.array(i.resize((4, 4))).transpose(2, 0, 1) / 255.0) for i in images]
+            ).float()
 
     def encode_image_features(self, pixels, *, packed=False):
         colour = pixels.mean((2, 3)).repeat(1, 4)
@@ -412,7 +415,7 @@ def test_stream_goes_on_after_a_bad_image(captioner, tmp_path):
     assert len(found) == 2 and found[0].captions == found[1].captions and found[0].scores[0] < 0
     assert len(errors) == 1 and "bad.png" in str(errors[0])
     with pytest.raises(ImageError, match="not an image"):
-        captioner.caption(tmp_path / "bad.png")
+        captioner.caption(tmp_path / "bad.png", max_new_tokens=4)
     assert list(captioner.stream([tmp_path / "bad.png"], on_error=errors.append)) == []
 
 

@@ -376,7 +376,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from common.checks import run_command
-from clipcap import training
+from clipcap.training import train as training
 from tests.clipcap.test_training import TrainConfig, ASSETS, RuntimeConfig
 
 def fill(*arguments):

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipcap.data.journal import url_key
+from clipcap.data.journal import place_of, url_key
 from common.checks import UserError
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
@@ -129,6 +129,11 @@ def test_scenes_have_to_have_their_images(tmp_path):
     }
 
 
+def image_of(number):
+    """Where `clipcap download` puts the image of this number's URL."""
+    return place_of(url_key(f"http://x.org/{number}"), ".png")
+
+
 def write_conceptual(data, count=12):
     """Captions and what `clipcap download` makes of them, of the packaged scenes."""
     rows = [row for row in json.loads(SCENES.read_text())["images"] if row["split"] == "train"][:count]
@@ -137,7 +142,8 @@ def write_conceptual(data, count=12):
         journal = []
         (place / split / "images").mkdir(parents=True)
         for number, row in enumerate(rows):
-            name = f"images/{number}.png"
+            name = image_of(number)
+            (place / split / name).parent.mkdir(exist_ok=True)
             shutil.copy(SCENES.parent / row["filename"], place / split / name)
             journal.append(json.dumps({"key": url_key(f"http://x.org/{number}"), "file": name}))
         (place / split / "journal.jsonl").write_text("\n".join(journal))
@@ -153,11 +159,11 @@ def test_few_images_of_urls_are_an_error_and_some_are_said(tmp_path):
         return next(n for n in TABLES[config.name].needs(config) if n.path == place / "train" / "journal.jsonl")
 
     assert journal().met
-    (place / "train" / "images" / "0.png").unlink()
+    (place / "train" / image_of(0)).unlink()
     assert not journal().met and journal().lines[0].startswith("optional, URLs die")
     assert journal().wrong == "3 of the 4 lines have their image"
     for number in (1, 2):
-        (place / "train" / "images" / f"{number}.png").unlink()
+        (place / "train" / image_of(number)).unlink()
     assert not journal().met and not journal().optional and journal().wrong.startswith("1 of the 4 lines")
 
 
@@ -326,7 +332,7 @@ def test_captioning_tables_run_and_nocaps_takes_the_captioners(weights, tmp_path
 def test_conceptual_runs(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "java" else WHICH(name))
     write_conceptual(tmp_path / "data")
-    (tmp_path / "data" / "conceptual" / "train" / "images" / "3.png").unlink()
+    (tmp_path / "data" / "conceptual" / "train" / image_of(3)).unlink()
     options = dict(data=tmp_path / "data", weights=weights, steps=2, matrix_rate=100, runtime=CPU)
     main(Config("clipcap-conceptual", out=tmp_path / "out", **options))
     said = capsys.readouterr().out

@@ -237,7 +237,7 @@ def test_reader_takes_complete_shards_only(tmp_path):
     assert np.array_equal(read, images)
     assert read_records == records
     assert record_from_json(json.loads(json.dumps(record_to_json(records[0])))) == records[0]
-    with pytest.raises(FileNotFoundError, match="render_scenes"):
+    with pytest.raises(FileNotFoundError, match="scenes/render"):
         load_split(tmp_path, "val")
 
 
