@@ -416,7 +416,7 @@ def test_stream_goes_on_after_a_bad_image(captioner, tmp_path):
     assert len(errors) == 1 and "bad.png" in str(errors[0])
     with pytest.raises(ImageError, match="not an image"):
         captioner.caption(tmp_path / "bad.png", max_new_tokens=4)
-    assert list(captioner.stream([tmp_path / "bad.png"], on_error=errors.append)) == []
+    assert list(captioner.stream([tmp_path / "bad.png"], on_error=errors.append, max_new_tokens=4)) == []
 
 
 def test_sampled_captions_are_reproducible(captioner):
