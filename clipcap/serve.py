@@ -23,7 +23,7 @@ from clipcap.captioner import Captioner
 from clipcap.data.images import ImageError, read_image
 from clipcap.decoding import decode
 from clipcap.evaluation.interpret import Tokens, nearest_tokens, unit_tokens
-from common.checks import UserError, require_at_least, require_between, require_one_of
+from common.checks import UserError, require_at_least, require_between, require_one_of, require_text
 from common.runtime import RuntimeConfig, resolve_dtype, start
 
 if TYPE_CHECKING:
@@ -397,6 +397,7 @@ def _gradio() -> Any:
 
 def _free_port(host: str, port: int) -> int:
     """`port`, or a free one for 0, when it can be listened on."""
+    require_text("host", host)
     require_between("port", port, 0, 65535)
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
