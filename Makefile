@@ -20,7 +20,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_inf
 COMPILE := uv pip compile pyproject.toml --extra all --universal --python-version 3.10 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --generate-hashes
 
-.PHONY: help demo test quick lint docs bench dist setup lock clean
+.PHONY: help demo test lint docs bench dist setup lock clean
 
 help: ## List the targets
 	@echo "make TARGET"
