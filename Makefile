@@ -18,7 +18,7 @@ QUICK ?= --quick
 
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 COMPILE := uv pip compile pyproject.toml --extra all --universal --python-version 3.10 \
-	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --generate-hashes
+	--generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 .PHONY: help demo test lint docs bench dist setup lock clean
 
