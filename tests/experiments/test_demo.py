@@ -85,6 +85,8 @@ def test_every_number_has_its_command(page):
     for words in map(shlex.split, found):
         if words[:2] == ["python", "-m"]:
             module = importlib.import_module(words[2])
+            if hasattr(module, "__path__"):  # a package's command line
+                module = importlib.import_module(f"{words[2]}.__main__")
             flat = (tyro.conf.OmitArgPrefixes,) if hasattr(module, "from_command_line") else ()
             tyro.cli(module.Config, args=words[3:], config=flat)
 
