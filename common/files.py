@@ -147,7 +147,8 @@ def whole_directory(path: str | os.PathLike[str], what: str = "model") -> Iterat
     _take_up(target, before)
     if (partial / MARKER).is_file():  # of a call that was killed
         shutil.rmtree(partial)
-    with contextlib.suppress(OSError):  # of one that was killed even earlier
+    clear_leftovers(partial)
+    with contextlib.suppress(OSError):  # of one that was killed before it had written the marker
         partial.rmdir()
     partial.mkdir()
     try:

@@ -200,5 +200,6 @@ def test_a_claim_clears_what_a_kill_left_and_nothing_else(tmp_path):
 
 def test_an_empty_directory_of_a_call_that_was_killed_at_once_is_used_again(tmp_path):
     (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / f".{MARKER}.abcdefgh.tmp").write_text("half a mark")
     fill(tmp_path / "model", a="1")
     assert content(tmp_path / "model") == {"a": "1"} and os.listdir(tmp_path) == ["model"]
