@@ -42,6 +42,7 @@ from common.checks import (
     require_one_of,
     require_same_settings,
 )
+from common.files import clear_leftovers
 from common.processes import is_first_process
 from common.runtime import resolve_device
 from common.signals import Stopped, StopRequest
@@ -184,6 +185,8 @@ def fit(trainer: Trainer, module: LightningModule, directory: Path, *, resume: b
         UserError: the checkpoint cannot be read, holds more than tensors and plain values, or belongs to another run.
         KeyboardInterrupt: after Ctrl-C; Stopped: after other signals, in a command.
     """
+    if is_first_process():
+        clear_leftovers(directory)
     last = directory / "last.ckpt"
     if not resume and is_first_process():
         for name in ("last.ckpt", "best.ckpt"):

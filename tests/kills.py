@@ -45,7 +45,7 @@ def kill_everywhere(scenario: str, place: Path, *, points: int = 20) -> None:
         environment = os.environ | {"TMPDIR": temporary, "OMP_NUM_THREADS": "1"}
         script = f"{AS_TESTS}\nfrom tests.kills import main\nmain({scenario!r}, {str(place)!r}, {points})"
         command = [sys.executable, "-c", script]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=850)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["killed"] > 0 and not found["failed"], found

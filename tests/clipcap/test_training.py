@@ -367,6 +367,7 @@ def scene_captioner(directory: Path) -> str:
     return str([float(value.double().sum()) for value in values]) + (directory / "metrics.csv").read_text()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_training_killed_at_any_of_its_writes_ends_the_same(tmp_path):
     kill_everywhere("tests.clipcap.test_training:scene_captioner", tmp_path, points=6)

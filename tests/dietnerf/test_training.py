@@ -135,6 +135,7 @@ def small_field(directory: Path) -> str:
     return str([float(value.double().sum()) for value in values]) + (run / "metrics.csv").read_text()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_training_killed_at_any_of_its_writes_ends_the_same(tmp_path):
     kill_everywhere("tests.dietnerf.test_training:small_field", tmp_path, points=6)

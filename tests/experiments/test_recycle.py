@@ -50,6 +50,7 @@ def test_texts_are_split_by_genre_and_none_is_in_two(source, tmp_path):
     assert is_english("the file that you can open", "nld") and not is_english("het bestand dat u kunt openen", "nld")
 
 
+@pytest.mark.timeout(900)
 def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, monkeypatch):
     monkeypatch.setattr(recycle, "RATES", dict.fromkeys(recycle.RATES, (1e-2,)))
     config = recycle.Config(
