@@ -556,7 +556,7 @@ def test_a_run_killed_at_any_of_its_writes_ends_the_same(tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_run_killed_at_each_of_its_writes_ends_the_same(tmp_path):
-    kill_everywhere("tests.common.test_training:killed_run", tmp_path, points=150)
+    kill_everywhere("tests.common.test_training:killed_run", tmp_path, points=60)
 
 
 FULL = """
