@@ -320,7 +320,7 @@ def _require_own(config: RunConfig, work: Path, text: str | None) -> None:
     for name in missing:
         require_own_directory(work / name / MODEL)
     recorded = read_settings(work / "corpus").get("inputs", {}).get("text")
-    same_text = None in (text, recorded) or recorded in (text, _sampled_hash(config.text))
+    same_text = None in (text, recorded) or recorded == text or recorded == _sampled_hash(config.text)
     if missing or not same_text or not (config.out / "config.json").exists():
         require_own_directory(config.out)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import pretrained
 from common.checks import UserError, require_between, require_place, require_text
 from common.files import MARKER, require_own_directory, whole_directory
 from recycle_gpt2.documents import read_documents
@@ -115,12 +116,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    from transformers import AutoTokenizer
-
     if not (Path(directory) / "tokenizer.json").is_file():
         raise UserError(f"{str(directory)!r} holds no tokenizer.json: train one with `recycle-gpt2 tokenizer`.")
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return pretrained.load_tokenizer(directory)
     except Exception as error:  # the Rust parser raises plain Exception
         raise UserError(
             f"the tokenizer in {str(directory)!r} cannot be read ({error}): delete that directory and train it again."
