@@ -14,6 +14,7 @@ from common.files import MARKER, require_own_directory, write_json, write_text
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
+from recycle_gpt2.alignment import Method
 from recycle_gpt2.card import model_card
 from recycle_gpt2.corpus import (
     build_corpus,
@@ -45,6 +46,7 @@ from recycle_gpt2.stages import (
     read_done,
     read_settings,
     relearn,
+    require_shared_vocabulary,
     save_model,
     wait_for,
 )
@@ -91,7 +93,7 @@ class RunConfig:
     """Relearn the position embeddings too."""
     norms: bool = False
     """Relearn the layer norms too."""
-    method: Literal["least_squares", "procrustes", "knn"] = "least_squares"
+    method: Method = "least_squares"
     """Alignment."""
     k: int = 10
     """Neighbours of the alignment knn."""
@@ -356,15 +358,11 @@ def _sampled_hash(paths: Sequence[Path]) -> str:
 
 def _check_models(config: RunConfig) -> int:
     """Load both English models once, before hours of work; returns the block that fits their positions."""
-    from recycle_gpt2.stages import require_shared_vocabulary
-
     small, small_tokenizer = load_gpt2(config.small)
     positions = small.config.n_positions
     if config.large:
         large, large_tokenizer = load_gpt2(config.large)
-        require_shared_vocabulary(
-            AlignConfig(Path(), Path(), small=config.small, large=config.large), small_tokenizer, large_tokenizer
-        )
+        require_shared_vocabulary((config.small, config.large), small_tokenizer, large_tokenizer)
         positions = min(positions, large.config.n_positions)
     return min(config.block, positions)
 

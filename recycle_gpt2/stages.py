@@ -19,8 +19,8 @@ from common.files import require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2, token_table
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import settings_of
-from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
+from common.training import flat, settings_of
+from recycle_gpt2.alignment import Method, align, choose_options, held_out_error, neighbour_overlap
 from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.corpus import corpus_hash
 from recycle_gpt2.lexical import (
@@ -41,7 +41,7 @@ DONE = "done.json"
 SETTINGS = "settings.json"
 MODEL = "model"
 TRAINING = "training"
-FREE = ("runtime", "devices", "num_nodes", "strategy", "workers", "out")
+FREE = ("runtime", "devices", "num_nodes", "strategy", "out")
 """Settings that do not change what a finished stage has made (the seed among the runtime's is kept)."""
 PROCESSES = "devices * num_nodes"
 """Must stay the same while a stage trains: the blocks of a step and the number of steps follow from it."""
@@ -87,7 +87,7 @@ class AlignConfig:
     """The English model that the small one was made from."""
     large: str = "gpt2-medium"
     """The larger English model."""
-    method: Literal["least_squares", "procrustes", "knn"] = "least_squares"
+    method: Method = "least_squares"
     """least_squares (best as published), procrustes (a rotation) or knn (means of near English rows)."""
     k: int = 10
     """Neighbours of knn."""
@@ -125,7 +125,7 @@ def stage_settings(config: Any) -> dict[str, Any]:
     """What of a configuration decides the result, in JSON's own types, with the settings of its training one by one."""
     fields = settings_of(config, FREE)
     if isinstance(fields.get("stage"), dict):
-        stage = fields.pop("stage")
+        stage = flat(fields.pop("stage"))
         fields |= {f"stage.{name}": value for name, value in stage.items() if name not in FREE}
         fields[PROCESSES] = stage["devices"] * stage["num_nodes"]
     return fields
@@ -370,7 +370,7 @@ def align_models(config: AlignConfig) -> Path:
         small, small_tokenizer = load_gpt2(config.small, device=device, frozen=True)
         large, large_tokenizer = load_gpt2(config.large, device=device, frozen=True)
         recycled, tokenizer = load_gpt2(config.recycled, device=device, frozen=True)
-        require_shared_vocabulary(config, small_tokenizer, large_tokenizer)
+        require_shared_vocabulary((config.small, config.large), small_tokenizer, large_tokenizer)
         tables = token_table(small), token_table(large)
         rows = min(len(table) for table in tables)
         tables = tables[0][:rows], tables[1][:rows]
@@ -403,16 +403,16 @@ def align_models(config: AlignConfig) -> Path:
 
 
 def require_shared_vocabulary(
-    config: AlignConfig, small: PreTrainedTokenizerBase, large: PreTrainedTokenizerBase
+    names: tuple[str, str], small: PreTrainedTokenizerBase, large: PreTrainedTokenizerBase
 ) -> None:
-    """Raise UserError unless both English models have the same token at every row."""
+    """Raise UserError unless both English models, of these names, have the same token at every row."""
     ours, theirs = small.get_vocab(), large.get_vocab()
     if ours == theirs:
         return
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     token = differing[0]
     raise UserError(
-        f"the English vocabularies of {config.small!r} ({len(ours)} tokens) and {config.large!r} ({len(theirs)}) "
+        f"the English vocabularies of {names[0]!r} ({len(ours)} tokens) and {names[1]!r} ({len(theirs)}) "
         f"differ in {len(differing)} tokens, such as {token!r}: give a small and a large model of one family."
     )
 

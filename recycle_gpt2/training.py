@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -21,7 +21,15 @@ from common.files import write_json
 from common.language import IGNORE
 from common.optimizers import MuonAndAdam, decay_matrices, warmup_cosine
 from common.runtime import RuntimeConfig, seed_everything
-from common.training import TrainerConfig, build_trainer, fit, load_best, mean_over_processes
+from common.training import (
+    GradientConfig,
+    ScaleConfig,
+    TrainerConfig,
+    build_trainer,
+    fit,
+    load_best,
+    mean_over_processes,
+)
 from recycle_gpt2.blocks import labels
 from recycle_gpt2.loss import next_token_loss
 from recycle_gpt2.records import RENEW, read_json, reading
@@ -44,8 +52,6 @@ class StageConfig:
     """Tokens to train on, when not 0, instead of epochs."""
     batch_size: int = 8
     """Blocks in a batch, for each process."""
-    accumulate: int = 1
-    """Batches whose gradients make one step."""
     optimizer: Literal["amsgrad", "adamw", "muon"] = "amsgrad"
     """amsgrad: Adam as published; adamw; muon: Muon for the layers' matrices, AdamW for the rest."""
     lr: float = 1e-3
@@ -64,14 +70,8 @@ class StageConfig:
     """Validations without improvement that end the stage; 0 never does."""
     val_every: int = 500
     """Steps between validations, at most: there are about ten in a stage or more, and one after its last step."""
-    clip_gradients: float = 1.0
-    """Largest norm of the gradient; 0 never clips."""
-    devices: int = 1
-    """Processes or GPUs on each machine."""
-    num_nodes: int = 1
-    """Machines."""
-    strategy: str = "auto"
-    """auto, ddp or a variant of it."""
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,9 @@ def plan(num_blocks: int, block: int, config: StageConfig) -> Plan:
     Raises:
         UserError: a number that leaves nothing to do.
     """
-    for name in ("batch_size", "accumulate", "val_every", "devices", "num_nodes"):
+    for name in ("batch_size", "val_every"):
         require_at_least(name, getattr(config, name), 1)
-    world = config.devices * config.num_nodes
-    blocks_per_step = min(config.batch_size * config.accumulate * world, num_blocks)
+    blocks_per_step = min(config.batch_size * config.gradients.accumulate * config.scale.world, num_blocks)
     tokens = config.tokens or config.epochs * num_blocks * block
     if tokens <= 0:
         raise UserError(f"epochs is {config.epochs} and tokens is {config.tokens}: set one of them above 0.")
@@ -202,7 +201,7 @@ class Recycling(LightningModule):
         now = time.monotonic()
         elapsed = max(now - self._clock, 1e-9)
         self.seconds, self._clock = self.seconds + elapsed, now
-        if (batch_idx + 1) % self.config.accumulate == 0:
+        if (batch_idx + 1) % self.config.gradients.accumulate == 0:
             self.tokens += sum(tokens for tokens, _ in self._pending)
             self._train_nats += [nats for _, nats in self._pending]
             self._pending = []
@@ -320,29 +319,25 @@ def train_stage(
     build_optimizer(model, config)  # its complaints come before anything is written
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     directory.mkdir(parents=True, exist_ok=True)
+    accumulate = config.gradients.accumulate
     trainer = build_trainer(
         TrainerConfig(
             max_steps=planned.steps,
-            val_every=planned.val_every * config.accumulate,
-            accumulate=config.accumulate,
-            clip_gradients=config.clip_gradients,
+            val_every=planned.val_every * accumulate,
             precision=runtime.precision,
             device=runtime.device,
-            devices=config.devices,
-            num_nodes=config.num_nodes,
-            strategy=config.strategy,
             patience=config.early_stopping,
             tensorboard=False,
             progress=progress,
+            **vars(config.gradients),
+            **vars(config.scale),
         ),
         directory,
     )
     loaders: dict[str, Any] = {
         "train_dataloaders": ResumableLoader(
             train,
-            BatchOrder(
-                num_blocks, config.batch_size, accumulate=config.accumulate, seed=runtime.seed + 1_000_003 * order
-            ),
+            BatchOrder(num_blocks, config.batch_size, accumulate=accumulate, seed=runtime.seed + 1_000_003 * order),
         ),
         "val_dataloaders": DataLoader(
             valid, batch_sampler=BatchOrder(len(cast(Sized, valid)), config.batch_size, shuffle=False)

@@ -21,6 +21,7 @@ from common.checks import UserError
 from common.files import MARKER, claimed
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
+from common.training import ScaleConfig
 from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
 from recycle_gpt2.corpus import build_corpus, text_hash
@@ -247,9 +248,9 @@ def test_number_of_processes_is_free_only_when_a_stage_is_done(tmp_path):
         once(tmp_path, Settings(), killed, inputs={})
     for more in ({"devices": 4}, {"num_nodes": 2}):
         with pytest.raises(UserError, match=r"begun with devices \* num_nodes 1, now it is [24]: use the same"):
-            once(tmp_path, Settings(StageConfig(**more)), dict, inputs={})
-    once(tmp_path, Settings(StageConfig(strategy="ddp")), lambda: {"number": 1}, inputs={})
-    assert once(tmp_path, Settings(StageConfig(devices=4)), dict, inputs={})["number"] == 1
+            once(tmp_path, Settings(StageConfig(scale=ScaleConfig(**more))), dict, inputs={})
+    once(tmp_path, Settings(StageConfig(scale=ScaleConfig(strategy="ddp"))), lambda: {"number": 1}, inputs={})
+    assert once(tmp_path, Settings(StageConfig(scale=ScaleConfig(devices=4))), dict, inputs={})["number"] == 1
 
 
 def test_other_processes_wait_until_the_first_has_made_a_stage_again(tmp_path, monkeypatch):
