@@ -68,7 +68,8 @@ class ScaleConfig:
         """Their number."""
         return self.devices * self.num_nodes
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise UserError for a value that cannot work."""
         for name in ("devices", "num_nodes"):
             require_between(name, getattr(self, name), 1, MOST_PROCESSES)
         if self.strategy.startswith(("fsdp", "deepspeed")):
@@ -87,7 +88,8 @@ class GradientConfig:
     clip_gradients: float = 1.0
     """Largest norm of the gradient; 0 never clips."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise UserError for a value that cannot work."""
         require_at_least("accumulate", self.accumulate, 1)
         require_at_least("clip_gradients", self.clip_gradients, 0)
 
@@ -125,9 +127,14 @@ class TrainerConfig(ScaleConfig, GradientConfig, LogConfig):
     save_minutes: float = 10.0
     """Longest time between two checkpoints to go on from, after which one is written before the next step."""
 
-    def __post_init__(self) -> None:
-        ScaleConfig.__post_init__(self)
-        GradientConfig.__post_init__(self)
+    def check(self) -> None:
+        if self.max_steps < 0 and self.max_epochs < 0:
+            raise UserError("max_steps and max_epochs are both -1: set one of them.")
+        ScaleConfig.check(self)
+        GradientConfig.check(self)
+        require_at_least("val_every", self.val_every, 1)
+        for name in ("patience", "save_minutes"):
+            require_at_least(name, getattr(self, name), 0)
 
 
 def build_trainer(
@@ -149,11 +156,7 @@ def build_trainer(
         settings: what another run in the same directory must have been asked for to be gone on with.
         callbacks: further ones.
     """
-    if config.max_steps < 0 and config.max_epochs < 0:
-        raise UserError("max_steps and max_epochs are both -1: set one of them.")
-    require_at_least("val_every", config.val_every, 1)
-    for name in ("patience", "save_minutes"):
-        require_at_least(name, getattr(config, name), 0)
+    config.check()
     device = resolve_device(config.device)
     table = MetricsFile(directory)
     loggers: list[Logger] = [table]
@@ -287,16 +290,23 @@ def flat(fields: Mapping[str, Any], parts: Collection[str] = PARTS) -> dict[str,
 
 def settings_of(config: Any, free: Collection[str]) -> dict[str, Any]:
     """The options of a configuration but those that are `free` to differ, in JSON's own types, and its seed."""
-    fields = json.loads(json.dumps(flat(asdict(config)), default=str))
+    found = config if isinstance(config, dict) else flat(asdict(config))
+    fields = json.loads(json.dumps(found, default=str))
     seed = fields.pop("runtime", {}).get("seed", 0)
     return {name: value for name, value in fields.items() if name not in free} | {"seed": seed}
 
 
-def require_same_run(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Raise UserError when the run in `directory` was begun with other `settings` (see `build_trainer`)."""
+def require_same_run(directory: Path, settings: Mapping[str, Any], *, unset: bool = False) -> None:
+    """Raise UserError when the run in `directory` was begun with other `settings` (see `build_trainer`).
+
+    Args:
+        unset: what version 0.1 recorded as None was left to the method, as what it did not know: neither is compared.
+    """
     last = directory / "last.ckpt"
     if last.exists():
         before = _read_checkpoint(last).get("settings", settings)  # older ones have none
+        if unset:
+            before = {**settings, **{name: value for name, value in before.items() if value is not None}}
         cure = "use the same again, --no-resume to begin anew, or another --out"
         require_same_settings(directory, before, settings, cure)
 

@@ -105,22 +105,28 @@ def select_views(
 
 
 @dataclass
-class FewViewParserConfig(DataParserConfig):
-    """A Blender, nerfstudio, COLMAP or LLFF scene, of which few views are trained on."""
+class ViewsConfig:
+    """Views that are trained on."""
 
-    _target: type = field(default_factory=lambda: FewViewParser)
-    data: Path = Path("scene")
-    """Directory of the scene, or its transforms.json."""
     num_views: int = 0
     """Training views; 0 takes all."""
     view_ids: tuple[int, ...] = ()
     """Exactly these training views, by their place in the training split."""
     view_order: Literal["farthest", "first", "random"] = "farthest"
     """How num_views are chosen: far from each other, the first ones, or by chance."""
-    view_seed: int = 0
-    """Seed of view_order random."""
     image_size: int = 0
     """Width of the images in pixels, averaged down by area; 0 keeps theirs."""
+
+
+@dataclass
+class FewViewParserConfig(DataParserConfig, ViewsConfig):
+    """A Blender, nerfstudio, COLMAP or LLFF scene, of which few views are trained on."""
+
+    _target: type = field(default_factory=lambda: FewViewParser)
+    data: Path = Path("scene")
+    """Directory of the scene, or its transforms.json."""
+    view_seed: int = 0
+    """Seed of view_order random."""
     background: Literal["auto", "white", "black", "image"] = "auto"
     """What is behind transparent pixels; image leaves photographs as they are; auto is white where there is alpha."""
     eval_every: int = 1

@@ -90,6 +90,8 @@ def plan(num_blocks: int, block: int, config: StageConfig) -> Plan:
     Raises:
         UserError: a number that leaves nothing to do.
     """
+    config.scale.check()
+    config.gradients.check()
     for name in ("batch_size", "val_every"):
         require_at_least(name, getattr(config, name), 1)
     blocks_per_step = min(config.batch_size * config.gradients.accumulate * config.scale.world, num_blocks)

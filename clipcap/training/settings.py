@@ -162,6 +162,8 @@ def resolve_init(config: TrainConfig) -> TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for settings that cannot work."""
+    config.scale.check()
+    config.gradients.check()
     least_one = (
         "batch_size",
         "max_tokens",

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,14 +19,14 @@ from clipcap.model import ClipCapModel
 from clipcap.training import material
 from clipcap.training.lora import add_lora, merge_lora
 from clipcap.training.module import CaptionTraining
-from clipcap.training.settings import TrainConfig
+from clipcap.training.settings import FREE, TrainConfig
 from clipcap.training.train import run, train
 from common.checks import UserError, run_command
 from common.files import claimed
 from common.gpt2 import load_gpt2
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
-from common.training import GradientConfig
+from common.training import GradientConfig, ScaleConfig, flat
 from tests.kills import AS_TESTS, kill_everywhere
 
 
@@ -151,6 +151,7 @@ def test_overfits_a_caption(config, photos):
         ({"lora": 99}, "lora is 99: GPT-2 is 16 wide"),
         ({"text_only": True, "inputs": "patches"}, "texts have no patches"),
         ({"monitor": "cider"}, "no validation images are captioned"),
+        ({"scale": ScaleConfig(devices=0)}, "devices is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"lr": 1e30, "tune_gpt2": True, "steps": 40}, "lower the learning rate"),
     ],
@@ -159,6 +160,10 @@ def test_settings_that_cannot_work_are_one_line(config, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         train(replace(config, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_settings_that_are_free_exist(config):
+    assert set(FREE) <= flat(asdict(config)).keys()
 
 
 def test_a_run_goes_on_with_its_own_settings_and_captions_alone(config, photos):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -21,12 +21,13 @@ from common.checks import UserError
 from common.files import MARKER, claimed
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
-from common.training import ScaleConfig
+from common.training import ScaleConfig, flat
 from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
 from recycle_gpt2.corpus import build_corpus, text_hash
 from recycle_gpt2.run import RunConfig, recycle, upload
 from recycle_gpt2.stages import (
+    FREE,
     AlignConfig,
     FinetuneConfig,
     RelearnConfig,
@@ -237,6 +238,11 @@ def test_directories_without_a_record_of_their_inputs_are_accepted_and_get_one(t
     assert once(tmp_path, Settings(), lambda: 1 / 0, inputs={"text": "a"})["number"] == 1
     assert not capsys.readouterr().out
     assert once(tmp_path, Settings(), lambda: {"number": 2}, inputs={"text": "b"})["number"] == 2
+
+
+def test_settings_that_are_free_exist():
+    names = {one.name for kind in (RelearnConfig, AlignConfig, FinetuneConfig) for one in fields(kind)}
+    assert set(FREE) <= names | flat(asdict(StageConfig())).keys()
 
 
 def test_number_of_processes_is_free_only_when_a_stage_is_done(tmp_path):
