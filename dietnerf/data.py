@@ -148,7 +148,7 @@ class FewViewParser(DataParser):
     def _max_pixels(self) -> int:
         return ImageLimit(self.config.max_megapixels).max_pixels
 
-    def _generate_dataparser_outputs(self, split: str = "train") -> DataparserOutputs:
+    def _generate_dataparser_outputs(self, split: str = "train", **_: Any) -> DataparserOutputs:
         require_at_least("image_size", self.config.image_size, 0)
         require_at_least("eval_every", self.config.eval_every, 1)
         kind = scene_kind(Path(self.config.data))
@@ -215,7 +215,7 @@ class FewViewParser(DataParser):
 
     def _background(self, paths: Sequence[Path], split: str) -> str:
         """What is behind the scene, after a look at whether the images have alpha; the training views decide."""
-        wanted = self.config.background
+        wanted: str = self.config.background
         if wanted == "auto" and split != "train":
             wanted = self._training_background()
         if wanted == "image":

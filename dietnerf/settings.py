@@ -40,6 +40,8 @@ GROW_AFTER = 100
 SEMANTIC = {one.name: f"semantic_{one.name}" for one in fields(SemanticConfig)}
 SEMANTIC |= {"random_weights": "semantic_random", "chunk": "chunk"}
 """Options of the semantic loss's fields."""
+OWN: Any = None
+"""The method's own."""
 PARTS: dict[str, type] = {
     "views": ViewsConfig,
     "semantic": SemanticConfig,
@@ -96,8 +98,8 @@ class TrainConfig:
     """Go on from last.ckpt in OUT when there is one, which must be of a run with the same settings; --no-resume begins
     anew."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    semantic: Annotated[SemanticConfig, named(SemanticConfig, SEMANTIC)] = None  # type: ignore[assignment]
-    regularizers: RegularizerConfig = None  # type: ignore[assignment]
+    semantic: Annotated[SemanticConfig, named(SemanticConfig, SEMANTIC)] = OWN
+    regularizers: RegularizerConfig = OWN
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     log: LogConfig = field(default_factory=lambda: LogConfig(tensorboard=False))
     limit: ImageLimit = field(default_factory=ImageLimit)
@@ -107,7 +109,7 @@ class TrainConfig:
         """Parts that are left out are the method's own."""
         model = preset(self.method).pipeline.model
         for name in ("semantic", "regularizers"):
-            if getattr(self, name) is None:
+            if getattr(self, name) is OWN:
                 object.__setattr__(self, name, getattr(model, name))
 
     @classmethod
@@ -165,7 +167,7 @@ def changed(config: TrainConfig, **options: Any) -> TrainConfig:
         changes.setdefault(part, {})[name] = value
     own = changes.pop("", {})
     if "method" in own:
-        own = {"semantic": None, "regularizers": None} | own
+        own = {"semantic": OWN, "regularizers": OWN} | own
     config = replace(config, **own)
     parts: dict[str, Any] = {part: replace(getattr(config, part), **given) for part, given in changes.items()}
     return replace(config, **parts)

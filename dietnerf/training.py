@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,7 +19,7 @@ from common.batches import BatchOrder, ResumableLoader
 from common.callbacks import save_whole
 from common.checks import UserError, require_place
 from common.files import clear_leftovers, write_json, write_text
-from common.optimizers import fused
+from common.optimizers import fused, scheduled
 from common.processes import is_first_process, sole_run
 from common.runtime import hardware, start, versions
 from common.training import (
@@ -51,7 +52,7 @@ class FewViewTraining(LightningModule):
         """The field."""
         return self.pipeline.model
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups, factors = [], []
         for name, parameters in self.model.get_param_groups().items():
             chosen = self.run_config.optimizers[name]
@@ -59,8 +60,7 @@ class FewViewTraining(LightningModule):
             factors.append(chosen["scheduler"].setup().factor)
         # One pass over a grid's tables takes a fifth of several.
         optimizer = fused(torch.optim.Adam, groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, factors)
 
     def on_fit_start(self) -> None:
         self.pipeline.datamanager.device = self.device

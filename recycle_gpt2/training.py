@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from jaxtyping import Int
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,7 +20,7 @@ from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError, require_at_least
 from common.files import write_json
 from common.language import IGNORE
-from common.optimizers import MuonAndAdam, decay_matrices, warmup_cosine
+from common.optimizers import MuonAndAdam, decay_matrices, scheduled, warmup_cosine
 from common.runtime import RuntimeConfig, seed_everything
 from common.training import (
     GradientConfig,
@@ -163,7 +164,7 @@ class Recycling(LightningModule):
         self._valid: list[tuple[Tensor, int]] = []
         self._plateau: dict[str, Any] | None = None
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model, self.config)
         if self.config.schedule == "cosine":
             factor = warmup_cosine(self.config.warmup, self.plan.steps)
@@ -173,8 +174,7 @@ class Recycling(LightningModule):
             def factor(step: int) -> float:
                 return min(1.0, (step + 1) / (warmup + 1)) * self._decayed()
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, factor)
 
     def _decayed(self) -> float:
         return 1.0 if self._plateau is None else self._plateau["factor"]
@@ -251,7 +251,7 @@ class Recycling(LightningModule):
         self._train_nats = [torch.tensor(nats) for nats in state["train_nats"]]
         self._plateau = state["plateau"]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trained tensors only: the frozen ones are known from the model that the stage began with."""
         trained = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
