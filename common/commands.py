@@ -65,13 +65,14 @@ def run_cli(prog: str, description: str, subcommands: dict[str, Subcommand], arg
     return run_command(run)
 
 
-def named(config: type, names: Mapping[str, str]) -> Any:
-    """What annotates a field that holds a `config`, so that the options of its fields have these names."""
+def named(config: type, names: Mapping[str, str] | None = None) -> Any:
+    """What annotates a field that holds a `config` or None, so that the options of its fields have these names."""
     hints = get_type_hints(config, include_extras=True)
     options: list[Any] = []
     for one in fields(config):
         default = field(default_factory=one.default_factory) if one.default is MISSING else one.default
-        options.append((one.name, Annotated[hints[one.name], tyro.conf.arg(name=names[one.name])], default))
+        option = tyro.conf.arg(name=(names or {}).get(one.name, one.name))
+        options.append((one.name, Annotated[hints[one.name], option], default))
     namespace = {"__new__": lambda cls, **values: config(**values), "__doc__": config.__doc__}
     return tyro.conf.arg(
         constructor=make_dataclass(config.__name__, options, bases=(config,), frozen=True, namespace=namespace)

@@ -99,7 +99,7 @@ class TrainConfig:
     anew."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
     semantic: Annotated[SemanticConfig, named(SemanticConfig, SEMANTIC)] = OWN
-    regularizers: RegularizerConfig = OWN
+    regularizers: Annotated[RegularizerConfig, named(RegularizerConfig)] = OWN
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     log: LogConfig = field(default_factory=lambda: LogConfig(tensorboard=False))
     limit: ImageLimit = field(default_factory=ImageLimit)

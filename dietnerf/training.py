@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,9 @@ from dietnerf.settings import METHODS, TrainConfig, nerfstudio_config, options_o
 class FewViewTraining(LightningModule):
     """Optimizer, schedule and logging around the pipeline's losses."""
 
-    def __init__(self, config: FewViewTrainerConfig, *, val_views: Sequence[int] = ()) -> None:
+    def __init__(self, config: FewViewTrainerConfig) -> None:
         super().__init__()
-        self.run_config, self.val_views = config, list(val_views)
+        self.run_config = config
         self._row: dict[str, Tensor] = {}  # of the step's loss and its parts
         self._valid: list[float] = []  # PSNR of the validation's views
         self.pipeline: FewViewPipeline = config.pipeline.setup(device="cpu", test_mode="val")

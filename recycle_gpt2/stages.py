@@ -48,6 +48,35 @@ PROCESSES = "devices * num_nodes"
 Initialisation = Literal["random", "mean", "frequency", "copy", "focus"]
 
 
+PARTS = ("rows", "alignment")
+"""Fields that hold what the whole command asks for too."""
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """The new rows, and what is relearned with them."""
+
+    initialisation: Initialisation = "random"
+    """First values of the new rows: random (matched mean and variance), mean, frequency (rank), copy (tokens spelled
+    as English ones), focus (copied rows, and means of those that are alike in the new language's text)."""
+    positions: bool = False
+    """Relearn the position embeddings too."""
+    norms: bool = False
+    """Relearn the layer norms too."""
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """How relearned embeddings are carried over to a larger model."""
+
+    method: Method = "least_squares"
+    """least_squares (best as published), procrustes (a rotation) or knn (means of near English rows)."""
+    k: int = 10
+    """Neighbours of knn."""
+    choose: bool = True
+    """Choose centring, ridge and scale by held-out English rows; --no-choose aligns exactly as published."""
+
+
 @dataclass(frozen=True)
 class RelearnConfig:
     """Relearn the lexical embeddings of a model for a new language; everything else stays as it is."""
@@ -60,17 +89,11 @@ class RelearnConfig:
     """Where the run goes; the model is in its folder `model`."""
     model: str = "gpt2"
     """The model: tiny, tiny-medium, gpt2, distilgpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory."""
-    initialisation: Initialisation = "random"
-    """First values of the new rows: random (matched mean and variance), mean, frequency (rank), copy (tokens spelled
-    as English ones), focus (copied rows, and means of those that are alike in the new language's text)."""
     dictionary: Path | None = None
     """For focus: a file of target word, tab, English word in each line; these words take their translations' rows."""
     keep_table: bool = False
     """Go on from the token table that the model has (it was aligned or relearned), instead of a new one."""
-    positions: bool = False
-    """Train the position embeddings too."""
-    norms: bool = False
-    """Train the layer norms too."""
+    rows: RowsConfig = field(default_factory=RowsConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -87,12 +110,7 @@ class AlignConfig:
     """The English model that the small one was made from."""
     large: str = "gpt2-medium"
     """The larger English model."""
-    method: Method = "least_squares"
-    """least_squares (best as published), procrustes (a rotation) or knn (means of near English rows)."""
-    k: int = 10
-    """Neighbours of knn."""
-    choose: bool = True
-    """Choose centring, ridge and scale by held-out English rows; --no-choose aligns exactly as published."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -123,7 +141,7 @@ def wait_for(path: Path, ready: Callable[[], bool] | None = None) -> None:
 
 def stage_settings(config: Any) -> dict[str, Any]:
     """What of a configuration decides the result, in JSON's own types, with the settings of its training one by one."""
-    fields = settings_of(config, FREE)
+    fields = flat(settings_of(config, FREE), PARTS)
     if isinstance(fields.get("stage"), dict):
         stage = flat(fields.pop("stage"))
         fields |= {f"stage.{name}": value for name, value in stage.items() if name not in FREE}
@@ -304,7 +322,7 @@ def relearn(config: RelearnConfig) -> Path:
         _require_same_tokenizer(train, tokenizer, config.corpus)
         if not config.keep_table:
             replace_lexical(model, tokenizer, new_rows(config, model, english, tokenizer, train))
-        train_only(model, positions=config.positions, norms=config.norms)
+        train_only(model, positions=config.rows.positions, norms=config.rows.norms)
         record = train_stage(
             model,
             train,
@@ -337,7 +355,7 @@ def new_rows(
 ) -> torch.Tensor:
     """The token table that relearning begins with."""
     auxiliary = None
-    if config.initialisation == "focus":
+    if config.rows.initialisation == "focus":
         auxiliary = cooccurrence_embeddings(
             train.tokens(0, min(train.num_tokens, 20_000_000)),  # as many as tell the vocabulary's company
             len(tokenizer),
@@ -345,7 +363,7 @@ def new_rows(
             end=tokenizer.eos_token_id,
         )
     return initialise(
-        config.initialisation,
+        config.rows.initialisation,
         token_table(model),
         english,
         tokenizer,
@@ -375,11 +393,12 @@ def align_models(config: AlignConfig) -> Path:
         rows = min(len(table) for table in tables)
         tables = tables[0][:rows], tables[1][:rows]
         generator = torch.Generator().manual_seed(config.runtime.seed)
-        settings: dict[str, Any] = {"method": config.method}
-        if config.method == "knn":
-            settings["k"] = config.k
-        elif config.choose:
-            options = choose_options(*tables, method=config.method, generator=generator)
+        how = config.alignment
+        settings: dict[str, Any] = {"method": how.method}
+        if how.method == "knn":
+            settings["k"] = how.k
+        elif how.choose:
+            options = choose_options(*tables, method=how.method, generator=generator)
             settings |= options.arguments()
         target = token_table(recycled)
         aligned = align(*tables, target, **settings)
@@ -396,8 +415,8 @@ def align_models(config: AlignConfig) -> Path:
     record = once(config.out, config, work, inputs={"recycled model": model_hash(config.recycled)})
     with reading(config.out / DONE, RENEW):
         print(
-            f"aligned by {config.method}: {record['neighbour_overlap']:.1%} of neighbours kept, error on held-out "
-            f"English rows {record['held_out_error']:.3f} (0 perfect, 1 useless)"
+            f"aligned by {config.alignment.method}: {record['neighbour_overlap']:.1%} of neighbours kept, error on "
+            f"held-out English rows {record['held_out_error']:.3f} (0 perfect, 1 useless)"
         )
     return config.out / MODEL
 

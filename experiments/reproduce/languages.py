@@ -52,7 +52,7 @@ def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
         from recycle_gpt2.corpus import load_documents
         from recycle_gpt2.evaluate import score_documents, summarise
         from recycle_gpt2.run import RunConfig, recycle
-        from recycle_gpt2.stages import FinetuneConfig, finetune
+        from recycle_gpt2.stages import AlignmentConfig, FinetuneConfig, finetune
         from recycle_gpt2.training import StageConfig
 
         stage = StageConfig()
@@ -65,7 +65,7 @@ def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
                 small=weights[GPT2],
                 large=weights[MEDIUM],
                 vocab_size=LANGUAGES[language]["vocab_size"],
-                choose=False,
+                alignment=AlignmentConfig(choose=False),
                 unfreeze="none",
                 stage=stage,
                 runtime=config.runtime,

@@ -29,8 +29,10 @@ from recycle_gpt2.run import RunConfig, recycle, upload
 from recycle_gpt2.stages import (
     FREE,
     AlignConfig,
+    AlignmentConfig,
     FinetuneConfig,
     RelearnConfig,
+    RowsConfig,
     align_models,
     finetune,
     once,
@@ -190,7 +192,7 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_named(runs, monkey
         recycle(replace(config, stage=replace(config.stage, lr=0.01)))
     # Where and with how many processes a run goes on is free.
     with pytest.raises(UserError, match="align.* was begun with choose True, now it is False"):
-        recycle(replace(config, choose=False))
+        recycle(replace(config, alignment=AlignmentConfig(choose=False)))
     recycle(replace(config, workers=2, runtime=RuntimeConfig(device="cpu", seed=3, threads=1)))
 
 
@@ -242,7 +244,7 @@ def test_directories_without_a_record_of_their_inputs_are_accepted_and_get_one(t
 
 def test_settings_that_are_free_exist():
     names = {one.name for kind in (RelearnConfig, AlignConfig, FinetuneConfig) for one in fields(kind)}
-    assert set(FREE) <= names | flat(asdict(StageConfig())).keys()
+    assert {"out", "runtime"} <= set(FREE) <= names | flat(asdict(StageConfig())).keys()
 
 
 def test_number_of_processes_is_free_only_when_a_stage_is_done(tmp_path):
@@ -364,9 +366,7 @@ def test_stages_by_themselves(runs, tmp_path):
             tokenizer=stages / "tokenizer",
             out=tmp_path / "relearn",
             model=config.small,
-            initialisation="focus",
-            positions=True,
-            norms=True,
+            rows=RowsConfig(initialisation="focus", positions=True, norms=True),
             stage=stage,
             runtime=config.runtime,
         )
@@ -376,7 +376,11 @@ def test_stages_by_themselves(runs, tmp_path):
     assert not [name for name in record["trained"] if "mlp" in name or "attn" in name]
     aligned = align_models(
         AlignConfig(
-            recycled=directory, out=tmp_path / "align", small=config.small, large=config.large, method="knn", k=3
+            recycled=directory,
+            out=tmp_path / "align",
+            small=config.small,
+            large=config.large,
+            alignment=AlignmentConfig(method="knn", k=3),
         )
     )
     tuned = finetune(
@@ -424,7 +428,7 @@ def test_focus_with_a_dictionary_still_mixes_the_other_rows(
         corpus=tmp_path / "corpus",
         tokenizer=tmp_path,
         out=tmp_path / "out",
-        initialisation="focus",
+        rows=RowsConfig(initialisation="focus"),
         dictionary=tmp_path / "words.tsv",
     )
     model, english = load_gpt2(english_models[0])
@@ -438,7 +442,7 @@ def test_the_dictionary_of_focus_does_not_measure_the_lexicon(tmp_path, monkeypa
     monkeypatch.setattr(run_module, "run_lexicon", given.append)
     config = RunConfig(text=(), out=tmp_path, language="nld", dictionary=tmp_path / "words.tsv")
     for initialisation in ("random", "focus"):
-        run_module._make_lexicon(replace(config, initialisation=initialisation), tmp_path, tmp_path)
+        run_module._make_lexicon(replace(config, rows=RowsConfig(initialisation=initialisation)), tmp_path, tmp_path)
     assert [config.dictionary for config in given] == [tmp_path / "words.tsv", None]
 
 
