@@ -14,6 +14,7 @@ from common.files import MARKER, require_own_directory, write_json, write_text
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
+from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.card import model_card
 from recycle_gpt2.corpus import (
     build_corpus,
@@ -25,6 +26,7 @@ from recycle_gpt2.corpus import (
 )
 from recycle_gpt2.documents import find_texts, read_documents, size_of
 from recycle_gpt2.evaluate import score_documents, summarise_by, table
+from recycle_gpt2.lexical import RowsConfig
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
@@ -34,10 +36,8 @@ from recycle_gpt2.stages import (
     MODEL,
     SETTINGS,
     AlignConfig,
-    AlignmentConfig,
     FinetuneConfig,
     RelearnConfig,
-    RowsConfig,
     align_models,
     file_hash,
     finetune,

@@ -20,10 +20,11 @@ from common.gpt2 import load_gpt2, token_table
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import flat, settings_of
-from recycle_gpt2.alignment import Method, align, choose_options, held_out_error, neighbour_overlap
+from recycle_gpt2.alignment import AlignmentConfig, align, choose_options, held_out_error, neighbour_overlap
 from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.corpus import corpus_hash
 from recycle_gpt2.lexical import (
+    RowsConfig,
     cooccurrence_embeddings,
     initialise,
     layers_from_top,
@@ -45,36 +46,8 @@ FREE = ("runtime", "devices", "num_nodes", "strategy", "out")
 """Settings that do not change what a finished stage has made (the seed among the runtime's is kept)."""
 PROCESSES = "devices * num_nodes"
 """Must stay the same while a stage trains: the blocks of a step and the number of steps follow from it."""
-Initialisation = Literal["random", "mean", "frequency", "copy", "focus"]
-
-
 PARTS = ("rows", "alignment")
 """Fields that hold what the whole command asks for too."""
-
-
-@dataclass(frozen=True)
-class RowsConfig:
-    """The new rows, and what is relearned with them."""
-
-    initialisation: Initialisation = "random"
-    """First values of the new rows: random (matched mean and variance), mean, frequency (rank), copy (tokens spelled
-    as English ones), focus (copied rows, and means of those that are alike in the new language's text)."""
-    positions: bool = False
-    """Relearn the position embeddings too."""
-    norms: bool = False
-    """Relearn the layer norms too."""
-
-
-@dataclass(frozen=True)
-class AlignmentConfig:
-    """How relearned embeddings are carried over to a larger model."""
-
-    method: Method = "least_squares"
-    """least_squares (best as published), procrustes (a rotation) or knn (means of near English rows)."""
-    k: int = 10
-    """Neighbours of knn."""
-    choose: bool = True
-    """Choose centring, ridge and scale by held-out English rows; --no-choose aligns exactly as published."""
 
 
 @dataclass(frozen=True)

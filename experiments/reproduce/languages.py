@@ -49,10 +49,11 @@ def released(language: str) -> dict[str, str]:
 def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
     def run(config: Config, weights: dict[str, str]) -> None:
         from common.gpt2 import load_gpt2
+        from recycle_gpt2.alignment import AlignmentConfig
         from recycle_gpt2.corpus import load_documents
         from recycle_gpt2.evaluate import score_documents, summarise
         from recycle_gpt2.run import RunConfig, recycle
-        from recycle_gpt2.stages import AlignmentConfig, FinetuneConfig, finetune
+        from recycle_gpt2.stages import FinetuneConfig, finetune
         from recycle_gpt2.training import StageConfig
 
         stage = StageConfig()

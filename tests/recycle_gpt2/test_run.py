@@ -24,15 +24,15 @@ from common.runtime import RuntimeConfig
 from common.training import ScaleConfig, flat
 from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
+from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.corpus import build_corpus, text_hash
+from recycle_gpt2.lexical import RowsConfig
 from recycle_gpt2.run import RunConfig, recycle, upload
 from recycle_gpt2.stages import (
     FREE,
     AlignConfig,
-    AlignmentConfig,
     FinetuneConfig,
     RelearnConfig,
-    RowsConfig,
     align_models,
     finetune,
     once,
