@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from common.checks import UserError, require_directory, require_same_settings
+from common.checks import UserError, require_directory, require_same_settings, require_text
 from common.files import require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2, token_table
 from common.processes import is_first_process, sole_run
@@ -158,6 +158,7 @@ def once(
             lies there that no stage wrote; or another run is using it.
     """
     directory = Path(directory)
+    require_text("out", directory)
     known = {name: value for name, value in inputs.items() if value is not None}
     with sole_run(directory):
         return _once(directory, stage_settings(config), work, known, everyone)
