@@ -17,6 +17,8 @@ from common.checks import UserError, require_at_least
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
+MOST_RESAMPLES = 1_000_000
+"""Of a bootstrap."""
 IGNORE = -100
 """Label of a position that is not counted in the loss."""
 
