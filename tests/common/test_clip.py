@@ -443,6 +443,7 @@ def test_import_is_light():
         (Image.new("RGB", (0, 8)), "0x8"),
     ],
 )
+@pytest.mark.usefixtures("any_shape")
 def test_bad_images_are_named(images, message):
     with pytest.raises(UserError, match=message) as caught:
         Preprocess(32)(images)

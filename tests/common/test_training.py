@@ -28,7 +28,8 @@ from common.checks import UserError, run_command
 from common.optimizers import MuonAndAdam, warmup_cosine, warmup_linear
 from common.processes import sole_run
 from common.training import TrainerConfig, build_trainer, fit, require_same_run, validation_interval
-from tests.kills import AS_TESTS, kill_everywhere
+from tests.forks import AS_TESTS
+from tests.kills import kill_everywhere
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -549,14 +550,10 @@ def killed_run(directory: Path) -> str:
     return weights_hash(directory)
 
 
-def test_a_run_killed_at_any_of_its_writes_ends_the_same(tmp_path):
-    kill_everywhere("tests.common.test_training:killed_run", tmp_path, points=6)
-
-
-@pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_a_run_killed_at_each_of_its_writes_ends_the_same(tmp_path):
-    kill_everywhere("tests.common.test_training:killed_run", tmp_path, points=60)
+@pytest.mark.timeout(900)
+def test_a_run_killed_at_any_of_its_writes_ends_the_same(forks, tmp_path, exhaustive):
+    kill_everywhere(forks, "tests.common.test_training:killed_run", tmp_path, points=60 if exhaustive else 6)
 
 
 FULL = """
@@ -574,9 +571,8 @@ raise SystemExit(run_command(lambda: train(Path(sys.argv[1]), 18, fill, val_ever
 
 
 @pytest.mark.parametrize("room", [100, 6000])
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, root, whole, room):
-    command = [sys.executable, "-c", AS_TESTS + FULL, str(tmp_path / "run"), str(room)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(forks, tmp_path, whole, room):
+    done = forks.run(FULL, tmp_path / "run", room)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert last.startswith("error: File too large") and "free disk space" in last
@@ -648,7 +644,25 @@ raise SystemExit(run_command(command))
 
 
 @pytest.mark.parametrize("whom", ["first", "second", "both"])
-def test_a_signal_to_one_of_two_processes_ends_both_after_they_have_saved(tmp_path, whom):
+def test_a_signal_to_one_of_two_processes_ends_both_after_they_have_saved(forks, tmp_path, whom):
+    ranks = forks.start_ranks(TWO, tmp_path / "run")
+    try:
+        wait_for(lambda: all((tmp_path / f"run/begun{rank}").exists() for rank in (0, 1)), ranks[0])
+        for process in {"first": ranks[:1], "second": ranks[1:], "both": ranks}[whom]:
+            os.kill(process.pid, signal.SIGTERM)
+        first, second = (process.wait(60) for process in ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert first.returncode == 143, first.stderr + second.stderr
+    assert second.returncode == 0  # with another code, Lightning would kill the first
+    assert "stopped by SIGTERM" in first.stderr and "Traceback" not in first.stderr
+    require_checkpoint_of_two(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_process_that_started_the_other_ends_both(tmp_path):
+    """As above, with Lightning's own launcher."""
     script = tmp_path / "script.py"
     script.write_text(AS_TESTS + TWO)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -660,20 +674,26 @@ def test_a_signal_to_one_of_two_processes_ends_both_after_they_have_saved(tmp_pa
         start_new_session=True,
     )
     try:
-        until = time.monotonic() + 120
-        while not all((tmp_path / f"run/begun{rank}").exists() for rank in (0, 1)):
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.1)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in {"first": [process.pid], "second": children[:1], "both": [process.pid, children[0]]}[whom]:
-            os.kill(int(pid), signal.SIGTERM)
+        wait_for(lambda: all((tmp_path / f"run/begun{rank}").exists() for rank in (0, 1)), process)
+        process.terminate()
         error = process.communicate(timeout=60)[1]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 143, error
     assert error.count("stopped by SIGTERM") == 1 and "Traceback" not in error
-    checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    require_checkpoint_of_two(tmp_path / "run")
+
+
+def wait_for(condition, process) -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+
+
+def require_checkpoint_of_two(run: Path) -> None:
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
     assert 0 < checkpoint["global_step"] < 400 and len(checkpoint["random_state"]) == 2
 
 

@@ -321,11 +321,11 @@ corpus.build_corpus([Path("{text}")], load_tokenizer(Path("{tokenizer}")), Path(
 
 
 @pytest.mark.slow
-def test_killed_build_goes_on_to_the_same_bytes(built, text, tokenizer, tmp_path, root, monkeypatch):
+def test_killed_build_goes_on_to_the_same_bytes(forks, built, text, tokenizer, tmp_path, monkeypatch):
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
     out, marker = tmp_path / "killed", tmp_path / "marker"
     script = KILLED.format(after=7, marker=marker, text=text, tokenizer=tmp_path / "tokenizer", out=out, shares=SHARES)
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, timeout=200)
+    done = forks.run(script)
     assert done.returncode == -signal.SIGKILL and marker.exists()
     ready = sorted((out / "shards").glob("*.json"))
     assert ready and not (out / "manifest.json").exists() and list((out / "shards").glob(".*.tmp"))

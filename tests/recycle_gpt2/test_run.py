@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,7 +112,7 @@ run.recycle(whole)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, dutch, english_models) -> tuple[RunConfig, RunConfig]:
+def runs(forks, tmp_path_factory, dutch, english_models) -> tuple[RunConfig, RunConfig]:
     """A run that was killed in every stage, and one that was not."""
     import pickle
 
@@ -125,13 +123,7 @@ def runs(tmp_path_factory, dutch, english_models) -> tuple[RunConfig, RunConfig]
     config = settings(folder / "text", english_models, folder / "killed")
     whole = replace(config, out=folder / "whole")
     (folder / "configs.pkl").write_bytes(pickle.dumps((config, whole)))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(folder / "configs.pkl")],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(KILLS, folder / "configs.pkl")
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-500:]
     return config, whole
 
@@ -633,18 +625,15 @@ def test_a_run_of_version_0_1_goes_on_with_the_text_that_it_had(tmp_path, text, 
 
 
 @long
-def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
+def test_two_processes_train_as_one_with_twice_the_batch(forks, runs, tmp_path):
     config = runs[1]
     stages = config.out.with_name("whole.stages")
     model, english = load_gpt2(config.small)
     model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = 0.0  # or the processes' would differ
     small = save_model(model, english, tmp_path / "small")
 
-    def command(out: Path, *more: str) -> list[str]:
+    def arguments(out: Path, *more: str) -> list[str]:
         return [
-            sys.executable,
-            "-m",
-            "recycle_gpt2.cli",
             "relearn",
             "--corpus",
             str(stages / "corpus"),
@@ -667,14 +656,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
             *more,
         ]
 
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, more in (
-        ("one", ["--batch-size", "4"]),
-        ("two", ["--batch-size", "2", "--devices", "2", "--strategy", "ddp"]),
-    ):
-        done = subprocess.run(command(tmp_path / name, *more), cwd=root, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    code = "from recycle_gpt2.cli import main\nraise SystemExit(main())"
+    done = forks.run(code, *arguments(tmp_path / "one", "--batch-size", "4"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    forks.run_ranks(code, *arguments(tmp_path / "two", "--batch-size", "2", "--devices", "2", "--strategy", "ddp"))
     one, two = (load_gpt2(tmp_path / name / "model")[0].transformer.wte.weight for name in ("one", "two"))
     assert torch.allclose(one, two, atol=1e-4)
     records = [json.loads((tmp_path / name / "done.json").read_text()) for name in ("one", "two")]
