@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core
 import costs  # in tests/hooks
 import jaxtyping
 import pytest
+import shapes  # noqa: F401  before any package of ours
 import torch
 
 from tests.forks import Forks

@@ -30,6 +30,12 @@ class Costs:
         self.costs: Counter[str] = Counter()
         self.slow: set[str] = set()
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Files with slow tests come first, so that no process is alone with them in the end."""
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
     def pytest_runtest_logstart(self) -> None:
         self.before = _used()
 

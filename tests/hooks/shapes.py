@@ -1,4 +1,8 @@
-"""What checks the shapes that signatures promise, in every test (pytest's --jaxtyping-packages)."""
+"""What checks the shapes that signatures promise, in every test (pytest's --jaxtyping-packages).
+
+jaxtyping's hook would wrap every function and every dataclass, which costs time, and pickles and stand-ins know the
+difference: imported first, this module has it wrap only those that promise the shape of an array.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any, get_args
 
+import jaxtyping
 from beartype import BeartypeConf, beartype
-from jaxtyping import AbstractArray
-from transformers.configuration_utils import PreTrainedConfig
+from jaxtyping import AbstractArray, jaxtyped
 
+_KINDS = tuple(f"{name}[" for name in dir(jaxtyping) if name[0].isupper())
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as in PEP 484
-PreTrainedConfig.__no_type_check__ = True  # a dataclass whose __init__ takes more than its fields
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,3 +29,17 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _has_shape(hint: Any) -> bool:
     return inspect.isclass(hint) and issubclass(hint, AbstractArray) or any(map(_has_shape, get_args(hint)))
+
+
+def _only_promises(*, typechecker: Any) -> Callable[[Any], Any]:
+    """In place of `jaxtyping.jaxtyped`, as its hook calls it."""
+
+    def decorate(thing: Any) -> Any:
+        own = vars(thing).get("__annotations__", {}) if inspect.isclass(thing) else thing.__annotations__
+        promises = any(kind in str(hint) for hint in own.values() for kind in _KINDS)
+        return jaxtyped(typechecker=typechecker)(thing) if promises else thing
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _only_promises
