@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -16,6 +17,7 @@ import os, sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 torch.set_num_threads(1)
 from clipcap.training.train import CaptionTraining, TrainConfig, train
@@ -52,6 +54,7 @@ def losses(directory):
         return [(row["step"], float(row["val/loss"])) for row in csv.DictReader(file) if row["val/loss"]]
 
 
+@pytest.mark.slow
 def test_two_processes(forks, photos, clip_directory, gpt2_directory, tmp_path):
     for rank, done in enumerate(forks.run_ranks(SCRIPT, photos, clip_directory, gpt2_directory, tmp_path)):
         assert done.stdout.endswith(f"done {rank}\n") and "GLOBAL_RANK" not in done.stderr

@@ -417,6 +417,7 @@ def test_a_signal_ends_the_command_and_deletes_what_was_uploaded(captioner, tmp_
     assert "Traceback" not in capfd.readouterr().err and signal.getsignal(number) == handler
 
 
+@pytest.mark.slow
 def test_a_process_that_is_told_to_end_ends_cleanly(forks, tmp_path):
     code = "from clipcap.cli import main\nraise SystemExit(main())"
     running = forks.start(code, "serve", "--port", 0, "--threads", 1, env={"TMPDIR": str(tmp_path)})

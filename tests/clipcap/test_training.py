@@ -390,6 +390,7 @@ raise SystemExit(run_command(lambda: training.run(config)))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_end_is_one_line_and_the_same_command_writes_the_model(forks, tmp_path):
     done = forks.run(FULL, tmp_path / "run")
     assert done.returncode == 2, done.stderr

@@ -417,6 +417,7 @@ def test_dtype_is_asked_for(tiny):
     assert clip.encode_texts(TEXTS).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = (
         "import sys, common.clip; print([m for m in ('open_clip', 'nerfstudio', 'transformers') if m in sys.modules])"

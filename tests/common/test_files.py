@@ -172,6 +172,7 @@ raise SystemExit(run_command({"weights": weights, "checkpoint": checkpoint, "arr
 
 
 @pytest.mark.parametrize("what", ["weights", "checkpoint", "array", "text"])
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_that_names_the_place(forks, tmp_path, what):
     place = tmp_path / "place"
     if what == "weights":

@@ -571,6 +571,7 @@ raise SystemExit(run_command(lambda: train(Path(sys.argv[1]), 18, fill, val_ever
 
 
 @pytest.mark.parametrize("room", [100, 6000])
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(forks, tmp_path, whole, room):
     done = forks.run(FULL, tmp_path / "run", room)
     last = done.stderr.splitlines()[-1]
@@ -644,6 +645,7 @@ raise SystemExit(run_command(command))
 
 
 @pytest.mark.parametrize("whom", ["first", "second", "both"])
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_ends_both_after_they_have_saved(forks, tmp_path, whom):
     ranks = forks.start_ranks(TWO, tmp_path / "run")
     try:

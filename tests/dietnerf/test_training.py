@@ -54,6 +54,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["pipeline"]
 
 
+@pytest.mark.slow
 def test_a_run_and_what_it_leaves(ball_scene, tmp_path, small_grid):
     run = train(settings(ball_scene, tmp_path / "run"))
     record = json.loads((run / "training.json").read_text())
@@ -69,6 +70,7 @@ def test_a_run_and_what_it_leaves(ball_scene, tmp_path, small_grid):
     assert scene.render(pose, size=8).rgb.shape == (8, 8, 3)
 
 
+@pytest.mark.slow
 def test_resume_is_exact(ball_scene, tmp_path, small_grid, monkeypatch):
     """After a signal in the eighth of 15 steps, on all that is in the files: weights, and the rows of metrics."""
     from dietnerf.training import FewViewTraining
@@ -94,6 +96,7 @@ def test_resume_is_exact(ball_scene, tmp_path, small_grid, monkeypatch):
     assert (whole / "metrics.csv").read_text() == (cut.out / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_row_of_metrics_is_of_its_step(ball_scene, tmp_path, small_grid, monkeypatch):
     from dietnerf.pipeline import FewViewPipeline
 
@@ -163,6 +166,7 @@ def test_another_run_does_not_go_on_from_this_one(ball_scene, tmp_path, small_gr
     assert Scene.load(anew, device="cpu").step == 3
 
 
+@pytest.mark.slow
 def test_lightning_run_opens_with_nerfstudio_and_trains_on(ball_scene, tmp_path, small_grid):
     run = train(settings(ball_scene, tmp_path / "run", semantic_weight=0.0))
     from nerfstudio.utils.eval_utils import eval_setup
