@@ -74,7 +74,7 @@ class CachedDecoder:
         return hidden
 
     def _forward(
-        self, inputs: Float[Tensor, "b n d"], position: int, visible: Bool[Tensor, "b 1 n m"]
+        self, inputs: Float[Tensor, "b n d"], position: int, visible: Bool[Tensor, "#b 1 n m"]
     ) -> Float[Tensor, "b n d"]:
         count = inputs.shape[1]
         # Prefixes begin at 0; later the tokens side by side are of different beams, all at one position.
