@@ -28,6 +28,8 @@ _BY_PREFIX = {
     TIMM_PREFIX: load_timm,
     TORCHVISION_PREFIX: load_torchvision,
 }
+PREFIXES = tuple(_BY_PREFIX)
+"""Beginnings of names that are neither ids nor directories."""
 
 
 def load_clip(

@@ -105,7 +105,8 @@ class TrainConfig:
     semantic_weight: float | None = None
     """Weight of the semantic loss; 0 switches it off; left out, the method's own."""
     semantic_encoder: str = "tiny"
-    """Image encoder: a CLIP (tiny, Hugging Face id, open_clip:ARCH/TAG), timm:NAME[:PATH], torchvision:NAME[:PATH]."""
+    """Image encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
+    torchvision:NAME[/PATH]."""
     semantic_feature: Literal["class_token", "embedding", "patches"] = "class_token"
     """What of it is compared."""
     semantic_random: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Collection
 from typing import Any
 
 from jaxtyping import Float
@@ -32,33 +33,28 @@ class _Timm(Backbone):
 
 def trunk_features(trunk: Any, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
     """Class token and patches of a timm model, as `ImageFeatures` has them, and as embedding what its head gives."""
+    extra = getattr(trunk, "num_prefix_tokens", 0)
     prefix = None
-    takes = inspect.signature(trunk.forward_intermediates).parameters if _gives_blocks(trunk) else {}
-    if "return_prefix_tokens" in takes:
-        last, found = trunk.forward_intermediates(pixels, indices=1, return_prefix_tokens=True)
-        patches, prefix = found[0] if isinstance(found[0], tuple) else (found[0], None)
-        patches = from_map(patches)  # of the last block, before the final norm
+    if "return_prefix_tokens" in _options(trunk):  # a ViT: of the last block, before the final norm
+        options = {"return_prefix_tokens": True} if extra else {}
+        last, [found] = trunk.forward_intermediates(pixels, indices=1, **options)
+        patches, prefix = found if extra else (found, None)
+        patches = from_map(patches)
     else:
         last = trunk.forward_features(pixels)
-        if last.ndim == 4 and getattr(trunk, "output_fmt", "NCHW") == "NHWC":
-            patches = last.flatten(1, 2)
+        if last.ndim == 3:
+            prefix, patches = last[:, :extra], last[:, extra:]
         else:
-            patches = from_map(last) if last.ndim == 4 else last
-    if last.ndim == 3 and prefix is None and (extra := getattr(trunk, "num_prefix_tokens", 0)):
-        prefix, patches = patches[:, :extra], patches[:, extra:]
-    has_class_token = prefix is not None and prefix.shape[1] and _has_class_token(trunk)
+            patches = last.flatten(1, 2) if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else from_map(last)
+    registers = getattr(trunk, "reg_token", None)
+    has_class_token = extra > (0 if registers is None else registers.shape[1])
     class_token = prefix[:, 0] if prefix is not None and has_class_token else patches.mean(1)
     return ImageFeatures(class_token, patches, trunk.forward_head(last))
 
 
-def _gives_blocks(trunk: Any) -> bool:
-    return hasattr(trunk, "forward_intermediates")
-
-
-def _has_class_token(trunk: Any) -> bool:
-    """Registers alone are none."""
-    token = getattr(trunk, "cls_token", None)
-    return token is not None or getattr(trunk, "num_reg_tokens", 0) < getattr(trunk, "num_prefix_tokens", 1)
+def _options(trunk: Any) -> Collection[str]:
+    """What the model's `forward_intermediates` takes, if it has one."""
+    return inspect.signature(trunk.forward_intermediates).parameters if hasattr(trunk, "forward_intermediates") else ()
 
 
 def load_timm(name: str) -> tuple[Backbone, Preprocess]:
