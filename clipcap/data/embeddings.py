@@ -113,9 +113,9 @@ def build_store(
         max_pixels: of an image; a larger one counts as one that cannot be read.
 
     Raises:
-        UserError: the encoder has no patches and `inputs` asks for them; the store was made with another CLIP, other preprocessing or inputs, or of an image that has
-            changed since; rows are missing that would be of fp32 among those of bf16; a file of it is cut short; no
-            image can be read; the disk is full; a worker was killed.
+        UserError: the encoder has no patches, and `inputs` asks for them; the store was made with another CLIP, other
+            preprocessing or inputs, or of an image that has changed since; rows are missing that would be of fp32 among
+            those of bf16; a file of it is cut short; no image can be read; the disk is full; a worker was killed.
     """
     require_at_least("batch_size", batch_size, 1)
     require_at_least("workers", workers, 0)

@@ -71,10 +71,10 @@ def load_timm(name: str) -> tuple[Backbone, Preprocess]:
     with fork_generators(0):
         try:
             if path is None:
-                hub = timm.get_pretrained_cfg(arch).hf_hub_id
-                if hub:
-                    require_reachable(hub, ("model.safetensors", "pytorch_model.bin"))
-            model = timm.create_model(arch, pretrained=path is None, num_classes=0)
+                weights: Any = timm.get_pretrained_cfg(arch)
+                if weights.hf_hub_id:
+                    require_reachable(weights.hf_hub_id, ("model.safetensors", "pytorch_model.bin"))
+            model: Any = timm.create_model(arch, pretrained=path is None, num_classes=0)
         except Exception as error:  # the hub's client and timm have their own for what is missing
             if path is not None:
                 raise

@@ -123,7 +123,10 @@ def test_every_way_to_crop_is_timms(mode, share, interpolation):
         torch.testing.assert_close(ours(image)[0], transform(image), atol=1e-6, rtol=0)
         tensor = as_tensor(image).requires_grad_()
         difference = (ours(tensor) - ours(image)) * torch.tensor(std)[:, None, None]
-        assert difference.abs().max() < 3e-2 and difference.abs().mean() < 2e-3  # PIL rounds to 8 bits, and clips
+        if interpolation == "nearest":  # but where two are as near
+            assert (difference != 0).float().mean() < 0.25
+        else:  # PIL rounds to 8 bits, and clips
+            assert difference.abs().max() < 6e-2 and difference.abs().mean() < 2e-3
         ours(tensor).square().sum().backward()
         assert tensor.grad.isfinite().all() and tensor.grad.abs().sum() > 0
 
