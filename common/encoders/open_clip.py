@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +99,13 @@ def load_open_clip(name: str) -> tuple[Backbone, Preprocess]:
             require_reachable(repository, (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
         if text := architecture["text_cfg"].get("hf_model_name"):  # its sizes are on the hub alone
             require_reachable(text, ("config.json",))
-        model = open_clip.create_model(
-            arch,
-            pretrained=weights if tagged else None,
-            force_quick_gelu=tagged.get("quick_gelu", False),
-            **safe,
-        )
+        with _quiet():
+            model = open_clip.create_model(
+                arch,
+                pretrained=weights if tagged else None,
+                force_quick_gelu=tagged.get("quick_gelu", False),
+                **safe,
+            )
     if state is not None:
         _put_in(model, arch, state, weights)
     if tagged:
@@ -128,6 +131,18 @@ def _preprocess(config: dict[str, Any], name: str) -> Preprocess:
         pad=config["resize_mode"] == "longest",
         fill=(config["fill_color"],) * 3,
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's warning that a model has no weights, which it gets next."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read_checkpoint(path: str) -> dict[str, Tensor]:

@@ -169,8 +169,7 @@ def test_classifiers_are_encoders_with_weights_from_a_file(images, tmp_path):
     path = tmp_path / "resnet18.pth"
     torch.save(network.state_dict(), path)
     encoder = load_encoder(f"torchvision:resnet18:{path}", device="cpu")
-    encoder.size = 64  # small for speed: the network takes any
-    pixels = F.interpolate(images, (64, 64), mode="bicubic", antialias=True)
+    pixels = F.interpolate(images, (224, 224), mode="bicubic", antialias=True)
     pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
         :, None, None
     ]
