@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from common import gpt2 as gpt2_backbones
 from common.checks import UserError, require_one_of
-from common.clip import PREFIXES
+from common.encoders.interface import PREFIXES
 from common.gpt2 import gpt2_config
 from common.pretrained import LAYERS, SIZE, SWITCH, checked, tokens, whole
 

@@ -55,7 +55,6 @@ VISION = {
     "bit": "Bit",
     "mobilenet_v1": "MobileNetV1",
     "mobilenet_v2": "MobileNetV2",
-    "pvt_v2": "Pvt",
 }
 """model_type of a vision tower alone -> its usual image processor."""
 TEXTS = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -284,7 +283,12 @@ def _try(source: str, backbone: Backbone, size: int) -> ImageFeatures:
 def _pair(source: str, model: Any) -> _Dual:
     """Both towers with the tokenizer of the second."""
     text = model.config.text_config
-    tokenizer = load_tokenizer(source, model.config)
+    try:
+        tokenizer = load_tokenizer(source, model.config)
+    except ImportError as error:
+        raise UserError(
+            f"{WHAT} {source!r}: its tokenizer needs a package that is not here: pip install sentencepiece."
+        ) from error
     require_words(source, WHAT, tokenizer)
     require_tokens(source, WHAT, tokenizer, text.vocab_size)
     if tokenizer.pad_token_id is None:

@@ -14,12 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.checks import UserError, require_file
-from common.encoders.interface import PACKAGED, Backbone, ImageFeatures, from_map, widths
+from common.encoders.interface import OPEN_CLIP_PREFIX, PACKAGED, Backbone, ImageFeatures, from_map, widths
 from common.encoders.preprocess import Preprocess
 from common.encoders.timm import trunk_features
 from common.pretrained import loading, require_finite, require_plain, require_reachable
-
-OPEN_CLIP_PREFIX = "open_clip:"
 
 
 class _OpenClip(Backbone):

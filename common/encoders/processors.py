@@ -42,7 +42,6 @@ PROCESSORS = {
     "DeiT": _Processor(crops=True),
     "Beit": _Processor(),
     "Blip": _Processor(mean=OPENAI_MEAN, std=OPENAI_STD),
-    "Pvt": _Processor(mean=IMAGENET_MEAN, std=IMAGENET_STD),
     "ConvNext": _Processor(short=True),
     "EfficientNet": _Processor(),
     "DINOv3ViT": _Processor(resample=2, mean=IMAGENET_MEAN, std=IMAGENET_STD),

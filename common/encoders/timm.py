@@ -12,12 +12,10 @@ from torch import Tensor
 
 from common.checks import UserError
 from common.encoders.checkpoint import put_in, read_weights, split_name
-from common.encoders.interface import Backbone, ImageFeatures, from_map, widths
+from common.encoders.interface import TIMM_PREFIX, Backbone, ImageFeatures, from_map, widths
 from common.encoders.preprocess import Preprocess
 from common.pretrained import require_finite, require_reachable
 from common.runtime import fork_generators
-
-TIMM_PREFIX = "timm:"
 
 
 class _Timm(Backbone):

@@ -131,15 +131,19 @@ def row(family: str, name: str, shown: str, theirs: Theirs) -> list[str]:
     return [
         family,
         shown,
-        f"{found['pixels']:.0e}",
-        f"{found['embedding']:.0e}",
+        _shown(found["pixels"]),
+        _shown(found["embedding"]),
         str(clip.width),
         patches,
         f"{semantic_gradient(clip, name):.0%}",
-        f"{found['text']:.0e}" if "text" in found else "none",
+        _shown(found["text"]) if "text" in found else "none",
         zero_shot(clip),
         "yes" if all(value <= TOLERANCE for value in found.values()) else "NO",
     ]
+
+
+def _shown(difference: float) -> str:
+    return f"{difference:.0e}" if difference else "0"
 
 
 def main(config: Config) -> None:

@@ -163,6 +163,7 @@ VISION: dict[str, tuple[str, dict[str, Any], Callable[[], nn.Module]]] = {
         _vision("RegNet", **_CONV, embedding_size=8, groups_width=8),
     ),
     "BiT": ("Bit", _SHORT, _vision("Bit", **_CONV, embedding_size=8, num_groups=4)),
+    "MobileNet V1": ("MobileNetV1", _SHORT, _vision("MobileNetV1", image_size=SIZE, depth_multiplier=0.25)),
     "MobileNet V2": ("MobileNetV2", _SHORT, _vision("MobileNetV2", image_size=SIZE, depth_multiplier=0.25)),
 }
 """Family -> image processor, its settings, model."""
@@ -266,7 +267,7 @@ def save_torchvision(name: str, directory: Path) -> tuple[Any, ...]:
     """A torchvision classifier of random weights: its name for `load_clip`, and torchvision's pixels and embeddings."""
     from torchvision import models
 
-    model = shake(models.get_model(name))
+    model: Any = shake(models.get_model(name))
     torch.save(model.state_dict(), directory / f"{name}.pth")
     transform = models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
     model.classifier[1] = nn.Identity()  # SqueezeNet's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 
@@ -256,6 +257,12 @@ def test_code_that_comes_with_a_known_family_is_not_run(saved, tmp_path):
     (path / "mine.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')\n")
     assert load_clip(path, device="cpu").width == 16
     assert not (tmp_path / "made").exists()
+
+
+def test_a_tokenizer_that_needs_a_package_names_it(refused):
+    change = edited("tokenizer_config.json", tokenizer_class="SiglipTokenizer")
+    if importlib.util.find_spec("sentencepiece") is None:
+        assert "pip install sentencepiece" in refused("SigLIP", change)
 
 
 def test_tokenizers_of_another_model_are_refused(refused, saved):
