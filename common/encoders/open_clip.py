@@ -110,7 +110,13 @@ def load_open_clip(name: str) -> tuple[Backbone, Preprocess]:
         require_finite(model.state_dict(), f"CLIP {name!r}")
     preprocess = _preprocess(model.visual.preprocess_cfg, name)
     backbone = _OpenClip(name, arch, model)
-    backbone.width, backbone.patch_width = widths(backbone, preprocess.size)
+    visual = model.visual
+    if backbone.trunk:
+        backbone.width, backbone.patch_width = widths(backbone, preprocess.size)
+    else:
+        has_class_token = backbone.has_class_token
+        backbone.width = visual.output_dim
+        backbone.patch_width = len(visual.class_embedding) if has_class_token else visual.attnpool.q_proj.in_features
     return backbone, preprocess
 
 
