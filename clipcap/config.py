@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from common import gpt2 as gpt2_backbones
 from common.checks import UserError, require_one_of
-from common.encoders.open_clip import OPEN_CLIP_PREFIX
+from common.encoders.interface import PREFIXES
 from common.gpt2 import gpt2_config
 from common.pretrained import LAYERS, SIZE, SWITCH, checked, tokens, whole
 
@@ -100,7 +100,7 @@ class ClipCapConfig(PreTrainedConfig):
 
 def absolute(name: str) -> str:
     """A backbone's name as it will still be right in another working directory."""
-    if name.startswith(OPEN_CLIP_PREFIX):
+    if name.startswith(PREFIXES):
         architecture, _, weights = name.partition("/")
         path = Path(weights).expanduser()
         return f"{architecture}/{path.resolve()}" if path.is_file() else name

@@ -1,8 +1,7 @@
-"""CLIP by transformers."""
+"""CLIP by transformers, and the way to its other encoders."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +11,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.checks import UserError
+from common.encoders.families import load_family, require_words
 from common.encoders.interface import PACKAGED, Backbone, ImageFeatures
-from common.encoders.preprocess import LARGEST, PREPROCESSING, Preprocess
+from common.encoders.preprocess import LARGEST, Preprocess
+from common.encoders.processors import read_fields, to_preprocess
 from common.pretrained import (
     DROPOUT,
     EPSILON,
     LAYERS,
     SIZE,
-    SWITCH,
     checked,
     load_tokenizer,
     loading,
     locate,
-    number,
     one_of,
     read_config,
     require_finite,
@@ -69,41 +68,51 @@ class _HuggingFace(Backbone):
 
 
 def load_hugging_face(name: str) -> tuple[Backbone, Preprocess]:
-    from transformers import CLIPModel
+    from transformers.configuration_utils import PreTrainedConfig
 
     source = locate(name, PACKAGED, "CLIP")
     with loading(source, PACKAGED, "CLIP"):
         if not Path(source).is_dir():
             require_reachable(source, ("config.json",))
-        config = _clip_config(read_config(source, "CLIP", "clip"), f"config.json of {source!r}")
-        preprocess = _read_preprocess(source, config.vision_config.image_size)
-        require_room(source, "CLIP", lambda: CLIPModel(config))
-        model, report = CLIPModel.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
+        kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        return _load_clip(source) if kind == "clip" else load_family(source, kind)
+
+
+def _load_clip(source: str) -> tuple[Backbone, Preprocess]:
+    from transformers import CLIPModel
+
+    config = _clip_config(read_config(source, "CLIP", "clip"), f"config.json of {source!r}")
+    preprocess, size = Preprocess(config.vision_config.image_size), config.vision_config.image_size
+    if found := read_fields(source):  # old directories have none: OpenAI's
+        preprocess = to_preprocess(found[1], f"{found[0]} of {source!r}", "CLIP", size)
+    require_room(source, "CLIP", lambda: CLIPModel(config))
+    model, report = CLIPModel.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+    )
+    for key, found, needed in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"CLIP {source!r}: {key} has shape {tuple(found)} but its config.json asks for {tuple(needed)}: "
+            f"use the config.json that the weights were saved with."
         )
-        for key, found, needed in sorted(report["mismatched_keys"]):
-            raise UserError(
-                f"CLIP {source!r}: {key} has shape {tuple(found)} but its config.json asks for {tuple(needed)}: "
-                f"use the config.json that the weights were saved with."
-            )
-        for key in sorted(report["missing_keys"]):
-            raise UserError(f"CLIP {source!r} lacks weights that its config.json asks for, such as {key!r}.")
-        require_finite(model.state_dict(), f"CLIP {source!r}")
-        tokenizer = load_tokenizer(source, config)
-        require_tokens(source, "CLIP", tokenizer, config.text_config.vocab_size)
-        end = config.text_config.eos_token_id
-        if end not in (2, tokenizer.eos_token_id):  # 2: old configs
-            raise UserError(
-                f"CLIP {source!r}: the tokenizer ends texts with {tokenizer.eos_token_id}, the text tower with {end}: "
-                f"use the tokenizer that it was trained with."
-            )
-        if tokenizer.pad_token_id is None:
-            raise UserError(f"CLIP {source!r}: the tokenizer has no pad_token: use the one that it was trained with.")
+    for key in sorted(report["missing_keys"]):
+        raise UserError(f"CLIP {source!r} lacks weights that its config.json asks for, such as {key!r}.")
+    require_finite(model.state_dict(), f"CLIP {source!r}")
+    tokenizer = load_tokenizer(source, config)
+    require_words(source, "CLIP", tokenizer)
+    require_tokens(source, "CLIP", tokenizer, config.text_config.vocab_size)
+    end = config.text_config.eos_token_id
+    if end not in (2, tokenizer.eos_token_id):  # 2: old configs
+        raise UserError(
+            f"CLIP {source!r}: the tokenizer ends texts with {tokenizer.eos_token_id}, the text tower with {end}: "
+            f"use the tokenizer that it was trained with."
+        )
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"CLIP {source!r}: the tokenizer has no pad_token: use the one that it was trained with.")
     return _HuggingFace(model, tokenizer), preprocess
 
 
@@ -137,35 +146,3 @@ def _clip_config(fields: Mapping[str, Any], place: str) -> CLIPConfig:
             f"{config.vision_config.image_size}."
         )
     return config
-
-
-def _read_preprocess(source: str, size: int) -> Preprocess:
-    """The preprocessing that was saved with weights, or OpenAI's where none was; it must make squares of `size`."""
-    from transformers.utils import cached_file
-
-    for file in ("processor_config.json", "preprocessor_config.json"):
-        found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
-        fields = json.loads(Path(found).read_text(encoding="utf-8")) if found else None
-        if found and file == "processor_config.json":  # of images, text and more
-            fields = fields.get("image_processor") if isinstance(fields, dict) else None
-        if fields is not None:
-            break
-    else:
-        return Preprocess(size)
-    place = f"{file} of {source!r}"
-    yes = one_of(True)
-    rules = {"do_resize": yes, "do_rescale": yes, "do_normalize": yes, "do_center_crop": SWITCH}
-    rules |= {"resample": one_of(2, 3), "rescale_factor": number(0.0039, 0.00393)}
-    checked(fields, rules, place)
-    crops, square = fields.get("do_center_crop", True), {"height": size, "width": size}
-    squash = fields.get("size") == square
-    usual = (size, {"shortest_edge": size}) if crops else ()
-    if not squash and "size" in fields and fields["size"] not in usual:
-        raise UserError(f"{place}: size is {fields['size']!r}: the vision tower sees {size} pixels, use {square}.")
-    if crops and fields.get("crop_size", size) not in (size, square):
-        raise UserError(f"{place}: crop_size is {fields['crop_size']!r}: the vision tower sees {size}, use {square}.")
-    given = {f"image_{name}": fields.get(f"image_{name}") for name in ("mean", "std")}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    checked(given, {f"image_{name}": PREPROCESSING[name] for name in ("mean", "std")}, place)
-    interpolation = "bilinear" if fields.get("resample") == 2 else "bicubic"
-    return Preprocess(size, given["image_mean"], given["image_std"], interpolation, squash)

@@ -18,20 +18,27 @@ PACKAGED = {"tiny": ASSETS / "clip-tiny"}
 """Encoders by their packaged names."""
 
 
+OPEN_CLIP_PREFIX, TIMM_PREFIX, TORCHVISION_PREFIX = PREFIXES = ("open_clip:", "timm:", "torchvision:")
+"""Beginnings of the names that are neither packaged, nor directories, nor ids of the hub."""
+
+
 class ImageFeatures(NamedTuple):
     """What the vision tower knows of a batch of images."""
 
     class_token: Float[Tensor, "b w"]
-    """ViT: the class token of the last hidden state, before the final layer norm and the projection (DietNeRF's
-    choice). ResNet, which has none: the spatial mean of `patches`, the query of its attention pooling."""
+    """A ViT's class token of the last hidden state: before the final layer norm and the projection in CLIP (DietNeRF's
+    choice) and wherever the library gives it so, after that norm in transformers' vision-only ViTs. Where there is no
+    class token (ResNet and other convolutions, SigLIP, Swin): the mean of `patches`."""
     patches: Float[Tensor, "b n w"]
-    """ViT: the patch tokens beside it, row by row. ResNet: the feature map before attention pooling, flattened."""
+    """The patch tokens beside it, row by row, without register and distillation tokens. Convolutions: the feature map
+    before the pooling, flattened. n is 0 for torchvision's classifiers, which give none."""
     embedding: Float[Tensor, "b e"]
-    """After the projection, not normalised: what `FrozenCLIP.encode_images` gives."""
+    """Two towers: after the projection, not normalised. Vision alone: the pooled output. It is what
+    `FrozenCLIP.encode_images` gives."""
 
 
 class FrozenCLIP(nn.Module):
-    """A CLIP whose weights never change; use `load_clip` to make one.
+    """A CLIP, or another image encoder, whose weights never change; use `load_clip` to make one.
 
     It may sit inside a module that is trained: it stays in eval mode and follows `.to()`, but has no parameters
     and nothing in `state_dict()`, so no optimizer and no checkpoint ever holds it.
@@ -69,6 +76,26 @@ class FrozenCLIP(nn.Module):
     def patch_width(self) -> int:
         """Width of the vision tower's features (w)."""
         return self.backbone.patch_width
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text tower, for `encode_texts`."""
+        return self.backbone.has_text
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether `ImageFeatures.patches` holds any."""
+        return self.backbone.has_patches
+
+    def require_text(self, wanted: str) -> None:
+        """Raise UserError when there is no text tower, which `wanted` (an option, say) needs."""
+        if not self.has_text:
+            raise UserError(f"{self.name!r} has no text tower, which {wanted} needs: use a CLIP or a SigLIP.")
+
+    def require_patches(self, wanted: str) -> None:
+        """Raise UserError when there are no patch features, which `wanted` (an option, say) needs."""
+        if not self.has_patches:
+            raise UserError(f"{self.name!r} has no patches, which {wanted} needs: use a CLIP or another ViT.")
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +140,9 @@ class FrozenCLIP(nn.Module):
         """Embeddings, not normalised, of texts, each cut to the tower's context length.
 
         Raises:
-            UserError: no texts, or one string instead of a list.
+            UserError: no texts, one string instead of a list, or an encoder without a text tower.
         """
+        self.require_text("encode_texts")
         if isinstance(texts, str):
             raise UserError(f"texts is the string {texts!r}: give a list of strings.")
         if not len(texts):
@@ -131,7 +159,7 @@ class FrozenCLIP(nn.Module):
 
     @property
     def backbone(self) -> Backbone:
-        """The two towers as their library holds them: to be read, for this module hides them from all training."""
+        """The towers as their library holds them: to be read, for this module hides them from all training."""
         return self._unregistered[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCLIP:
@@ -144,10 +172,12 @@ class FrozenCLIP(nn.Module):
 
 
 class Backbone(nn.Module, ABC):
-    """The two towers as one library holds them."""
+    """The vision tower, and the text tower where there is one, as one library holds them."""
 
     width: int
     patch_width: int
+    has_text: bool = True
+    has_patches: bool = True
 
     @abstractmethod
     def image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures: ...
@@ -156,5 +186,20 @@ class Backbone(nn.Module, ABC):
         """`image_features` by a copy that is for inference alone, where there is one."""
         return self.image_features(pixels)
 
-    @abstractmethod
-    def text_embeddings(self, texts: list[str]) -> Float[Tensor, "b e"]: ...
+    def text_embeddings(self, texts: list[str]) -> Float[Tensor, "b e"]:
+        """Only asked for where `has_text`."""
+        raise NotImplementedError
+
+
+def from_map(features: Float[Tensor, "b w y x"]) -> Float[Tensor, "b n w"]:
+    """A feature map as patches, row by row."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def widths(backbone: Backbone, size: int) -> tuple[int, int]:
+    """Widths of embedding and patches, from one image of `size` pixels."""
+    backbone.eval()
+    weight = next(backbone.parameters())
+    with torch.no_grad():
+        found = backbone.image_features(torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device))
+    return found.embedding.shape[-1], found.patches.shape[-1]

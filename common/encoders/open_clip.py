@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +14,55 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.checks import UserError, require_file
-from common.encoders.interface import PACKAGED, Backbone, ImageFeatures
+from common.encoders.interface import OPEN_CLIP_PREFIX, PACKAGED, Backbone, ImageFeatures, from_map, widths
 from common.encoders.preprocess import Preprocess
+from common.encoders.timm import trunk_features
 from common.pretrained import loading, require_finite, require_plain, require_reachable
-
-OPEN_CLIP_PREFIX = "open_clip:"
 
 
 class _OpenClip(Backbone):
-    def __init__(self, model: Any, tokenizer: Callable[[list[str]], Tensor]) -> None:
+    def __init__(self, name: str, arch: str, model: Any) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.name, self.arch, self.model = name, arch, model
+        self.trunk = hasattr(model.visual, "trunk")  # timm's
         self.has_class_token = hasattr(model.visual, "class_embedding")
-        self.width: int = model.visual.output_dim
-        self.patch_width: int = (
-            model.visual.class_embedding.shape[0] if self.has_class_token else model.visual.attnpool.q_proj.in_features
-        )
+        self._tokenizer: Callable[[list[str]], Tensor] | None = None
 
     def image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
         visual = self.model.visual
+        if self.trunk:
+            found = trunk_features(visual.trunk, pixels)
+            return found._replace(embedding=visual.head(found.embedding))
         if self.has_class_token:
             found = visual.forward_intermediates(pixels, indices=1, output_fmt="NLC", output_extra_tokens=True)
             class_token = found["image_intermediates_prefix"][0][:, 0]
             return ImageFeatures(class_token, found["image_intermediates"][0], found["image_features"])
         found = visual.forward_intermediates(pixels, indices=1)
-        patches = found["image_intermediates"][0].flatten(2).transpose(1, 2)  # (b, n, w)
+        patches = from_map(found["image_intermediates"][0])
         return ImageFeatures(patches.mean(dim=1), patches, found["image_features"])
 
     def text_embeddings(self, texts: list[str]) -> Float[Tensor, "b e"]:
-        return self.model.encode_text(self.tokenizer(texts).to(self.model.logit_scale.device))
+        if self._tokenizer is None:
+            self._tokenizer = _load_tokenizer(self.name, self.arch)
+        return self.model.encode_text(self._tokenizer(texts).to(self.model.logit_scale.device), normalize=False)
+
+
+def _load_tokenizer(name: str, arch: str) -> Callable[[list[str]], Tensor]:
+    """open_clip's own, or one that transformers fetches from the hub: then only once a text is to be embedded."""
+    import open_clip
+
+    repository = open_clip.get_model_config(arch)["text_cfg"].get("hf_tokenizer_name")
+    if repository is None:
+        return open_clip.get_tokenizer(arch)
+    try:
+        require_reachable(repository, ("tokenizer.json", "tokenizer_config.json"))
+        with loading(name, PACKAGED, "CLIP"):  # its tokenizers may come with code; open_clip's has none
+            return open_clip.get_tokenizer(arch, trust_remote_code=False)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"CLIP {name!r}: texts need the tokenizer {repository!r}, which is not in the cache and could not be "
+            f"fetched from the hub: check the connection, or fetch it elsewhere with hf download {repository}."
+        ) from error
 
 
 def load_open_clip(name: str) -> tuple[Backbone, Preprocess]:
@@ -52,10 +74,6 @@ def load_open_clip(name: str) -> tuple[Backbone, Preprocess]:
         near = difflib.get_close_matches(arch, open_clip.list_models(), n=5, cutoff=0)
         raise UserError(f"open_clip has no architecture {arch!r}: choose one such as {', '.join(near)}.")
     architecture = open_clip.get_model_config(arch)
-    if "timm_model_name" in architecture["vision_cfg"] or "multimodal_cfg" in architecture:
-        raise UserError(
-            f"open_clip architecture {arch!r} is neither CLIP's ViT nor its ResNet: use one such as ViT-B-32 or RN50."
-        )
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if not weights:
         raise UserError(
@@ -77,31 +95,58 @@ def load_open_clip(name: str) -> tuple[Backbone, Preprocess]:
         if tagged.get("hf_hub"):
             repository, file = os.path.split(tagged["hf_hub"])
             require_reachable(repository, (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
-        model = open_clip.create_model(
-            arch,
-            pretrained=weights if tagged else None,
-            force_quick_gelu=tagged.get("quick_gelu", False),
-            **safe,
-        )
-        # transformers' own tokenizers may come with code; open_clip's has none and knows no such option
-        trust = {"trust_remote_code": False} if "hf_tokenizer_name" in architecture["text_cfg"] else {}
-        tokenizer = open_clip.get_tokenizer(arch, **trust)
+        if text := architecture["text_cfg"].get("hf_model_name"):  # its sizes are on the hub alone
+            require_reachable(text, ("config.json",))
+        with _quiet():
+            model = open_clip.create_model(
+                arch,
+                pretrained=weights if tagged else None,
+                force_quick_gelu=tagged.get("quick_gelu", False),
+                **safe,
+            )
     if state is not None:
         _put_in(model, arch, state, weights)
     if tagged:
         require_finite(model.state_dict(), f"CLIP {name!r}")
-    config = model.visual.preprocess_cfg
-    if config["resize_mode"] == "longest":
-        raise UserError(f"CLIP {name!r} pads its images, which is not supported: use other weights.")
+    preprocess = _preprocess(model.visual.preprocess_cfg, name)
+    backbone = _OpenClip(name, arch, model)
+    visual = model.visual
+    if backbone.trunk:
+        backbone.width, backbone.patch_width = widths(backbone, preprocess.size)
+    else:
+        has_class_token = backbone.has_class_token
+        backbone.width = visual.output_dim
+        backbone.patch_width = len(visual.class_embedding) if has_class_token else visual.attnpool.q_proj.in_features
+    return backbone, preprocess
+
+
+def _preprocess(config: dict[str, Any], name: str) -> Preprocess:
+    """open_clip's own configuration of pixels."""
     size = config["size"]
-    preprocess = Preprocess(
-        size=size if isinstance(size, int) else size[0],
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise UserError(f"CLIP {name!r} sees images of {height} x {width} pixels, no squares: use other weights.")
+    return Preprocess(
+        size=height,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        interpolation=config["interpolation"],
+        interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",  # as open_clip reads it
         squash=config["resize_mode"] == "squash",
+        pad=config["resize_mode"] == "longest",
+        fill=(config["fill_color"],) * 3,
     )
-    return _OpenClip(model, tokenizer), preprocess
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's warning that a model has no weights, which it gets next."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read_checkpoint(path: str) -> dict[str, Tensor]:
@@ -131,10 +176,12 @@ def _put_in(model: Any, arch: str, state: dict[str, Tensor], path: str) -> None:
 
     open_clip's own loader would stretch position embeddings of another image size without a word.
     """
+    from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
+    state = convert_state_dict(model, state)  # Apple's and Google's names
     needed = model.state_dict()
     fix = f"choose the architecture that it was trained with instead of {arch!r}."
     for key in sorted(needed.keys() & state.keys()):
