@@ -161,7 +161,7 @@ def train_steps(model: ClipCapModel, directory: Path, steps: int, *, total: int 
     assert model.tokenizer is not None
     end, found = model.tokenizer.eos_token_id, embeddings(len(TEXT))
     ids = [[*model.tokenizer(text, add_special_tokens=False).input_ids[:12], end] for text in TEXT]
-    items = [{"embedding": row, "ids": tokens} for row, tokens in zip(found, ids, strict=True)]
+    items: Any = [{"embedding": row, "ids": tokens} for row, tokens in zip(found, ids, strict=True)]
     order, join = BatchOrder(len(items), 3, seed=0), collate(end)
     batch = join(items)
     module = CaptionTraining(model.train(), lr=1e-3, warmup=0, total=total, weight_decay=0.01)
