@@ -76,7 +76,7 @@ def test_captions_are_those_of_generate(saved, family, num_beams):
     assert same == images
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "opt"])
 def test_a_shared_cache_finds_what_a_row_for_every_beam_finds(saved, family, monkeypatch):
     """All beams in order, of images that end at different steps."""
     model = table.captioner(saved(family))
