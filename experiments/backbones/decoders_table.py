@@ -293,7 +293,7 @@ def main(config: Config) -> None:
 
 PAGE = """# Decoders
 
-Any causal decoder that transformers knows stands where GPT-2 does, in all three applications' commands and in
+Any causal decoder that transformers knows stands where GPT-2 does, in the commands `clipcap` and `recycle-gpt2` and in
 `common.gpt2.load_gpt2`: by hub id or directory, without code of its own, unquantized. GPT-2 stays the reference.
 
 `python -m experiments.backbones.decoders_table` makes this table with two layers of width 32, random weights whose
@@ -318,13 +318,14 @@ tokens, fp32, one thread ([decoder_families.json](benchmarks/decoder_families.js
 
 {speed}
 
-One caption alone without beams reads all weights for every token, and the packed layout is not made for one row.
+One caption alone and without beams is the case where `generate` is the faster.
 
 ## Refused
 
 Refused in one line, before images are embedded or text is tokenized: encoder-decoders, masked language models, models
-that read more than text, quantized weights, adapters, architectures that need code of their own, a tokenizer with more
-tokens than the table has rows, and output heads that compute logits in a way that is not known here.
+that read more than text, quantized weights, adapters, architectures that need code of their own, and a tokenizer with
+more tokens than the table has rows. When its weights are loaded: an output head whose logits differ from those that are
+computed here.
 """
 
 
