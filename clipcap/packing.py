@@ -1,4 +1,4 @@
-"""GPT-2 packed for decoding on a CPU (`common.packing`), GELU inside the matrix kernels.
+"""Decoders packed for decoding on a CPU (`common.packing`), GPT-2's GELU and Llama's SiLU inside the matrix kernels.
 
 Packed weights are a second copy, kept as long as the model lives and made again when its weights change.
 
@@ -13,37 +13,60 @@ import copy
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2LMHeadModel
-from transformers.activations import NewGELUActivation
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
 from common.checks import UserError
-from common.packing import ROWS, PackedCopies, PackedLinear, can_pack
+from common.decoders.families import base_model
+from common.decoders.heads import OutputHead, output_head
+from common.packing import ROWS, Activation, PackedCopies, PackedLinear, can_pack
 
 CHUNK = 8192
 """Tokens of the vocabulary whose logits exist at once, so that they stay in the processor's cache."""
+RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+"""transformers' names of one and the same norm."""
+GROUPED = "clipcap_grouped"
+"""Name of `grouped_attention` among transformers' kinds of attention."""
 TINIEST = 1e-12
 """Least scale of 8-bit integers, for rows of zeros."""
 
 
 class Head:
-    """Next-token logits over the vocabulary, on a CPU in chunks of CHUNK tokens."""
+    """Next-token logits over the vocabulary, on a CPU in chunks of CHUNK tokens.
 
-    def __init__(self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False) -> None:
+    Args:
+        table: of the head.
+        packed, int8: how its products are computed.
+        head: what else the head does; the plain product when left out.
+    """
+
+    def __init__(
+        self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False, head: OutputHead | None = None
+    ) -> None:
         kind = _Int8Linear if int8 else PackedLinear
-        parts = table.split(CHUNK) if table.device.type == "cpu" else [table]
-        self.parts = [kind(part, None) if packed or int8 else part for part in parts]
+        self.head = OutputHead(table) if head is None else head
+        size = CHUNK if table.device.type == "cpu" else len(table)
+        parts = table.split(size)
+        biases = [None] * len(parts) if self.head.bias is None else self.head.bias.split(size)
+        self.parts = [
+            kind(part, bias) if packed or int8 else (part, bias) for part, bias in zip(parts, biases, strict=True)
+        ]
 
     def chunks(self, hidden: Float[Tensor, "... d"]) -> Iterator[Float[Tensor, "... c"]]:
         """Logits (float32) of one chunk after the other."""
         for part in self.parts:
-            yield (part(hidden) if isinstance(part, nn.Module) else F.linear(hidden, part)).float()
+            products = part(hidden) if isinstance(part, nn.Module) else F.linear(hidden, *part)
+            yield self.head.shape(products.float())
 
 
 class _Int8Linear(nn.Module):
@@ -138,18 +161,19 @@ def _gelu_tanh(x: Float[Tensor, "n o"]) -> Float[Tensor, "n o"]:
 _PACKED: PackedCopies[tuple[nn.Module, Head]] = PackedCopies()
 
 
-def decoding_parts(gpt2: GPT2LMHeadModel, *, int8: bool = False) -> tuple[nn.Module, Head]:
-    """GPT-2's Transformer and head for inference: packed where that is possible, else its own.
+def decoding_parts(gpt2: PreTrainedModel, *, int8: bool = False) -> tuple[nn.Module, Head]:
+    """A decoder's Transformer and head for inference: packed where that is possible, else its own.
 
     Raises:
         UserError: `int8` where it cannot be computed.
     """
-    weight = gpt2.get_output_embeddings().weight
+    base, head = base_model(gpt2), output_head(gpt2)
+    weight = head.weight
     if int8:
         require_int8(weight.device)
     if not int8 and not can_pack(weight.device, weight.dtype):
-        return gpt2.transformer, Head(weight, packed=False)
-    return _PACKED.get(gpt2, int8, lambda: (_pack(gpt2.transformer, int8), Head(weight, packed=True, int8=int8)))
+        return base, Head(weight, packed=False, head=head)
+    return _PACKED.get(gpt2, int8, lambda: (_pack(base, int8), Head(weight, packed=True, int8=int8, head=head)))
 
 
 def can_use_int8() -> bool:
@@ -167,23 +191,94 @@ def require_int8(device: torch.device) -> None:
 
 
 def _pack(transformer: nn.Module, int8: bool) -> nn.Module:
-    """A copy of the Transformer that shares its tensors, with every Conv1D packed."""
+    """A copy of the Transformer that shares its tensors, with every Conv1D and Linear packed."""
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
-    fused = set()
+    fused: dict[int, Activation] = {}
     for module in transformer.modules():
-        if isinstance(module, GPT2MLP) and _is_gelu_tanh(module.act):
-            fused.add(id(module.c_fc))
-            memo[id(module.act)] = nn.Identity()
-    for module in transformer.modules():
+        layer, act = _hidden_layer(module)
+        kind = None if act is None else _activation(act)
+        if layer is not None and kind is not None and not (int8 and kind != "gelu_tanh"):
+            fused[id(layer)] = kind
+            memo[id(act)] = nn.Identity()
+    norms: Any = transformer.modules()
+    for module in norms:
+        if type(module).__name__ in RMS_NORMS and module.weight.dtype == torch.float32:
+            memo[id(module)] = RMSNorm(module.weight, module.variance_epsilon)
+    for name, module in transformer.named_modules():
+        if ".lora_" in name:  # peft asks these for their type
+            continue
         if isinstance(module, Conv1D):  # (in, out) weights
-            weight, bias, gelu = module.weight.T, module.bias, id(module) in fused
-            memo[id(module)] = (
-                _Int8Linear(weight, bias, gelu=gelu)
-                if int8
-                else PackedLinear(weight, bias, activation="gelu_tanh" if gelu else "none")
-            )
-    return copy.deepcopy(transformer, memo).eval()
+            weight = module.weight.T
+        elif type(module) is nn.Linear:
+            weight = module.weight
+        else:
+            continue
+        activation = fused.get(id(module), "none")
+        memo[id(module)] = (
+            _Int8Linear(weight, module.bias, gelu=activation == "gelu_tanh")
+            if int8
+            else PackedLinear(weight, module.bias, activation=activation)
+        )
+    packed = copy.deepcopy(transformer, memo).eval()
+    config: Any = packed.config
+    if config._attn_implementation == "sdpa" and getattr(config, "num_key_value_heads", None):
+        config._attn_implementation = GROUPED
+    return packed
 
 
-def _is_gelu_tanh(act: nn.Module) -> bool:
-    return isinstance(act, NewGELUActivation) or isinstance(act, nn.GELU) and act.approximate == "tanh"
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) · weight in one operation, where the library takes six."""
+
+    def __init__(self, weight: Float[Tensor, " d"], epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = (weight,), epsilon  # a tuple hides it from parameters()
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return F.rms_norm(x, x.shape[-1:], self.weight[0], self.epsilon)
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention where several query heads share keys and values, of which none are copied.
+
+    The queries of a group stand one after the other, as if they were further positions of one head.
+
+    Args:
+        module: an attention layer of transformers, in eval mode.
+        query: (b, h, n, d).
+        key, value: (b, h / groups, m, d).
+        attention_mask: (b or 1, 1, n, m), added to the scores; with any other, the library's attention is used.
+        options: the library's.
+
+    Returns:
+        (b, n, h, d), and no weights.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    if groups == 1 or attention_mask is None or attention_mask.shape[1] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    batch, heads, count, _ = query.shape
+    rows = query.reshape(batch, heads // groups, groups * count, -1)
+    mask = attention_mask.repeat(1, 1, groups, 1)
+    mixed = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
+    return mixed.reshape(batch, heads, count, -1).transpose(1, 2), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+def _hidden_layer(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The layer of an MLP that its activation follows, and the activation: GPT-2's, or the gate of Llama's kind."""
+    if isinstance(module, GPT2MLP):
+        return module.c_fc, module.act
+    gate, act = getattr(module, "gate_proj", None), getattr(module, "act_fn", None)
+    return (gate, act) if type(gate) is nn.Linear and isinstance(act, nn.Module) else (None, None)
+
+
+def _activation(act: nn.Module) -> Activation | None:
+    """What the matrix kernel calls an activation, where it has it."""
+    if isinstance(act, nn.SiLU | SiLUActivation):
+        return "silu"
+    tanh = isinstance(act, NewGELUActivation | GELUTanh) or isinstance(act, nn.GELU) and act.approximate == "tanh"
+    return "gelu_tanh" if tanh else None

@@ -14,6 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from common.checks import UserError, printable, require_at_least, require_between, require_one_of, require_place
+from common.decoders.families import positions
 from common.files import write_json
 from common.language import MOST_RESAMPLES, score
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
@@ -21,7 +22,7 @@ from recycle_gpt2.corpus import load_documents
 from recycle_gpt2.documents import Document, read_documents
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 ALL = "all"
@@ -85,15 +86,21 @@ class Summary:
 
 
 def with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of `text` after an end token, so that its first token is predicted too."""
-    if tokenizer.eos_token_id is None:
+    """Token ids of `text` after an end token, so that its first token is predicted too.
+
+    A tokenizer that puts a token of its own before every text (Llama's and Gemma's) begins with that one.
+    """
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is not None and begin != end and tokenizer("").input_ids[:1] == [begin]:
+        end = begin
+    if end is None:
         raise UserError("the model's tokenizer has no end token, after which every text is scored: give it one.")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # no warning about long texts
         backend.no_truncation()
         backend.no_padding()
-        return [tokenizer.eos_token_id, *backend.encode(text, add_special_tokens=False).ids]
-    return [tokenizer.eos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        return [end, *backend.encode(text, add_special_tokens=False).ids]
+    return [end, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def document_score(document: Document, nats: float, tokens: int) -> DocumentScore:
@@ -103,7 +110,7 @@ def document_score(document: Document, nats: float, tokens: int) -> DocumentScor
 
 
 def score_documents(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[Document],
     *,
@@ -116,7 +123,7 @@ def score_documents(
     `block` is cut to the model's positions and `stride` to half of that, so that short windows have context too.
     Empty documents are left out.
     """
-    block = min(block, model.config.n_positions)
+    block = min(block, positions(model.config))
     stride = min(stride, max(1, block // 2))
     scores = []
     with tqdm(desc="scoring", unit=" tokens", disable=not progress, leave=False) as bar:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.checks import UserError, require_at_least, require_place, require_text
+from common.decoders.families import positions
 from common.files import MARKER, require_own_directory, write_json, write_text
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
@@ -26,7 +27,7 @@ from recycle_gpt2.corpus import (
 )
 from recycle_gpt2.documents import find_texts, read_documents, size_of
 from recycle_gpt2.evaluate import score_documents, summarise_by, table
-from recycle_gpt2.lexical import RowsConfig
+from recycle_gpt2.lexical import RowsConfig, train_only
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
@@ -345,12 +346,14 @@ def _sampled_hash(paths: Sequence[Path]) -> str:
 def _check_models(config: RunConfig) -> int:
     """Load both English models once, before hours of work; returns the block that fits their positions."""
     small, small_tokenizer = load_gpt2(config.small)
-    positions = small.config.n_positions
+    places = positions(small.config)
+    if config.rows.positions:
+        train_only(small, positions=True)  # it refuses a model without
     if config.large:
         large, large_tokenizer = load_gpt2(config.large)
         require_shared_vocabulary((config.small, config.large), small_tokenizer, large_tokenizer)
-        positions = min(positions, large.config.n_positions)
-    return min(config.block, positions)
+        places = min(places, positions(large.config))
+    return min(config.block, places)
 
 
 def _scaled(stage: StageConfig, share: float) -> StageConfig:

@@ -54,7 +54,7 @@ class TrainConfig:
     """Image encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
     torchvision:NAME[/PATH]."""
     gpt2: str = "tiny"
-    """GPT-2: tiny, tiny-medium, a Hugging Face id or directory."""
+    """GPT-2, or any other causal decoder: tiny, tiny-medium, a Hugging Face id or directory."""
     mapper: Literal["mlp", "transformer"] = "transformer"
     """Mapping network."""
     tune_gpt2: bool = False
