@@ -27,6 +27,7 @@ from clipcap.packing import require_int8
 from clipcap.search import Caption
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
+from common.decoders.heads import output_head
 from common.images import MAX_PIXELS
 from common.packing import can_pack
 from common.runtime import free_memory, require_memory, require_seed, resolve_device
@@ -305,7 +306,7 @@ class Captioner:
             kept = ids >= 0
             embeddings = torch.stack([rows[pairs[i][0]] for i in batch])
             hidden = self.model.hidden(embeddings, ids.clamp(min=0))[kept]
-            logits = self.model.gpt2.get_output_embeddings()(hidden).float()
+            logits = output_head(self.model.gpt2).logits(hidden).float()
             nats = torch.zeros(ids.shape, device=ids.device)
             nats[kept] = -F.cross_entropy(logits, ids[kept], reduction="none")
             totals = nats.sum(1) / (kept.sum(1) if mean else 1)

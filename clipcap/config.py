@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import GPT2Config
 from transformers.configuration_utils import PreTrainedConfig
 
 from common import gpt2 as gpt2_backbones
 from common.checks import UserError, require_one_of
+from common.decoders.configs import decoder_config
 from common.encoders.open_clip import OPEN_CLIP_PREFIX
-from common.gpt2 import gpt2_config
 from common.pretrained import LAYERS, SIZE, SWITCH, checked, tokens, whole
 
 KEPT = ("name_or_path", "architectures", "transformers_version")
@@ -40,8 +39,10 @@ class ClipCapConfig(PreTrainedConfig):
         mapper_layers, mapper_heads: of the Transformer mapper.
         normalize_embeddings: scale embeddings to length 1 first (the original's `normalize_prefix`).
         tune_gpt2: GPT-2 is trained with the mapper, and saved with it; otherwise it is frozen.
-        gpt2: packaged name, hub id or directory of GPT-2; None when its weights are saved with the mapper only.
-        gpt2_config: sizes of GPT-2, as in its `config.json`; read from `gpt2` when left out.
+        gpt2: packaged name, hub id or directory of GPT-2 or another decoder; None when its weights are saved with the
+            mapper only.
+        gpt2_config: sizes of GPT-2, or another decoder's with its `model_type`, as in its `config.json`; read from
+            `gpt2` when left out.
         clip: name of the CLIP whose embeddings it reads.
         eos_token_id: token or tokens that end a caption.
     """
@@ -70,7 +71,7 @@ class ClipCapConfig(PreTrainedConfig):
         for name in ("gpt2", "clip"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise UserError(f"{name} is {value!r}: give a name or a directory as text.")
-        if isinstance(self.gpt2_config, GPT2Config):
+        if isinstance(self.gpt2_config, PreTrainedConfig):
             self.gpt2_config = self.gpt2_config.to_dict()
         if not isinstance(self.gpt2_config, dict | None):
             raise UserError(f"gpt2_config is {self.gpt2_config!r}: give GPT-2's sizes by name.")
@@ -87,15 +88,15 @@ class ClipCapConfig(PreTrainedConfig):
         """Whether GPT-2's weights belong in the captioner's own checkpoint."""
         return self.tune_gpt2 or self.gpt2 is None
 
-    def build_gpt2_config(self) -> GPT2Config:
-        """GPT-2's sizes as transformers' config.
+    def build_gpt2_config(self) -> PreTrainedConfig:
+        """The decoder's sizes as transformers' config.
 
         Raises:
             UserError: they are in no field.
         """
         if self.gpt2_config is None:
             raise UserError("gpt2_config is None: give GPT-2's sizes, or use ClipCapModel.from_backbones.")
-        return gpt2_config(self.gpt2_config, "gpt2_config")
+        return decoder_config(self.gpt2_config, "gpt2_config")
 
 
 def absolute(name: str) -> str:

@@ -1,8 +1,8 @@
 """Captions from image embeddings: greedy, sampling, beam search, and the original's beam rule, batched over images.
 
-All beams of an image share one key-value cache: each new token is written to it once, and which of the written
-tokens a beam sees (the prefix and its own ancestors) is a mask. So an image's prefix is computed once, no cache is
-copied when beams are reordered, and a step over all beams of all images is one set of matrix products.
+In most families all beams of an image share one key-value cache: each new token is written to it once, and which of
+the written tokens a beam sees (the prefix and its own ancestors) is a mask. So an image's prefix is computed once, no
+cache is copied when beams are reordered, and a step over all beams of all images is one set of matrix products.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clipcap.cache import CachedDecoder, PrefixModel
+from clipcap.cache import PrefixModel, cached_decoder, shares_cache
 from clipcap.search import Beam, Caption, Draws, OriginalBeam, Sampler, Search, greedy
 from common.checks import UserError, require_at_least, require_one_of, require_share, require_temperature
+from common.decoders.families import numbers_cached, positions
 from common.runtime import require_memory
 
 STRATEGIES = ("beam", "beam_original", "greedy", "sample")
@@ -132,13 +133,13 @@ def require_options(
         raise UserError(f"num_captions is {num_captions}: strategy {strategy!r} gives at most {most} here.")
     if model is None:
         return most
-    vocabulary, positions = model.gpt2.config.vocab_size, model.gpt2.config.n_positions
+    vocabulary, places = model.gpt2.config.vocab_size, positions(model.gpt2.config)
     if most > vocabulary:
         name = "num_captions" if strategy == "sample" else "num_beams"
         raise UserError(f"{name} is {most}: use at most the {vocabulary} tokens of the vocabulary.")
-    room = positions - model.config.prefix_length + 1  # the last token is never fed back
+    room = places - model.config.prefix_length + 1  # the last token is never fed back
     if max_new_tokens > room:
-        raise UserError(f"max_new_tokens is {max_new_tokens}: GPT-2's {positions} positions leave room for {room}.")
+        raise UserError(f"max_new_tokens is {max_new_tokens}: GPT-2's {places} positions leave room for {room}.")
     return most
 
 
@@ -152,9 +153,10 @@ def bytes_of(model: PrefixModel, strategy: str, width: int, max_new_tokens: int)
         max_new_tokens: longest caption.
     """
     config, size = model.gpt2.config, model.gpt2.get_input_embeddings().weight.element_size()
-    slots = model.config.prefix_length + width * max_new_tokens
+    prefix = model.config.prefix_length * (1 if shares_cache(model) else width)
+    slots = prefix + width * max_new_tokens
     logits = width * config.vocab_size * 4 * (3 if strategy == "sample" else 1)
-    return 2 * config.n_layer * config.n_embd * slots * size + logits
+    return numbers_cached(config) * slots * size + logits
 
 
 def _stop_tokens(model: PrefixModel, given: int | Sequence[int] | None) -> Int[Tensor, " s"]:
@@ -176,7 +178,7 @@ def _run(
     """Let `search` choose tokens step by step until it is done with every image; a finished image leaves the batch."""
     found: list[list[Caption]] = [[] for _ in prefix]
     image = torch.arange(len(prefix))
-    decoder = CachedDecoder(model, prefix, width, max_new_tokens, int8)
+    decoder = cached_decoder(model, prefix, width, max_new_tokens, int8)
     hidden = decoder.prefill(prefix)
     search.start(len(prefix), prefix.device)
     for step in range(1, max_new_tokens + 1):

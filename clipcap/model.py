@@ -1,4 +1,7 @@
-"""ClipCap as a Hugging Face model: a mapper makes a prefix from CLIP's embedding, and GPT-2 continues it."""
+"""ClipCap as a Hugging Face model: a mapper makes a prefix from CLIP's embedding, and GPT-2 continues it.
+
+Where GPT-2 is said, any other causal decoder may stand.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModel, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModel
 from transformers.activations import NewGELUActivation
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -29,8 +33,11 @@ from clipcap.mapper import build_mapper
 from clipcap.retrieval import FILE, Datastore
 from common import gpt2 as gpt2_backbones
 from common.checks import UserError
+from common.decoders.configs import decoder_class
+from common.decoders.families import base_model, positions, width
+from common.decoders.heads import output_head
 from common.gpt2 import freeze, load_gpt2
-from common.language import IGNORE, chunked_cross_entropy
+from common.language import IGNORE, head_cross_entropy
 from common.pretrained import (
     CAPTIONERS,
     checked,
@@ -50,7 +57,8 @@ PACKAGED = CAPTIONERS
 WHAT = "captioner"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
-"""Of what a config.json may say beside the fields of `ClipCapConfig`."""
+SIZES = ("n_embd", "n_layer", "n_head", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Names of a decoder's sizes, in the families that use them."""
 OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -77,7 +85,7 @@ class ClipCapModel(PreTrainedModel):
     _clip: Any = None
 
     config: ClipCapConfig
-    gpt2: GPT2LMHeadModel
+    gpt2: PreTrainedModel
 
     def __init__(self, config: ClipCapConfig, *, with_gpt2: bool = True) -> None:
         super().__init__(config)
@@ -87,7 +95,7 @@ class ClipCapModel(PreTrainedModel):
         self.mapper = build_mapper(
             config.mapper,
             clip_width=config.clip_width,
-            width=gpt2_config.n_embd,
+            width=width(gpt2_config),
             prefix_length=config.prefix_length - config.retrieval_tokens,
             clip_length=config.clip_length,
             num_layers=config.mapper_layers,
@@ -95,20 +103,16 @@ class ClipCapModel(PreTrainedModel):
             patches=config.inputs == "patches",
         )
         if with_gpt2:
-            self._attach(GPT2LMHeadModel(gpt2_config), None)
+            self._attach(decoder_class(gpt2_config)(gpt2_config), None)
         self.post_init()
 
-    def _attach(self, gpt2: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def _attach(self, gpt2: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Take `gpt2` as the language model, frozen or not as the config says."""
-        if self.config.prefix_length >= gpt2.config.n_positions:
-            raise UserError(
-                f"prefix_length is {self.config.prefix_length}: GPT-2 has {gpt2.config.n_positions} positions, "
-                f"use fewer than that."
-            )
+        require_prefix_fits(self.config.prefix_length, gpt2.config)
         checked(vars(self.config), {"eos_token_id": tokens(gpt2.config.vocab_size) | None}, "the captioner's config")
-        for block in gpt2.transformer.h:
-            if isinstance(block.mlp.act, NewGELUActivation):  # the same function in one operation instead of eight
-                block.mlp.act = nn.GELU(approximate="tanh")
+        for module in gpt2.modules():
+            if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same in one operation, not eight
+                module.act = nn.GELU(approximate="tanh")
         self.gpt2, self.tokenizer = gpt2, tokenizer
         if not self.config.tune_gpt2:
             freeze(gpt2)
@@ -132,7 +136,7 @@ class ClipCapModel(PreTrainedModel):
         if config.clip is not None:
             fields["clip"] = absolute(config.clip)
         if fields["eos_token_id"] is None:
-            fields["eos_token_id"] = gpt2.config.eos_token_id
+            fields["eos_token_id"] = _end_tokens(gpt2.config.eos_token_id, tokenizer.eos_token_id)
         model = cls(ClipCapConfig(**fields), with_gpt2=False).to(gpt2.device, gpt2.dtype)
         model._attach(gpt2, tokenizer)
         return model
@@ -326,14 +330,14 @@ class ClipCapModel(PreTrainedModel):
             nats (float32), or None without labels.
         """
         hidden = self.hidden(clip_embeddings, input_ids, attention_mask, prompts)  # (b, t, d)
-        head = self.gpt2.get_output_embeddings()
-        logits = head(hidden) if return_logits else None
+        head = output_head(self.gpt2)
+        logits = head.logits(hidden) if return_logits else None
         loss = None
         if labels is not None:
             if labels.shape != input_ids.shape:
                 raise UserError(f"labels have shape {tuple(labels.shape)}: use input_ids' {tuple(input_ids.shape)}.")
             if logits is None:
-                loss = chunked_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten())
+                loss = head_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
             else:
                 total = F.cross_entropy(
                     logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
@@ -356,17 +360,17 @@ class ClipCapModel(PreTrainedModel):
         self, clip_embeddings: Tensor, input_ids: Tensor, attention_mask: Tensor | None, prompts: Tensor | None
     ) -> Tensor:
         prefix = self.prefix(clip_embeddings, prompts)
-        length, positions = prefix.shape[1], self.gpt2.config.n_positions
-        if length + input_ids.shape[1] > positions:
+        length, places = prefix.shape[1], positions(self.gpt2.config)
+        if length + input_ids.shape[1] > places:
             raise UserError(
-                f"captions have {input_ids.shape[1]} tokens: with a prefix of {length}, GPT-2's {positions} positions "
-                f"hold at most {positions - length}; cut them."
+                f"captions have {input_ids.shape[1]} tokens: with a prefix of {length}, GPT-2's {places} positions "
+                f"hold at most {places - length}; cut them."
             )
         tokens = self.gpt2.get_input_embeddings()(input_ids[:, :-1])  # the last token predicts nothing
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask[:, :-1]], dim=1)
         inputs = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
-        states = self.gpt2.transformer(inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False)
+        states = base_model(self.gpt2)(inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False)
         return states.last_hidden_state[:, length - 1 :]
 
     def generate(
@@ -466,6 +470,20 @@ def _local_file(source: str, name: str, hub: dict[str, Any]) -> Path:
     return Path(cached_file(source, name, **hub))
 
 
+def require_prefix_fits(length: int, config: PreTrainedConfig) -> None:
+    """Raise UserError when a prefix leaves a decoder no position for a caption."""
+    if length >= positions(config):
+        raise UserError(f"prefix_length is {length}: GPT-2 has {positions(config)} positions, use fewer than that.")
+
+
+def _end_tokens(of_config: int | list[int] | None, of_tokenizer: int | None) -> int | list[int] | None:
+    """Tokens that end a caption: the config's, and the tokenizer's, which captions in training end with."""
+    several = of_config if isinstance(of_config, list) else [] if of_config is None else [of_config]
+    if of_tokenizer is None or of_tokenizer in several:
+        return of_config
+    return [*several, of_tokenizer] if several else of_tokenizer
+
+
 def _has_tokenizer(source: str, hub: dict[str, Any]) -> bool:
     return any(
         cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
@@ -488,7 +506,7 @@ def _require_fit(source: str, info: dict[str, Any]) -> None:
 
 def _load_named_gpt2(
     source: str, config: ClipCapConfig, dtype: torch.dtype
-) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen GPT-2 whose name a captioner keeps, checked against the sizes it was trained with."""
     assert config.gpt2 is not None
     try:
@@ -498,8 +516,8 @@ def _load_named_gpt2(
             f"captioner {source!r} needs the GPT-2 {config.gpt2!r} it was trained on, which cannot be loaded ({error}) "
             f'Put it back there, or write its place in {source}/config.json under "gpt2".'
         ) from error
-    for name in ("n_embd", "n_layer", "n_head", "vocab_size"):
-        found, wanted = getattr(gpt2.config, name), (config.gpt2_config or {}).get(name)
+    for name in ("model_type", *SIZES):
+        found, wanted = getattr(gpt2.config, name, None), (config.gpt2_config or {}).get(name)
         if wanted is not None and found != wanted:
             raise UserError(
                 f"captioner {source!r} was trained on a GPT-2 with {name} {wanted} but {config.gpt2!r} has {found}: "

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from clipcap.config import ClipCapConfig, absolute
 from clipcap.model import ClipCapModel
 from common.checks import UserError, require_at_least, require_file, require_text
+from common.decoders.configs import decoder_config
+from common.decoders.families import width
 from common.files import require_own_directory, whole_directory
 from common.gpt2 import load_gpt2
 from common.pretrained import require_finite, require_plain, saving
@@ -66,7 +68,7 @@ def load_original_checkpoint(
     else:
         raise UserError(f"checkpoint {str(path)!r} holds the mapper alone: name the GPT-2 it was trained on (gpt2).")
     config = ClipCapConfig(
-        **_mapper_sizes(path, mapper, gpt2_config["n_embd"]),
+        **_mapper_sizes(path, mapper, width(decoder_config(gpt2_config, "gpt2"))),
         mapper_heads=mapper_heads,
         normalize_embeddings=normalize_embeddings,
         tune_gpt2=bool(language),

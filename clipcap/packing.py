@@ -1,4 +1,4 @@
-"""GPT-2 packed for decoding on a CPU (`common.packing`), GELU inside the matrix kernels.
+"""Decoders packed for decoding on a CPU (`common.packing`), GPT-2's GELU and Llama's SiLU inside the matrix kernels.
 
 Packed weights are a second copy, kept as long as the model lives and made again when its weights change.
 
@@ -18,13 +18,15 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2LMHeadModel
-from transformers.activations import NewGELUActivation
+from transformers import PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
 from common.checks import UserError
-from common.packing import ROWS, PackedCopies, PackedLinear, can_pack
+from common.decoders.families import base_model
+from common.decoders.heads import OutputHead, output_head
+from common.packing import ROWS, Activation, PackedCopies, PackedLinear, can_pack
 
 CHUNK = 8192
 """Tokens of the vocabulary whose logits exist at once, so that they stay in the processor's cache."""
@@ -33,17 +35,31 @@ TINIEST = 1e-12
 
 
 class Head:
-    """Next-token logits over the vocabulary, on a CPU in chunks of CHUNK tokens."""
+    """Next-token logits over the vocabulary, on a CPU in chunks of CHUNK tokens.
 
-    def __init__(self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False) -> None:
+    Args:
+        table: of the head.
+        packed, int8: how its products are computed.
+        head: what else the head does; the plain product when left out.
+    """
+
+    def __init__(
+        self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False, head: OutputHead | None = None
+    ) -> None:
         kind = _Int8Linear if int8 else PackedLinear
-        parts = table.split(CHUNK) if table.device.type == "cpu" else [table]
-        self.parts = [kind(part, None) if packed or int8 else part for part in parts]
+        self.head = OutputHead(table) if head is None else head
+        size = CHUNK if table.device.type == "cpu" else len(table)
+        parts = table.split(size)
+        biases = [None] * len(parts) if self.head.bias is None else self.head.bias.split(size)
+        self.parts = [
+            kind(part, bias) if packed or int8 else (part, bias) for part, bias in zip(parts, biases, strict=True)
+        ]
 
     def chunks(self, hidden: Float[Tensor, "... d"]) -> Iterator[Float[Tensor, "... c"]]:
         """Logits (float32) of one chunk after the other."""
         for part in self.parts:
-            yield (part(hidden) if isinstance(part, nn.Module) else F.linear(hidden, part)).float()
+            products = part(hidden) if isinstance(part, nn.Module) else F.linear(hidden, *part)
+            yield self.head.shape(products.float())
 
 
 class _Int8Linear(nn.Module):
@@ -138,18 +154,19 @@ def _gelu_tanh(x: Float[Tensor, "n o"]) -> Float[Tensor, "n o"]:
 _PACKED: PackedCopies[tuple[nn.Module, Head]] = PackedCopies()
 
 
-def decoding_parts(gpt2: GPT2LMHeadModel, *, int8: bool = False) -> tuple[nn.Module, Head]:
-    """GPT-2's Transformer and head for inference: packed where that is possible, else its own.
+def decoding_parts(gpt2: PreTrainedModel, *, int8: bool = False) -> tuple[nn.Module, Head]:
+    """A decoder's Transformer and head for inference: packed where that is possible, else its own.
 
     Raises:
         UserError: `int8` where it cannot be computed.
     """
-    weight = gpt2.get_output_embeddings().weight
+    base, head = base_model(gpt2), output_head(gpt2)
+    weight = head.weight
     if int8:
         require_int8(weight.device)
     if not int8 and not can_pack(weight.device, weight.dtype):
-        return gpt2.transformer, Head(weight, packed=False)
-    return _PACKED.get(gpt2, int8, lambda: (_pack(gpt2.transformer, int8), Head(weight, packed=True, int8=int8)))
+        return base, Head(weight, packed=False, head=head)
+    return _PACKED.get(gpt2, int8, lambda: (_pack(base, int8), Head(weight, packed=True, int8=int8, head=head)))
 
 
 def can_use_int8() -> bool:
@@ -167,23 +184,42 @@ def require_int8(device: torch.device) -> None:
 
 
 def _pack(transformer: nn.Module, int8: bool) -> nn.Module:
-    """A copy of the Transformer that shares its tensors, with every Conv1D packed."""
+    """A copy of the Transformer that shares its tensors, with every Conv1D and Linear packed."""
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
-    fused = set()
+    fused: dict[int, Activation] = {}
     for module in transformer.modules():
-        if isinstance(module, GPT2MLP) and _is_gelu_tanh(module.act):
-            fused.add(id(module.c_fc))
-            memo[id(module.act)] = nn.Identity()
+        layer, act = _hidden_layer(module)
+        kind = None if act is None else _activation(act)
+        if layer is not None and kind is not None and not (int8 and kind != "gelu_tanh"):
+            fused[id(layer)] = kind
+            memo[id(act)] = nn.Identity()
     for module in transformer.modules():
         if isinstance(module, Conv1D):  # (in, out) weights
-            weight, bias, gelu = module.weight.T, module.bias, id(module) in fused
-            memo[id(module)] = (
-                _Int8Linear(weight, bias, gelu=gelu)
-                if int8
-                else PackedLinear(weight, bias, activation="gelu_tanh" if gelu else "none")
-            )
+            weight = module.weight.T
+        elif type(module) is nn.Linear:
+            weight = module.weight
+        else:
+            continue
+        activation = fused.get(id(module), "none")
+        memo[id(module)] = (
+            _Int8Linear(weight, module.bias, gelu=activation == "gelu_tanh")
+            if int8
+            else PackedLinear(weight, module.bias, activation=activation)
+        )
     return copy.deepcopy(transformer, memo).eval()
 
 
-def _is_gelu_tanh(act: nn.Module) -> bool:
-    return isinstance(act, NewGELUActivation) or isinstance(act, nn.GELU) and act.approximate == "tanh"
+def _hidden_layer(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The layer of an MLP that its activation follows, and the activation: GPT-2's, or the gate of Llama's kind."""
+    if isinstance(module, GPT2MLP):
+        return module.c_fc, module.act
+    gate, act = getattr(module, "gate_proj", None), getattr(module, "act_fn", None)
+    return (gate, act) if type(gate) is nn.Linear and isinstance(act, nn.Module) else (None, None)
+
+
+def _activation(act: nn.Module) -> Activation | None:
+    """What the matrix kernel calls an activation, where it has it."""
+    if isinstance(act, nn.SiLU | SiLUActivation):
+        return "silu"
+    tanh = isinstance(act, NewGELUActivation | GELUTanh) or isinstance(act, nn.GELU) and act.approximate == "tanh"
+    return "gelu_tanh" if tanh else None

@@ -188,13 +188,13 @@ def _cut(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def read_config(source: str, what: str, model_type: str, **hub: Any) -> dict[str, Any]:
+def read_config(source: str, what: str, model_type: str | None, **hub: Any) -> dict[str, Any]:
     """What the `config.json` of a directory or hub id says, not checked further.
 
     Args:
         source: as `locate` gives it.
         what: for messages.
-        model_type: that it must be of.
+        model_type: that it must be of; None leaves that to the caller.
         hub: revision, cache_dir, ... of transformers' `cached_file`.
 
     Raises:
@@ -204,7 +204,7 @@ def read_config(source: str, what: str, model_type: str, **hub: Any) -> dict[str
 
     fields: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **hub)[0]
     kind = fields.get("model_type")
-    if kind != model_type:
+    if model_type is not None and kind != model_type:
         raise UserError(f"{source!r} is a {_cut(kind)} model, not a {what}: give another name or directory.")
     if fields.get("quantization_config") is not None:
         raise UserError(f"{what} {source!r} is quantized (quantization_config): give its unquantized weights.")

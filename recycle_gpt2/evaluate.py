@@ -14,6 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from common.checks import UserError, printable, require_at_least, require_between, require_one_of, require_place
+from common.decoders.families import positions
 from common.files import write_json
 from common.language import score
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
@@ -21,7 +22,7 @@ from recycle_gpt2.corpus import load_documents
 from recycle_gpt2.documents import Document, read_documents
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 MOST_RESAMPLES = 1_000_000
@@ -104,7 +105,7 @@ def document_score(document: Document, nats: float, tokens: int) -> DocumentScor
 
 
 def score_documents(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[Document],
     *,
@@ -117,7 +118,7 @@ def score_documents(
     `block` is cut to the model's positions and `stride` to half of that, so that short windows have context too.
     Empty documents are left out.
     """
-    block = min(block, model.config.n_positions)
+    block = min(block, positions(model.config))
     stride = min(stride, max(1, block // 2))
     scores = []
     with tqdm(desc="scoring", unit=" tokens", disable=not progress, leave=False) as bar:

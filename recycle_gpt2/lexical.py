@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checks import UserError, require_at_least, require_one_of
-from common.gpt2 import replace_token_table
+from common.decoders.families import blocks as blocks_of
+from common.decoders.families import is_norm, position_embeddings
+from common.gpt2 import replace_token_table, token_tables
 from common.runtime import fork_generators
 from recycle_gpt2.lexicon import read_dictionary, word_tokens
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INITIALISATIONS: tuple[str, ...] = ("random", "mean", "frequency", "copy", "focus")
 PIECE = 1 << 24
@@ -162,15 +164,26 @@ def cooccurrence_embeddings(
     return F.pad(embeddings, (0, dim - rank))
 
 
-def replace_lexical(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, table: Float[Tensor, "n d"]) -> None:
-    """Put the new language's token table into `model`, tied to the output, and the ids of its end token in its config.
+def replace_lexical(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Float[Tensor, "n d"],
+    output: Float[Tensor, "n d"] | None = None,
+) -> None:
+    """Put the new language's token table into `model`, and the ids of its end token in its config.
+
+    Args:
+        model: changed in place; what is tied stays tied.
+        tokenizer: of the new language.
+        table: a row for each of its tokens.
+        output: the same for the output, of a model whose output has rows of its own.
 
     Raises:
         UserError: `table` has not a row for each token of `tokenizer`, is of another width, or holds NaN or infinity.
     """
     if len(table) != len(tokenizer):
         raise UserError(f"token table has {len(table)} rows but the tokenizer {len(tokenizer)} tokens: match them.")
-    replace_token_table(model, table)
+    replace_token_table(model, table, output)
     for config in (model.config, model.generation_config):
         if config is not None:
             config.bos_token_id = tokenizer.bos_token_id
@@ -178,14 +191,31 @@ def replace_lexical(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, 
             config.pad_token_id = tokenizer.pad_token_id
 
 
+def tables_to_align(
+    small: PreTrainedModel, large: PreTrainedModel, recycled: PreTrainedModel, shared: int
+) -> list[tuple[Float[Tensor, "v s"], Float[Tensor, "v l"], Float[Tensor, "n s"]]]:
+    """The small and large source rows and the recycled ones, for each table of the large model: input, then output.
+
+    Args:
+        small, large: source models of one vocabulary.
+        recycled: the small model in the new language.
+        shared: tokens of that vocabulary; rows beyond them are no token's.
+    """
+    ours, theirs, new = token_tables(small), token_tables(large), token_tables(recycled)
+    return [
+        (ours[min(i, len(ours) - 1)][:shared], rows[:shared], new[min(i, len(new) - 1)])
+        for i, rows in enumerate(theirs)
+    ]
+
+
 def train_only(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     *,
     positions: bool = False,
     norms: bool = False,
     layers: Sequence[int] | Literal["all"] = (),
 ) -> list[str]:
-    """Let the lexical embeddings train, and what else is asked; freeze the rest and drop its gradients.
+    """Let the lexical embeddings train, the output's too, and what else is asked; freeze the rest.
 
     Args:
         model: changed in place.
@@ -197,18 +227,21 @@ def train_only(
         Names of the parameters that train.
 
     Raises:
-        UserError: the model has no such layer.
+        UserError: the model has no such layer, or no position embeddings to train.
     """
-    blocks = model.transformer.h
+    blocks = blocks_of(model)
     if layers != "all":
         for layer in layers:
             if not 0 <= layer < len(blocks):
                 raise UserError(f"layer {layer} is not in the model: its layers are 0 to {len(blocks) - 1}.")
     wanted = {id(model.get_input_embeddings().weight)}
+    wanted |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     if positions:
-        wanted.add(id(model.transformer.wpe.weight))
+        wanted |= {id(embedding.weight) for embedding in position_embeddings(model)}
+        if not position_embeddings(model):
+            raise UserError(f"positions are to train but {model.config.model_type!r} models learn none: leave it out.")
     if norms:
-        wanted |= {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+        wanted |= {id(p) for m in model.modules() if is_norm(m) for p in m.parameters()}
     for part in [model] if layers == "all" else [blocks[layer] for layer in layers]:
         wanted |= {id(parameter) for parameter in part.parameters()}
     names = []
@@ -228,7 +261,7 @@ def layers_from_top(n_layer: int, count: int) -> list[int]:
     return list(range(n_layer - 1, n_layer - 1 - count, -1))
 
 
-def shuffle_weights(model: GPT2LMHeadModel, generator: torch.Generator) -> None:
+def shuffle_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Permute the values within each parameter but the token table, in place: the control of same scale, no English."""
     for parameter in _but_table(model).values():
         order = torch.randperm(parameter.numel(), generator=generator, device=generator.device).to(parameter.device)
@@ -236,13 +269,13 @@ def shuffle_weights(model: GPT2LMHeadModel, generator: torch.Generator) -> None:
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
 
-def reinitialise_layers(model: GPT2LMHeadModel, generator: torch.Generator) -> None:
+def reinitialise_layers(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Draw every parameter but the token table anew as GPT-2's own initialisation does, in place."""
-    norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    norms = {f"{name}.weight" for name, module in model.named_modules() if is_norm(module)}
     for name, parameter in _but_table(model).items():
-        std = model.config.initializer_range
+        std = getattr(model.config, "initializer_range", 0.02)
         if name.endswith("c_proj.weight"):  # they add to the residual stream (Radford et al. 2019, sec. 2.3)
-            std /= math.sqrt(2 * model.config.n_layer)
+            std /= math.sqrt(2 * model.config.num_hidden_layers)
         with torch.no_grad():
             if name in norms:
                 parameter.fill_(1)
@@ -314,6 +347,6 @@ def _require_rows(what: str, table: Tensor, least: int) -> None:
         raise UserError(f"{what} holds NaN or infinity: check how it was made.")
 
 
-def _but_table(model: GPT2LMHeadModel) -> dict[str, nn.Parameter]:
-    table = model.get_input_embeddings().weight
-    return {name: parameter for name, parameter in model.named_parameters() if parameter is not table}
+def _but_table(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in tables}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.checks import UserError, require_at_least, require_place, require_text
+from common.decoders.families import positions
 from common.files import MARKER, require_own_directory, write_json, write_text
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
@@ -359,14 +360,14 @@ def _check_models(config: RunConfig) -> int:
     from recycle_gpt2.stages import require_shared_vocabulary
 
     small, small_tokenizer = load_gpt2(config.small)
-    positions = small.config.n_positions
+    places = positions(small.config)
     if config.large:
         large, large_tokenizer = load_gpt2(config.large)
         require_shared_vocabulary(
             AlignConfig(Path(), Path(), small=config.small, large=config.large), small_tokenizer, large_tokenizer
         )
-        positions = min(positions, large.config.n_positions)
-    return min(config.block, positions)
+        places = min(places, positions(large.config))
+    return min(config.block, places)
 
 
 def _scaled(stage: StageConfig, share: float) -> StageConfig:

@@ -19,12 +19,13 @@ from common.checks import (
     require_temperature,
     require_text,
 )
+from common.decoders.families import numbers_cached, positions
 from common.files import write_text
 from common.runtime import RuntimeConfig, autocast, fork_generators, require_memory, require_seed, start
 from recycle_gpt2.evaluate import with_end
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 STRATEGIES: tuple[str, ...] = ("greedy", "beam", "top_k", "nucleus")
@@ -58,7 +59,7 @@ class SampleConfig:
 
 
 def sample(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str = "",
     *,
@@ -93,14 +94,15 @@ def sample(
     if count > 1 and strategy in ("greedy", "beam"):
         raise UserError(f"count is {count} but {strategy} always writes the same: use 1, or top_k or nucleus.")
     ids = with_end(tokenizer, prompt)
-    room = model.config.n_positions - len(ids)
+    room = positions(model.config) - len(ids)
     if room < 1:
         raise UserError(
-            f"the prompt has {len(ids) - 1} tokens but the model {model.config.n_positions} positions: "
+            f"the prompt has {len(ids) - 1} tokens but the model {positions(model.config)} positions: "
             f"shorten the prompt."
         )
     width = max(count, num_beams if strategy == "beam" else 1)
-    size = width * 4 * (2 * model.config.n_layer * model.config.n_embd * model.config.n_positions + 4 * len(tokenizer))
+    longest = len(ids) + min(max_new_tokens, room)
+    size = width * 4 * (numbers_cached(model.config) * longest + 4 * len(tokenizer))
     require_memory(f"{width} texts are written at once", size, model.device, "use a smaller count, or fewer beams")
     how: dict[str, Any] = {
         "greedy": dict(do_sample=False),

@@ -16,7 +16,7 @@ import torch
 
 from common.checks import UserError, require_directory, require_same_settings
 from common.files import require_own_directory, whole_directory, write_json
-from common.gpt2 import load_gpt2, token_table
+from common.gpt2 import load_gpt2, token_tables
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import settings_of
@@ -28,6 +28,7 @@ from recycle_gpt2.lexical import (
     initialise,
     layers_from_top,
     replace_lexical,
+    tables_to_align,
     train_only,
 )
 from recycle_gpt2.records import RENEW, read_json, reading
@@ -35,7 +36,7 @@ from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 from recycle_gpt2.training import StageConfig, StageRecord, train_stage
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DONE = "done.json"
 SETTINGS = "settings.json"
@@ -274,7 +275,7 @@ def begin_anew(directory: Path, changed: Sequence[str]) -> None:
     print(f"{what}, and what was trained before is kept in {kept}.", flush=True)
 
 
-def save_model(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, card: str = "") -> Path:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, card: str = "") -> Path:
     """Write a Hugging Face directory with its tokenizer, whole or not at all; one of ours that is there is replaced.
 
     Raises:
@@ -303,7 +304,7 @@ def relearn(config: RelearnConfig) -> Path:
         tokenizer = english if config.keep_table else load_tokenizer(config.tokenizer)
         _require_same_tokenizer(train, tokenizer, config.corpus)
         if not config.keep_table:
-            replace_lexical(model, tokenizer, new_rows(config, model, english, tokenizer, train))
+            replace_lexical(model, tokenizer, *new_rows(config, model, english, tokenizer, train))
         train_only(model, positions=config.positions, norms=config.norms)
         record = train_stage(
             model,
@@ -330,12 +331,12 @@ def relearn(config: RelearnConfig) -> Path:
 
 def new_rows(
     config: RelearnConfig,
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     english: PreTrainedTokenizerBase,
     tokenizer: PreTrainedTokenizerBase,
     train: TokenBlocks,
-) -> torch.Tensor:
-    """The token table that relearning begins with."""
+) -> list[torch.Tensor]:
+    """The token table that relearning begins with, and the output's where the model has two."""
     auxiliary = None
     if config.initialisation == "focus":
         auxiliary = cooccurrence_embeddings(
@@ -344,16 +345,20 @@ def new_rows(
             seed=config.runtime.seed,
             end=tokenizer.eos_token_id,
         )
-    return initialise(
-        config.initialisation,
-        token_table(model),
-        english,
-        tokenizer,
-        generator=torch.Generator().manual_seed(config.runtime.seed),
-        target_counts=train.counts(),
-        dictionary=config.dictionary,
-        auxiliary=auxiliary,
-    )
+    generator, counts = torch.Generator().manual_seed(config.runtime.seed), train.counts()
+    return [
+        initialise(
+            config.initialisation,
+            rows,
+            english,
+            tokenizer,
+            generator=generator,
+            target_counts=counts,
+            dictionary=config.dictionary,
+            auxiliary=auxiliary,
+        )
+        for rows in token_tables(model)
+    ]
 
 
 def align_models(config: AlignConfig) -> Path:
@@ -371,9 +376,9 @@ def align_models(config: AlignConfig) -> Path:
         large, large_tokenizer = load_gpt2(config.large, device=device, frozen=True)
         recycled, tokenizer = load_gpt2(config.recycled, device=device, frozen=True)
         require_shared_vocabulary(config, small_tokenizer, large_tokenizer)
-        tables = token_table(small), token_table(large)
-        rows = min(len(table) for table in tables)
-        tables = tables[0][:rows], tables[1][:rows]
+        shared = 1 + max(large_tokenizer.get_vocab().values())  # a table may be padded with rows of no token
+        several = tables_to_align(small, large, recycled, shared)
+        *tables, target = several[0]
         generator = torch.Generator().manual_seed(config.runtime.seed)
         settings: dict[str, Any] = {"method": config.method}
         if config.method == "knn":
@@ -381,9 +386,9 @@ def align_models(config: AlignConfig) -> Path:
         elif config.choose:
             options = choose_options(*tables, method=config.method, generator=generator)
             settings |= options.arguments()
-        target = token_table(recycled)
-        aligned = align(*tables, target, **settings)
-        replace_lexical(large, tokenizer, aligned)
+        found = [align(*rows, **settings) for rows in several]
+        aligned = found[0]
+        replace_lexical(large, tokenizer, *found)
         save_model(large, tokenizer, config.out / MODEL)
         return {
             "settings": settings,
@@ -426,7 +431,7 @@ def finetune(config: FinetuneConfig) -> Path:
         train, valid = (TokenBlocks(config.corpus, split) for split in ("train", "valid"))
         _require_same_tokenizer(train, tokenizer, config.corpus)
         records = []
-        steps = unfreezing(config.unfreeze, model.config.n_layer)
+        steps = unfreezing(config.unfreeze, model.config.num_hidden_layers)
         part = replace(
             config.stage,
             epochs=config.stage.epochs / len(steps),

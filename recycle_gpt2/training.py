@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError, require_at_least
+from common.decoders.families import blocks, blocks_name, is_norm, positions
+from common.decoders.tables import is_tied
 from common.files import write_json
 from common.language import IGNORE
 from common.optimizers import MuonAndAdam, decay_matrices, warmup_cosine
@@ -27,7 +29,7 @@ from recycle_gpt2.loss import next_token_loss
 from recycle_gpt2.records import RENEW, read_json, reading
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import PreTrainedModel
 
 
 VALIDATIONS = 10
@@ -103,25 +105,30 @@ def plan(num_blocks: int, block: int, config: StageConfig) -> Plan:
     return Plan(every * validations, every, blocks_per_step * block)
 
 
-def flops_per_token(model: GPT2LMHeadModel, block: int) -> int:
+def flops_per_token(model: PreTrainedModel, block: int) -> int:
     """Floating-point operations that a training step needs for one token, frozen parts counted as such.
 
     A matrix of n weights takes 2n forwards, 2n for the gradient of what entered it if anything before it is trained,
     and 2n for its own gradient if it is trained: 6n in all when everything is (Kaplan et al. 2020, sec. 2.1).
-    Attention takes 4·t·d forwards in each layer and twice that backwards. The token table counts once, as the head.
+    Attention takes 4·t·d forwards in each layer and twice that backwards. A token table counts as the head only.
     """
-    transformer: Any = model.transformer
-    head = model.get_output_embeddings().weight
-    below = head.requires_grad or transformer.wpe.weight.requires_grad  # whether a gradient must pass through
+    layers, head, config = blocks(model), model.get_output_embeddings().weight, model.config
+    inside = {id(parameter) for parameter in layers.parameters()}
+    norms = [p for m in model.modules() if is_norm(m) for p in m.parameters() if id(p) not in inside]
+    inside |= {id(parameter) for parameter in norms}
+    if not is_tied(model):
+        inside |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    # Whether a gradient must pass through.
+    below = any(parameter.requires_grad for parameter in model.parameters() if id(parameter) not in inside)
     total = 0
-    for layer in transformer.h:
+    for layer in layers:
         matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
         trained_here = any(parameter.requires_grad for parameter in layer.parameters())
         for matrix in matrices:
             total += matrix.numel() * (2 + 2 * (below or trained_here) + 2 * matrix.requires_grad)
-        total += 4 * block * model.config.n_embd * (1 + 2 * (below or trained_here))
+        total += 4 * block * config.hidden_size * (1 + 2 * (below or trained_here))
         below = below or trained_here
-    below = below or any(parameter.requires_grad for parameter in transformer.ln_f.parameters())
+    below = below or any(parameter.requires_grad for parameter in norms)
     return total + head.numel() * (2 + 2 * below + 2 * head.requires_grad)
 
 
@@ -137,8 +144,11 @@ def build_optimizer(model: torch.nn.Module, config: StageConfig) -> torch.optim.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise UserError("no tensor is to be trained: choose what the stage trains.")
-    if config.optimizer == "muon" and any(".h." in name and p.ndim == 2 for name, p in trained.items()):
-        return MuonAndAdam(model, hidden=".h.", lr_muon=config.lr_muon, lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "muon":
+        hidden = f"{blocks_name(model)}."
+        if any(hidden in name and p.ndim == 2 for name, p in trained.items()):
+            rates = {"lr_muon": config.lr_muon, "lr": config.lr, "weight_decay": config.weight_decay}
+            return MuonAndAdam(model, hidden=hidden, **rates)
     groups = decay_matrices([*trained.values()], config.weight_decay)
     if config.optimizer == "amsgrad":
         return torch.optim.Adam(groups, lr=config.lr, amsgrad=True)
@@ -150,7 +160,7 @@ class Recycling(LightningModule):
 
     strict_loading = False
 
-    def __init__(self, model: GPT2LMHeadModel, config: StageConfig, plan: Plan, block: int) -> None:
+    def __init__(self, model: PreTrainedModel, config: StageConfig, plan: Plan, block: int) -> None:
         super().__init__()
         self.model, self.config, self.plan = model, config, plan
         self.flops_per_token = flops_per_token(model, block)
@@ -275,7 +285,7 @@ class StageRecord:
 
 
 def train_stage(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     train: Dataset[Tensor],
     valid: Dataset[Tensor],
     directory: Path,
@@ -306,10 +316,10 @@ def train_stage(
     if (directory / "stage.json").exists():
         _load_best(model, directory)
         return read_record(directory)
-    if block > model.config.n_positions:
+    if block > positions(model.config):
         raise UserError(
-            f"block is {block} tokens but the model has {model.config.n_positions} positions: pack the corpus with "
-            f"--block {model.config.n_positions} or less."
+            f"block is {block} tokens but the model has {positions(model.config)} positions: pack the corpus with "
+            f"--block {positions(model.config)} or less."
         )
     if len(cast(Sized, valid)) == 0:
         raise UserError("the validation split has 0 blocks: give more text or a larger validation share.")
@@ -364,7 +374,7 @@ def train_stage(
     return record
 
 
-def _load_best(model: GPT2LMHeadModel, directory: Path) -> None:
+def _load_best(model: PreTrainedModel, directory: Path) -> None:
     """Put the weights with the lowest validation loss into `model`, in eval mode."""
     load_best(torch.nn.ModuleDict({"model": model}), directory)  # with the names that `Recycling` gives them
     model.eval()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.checks import UserError, printable, require_at_least, require_place
+from common.decoders.families import positions
 from common.gpt2 import token_table
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, resolve_dtype, start
@@ -131,7 +132,7 @@ def interpret(
     batch_size = min(batch_size, max(1, len(paths)))
     captioner.require_room(batch_size)
     table = unit_tokens(captioner.model)
-    longest = min(67, captioner.model.gpt2.config.n_positions - captioner.model.config.prefix_length + 1)
+    longest = min(67, positions(captioner.model.gpt2.config) - captioner.model.config.prefix_length + 1)
     found: list[ImageReading] = []
     total: Tensor | None = None
     energy: Tensor | None = None

@@ -19,6 +19,7 @@ from clipcap.training.capdec import TextStore, build_text_store, one_item_a_capt
 from clipcap.training.settings import TrainConfig
 from common.checks import UserError, printable
 from common.clip import FrozenCLIP
+from common.decoders.families import positions
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process
 
@@ -127,9 +128,9 @@ def build_datastore(
     captions = [item.captions[0] for item in texts]
     datastore = Datastore.build(captions, owners, torch.from_numpy(embeddings[:]), tokenizer)
     taken = datastore.prompt_length(config.retrieval)
-    if taken + config.prefix_length >= gpt2.config.n_positions:
+    if taken + config.prefix_length >= positions(gpt2.config):
         raise UserError(
             f"retrieval is {config.retrieval}: the captions and the prefix of {config.prefix_length} take "
-            f"{taken + config.prefix_length} of GPT-2's {gpt2.config.n_positions} positions, use fewer."
+            f"{taken + config.prefix_length} of GPT-2's {positions(gpt2.config)} positions, use fewer."
         )
     return datastore

@@ -53,7 +53,7 @@ class TrainConfig:
     clip: str = "tiny"
     """CLIP: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path."""
     gpt2: str = "tiny"
-    """GPT-2: tiny, tiny-medium, a Hugging Face id or directory."""
+    """GPT-2, or any other causal decoder: tiny, tiny-medium, a Hugging Face id or directory."""
     mapper: Literal["mlp", "transformer"] = "transformer"
     """Mapping network."""
     tune_gpt2: bool = False

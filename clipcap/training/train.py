@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from clipcap.config import ClipCapConfig
 from clipcap.data.dataset import CaptionDataset, collate
-from clipcap.model import ClipCapModel
+from clipcap.model import ClipCapModel, require_prefix_fits
 from clipcap.retrieval import Datastore, PromptedDataset, number_images
 from clipcap.training.lora import add_lora, merge_lora
 from clipcap.training.material import Material, encode_items, progress_bar, read_items
@@ -27,6 +27,8 @@ from clipcap.training.validation import CaptionValidation, Subset
 from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError
 from common.clip import load_clip
+from common.decoders.configs import require_decoder
+from common.decoders.families import positions
 from common.files import clear_leftovers, require_own_directory, whole_directory, write_json
 from common.processes import is_first_process, sole_run
 from common.runtime import hardware, own_gpu, resolve_device, start, versions
@@ -105,6 +107,8 @@ def _train(config: TrainConfig) -> Path:
     directory = config.out / "model"
     require_own_directory(directory)
     device = start(config.runtime)
+    if config.init is None:  # a decoder that will not do is refused before images are embedded
+        require_prefix_fits(config.prefix_length, require_decoder(config.gpt2))
     items = read_items(config)
     settings = settings_of_run(config, items["train"])
     if config.resume:
@@ -112,7 +116,7 @@ def _train(config: TrainConfig) -> Path:
     material = encode_items(config, items, load_clip(config.clip, device=own_gpu(device)))
     model = build_model(config, material)
     assert model.tokenizer is not None
-    longest = min(config.max_tokens, model.gpt2.config.n_positions - model.config.prefix_length)
+    longest = min(config.max_tokens, positions(model.gpt2.config) - model.config.prefix_length)
     data = {
         split: CaptionDataset(
             material.items[split], store, model.tokenizer, max_tokens=longest, cache=config.out / "tokens"
