@@ -21,13 +21,12 @@ from common.checks import (
     require_at_least,
     require_one_of,
     require_place,
-    require_same_settings,
 )
 from common.images import ImageLimit
+from common.journal import Journal, Row
 from common.pretrained import CAPTION_LANGUAGES
 from common.runtime import RuntimeConfig
 
-Row = dict[str, Any]
 SHEET_MOST = 100
 """Images on a contact sheet."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -121,7 +120,7 @@ def caption(config: CaptionConfig) -> int:
     journal = None
     if config.out and kind != "sidecar":
         settings = options | {"model": model, "precision": config.runtime.precision, "int8": config.int8}
-        journal = Journal(config.out.with_name(config.out.name + ".partial"), settings)
+        journal = Journal(config.out.with_name(config.out.name + ".partial"), settings, _is_row)
     done: dict[str, Row] = journal.rows if journal else {}
     remaining = [p for p in paths if _key(p) not in done and not (p in places and os.path.exists(places[p]))]
     kept = len(paths) - len(remaining)
@@ -181,69 +180,12 @@ def caption(config: CaptionConfig) -> int:
     return 0 if rows else 2
 
 
-class Journal:
-    """Rows that are done, a line each behind one of settings, so that a run that was stopped loses nothing.
-
-    Raises:
-        UserError: the file was begun with other settings, or is none of these.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.rows = path, dict[str, Row]()
-        header = json.dumps(settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = 0
-        if path.is_file() and path.stat().st_size:
-            with open(path, "rb") as file:
-                self._check(file.readline(), settings)
-                whole = file.tell()
-                for line in file:
-                    row = _row(line)
-                    if row is None:  # the line that a killed run did not finish
-                        break
-                    self.rows[row[0]] = row[1]
-                    whole += len(line)
-        self.file = open(path, "r+b" if whole else "wb")  # noqa: SIM115, closed by close()
-        self.file.seek(whole)
-        self.file.truncate()
-        if not whole:
-            self._write(header)
-
-    def _check(self, line: bytes, settings: dict[str, Any]) -> None:
-        try:
-            old = json.loads(line)
-            assert isinstance(old, dict)
-        except (ValueError, RecursionError, AssertionError):
-            raise UserError(f"{str(self.path)!r} is not a list of captions begun earlier: delete it.") from None
-        require_same_settings(self.path, old, settings, "use the same again, delete it, or give another --out")
-
-    def add(self, key: str, row: Row) -> None:
-        """Write one row, at once."""
-        self.rows[key] = row
-        self._write(json.dumps([key, row]))
-
-    def _write(self, line: str) -> None:
-        self.file.write(line.encode("ascii") + b"\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        """Close the file, which stays until the output is written, unless it holds nothing."""
-        self.file.close()
-        if not self.rows:
-            self.path.unlink(missing_ok=True)
-
-
-def _row(line: bytes) -> tuple[str, Row] | None:
-    """A whole line of a journal; None of any other."""
-    try:
-        found = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    match found:
-        case [str(key), {"image": str(), "captions": [_, *_] as captions, "scores": [*scores]} as row]:
-            if all(isinstance(text, str) for text in captions) and len(scores) == len(captions):
-                return key, row
-    return None
+def _is_row(row: Row) -> bool:
+    """Whether a line of a journal holds what `clipcap caption` writes for an image."""
+    match row:
+        case {"image": str(), "captions": [_, *_] as captions, "scores": [*scores]}:
+            return all(isinstance(text, str) for text in captions) and len(scores) == len(captions)
+    return False
 
 
 def _model(config: CaptionConfig) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
@@ -262,3 +263,20 @@ def _lock(path: Path, shown: str) -> int:
             os.close(handle)
             raise
         os.close(handle)
+
+
+@contextlib.contextmanager
+def alone(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Wait until no other process is in such a block for this directory, where it can be written; a kill ends it."""
+    try:
+        file = open(Path(directory) / LOCK, "w")  # noqa: SIM115, closed below
+    except OSError:  # it may only be read
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"waiting for another process that writes {directory}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

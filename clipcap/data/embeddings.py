@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from clipcap.data.images import ImageError, read_image
 from clipcap.data.readers import Format, read_dataset
 from clipcap.data.readers.captioned import CaptionedImage
-from clipcap.data.store import ROWS_PER_SHARD, EmbeddingStore, Source, StoreWriter, alone, file_hash, pickle_source
+from clipcap.data.store import ROWS_PER_SHARD, EmbeddingStore, Source, StoreWriter, file_hash, pickle_source
 from common.checks import UserError, printable, require_at_least
+from common.files import alone
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, autocast, start
 

@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -403,25 +402,3 @@ def _is_whole(manifest: dict[str, Any], *, finished: bool) -> bool:
         and len(shape) == sides
         and all(type(side) is int and side >= 1 for side in shape)
     )
-
-
-@contextlib.contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """One process at a time; the system ends the lock with its process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    try:
-        file = open(directory / ".lock", "w")
-    except OSError:  # a store that may only be read
-        yield
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"waiting for another process that writes {directory}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.readers import Format
@@ -20,6 +18,7 @@ from clipcap.evaluation.scores import MOST_RESAMPLES, Evaluation, evaluate_capti
 from common.checks import UserError, printable, require_at_least, require_between, require_file, require_place
 from common.files import write_json
 from common.images import ImageLimit
+from common.journal import Journal, Row
 from common.runtime import RuntimeConfig, hardware, start, versions
 
 if TYPE_CHECKING:
@@ -80,9 +79,14 @@ def captioner_fingerprint(model: str) -> str:
     directory = Path(PACKAGED.get(model, Path(model).expanduser()))
     if not directory.is_dir():
         return model
+    return _hash([*sorted(directory.glob("*.safetensors")), require_file(directory / "config.json", "captioner")])
+
+
+def _hash(files: Sequence[Path]) -> str:
+    """Of the content of files, one after another."""
     digest = hashlib.sha256()
-    for file in sorted([*directory.glob("*.safetensors"), directory / "config.json"]):
-        with open(require_file(file, "captioner"), "rb") as content:
+    for file in files:
+        with open(file, "rb") as content:
             while block := content.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
@@ -119,71 +123,55 @@ def caption_items(
         "max_new_tokens": config.max_new_tokens,
         "precision": config.runtime.precision,
     }
-    made = _made_before(path, made_by)
-    found = {item.image_id: made[item.image_id] for item in items if item.image_id in made}
-    waiting: dict[str, list[str]] = {}
-    for item in items:
-        if item.image_id not in found:
-            waiting.setdefault(str(item.path), []).append(item.image_id)
-    skipped: list[str] = []
-    embeddings: dict[str, Tensor] = {}
-    if not waiting:
-        return found, skipped, embeddings
+    cure = "give another --out, or delete it"
+    with Journal(path, made_by, _is_row, cure=cure) as journal:
+        keys = {item.image_id: f"{item.image_id}|{_content(item.path)}" for item in items}
+        found = {name: str(journal.rows[key]["caption"]) for name, key in keys.items() if key in journal.rows}
+        waiting: dict[str, list[str]] = {}
+        for item in items:
+            if item.image_id not in found:
+                waiting.setdefault(str(item.path), []).append(item.image_id)
+        skipped: list[str] = []
+        embeddings: dict[str, Tensor] = {}
+        if not waiting:
+            return found, skipped, embeddings
 
-    def skip(error: ImageError) -> None:
-        skipped.append(str(error))
-        bar.update()
-
-    captioner = Captioner.from_pretrained(
-        config.model, device=config.runtime.device, dtype=resolve_dtype(config.runtime.precision), clip=clip
-    )
-    with (
-        open(path, "a", encoding="ascii") as file,
-        tqdm(total=len(items), initial=len(found), desc="captioning", unit=" images") as bar,
-    ):
-        if not file.tell():
-            file.write(json.dumps({"made_by": made_by}) + "\n")
-        for result in captioner.stream(
-            list(waiting),
-            on_error=skip,
-            batch_size=config.batch_size,
-            strategy=config.strategy,
-            num_beams=config.num_beams,
-            max_new_tokens=config.max_new_tokens,
-            max_pixels=config.limit.max_pixels,
-        ):
-            for image_id in waiting[str(result.image)]:
-                found[image_id] = result.captions[0]
-                if captioner.clip is clip and result.embedding is not None:
-                    embeddings[image_id] = result.embedding
-                file.write(json.dumps({"image_id": image_id, "caption": found[image_id]}) + "\n")
-            file.flush()
+        def skip(error: ImageError) -> None:
+            skipped.append(str(error))
             bar.update()
+
+        captioner = Captioner.from_pretrained(
+            config.model, device=config.runtime.device, dtype=resolve_dtype(config.runtime.precision), clip=clip
+        )
+        with tqdm(total=len(items), initial=len(found), desc="captioning", unit=" images") as bar:
+            for result in captioner.stream(
+                list(waiting),
+                on_error=skip,
+                batch_size=config.batch_size,
+                strategy=config.strategy,
+                num_beams=config.num_beams,
+                max_new_tokens=config.max_new_tokens,
+                max_pixels=config.limit.max_pixels,
+            ):
+                for image_id in waiting[str(result.image)]:
+                    found[image_id] = result.captions[0]
+                    if captioner.clip is clip and result.embedding is not None:
+                        embeddings[image_id] = result.embedding
+                    journal.add(keys[image_id], {"image_id": image_id, "caption": found[image_id]})
+                bar.update()
     return found, skipped, embeddings
 
 
-def _made_before(path: Path, made_by: dict[str, Any]) -> dict[str, str]:
-    """Captions in a file that an earlier run began; a last line that was cut short is taken off it."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(path, len(whole))
+def _is_row(row: Row) -> bool:
+    return isinstance(row.get("image_id"), str) and isinstance(row.get("caption"), str)
+
+
+def _content(path: Path) -> str:
+    """What tells an image from another of the same name: a hash of the file; of a URL, or one that is missing, it."""
     try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        if rows and rows[0]["made_by"] != made_by:
-            changed = sorted(key for key in made_by if rows[0]["made_by"].get(key) != made_by[key])
-            raise UserError(
-                f"{str(path)!r} holds captions of another run (another {', '.join(changed)}): "
-                f"give another --out, or delete the file."
-            )
-        return {str(row["image_id"]): str(row["caption"]) for row in rows[1:]}
-    except UserError:
-        raise
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{str(path)!r} was not written by this command: give another --out, or delete it.") from None
+        return _hash([path])[:20]
+    except (OSError, ValueError):  # reading it says what is wrong
+        return str(path)
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:

@@ -22,9 +22,8 @@ from torch.nn import functional as F
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.embeddings import clip_fingerprint
 from clipcap.data.readers.captioned import hash_share
-from clipcap.data.store import alone
 from common.checks import UserError, require_file
-from common.files import write_json
+from common.files import alone, write_json
 from common.pretrained import saving
 
 if TYPE_CHECKING:
