@@ -64,7 +64,9 @@ def test_pixels_equal_the_processors(kind, settings):
     assert_equal(kind, settings)
 
 
-@pytest.mark.parametrize(("kind", "settings"), [(kind, one) for kind, several in OWN.items() for one in several], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(kind, one) for kind, several in OWN.items() for one in several], ids=str
+)
 def test_pixels_equal_the_odd_processors(kind, settings):
     assert_equal(kind, settings)
 
