@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -14,7 +16,10 @@ from common.checks import UserError, require_usable, run_command
 
 @dataclass(frozen=True)
 class Subcommand:
-    """Where a subcommand lives: `config` is a frozen dataclass, `run` takes one and may return an exit code."""
+    """Where a subcommand lives: `config` is a frozen dataclass, `run` takes one and may return an exit code.
+
+    Where defaults depend on another option, the dataclass's `for_arguments` gives those of a command line.
+    """
 
     module: str
     config: str
@@ -43,8 +48,10 @@ def run_cli(prog: str, description: str, subcommands: dict[str, Subcommand], arg
             raise UserError(f"{prog} has no command {name!r}: choose one of {', '.join(subcommands)}.")
         chosen = subcommands[name]
         module = importlib.import_module(chosen.module)
+        kind = getattr(module, chosen.config)
         config = tyro.cli(
-            getattr(module, chosen.config),
+            kind,
+            default=kind.for_arguments(rest) if hasattr(kind, "for_arguments") else None,
             prog=f"{prog} {name}",
             args=rest,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
@@ -56,6 +63,20 @@ def run_cli(prog: str, description: str, subcommands: dict[str, Subcommand], arg
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return run_command(run)
+
+
+def named(config: type, names: Mapping[str, str] | None = None) -> Any:
+    """What annotates a field that holds a `config` or None, so that the options of its fields have these names."""
+    hints = get_type_hints(config, include_extras=True)
+    options: list[Any] = []
+    for one in fields(config):
+        default = field(default_factory=one.default_factory) if one.default is MISSING else one.default
+        option = tyro.conf.arg(name=(names or {}).get(one.name, one.name))
+        options.append((one.name, Annotated[hints[one.name], option], default))
+    namespace = {"__new__": lambda cls, **values: config(**values), "__doc__": config.__doc__}
+    return tyro.conf.arg(
+        constructor=make_dataclass(config.__name__, options, bases=(config,), frozen=True, namespace=namespace)
+    )
 
 
 def _overview(prog: str, description: str, subcommands: dict[str, Subcommand]) -> str:

@@ -19,6 +19,8 @@ from common.decoders.heads import OutputHead, output_head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MOST_RESAMPLES = 1_000_000
+"""Of a bootstrap."""
 IGNORE = -100
 """Label of a position that is not counted in the loss."""
 

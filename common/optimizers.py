@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def scheduled(
+    optimizer: torch.optim.Optimizer, factor: Callable[[int], float] | list[Callable[[int], float]]
+) -> OptimizerLRSchedulerConfig:
+    """What `configure_optimizers` returns: a factor on the learning rate, or one for each group, at every step."""
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
 def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:

@@ -53,7 +53,63 @@ LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class ScaleConfig:
+    """Processes that train together."""
+
+    devices: int = 1
+    """Processes or GPUs on each machine, each with a batch of its own."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """auto, ddp or a variant of it."""
+
+    @property
+    def world(self) -> int:
+        """Their number."""
+        return self.devices * self.num_nodes
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot work."""
+        for name in ("devices", "num_nodes"):
+            require_between(name, getattr(self, name), 1, MOST_PROCESSES)
+        if self.strategy.startswith(("fsdp", "deepspeed")):
+            raise UserError(
+                f"strategy is {self.strategy!r}, which spreads a model over GPUs: use ddp, these models fit on one."
+            )
+        require_one_of("strategy", self.strategy, ["auto", *(name for name in StrategyRegistry if "ddp" in name)])
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """Gradients of a step."""
+
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
+    clip_gradients: float = 1.0
+    """Largest norm of the gradient; 0 never clips."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot work."""
+        require_at_least("accumulate", self.accumulate, 1)
+        require_at_least("clip_gradients", self.clip_gradients, 0)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a training shows."""
+
+    tensorboard: bool = True
+    """Write TensorBoard logs beside the CSV."""
+    progress: bool = True
+    """Show a progress bar; --no-progress shows none."""
+
+
+PARTS = ("scale", "gradients", "log")
+"""Fields that hold one of these in the configuration of a command."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig(ScaleConfig, GradientConfig, LogConfig):
     """Length, place and scale of a training run."""
 
     max_steps: int = -1
@@ -62,28 +118,23 @@ class TrainerConfig:
     """Passes over the data; -1 leaves the end to max_steps."""
     val_every: int = 500
     """Batches between validations."""
-    accumulate: int = 1
-    """Batches whose gradients make one optimizer step."""
-    clip_gradients: float = 1.0
-    """Largest norm of the gradient; 0 never clips."""
     precision: str = "fp32"
     """fp32, or bf16 for mixed precision."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    devices: int = 1
-    """Processes or GPUs on each machine."""
-    num_nodes: int = 1
-    """Machines."""
-    strategy: str = "auto"
-    """auto, ddp or a variant of it."""
     patience: int = 0
     """Validations without improvement that end the run; 0 never ends it early."""
-    tensorboard: bool = True
-    """Write TensorBoard logs beside the CSV."""
-    progress: bool = True
-    """Show a progress bar."""
     save_minutes: float = 10.0
     """Longest time between two checkpoints to go on from, after which one is written before the next step."""
+
+    def check(self) -> None:
+        if self.max_steps < 0 and self.max_epochs < 0:
+            raise UserError("max_steps and max_epochs are both -1: set one of them.")
+        ScaleConfig.check(self)
+        GradientConfig.check(self)
+        require_at_least("val_every", self.val_every, 1)
+        for name in ("patience", "save_minutes"):
+            require_at_least(name, getattr(self, name), 0)
 
 
 def build_trainer(
@@ -105,19 +156,7 @@ def build_trainer(
         settings: what another run in the same directory must have been asked for to be gone on with.
         callbacks: further ones.
     """
-    if config.max_steps < 0 and config.max_epochs < 0:
-        raise UserError("max_steps and max_epochs are both -1: set one of them.")
-    for name in ("devices", "num_nodes"):
-        require_between(name, getattr(config, name), 1, MOST_PROCESSES)
-    for name in ("accumulate", "val_every"):
-        require_at_least(name, getattr(config, name), 1)
-    for name in ("clip_gradients", "patience", "save_minutes"):
-        require_at_least(name, getattr(config, name), 0)
-    if config.strategy.startswith(("fsdp", "deepspeed")):
-        raise UserError(
-            f"strategy is {config.strategy!r}, which spreads a model over GPUs: use ddp, these models fit on one."
-        )
-    require_one_of("strategy", config.strategy, ["auto", *(name for name in StrategyRegistry if "ddp" in name)])
+    config.check()
     device = resolve_device(config.device)
     table = MetricsFile(directory)
     loggers: list[Logger] = [table]
@@ -243,18 +282,31 @@ def validation_interval(asked: int, steps: int, most: int | None = None) -> int:
     return min(asked or min(tenth, most or tenth), steps)
 
 
+def flat(fields: Mapping[str, Any], parts: Collection[str] = PARTS) -> dict[str, Any]:
+    """A configuration's fields with those of its `parts` among them, as options stand on the command line."""
+    own = {name: value for name, value in fields.items() if name not in parts}
+    return own | {name: value for part in parts for name, value in fields.get(part, {}).items()}
+
+
 def settings_of(config: Any, free: Collection[str]) -> dict[str, Any]:
-    """The fields of a configuration but those that are `free` to differ, in JSON's own types, and its seed."""
-    fields = json.loads(json.dumps(asdict(config), default=str))
+    """The options of a configuration but those that are `free` to differ, in JSON's own types, and its seed."""
+    found = config if isinstance(config, dict) else flat(asdict(config))
+    fields = json.loads(json.dumps(found, default=str))
     seed = fields.pop("runtime", {}).get("seed", 0)
     return {name: value for name, value in fields.items() if name not in free} | {"seed": seed}
 
 
-def require_same_run(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Raise UserError when the run in `directory` was begun with other `settings` (see `build_trainer`)."""
+def require_same_run(directory: Path, settings: Mapping[str, Any], *, unset: bool = False) -> None:
+    """Raise UserError when the run in `directory` was begun with other `settings` (see `build_trainer`).
+
+    Args:
+        unset: what version 0.1 recorded as None was left to the method, as what it did not know: neither is compared.
+    """
     last = directory / "last.ckpt"
     if last.exists():
         before = _read_checkpoint(last).get("settings", settings)  # older ones have none
+        if unset:
+            before = {**settings, **{name: value for name, value in before.items() if value is not None}}
         cure = "use the same again, --no-resume to begin anew, or another --out"
         require_same_settings(directory, before, settings, cure)
 

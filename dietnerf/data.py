@@ -105,22 +105,28 @@ def select_views(
 
 
 @dataclass
-class FewViewParserConfig(DataParserConfig):
-    """A Blender, nerfstudio, COLMAP or LLFF scene, of which few views are trained on."""
+class ViewsConfig:
+    """Views that are trained on."""
 
-    _target: type = field(default_factory=lambda: FewViewParser)
-    data: Path = Path("scene")
-    """Directory of the scene, or its transforms.json."""
     num_views: int = 0
     """Training views; 0 takes all."""
     view_ids: tuple[int, ...] = ()
     """Exactly these training views, by their place in the training split."""
     view_order: Literal["farthest", "first", "random"] = "farthest"
     """How num_views are chosen: far from each other, the first ones, or by chance."""
-    view_seed: int = 0
-    """Seed of view_order random."""
     image_size: int = 0
     """Width of the images in pixels, averaged down by area; 0 keeps theirs."""
+
+
+@dataclass
+class FewViewParserConfig(DataParserConfig, ViewsConfig):
+    """A Blender, nerfstudio, COLMAP or LLFF scene, of which few views are trained on."""
+
+    _target: type = field(default_factory=lambda: FewViewParser)
+    data: Path = Path("scene")
+    """Directory of the scene, or its transforms.json."""
+    view_seed: int = 0
+    """Seed of view_order random."""
     background: Literal["auto", "white", "black", "image"] = "auto"
     """What is behind transparent pixels; image leaves photographs as they are; auto is white where there is alpha."""
     eval_every: int = 1
@@ -142,7 +148,7 @@ class FewViewParser(DataParser):
     def _max_pixels(self) -> int:
         return ImageLimit(self.config.max_megapixels).max_pixels
 
-    def _generate_dataparser_outputs(self, split: str = "train") -> DataparserOutputs:
+    def _generate_dataparser_outputs(self, split: str = "train", **_: Any) -> DataparserOutputs:
         require_at_least("image_size", self.config.image_size, 0)
         require_at_least("eval_every", self.config.eval_every, 1)
         kind = scene_kind(Path(self.config.data))
@@ -209,7 +215,7 @@ class FewViewParser(DataParser):
 
     def _background(self, paths: Sequence[Path], split: str) -> str:
         """What is behind the scene, after a look at whether the images have alpha; the training views decide."""
-        wanted = self.config.background
+        wanted: str = self.config.background
         if wanted == "auto" and split != "train":
             wanted = self._training_background()
         if wanted == "image":

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from common.checks import UserError, require_above, require_at_least, require_between
 from common.runtime import require_memory
-from dietnerf.model import VISIBLE_WEIGHT, BoxCollider, FewViewModel, FewViewModelConfig, Samples
-from dietnerf.regularizers import total_variation
+from dietnerf.model import VISIBLE_WEIGHT, BoxCollider, FewViewModel, FewViewModelConfig
+from dietnerf.regularizers import Samples, total_variation
 
 CELLS = 64
 """The occupancy mask has so many cells along each side of the box."""
@@ -37,13 +37,13 @@ SLAB = 0.25
 class Corners(NamedTuple):
     """The eight vertices around each of n points."""
 
-    index: Int[Tensor, "n 8"]
-    """Rows of a table (int32, which the look-up reads fastest)."""
+    row: Int[Tensor, "n 8"]
+    """Of a table (int32, which the look-up reads fastest)."""
     weight: Float[Tensor, "n 8"]
     """Trilinear weights."""
 
     def of(self, chosen: Bool[Tensor, " n"]) -> Corners:
-        return Corners(self.index[chosen], self.weight[chosen])
+        return Corners(self.row[chosen], self.weight[chosen])
 
 
 class Marched(NamedTuple):
@@ -269,7 +269,7 @@ def vertices_along(extent: Float[Tensor, " 3"], resolution: int) -> Int[Tensor, 
 
 def interpolate(table: Float[Tensor, "v c"], corners: Corners) -> Float[Tensor, "n c"]:
     """Weighted sum of eight rows for each point, differentiable in the table."""
-    return _Interpolate.apply(table, corners.index, corners.weight)
+    return _Interpolate.apply(table, corners.row, corners.weight)
 
 
 class _Interpolate(torch.autograd.Function):
@@ -350,7 +350,7 @@ class DietGridModel(FewViewModel):
     def set_cameras(self, cameras: Cameras) -> None:
         self.field.keep_to(cameras, self.config.min_views)
 
-    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:  # type: ignore[override]
         grid, origins, directions = self.field, ray_bundle.origins, ray_bundle.directions
         near, far = ray_bundle.nears, ray_bundle.fars
         assert near is not None and far is not None

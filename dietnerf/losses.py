@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.checks import UserError
-from dietnerf.regularizers import depth_smoothness, distortion_loss, occlusion_loss
+from dietnerf.regularizers import Samples, depth_smoothness, distortion_loss, occlusion_loss
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.rays import RayBundle
@@ -74,7 +74,7 @@ def compute_losses(
 
 
 def reconstruction_losses(
-    model: TrainedField, outputs: dict[str, Tensor], rgb: Tensor, alpha: Tensor | None = None
+    model: TrainedField, outputs: dict[str, Any], rgb: Tensor, alpha: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Mean squared error of the colours and, weighted, of the opacity, and the coarse network's; see `Batch` for rgb
     and alpha."""
@@ -114,9 +114,10 @@ def patch_loss(model: TrainedField, patches: RayBundle | None) -> Tensor:
     return model.config.regularizers.depth_smoothness * smoothness
 
 
-def prior_losses(model: TrainedField, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def prior_losses(model: TrainedField, outputs: dict[str, Any]) -> dict[str, Tensor]:
     """The regularizers that are on, and what the field itself needs, weighted."""
-    config, samples = model.config.regularizers, outputs["samples"]
+    config = model.config.regularizers
+    samples: Samples = outputs["samples"]
     losses = dict(model.field_losses(outputs))
     if config.occlusion:
         near = occlusion_loss(samples.density, samples.starts, samples.entry, config.occlusion_distance)

@@ -60,6 +60,8 @@ class Decay(Scheduler):
 class FewViewTrainerConfig(TrainerConfig):
     """nerfstudio's trainer configuration, for a run that may lie in a directory of the user's own choice."""
 
+    pipeline: FewViewPipelineConfig = field(default_factory=FewViewPipelineConfig)
+    """Scene, field and losses."""
     run_directory: Path | None = None
     """Where this run lies, instead of nerfstudio's OUTPUT_DIR/EXPERIMENT/METHOD/TIMESTAMP."""
 

@@ -171,10 +171,9 @@ class DietNeRFModel(FewViewModel):
             for one in {self.field_coarse, self.field}:
                 one.set_mask(step, self.config.regularizers.frequency_steps)
 
-    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:  # type: ignore[override]
         samples = self.sampler_uniform(ray_bundle)
         found = self.field_coarse(samples)
-        outputs: dict[str, Any]
         outputs, weights = self._composite(samples, found)
         if self.field_fine is not None:
             outputs = {f"{name}_coarse": value for name, value in outputs.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from common.checks import UserError, require_above, require_at_least, require_on
 from dietnerf.data import BLENDER_PLANES
 from dietnerf.losses import prior_losses, reconstruction_losses
 from dietnerf.metrics import psnr, ssim
-from dietnerf.regularizers import RegularizerConfig, field_variation
+from dietnerf.regularizers import RegularizerConfig, Samples, field_variation
 from dietnerf.semantic import SemanticConfig, SemanticLoss, check_semantic_config, is_due
 
 VARIATION_POINTS = 512
@@ -35,17 +35,6 @@ VARIATION_DISTANCE = 0.01
 """Distance of its differences, as a share of the box's mean side."""
 VISIBLE_WEIGHT = 1e-4
 """The grid looks up colour where a sample weighs more than this."""
-
-
-class Samples(NamedTuple):
-    """What regularizers need of the samples along r rays; distances in the scene's units."""
-
-    density: Float[Tensor, "r s"]
-    weights: Float[Tensor, "r s"]
-    starts: Float[Tensor, "r s"]
-    ends: Float[Tensor, "r s"]
-    entry: Float[Tensor, "r 1"]
-    """Where the ray comes to what may be filled."""
 
 
 @dataclass
@@ -77,6 +66,8 @@ class FewViewModel(Model):
 
     config: FewViewModelConfig
     field: Any
+    collider: Any
+    """Gives rays their near and far."""
     semantic_loss: SemanticLoss | None
     near: float
     """The near plane."""
@@ -210,8 +201,8 @@ class FewViewModel(Model):
         return {"psnr": psnr(rgb, truth, mask), "ssim": ssim(rgb, seen)}, images
 
     @abstractmethod
-    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        """Outputs of rays (r,) that have nears and fars."""
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:  # type: ignore[override]
+        """Outputs of rays (r,) that have nears and fars. (nerfstudio's models are declared to take cameras too.)"""
 
     def _visible_outputs(self, rays: RayBundle, on_device: Tensor) -> dict[str, Tensor]:
         """What is seen of rays. `checkpoint` draws the same again in the backward pass, on a GPU only where it is given
@@ -220,9 +211,7 @@ class FewViewModel(Model):
         outputs: Any = self.forward(rays)
         return {name: value for name, value in outputs.items() if name.removesuffix("_coarse") in names}
 
-    def _composite(
-        self, samples: RaySamples, outputs: dict[FieldHeadNames, Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _composite(self, samples: RaySamples, outputs: dict[FieldHeadNames, Tensor]) -> tuple[dict[str, Any], Tensor]:
         """rgb, accumulation, depth and the weights (r, s, 1) that they were made with."""
         weights = samples.get_weights(outputs[FieldHeadNames.DENSITY])
         rendered = {

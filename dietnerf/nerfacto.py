@@ -120,13 +120,12 @@ class DietNerfactoModel(FewViewModel):
             bands = frequency_mask(self.config.num_levels - 1, step, total, 1, include_input=False)
             self.level_mask[1:] = bands[: self.config.num_levels - 1].to(self.level_mask)
 
-    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:  # type: ignore[override]
         if ray_bundle.camera_indices is None:  # the field asks for them, and uses them for appearance only
             ray_bundle.camera_indices = torch.zeros_like(ray_bundle.origins[..., :1], dtype=torch.long)
         densities = [network.density_fn for network in self.proposal_networks]
         samples, weights_list, samples_list = self.proposal_sampler(ray_bundle, density_fns=densities)
         found = self.field(samples)
-        outputs: dict[str, Any]
         outputs, weights = self._composite(samples, found)
         if self.training:
             outputs["samples"] = samples_of(samples, found, weights, self.entry(ray_bundle))

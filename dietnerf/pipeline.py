@@ -149,7 +149,7 @@ class FewViewPipeline(VanillaPipeline):
         self.train()
         return outputs, {"rgb": error}, {"psnr": -10 * error.clamp(min=1e-12).log10()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool | None = None) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool | None = None) -> Any:  # type: ignore[override]
         """All weights of the field or RuntimeError, where nerfstudio's takes what fits and leaves the rest random."""
         return super().load_state_dict(state_dict, strict=True)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from common.checks import UserError, require_at_least
 
-UP = (0.0, 0.0, 1.0)
 CLOSED_AZIMUTH = 240.0
 """Cameras that span more than this around the scene are taken to go all around it."""
 
@@ -69,20 +68,6 @@ def interpolate_poses(
     """
     p12 = _interpolate_pair(p1[:3], p2[:3], s12)
     return _interpolate_pair(p12, p3[:3], s3)
-
-
-def look_at(
-    position: Float[Tensor, " 3"], target: Float[Tensor, " 3"], up: tuple[float, float, float] = UP
-) -> Float[Tensor, "3 4"]:
-    """The pose of a camera at `position` that looks at `target`; from straight above, its right is the world's +x."""
-    backward = torch.nn.functional.normalize((position - target).double(), dim=0)
-    right = torch.linalg.cross(torch.tensor(up, dtype=torch.float64), backward)
-    if right.norm() < 1e-6:
-        right = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-        right = right - (right @ backward) * backward
-    right = right / right.norm()
-    above = torch.linalg.cross(backward, right)
-    return torch.stack([right, above, backward, position.double()], dim=1).float()
 
 
 def sample_sphere(ranges: PoseRanges, generator: torch.Generator | None = None) -> Float[Tensor, "3 4"]:

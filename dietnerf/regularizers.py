@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -40,6 +41,17 @@ class RegularizerConfig:
     Yariv et al. 2020)."""
     depth_patches: int = 8
     """Such patches a step, of 8 x 8 rays each."""
+
+
+class Samples(NamedTuple):
+    """What regularizers need of the samples along r rays; distances in the scene's units."""
+
+    density: Float[Tensor, "r s"]
+    weights: Float[Tensor, "r s"]
+    starts: Float[Tensor, "r s"]
+    ends: Float[Tensor, "r s"]
+    entry: Float[Tensor, "r 1"]
+    """Where the ray comes to what may be filled."""
 
 
 def frequency_mask(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -13,9 +13,21 @@ from torch import Tensor
 from common.checks import UserError, require_at_least, require_one_of
 
 Method = Literal["least_squares", "procrustes", "knn"]
-METHODS: tuple[str, ...] = ("least_squares", "procrustes", "knn")
+METHODS: tuple[str, ...] = get_args(Method)
 RIDGES: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1)
 """What `choose_options` tries."""
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """How relearned embeddings are carried over to a larger model."""
+
+    method: Method = "least_squares"
+    """least_squares (best as published), procrustes (a rotation) or knn (means of near English rows)."""
+    k: int = 10
+    """Neighbours of knn."""
+    choose: bool = True
+    """Choose centring, ridge and scale by held-out English rows; --no-choose aligns exactly as published."""
 
 
 def align(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.checks import UserError, printable, require_at_least, require_between, require_one_of, require_place
 from common.decoders.families import positions
 from common.files import write_json
-from common.language import score
+from common.language import MOST_RESAMPLES, score
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.corpus import load_documents
 from recycle_gpt2.documents import Document, read_documents
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-MOST_RESAMPLES = 1_000_000
 ALL = "all"
 """Name of the group of all documents."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,9 +24,23 @@ from recycle_gpt2.lexicon import read_dictionary, word_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INITIALISATIONS: tuple[str, ...] = ("random", "mean", "frequency", "copy", "focus")
+Initialisation = Literal["random", "mean", "frequency", "copy", "focus"]
+INITIALISATIONS: tuple[str, ...] = get_args(Initialisation)
 PIECE = 1 << 24
 """Values that are held at once where a whole matrix, or text, would not fit."""
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """The new rows, and what is relearned with them."""
+
+    initialisation: Initialisation = "random"
+    """First values of the new rows: random (matched mean and variance), mean, frequency (rank), copy (tokens spelled
+    as English ones), focus (copied rows, and means of those that are alike in the new language's text)."""
+    positions: bool = False
+    """Relearn the position embeddings too."""
+    norms: bool = False
+    """Relearn the layer norms too."""
 
 
 def initialise(

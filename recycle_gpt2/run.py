@@ -15,6 +15,7 @@ from common.files import MARKER, require_own_directory, write_json, write_text
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
+from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.card import model_card
 from recycle_gpt2.corpus import (
     build_corpus,
@@ -26,6 +27,7 @@ from recycle_gpt2.corpus import (
 )
 from recycle_gpt2.documents import find_texts, read_documents, size_of
 from recycle_gpt2.evaluate import score_documents, summarise_by, table
+from recycle_gpt2.lexical import RowsConfig
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
@@ -36,7 +38,6 @@ from recycle_gpt2.stages import (
     SETTINGS,
     AlignConfig,
     FinetuneConfig,
-    Initialisation,
     RelearnConfig,
     align_models,
     file_hash,
@@ -46,6 +47,7 @@ from recycle_gpt2.stages import (
     read_done,
     read_settings,
     relearn,
+    require_shared_vocabulary,
     save_model,
     wait_for,
 )
@@ -83,21 +85,9 @@ class RunConfig:
     """Shares of the documents in train, valid and test, each above 0."""
     workers: int = 1
     """Processes that tokenize the corpus."""
-    initialisation: Initialisation = "random"
-    """First values of the new rows: random, mean, frequency, copy or focus."""
     dictionary: Path | None = None
     """File of target word, tab, English word in each line: with focus, these words take their translations' rows; with
     any other initialisation, it measures the lexicon."""
-    positions: bool = False
-    """Relearn the position embeddings too."""
-    norms: bool = False
-    """Relearn the layer norms too."""
-    method: Literal["least_squares", "procrustes", "knn"] = "least_squares"
-    """Alignment."""
-    k: int = 10
-    """Neighbours of the alignment knn."""
-    choose: bool = True
-    """Choose the alignment's centring, ridge and scale by held-out English rows; --no-choose aligns as published."""
     large_share: float = 0.25
     """Length of relearning in the large model, as a share of that in the small one; 0 leaves it out."""
     unfreeze: Literal["all", "top", "none"] = "all"
@@ -108,6 +98,8 @@ class RunConfig:
     """Its learning rate."""
     push_to_hub: str = ""
     """Upload OUT to this repository (user/name) of the Hugging Face hub when it is finished."""
+    rows: RowsConfig = field(default_factory=RowsConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -228,10 +220,8 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
         tokenizer=tokenizer_directory,
         out=begin("relearn"),
         model=config.small,
-        initialisation=config.initialisation,
-        dictionary=config.dictionary if config.initialisation == "focus" else None,
-        positions=config.positions,
-        norms=config.norms,
+        dictionary=config.dictionary if config.rows.initialisation == "focus" else None,
+        rows=config.rows,
         stage=config.stage,
         runtime=config.runtime,
     )
@@ -243,9 +233,7 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
             out=out,
             small=config.small,
             large=config.large,
-            method=config.method,
-            k=config.k,
-            choose=config.choose,
+            alignment=config.alignment,
             runtime=config.runtime,
         )
         current = align_models(align_config)
@@ -357,15 +345,11 @@ def _sampled_hash(paths: Sequence[Path]) -> str:
 
 def _check_models(config: RunConfig) -> int:
     """Load both English models once, before hours of work; returns the block that fits their positions."""
-    from recycle_gpt2.stages import require_shared_vocabulary
-
     small, small_tokenizer = load_gpt2(config.small)
     places = positions(small.config)
     if config.large:
         large, large_tokenizer = load_gpt2(config.large)
-        require_shared_vocabulary(
-            AlignConfig(Path(), Path(), small=config.small, large=config.large), small_tokenizer, large_tokenizer
-        )
+        require_shared_vocabulary((config.small, config.large), small_tokenizer, large_tokenizer)
         places = min(places, positions(large.config))
     return min(config.block, places)
 
@@ -421,7 +405,7 @@ def _make_lexicon(config: RunConfig, model: Path, directory: Path) -> dict[str, 
             source=config.large or config.small,
             out=path,
             # What made the rows of focus would only be found in them again.
-            dictionary=None if config.initialisation == "focus" else config.dictionary,
+            dictionary=None if config.rows.initialisation == "focus" else config.dictionary,
             device=config.runtime.device,
         )
     )

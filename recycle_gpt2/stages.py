@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from common.checks import UserError, require_directory, require_same_settings
+from common.checks import UserError, require_directory, require_same_settings, require_text
 from common.files import require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2, token_tables
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
-from common.training import settings_of
-from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
+from common.training import flat, settings_of
+from recycle_gpt2.alignment import AlignmentConfig, align, choose_options, held_out_error, neighbour_overlap
 from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.corpus import corpus_hash
 from recycle_gpt2.lexical import (
+    RowsConfig,
     cooccurrence_embeddings,
     initialise,
     layers_from_top,
@@ -42,11 +43,12 @@ DONE = "done.json"
 SETTINGS = "settings.json"
 MODEL = "model"
 TRAINING = "training"
-FREE = ("runtime", "devices", "num_nodes", "strategy", "workers", "out")
+FREE = ("runtime", "devices", "num_nodes", "strategy", "out")
 """Settings that do not change what a finished stage has made (the seed among the runtime's is kept)."""
 PROCESSES = "devices * num_nodes"
 """Must stay the same while a stage trains: the blocks of a step and the number of steps follow from it."""
-Initialisation = Literal["random", "mean", "frequency", "copy", "focus"]
+PARTS = ("rows", "alignment")
+"""Fields that hold what the whole command asks for too."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,11 @@ class RelearnConfig:
     """Where the run goes; the model is in its folder `model`."""
     model: str = "gpt2"
     """The model: tiny, tiny-medium, gpt2, distilgpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory."""
-    initialisation: Initialisation = "random"
-    """First values of the new rows: random (matched mean and variance), mean, frequency (rank), copy (tokens spelled
-    as English ones), focus (copied rows, and means of those that are alike in the new language's text)."""
     dictionary: Path | None = None
     """For focus: a file of target word, tab, English word in each line; these words take their translations' rows."""
     keep_table: bool = False
     """Go on from the token table that the model has (it was aligned or relearned), instead of a new one."""
-    positions: bool = False
-    """Train the position embeddings too."""
-    norms: bool = False
-    """Train the layer norms too."""
+    rows: RowsConfig = field(default_factory=RowsConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -88,12 +84,7 @@ class AlignConfig:
     """The English model that the small one was made from."""
     large: str = "gpt2-medium"
     """The larger English model."""
-    method: Literal["least_squares", "procrustes", "knn"] = "least_squares"
-    """least_squares (best as published), procrustes (a rotation) or knn (means of near English rows)."""
-    k: int = 10
-    """Neighbours of knn."""
-    choose: bool = True
-    """Choose centring, ridge and scale by held-out English rows; --no-choose aligns exactly as published."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -124,9 +115,9 @@ def wait_for(path: Path, ready: Callable[[], bool] | None = None) -> None:
 
 def stage_settings(config: Any) -> dict[str, Any]:
     """What of a configuration decides the result, in JSON's own types, with the settings of its training one by one."""
-    fields = settings_of(config, FREE)
+    fields = flat(settings_of(config, FREE), PARTS)
     if isinstance(fields.get("stage"), dict):
-        stage = fields.pop("stage")
+        stage = flat(fields.pop("stage"))
         fields |= {f"stage.{name}": value for name, value in stage.items() if name not in FREE}
         fields[PROCESSES] = stage["devices"] * stage["num_nodes"]
     return fields
@@ -168,6 +159,7 @@ def once(
             lies there that no stage wrote; or another run is using it.
     """
     directory = Path(directory)
+    require_text("out", directory)
     known = {name: value for name, value in inputs.items() if value is not None}
     with sole_run(directory):
         return _once(directory, stage_settings(config), work, known, everyone)
@@ -305,7 +297,7 @@ def relearn(config: RelearnConfig) -> Path:
         _require_same_tokenizer(train, tokenizer, config.corpus)
         if not config.keep_table:
             replace_lexical(model, tokenizer, *new_rows(config, model, english, tokenizer, train))
-        train_only(model, positions=config.positions, norms=config.norms)
+        train_only(model, positions=config.rows.positions, norms=config.rows.norms)
         record = train_stage(
             model,
             train,
@@ -338,7 +330,7 @@ def new_rows(
 ) -> list[torch.Tensor]:
     """The token table that relearning begins with, and the output's where the model has two."""
     auxiliary = None
-    if config.initialisation == "focus":
+    if config.rows.initialisation == "focus":
         auxiliary = cooccurrence_embeddings(
             train.tokens(0, min(train.num_tokens, 20_000_000)),  # as many as tell the vocabulary's company
             len(tokenizer),
@@ -348,7 +340,7 @@ def new_rows(
     generator, counts = torch.Generator().manual_seed(config.runtime.seed), train.counts()
     return [
         initialise(
-            config.initialisation,
+            config.rows.initialisation,
             rows,
             english,
             tokenizer,
@@ -375,16 +367,17 @@ def align_models(config: AlignConfig) -> Path:
         small, small_tokenizer = load_gpt2(config.small, device=device, frozen=True)
         large, large_tokenizer = load_gpt2(config.large, device=device, frozen=True)
         recycled, tokenizer = load_gpt2(config.recycled, device=device, frozen=True)
-        require_shared_vocabulary(config, small_tokenizer, large_tokenizer)
+        require_shared_vocabulary((config.small, config.large), small_tokenizer, large_tokenizer)
         shared = 1 + max(large_tokenizer.get_vocab().values())  # a table may be padded with rows of no token
         several = tables_to_align(small, large, recycled, shared)
         *tables, target = several[0]
         generator = torch.Generator().manual_seed(config.runtime.seed)
-        settings: dict[str, Any] = {"method": config.method}
-        if config.method == "knn":
-            settings["k"] = config.k
-        elif config.choose:
-            options = choose_options(*tables, method=config.method, generator=generator)
+        how = config.alignment
+        settings: dict[str, Any] = {"method": how.method}
+        if how.method == "knn":
+            settings["k"] = how.k
+        elif how.choose:
+            options = choose_options(*tables, method=how.method, generator=generator)
             settings |= options.arguments()
         found = [align(*rows, **settings) for rows in several]
         aligned = found[0]
@@ -401,23 +394,23 @@ def align_models(config: AlignConfig) -> Path:
     record = once(config.out, config, work, inputs={"recycled model": model_hash(config.recycled)})
     with reading(config.out / DONE, RENEW):
         print(
-            f"aligned by {config.method}: {record['neighbour_overlap']:.1%} of neighbours kept, error on held-out "
-            f"English rows {record['held_out_error']:.3f} (0 perfect, 1 useless)"
+            f"aligned by {config.alignment.method}: {record['neighbour_overlap']:.1%} of neighbours kept, error on "
+            f"held-out English rows {record['held_out_error']:.3f} (0 perfect, 1 useless)"
         )
     return config.out / MODEL
 
 
 def require_shared_vocabulary(
-    config: AlignConfig, small: PreTrainedTokenizerBase, large: PreTrainedTokenizerBase
+    names: tuple[str, str], small: PreTrainedTokenizerBase, large: PreTrainedTokenizerBase
 ) -> None:
-    """Raise UserError unless both English models have the same token at every row."""
+    """Raise UserError unless both English models, of these names, have the same token at every row."""
     ours, theirs = small.get_vocab(), large.get_vocab()
     if ours == theirs:
         return
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     token = differing[0]
     raise UserError(
-        f"the English vocabularies of {config.small!r} ({len(ours)} tokens) and {config.large!r} ({len(theirs)}) "
+        f"the English vocabularies of {names[0]!r} ({len(ours)} tokens) and {names[1]!r} ({len(theirs)}) "
         f"differ in {len(differing)} tokens, such as {token!r}: give a small and a large model of one family."
     )
 

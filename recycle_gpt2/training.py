@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Int
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,9 +22,17 @@ from common.decoders.families import blocks, blocks_name, is_norm, positions
 from common.decoders.tables import is_tied
 from common.files import write_json
 from common.language import IGNORE
-from common.optimizers import MuonAndAdam, decay_matrices, warmup_cosine
+from common.optimizers import MuonAndAdam, decay_matrices, scheduled, warmup_cosine
 from common.runtime import RuntimeConfig, seed_everything
-from common.training import TrainerConfig, build_trainer, fit, load_best, mean_over_processes
+from common.training import (
+    GradientConfig,
+    ScaleConfig,
+    TrainerConfig,
+    build_trainer,
+    fit,
+    load_best,
+    mean_over_processes,
+)
 from recycle_gpt2.blocks import labels
 from recycle_gpt2.loss import next_token_loss
 from recycle_gpt2.records import RENEW, read_json, reading
@@ -46,8 +55,6 @@ class StageConfig:
     """Tokens to train on, when not 0, instead of epochs."""
     batch_size: int = 8
     """Blocks in a batch, for each process."""
-    accumulate: int = 1
-    """Batches whose gradients make one step."""
     optimizer: Literal["amsgrad", "adamw", "muon"] = "amsgrad"
     """amsgrad: Adam as published; adamw; muon: Muon for the layers' matrices, AdamW for the rest."""
     lr: float = 1e-3
@@ -66,14 +73,8 @@ class StageConfig:
     """Validations without improvement that end the stage; 0 never does."""
     val_every: int = 500
     """Steps between validations, at most: there are about ten in a stage or more, and one after its last step."""
-    clip_gradients: float = 1.0
-    """Largest norm of the gradient; 0 never clips."""
-    devices: int = 1
-    """Processes or GPUs on each machine."""
-    num_nodes: int = 1
-    """Machines."""
-    strategy: str = "auto"
-    """auto, ddp or a variant of it."""
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,11 @@ def plan(num_blocks: int, block: int, config: StageConfig) -> Plan:
     Raises:
         UserError: a number that leaves nothing to do.
     """
-    for name in ("batch_size", "accumulate", "val_every", "devices", "num_nodes"):
+    config.scale.check()
+    config.gradients.check()
+    for name in ("batch_size", "val_every"):
         require_at_least(name, getattr(config, name), 1)
-    world = config.devices * config.num_nodes
-    blocks_per_step = min(config.batch_size * config.accumulate * world, num_blocks)
+    blocks_per_step = min(config.batch_size * config.gradients.accumulate * config.scale.world, num_blocks)
     tokens = config.tokens or config.epochs * num_blocks * block
     if tokens <= 0:
         raise UserError(f"epochs is {config.epochs} and tokens is {config.tokens}: set one of them above 0.")
@@ -172,7 +174,7 @@ class Recycling(LightningModule):
         self._valid: list[tuple[Tensor, int]] = []
         self._plateau: dict[str, Any] | None = None
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model, self.config)
         if self.config.schedule == "cosine":
             factor = warmup_cosine(self.config.warmup, self.plan.steps)
@@ -182,8 +184,7 @@ class Recycling(LightningModule):
             def factor(step: int) -> float:
                 return min(1.0, (step + 1) / (warmup + 1)) * self._decayed()
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, factor)
 
     def _decayed(self) -> float:
         return 1.0 if self._plateau is None else self._plateau["factor"]
@@ -212,7 +213,7 @@ class Recycling(LightningModule):
         now = time.monotonic()
         elapsed = max(now - self._clock, 1e-9)
         self.seconds, self._clock = self.seconds + elapsed, now
-        if (batch_idx + 1) % self.config.accumulate == 0:
+        if (batch_idx + 1) % self.config.gradients.accumulate == 0:
             self.tokens += sum(tokens for tokens, _ in self._pending)
             self._train_nats += [nats for _, nats in self._pending]
             self._pending = []
@@ -260,7 +261,7 @@ class Recycling(LightningModule):
         self._train_nats = [torch.tensor(nats) for nats in state["train_nats"]]
         self._plateau = state["plateau"]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trained tensors only: the frozen ones are known from the model that the stage began with."""
         trained = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
@@ -330,29 +331,25 @@ def train_stage(
     build_optimizer(model, config)  # its complaints come before anything is written
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     directory.mkdir(parents=True, exist_ok=True)
+    accumulate = config.gradients.accumulate
     trainer = build_trainer(
         TrainerConfig(
             max_steps=planned.steps,
-            val_every=planned.val_every * config.accumulate,
-            accumulate=config.accumulate,
-            clip_gradients=config.clip_gradients,
+            val_every=planned.val_every * accumulate,
             precision=runtime.precision,
             device=runtime.device,
-            devices=config.devices,
-            num_nodes=config.num_nodes,
-            strategy=config.strategy,
             patience=config.early_stopping,
             tensorboard=False,
             progress=progress,
+            **vars(config.gradients),
+            **vars(config.scale),
         ),
         directory,
     )
     loaders: dict[str, Any] = {
         "train_dataloaders": ResumableLoader(
             train,
-            BatchOrder(
-                num_blocks, config.batch_size, accumulate=config.accumulate, seed=runtime.seed + 1_000_003 * order
-            ),
+            BatchOrder(num_blocks, config.batch_size, accumulate=accumulate, seed=runtime.seed + 1_000_003 * order),
         ),
         "val_dataloaders": DataLoader(
             valid, batch_sampler=BatchOrder(len(cast(Sized, valid)), config.batch_size, shuffle=False)

@@ -14,11 +14,12 @@ from clipcap.data.readers import Format
 from clipcap.decoding import require_options
 from clipcap.evaluation.caption_files import read_captions
 from clipcap.evaluation.page import evaluation_page, print_scores
-from clipcap.evaluation.scores import MOST_RESAMPLES, Evaluation, evaluate_captions
+from clipcap.evaluation.scores import Evaluation, evaluate_captions
 from common.checks import UserError, printable, require_at_least, require_between, require_file, require_place
 from common.files import write_json
 from common.images import ImageLimit
 from common.journal import Journal, Row
+from common.language import MOST_RESAMPLES
 from common.runtime import RuntimeConfig, hardware, start, versions
 
 if TYPE_CHECKING:

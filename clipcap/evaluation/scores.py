@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}
 """Names of nocaps' own files, and of its papers' columns."""
-MOST_RESAMPLES = 1_000_000
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, distributed
 
 from clipcap.model import ClipCapModel
 from clipcap.training.capdec import inject_noise
 from clipcap.training.scst import CorpusCider, rewarded_samples, self_critical_loss, token_log_probs
 from common.language import IGNORE
-from common.optimizers import fused, warmup_cosine, warmup_linear
+from common.optimizers import fused, scheduled, warmup_cosine, warmup_linear
 from common.training import mean_over_processes
 
 SCHEDULES: dict[str, Callable[[int, int], Callable[[int], float]]] = {"cosine": warmup_cosine, "linear": warmup_linear}
@@ -55,12 +56,11 @@ class CaptionTraining(LightningModule):
         self._sums: Tensor | None = None  # nats and tokens of the step so far
         self._valid = np.zeros(2)  # and of the validation
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = fused(torch.optim.AdamW, trained, lr=self.lr, weight_decay=self.weight_decay)
         factor = SCHEDULES[self.schedule](self.warmup, self.total)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, factor)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         if self.text_noise:
@@ -109,7 +109,7 @@ class CaptionTraining(LightningModule):
         assert loss is not None
         return loss
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trained parameters only: a frozen backbone is kept by its name."""
         trained = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}

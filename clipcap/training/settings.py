@@ -13,7 +13,7 @@ from clipcap.data.readers import Format
 from common.checks import UserError, require_at_least
 from common.images import ImageLimit
 from common.runtime import RuntimeConfig
-from common.training import settings_of
+from common.training import GradientConfig, ScaleConfig, settings_of
 
 FREE = (
     "data", "images", "out", "embeddings", "format", "skip_missing", "workers", "epochs", "steps", "val_every",
@@ -80,16 +80,12 @@ class TrainConfig:
     """Optimizer steps, when not 0, instead of epochs."""
     batch_size: int = 40
     """Captions in a batch of each process."""
-    accumulate: int = 1
-    """Batches whose gradients make one step: the mean over all their tokens."""
     lr: float = 2e-5
     """AdamW's peak learning rate."""
     warmup: int = 5000
     """Steps of linear warm-up; at most a tenth of the run."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the rate falls to 0 after warm-up; linear is the paper's."""
-    clip_gradients: float = 1.0
-    """Largest norm of the gradient; 0 never clips."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     max_tokens: int = 67
@@ -116,12 +112,8 @@ class TrainConfig:
     """Captions of similar images (from the training captions, by CLIP) put as text before each caption; 0 for none."""
     resume: bool = True
     """Go on from last.ckpt in OUT when there is one; --no-resume begins anew."""
-    devices: int = 1
-    """Processes or GPUs on each machine; a step then has as many times --batch-size captions."""
-    num_nodes: int = 1
-    """Machines."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How several processes train together."""
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     limit: ImageLimit = field(default_factory=ImageLimit)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -172,15 +164,14 @@ def resolve_init(config: TrainConfig) -> TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for settings that cannot work."""
+    config.scale.check()
+    config.gradients.check()
     least_one = (
         "batch_size",
         "max_tokens",
-        "accumulate",
         "mapper_layers",
         "prefix_length",
         "val_beams",
-        "devices",
-        "num_nodes",
         "epochs",
         "scst_samples",
         "views",
@@ -193,7 +184,6 @@ def check(config: TrainConfig) -> None:
         "val_every",
         "val_captions",
         "patience",
-        "clip_gradients",
         "text_noise",
         "warmup",
         "steps",

@@ -32,7 +32,7 @@ from common.decoders.families import positions
 from common.files import clear_leftovers, require_own_directory, whole_directory, write_json
 from common.processes import is_first_process, sole_run
 from common.runtime import hardware, own_gpu, resolve_device, start, versions
-from common.training import TrainerConfig, build_trainer, fit, load_best, require_same_run, validation_interval
+from common.training import TrainerConfig, build_trainer, fit, flat, load_best, require_same_run, validation_interval
 
 
 def build_model(config: TrainConfig, material: Material) -> ClipCapModel:
@@ -123,11 +123,12 @@ def _train(config: TrainConfig) -> Path:
         )
         for split, store in material.stores.items()
     }
-    pairs, join, world = _training_pairs(config, material, model, data["train"]), _join(model), _world(config)
+    pairs, join, world = _training_pairs(config, material, model, data["train"]), _join(model), config.scale.world
+    accumulate = config.gradients.accumulate
     lengths = None if config.scst else data["train"].lengths
-    options: dict[str, Any] = {"seed": config.runtime.seed, "lengths": lengths, "accumulate": config.accumulate}
+    options: dict[str, Any] = {"seed": config.runtime.seed, "lengths": lengths, "accumulate": accumulate}
     in_an_epoch = len(BatchOrder(len(pairs), config.batch_size, rank=0, world=world, **options))
-    steps = config.steps or config.epochs * in_an_epoch // config.accumulate
+    steps = config.steps or config.epochs * in_an_epoch // accumulate
 
     monitor = {"auto": "cider" if config.scst else "loss"}.get(config.monitor, config.monitor)
     callbacks: list[Callback] = []
@@ -148,15 +149,12 @@ def _train(config: TrainConfig) -> Path:
     trainer = build_trainer(
         TrainerConfig(
             max_steps=steps,
-            val_every=validation_interval(config.val_every, steps, most=500) * config.accumulate,
-            accumulate=config.accumulate,
-            clip_gradients=config.clip_gradients,
+            val_every=validation_interval(config.val_every, steps, most=500) * accumulate,
             precision=config.runtime.precision,
             device=str(device),
-            devices=config.devices,
-            num_nodes=config.num_nodes,
-            strategy=config.strategy,
             patience=config.patience if "val" in data else 0,
+            **vars(config.gradients),
+            **vars(config.scale),
         ),
         config.out,
         monitor=f"val/{monitor}",
@@ -199,7 +197,7 @@ def _train(config: TrainConfig) -> Path:
     write_json(
         record,
         {
-            "config": asdict(config),
+            "config": flat(asdict(config)),
             "images": {split: len(part) for split, part in material.items.items()},
             "captions": {split: len(part) for split, part in data.items()},
             "skipped": material.skipped,
@@ -213,11 +211,6 @@ def _train(config: TrainConfig) -> Path:
         },
     )
     return directory
-
-
-def _world(config: TrainConfig) -> int:
-    """Processes that train together."""
-    return config.devices * config.num_nodes
 
 
 def _training_pairs(config: TrainConfig, material: Material, model: ClipCapModel, plain: CaptionDataset) -> Any:

@@ -78,7 +78,7 @@ def recall(similarity: Float[Tensor, "q c"], k: int) -> float:
 def distinct_rows(records: Sequence[ViewRecord], most: int) -> list[int]:
     """One view of each of up to `most` scenes, no two of which have the same objects."""
     seen: set[Any] = set()
-    rows = []
+    rows: list[int] = []
     for row, record in enumerate(records):
         key = tuple(sorted((o.shape, o.colour, o.material, o.size) for o in record.scene.objects))
         if key not in seen and len(rows) < most:

@@ -24,6 +24,7 @@ import torch
 import tyro
 from jaxtyping import Bool, Float, Int
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -31,7 +32,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from common.batches import BatchOrder, ResumableLoader
 from common.checks import require_at_least, run_command
-from common.optimizers import MuonAndAdam, warmup_cosine
+from common.optimizers import MuonAndAdam, scheduled, warmup_cosine
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import TrainerConfig, build_trainer, fit
 from experiments.scenes.captions import caption, counterfactual
@@ -345,7 +346,7 @@ class Contrastive(LightningModule):
         super().__init__()
         self.model, self.config = model, config
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = MuonAndAdam(
             self.model,
             hidden=".layers.",
@@ -354,8 +355,7 @@ class Contrastive(LightningModule):
             weight_decay=self.config.weight_decay,
             betas=(0.9, 0.98),
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(WARMUP, self.config.steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, warmup_cosine(WARMUP, self.config.steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         text, view, phrase = losses(

@@ -15,12 +15,13 @@ import lzma
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, PreTrainedTokenizerFast
@@ -28,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, PreTrai
 from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError, run_command
 from common.language import chunked_cross_entropy, score
-from common.optimizers import MuonAndAdam, warmup_cosine
+from common.optimizers import MuonAndAdam, scheduled, warmup_cosine
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import TrainerConfig, build_trainer, fit
 from recycle_gpt2.tokenizer import save_tokenizer, train_tokenizer
@@ -125,12 +126,11 @@ class Pretraining(LightningModule):
         super().__init__()
         self.model, self.config, self.steps = model, config, steps
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = MuonAndAdam(
             self.model, hidden=".h.", lr_muon=self.config.lr_muon, lr=self.config.lr_adam, weight_decay=0.01
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(WARMUP, self.steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, warmup_cosine(WARMUP, self.steps))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = next_token_loss(self.model, batch)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from clipcap.data.dataset import read_dataset
 from common.checks import UserError, require_one_of, run_command
@@ -56,7 +57,8 @@ class Config(TableConfig):
 def scenes_by_domain(data: Path, out: Path) -> tuple[Path, Path]:
     """The test scenes in nocaps' layout: the file and the directory of its images."""
     items = [item for item in read_dataset(data) if item.split == "test"]
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, item in enumerate(items):
         pairs = set(looks(parse(item.captions[0])))
         unseen = len(pairs & HELD_OUT)

@@ -19,7 +19,8 @@ from dietnerf.images import load_image, require_same_size
 from dietnerf.render import frames_of, path_poses, write_gif
 from dietnerf.scene import Scene
 from dietnerf.semantic import load_encoder
-from dietnerf.training import TrainConfig, train
+from dietnerf.settings import train_config
+from dietnerf.training import train
 
 SCENE = ASSETS / "samples" / "multiview"
 
@@ -40,8 +41,8 @@ def scene_section(
     target = resolve_device(device)
     begun = time.monotonic()
     run = train(
-        TrainConfig(
-            scene=SCENE,
+        train_config(
+            SCENE,
             out=out / "scene",
             method="grid",
             num_views=8,

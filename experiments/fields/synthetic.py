@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from dietnerf.cli import silence_nerfstudio
 from dietnerf.evaluation import score_scene
 from dietnerf.metrics import MetricsConfig
 from dietnerf.scene import Scene
-from dietnerf.training import TrainConfig, train
+from dietnerf.settings import TrainConfig, changed, nerfstudio_config, options_of, train_config, without_effect
+from dietnerf.training import train
 from experiments import from_command_line
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -123,8 +124,7 @@ def training_config(config: Config, scene: Path, size: int, arm: str, views: int
     name = base.removesuffix(FINE_TUNED)
     if name not in ARMS:
         raise UserError(f"arm is {arm!r}: choose of {', '.join(ARMS)}, each also with {FINE_TUNED}.")
-    chosen = TrainConfig(
-        scene=scene,
+    options: dict[str, Any] = dict(
         out=out,
         image_size=size,
         num_views=0 if config.view_ids else views,
@@ -137,22 +137,19 @@ def training_config(config: Config, scene: Path, size: int, arm: str, views: int
         progress=False,
         runtime=replace(config.runtime, seed=seed),
     )
-    chosen = replace(chosen, **ARMS[name])
+    chosen = train_config(scene, **options | ARMS[name])
     for change in changes:
         key, _, value = change.partition("=")
-        if key not in TrainConfig.__dataclass_fields__ or not value:
+        if key not in options_of(chosen) or not value:
             raise UserError(f"arm {arm!r}: {change!r} is no setting of dietnerf train, such as lr=0.3.")
         parsed = yaml.safe_load(value)
-        setting: Any = {key: tuple(parsed) if isinstance(parsed, list) else parsed}
-        chosen = replace(chosen, **setting)
+        chosen = changed(chosen, **{key: tuple(parsed) if isinstance(parsed, list) else parsed})
     if name.endswith("-text"):
         if not config.text:
             raise UserError(f"arm {arm!r} needs a description: give --text.")
-        chosen = replace(chosen, semantic_text=config.text)
+        chosen = changed(chosen, semantic_text=config.text)
     if base.endswith(FINE_TUNED):
-        from dietnerf.training import nerfstudio_config
-
-        chosen = replace(chosen, semantic_end=round(0.8 * nerfstudio_config(chosen).max_num_iterations))
+        chosen = changed(chosen, semantic_end=round(0.8 * nerfstudio_config(chosen).max_num_iterations))
     return chosen
 
 
@@ -184,7 +181,7 @@ def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str,
         "cpu_seconds": round(trained, 1),
         "cpu_seconds_with_scoring": round(time.process_time() - cpu, 1),
         "seconds": round(time.perf_counter() - wall, 1),
-        "config": asdict(settings),
+        "config": options_of(settings),
         "scoring": scoring(config),
         "hardware": hardware(),
         "versions": versions(),
@@ -202,8 +199,10 @@ def require_same_run(path: Path, config: Config, settings: TrainConfig) -> None:
     """Raise UserError when a finished run was trained or scored with other settings than are asked for now."""
     record = json.loads(path.read_text())
     before = record["config"] | record.get("scoring", {})
-    now = json.loads(json.dumps(asdict(settings) | scoring(config), default=str))
-    same = before.keys() - {"scene", "out", "resume", "progress", "runtime"}  # older runs lack later settings
+    now = json.loads(json.dumps(options_of(settings) | scoring(config), default=str))
+    # Older runs lack later settings, and have None where they left one to the method.
+    same = {name for name, value in before.items() if value is not None}
+    same -= {"scene", "out", "resume", "progress", "runtime", *without_effect(settings)}
     require_same_settings(path, before, {name: value for name, value in now.items() if name in same})
 
 

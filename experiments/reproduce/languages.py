@@ -49,6 +49,7 @@ def released(language: str) -> dict[str, str]:
 def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
     def run(config: Config, weights: dict[str, str]) -> None:
         from common.gpt2 import load_gpt2
+        from recycle_gpt2.alignment import AlignmentConfig
         from recycle_gpt2.corpus import load_documents
         from recycle_gpt2.evaluate import score_documents, summarise
         from recycle_gpt2.run import RunConfig, recycle
@@ -65,7 +66,7 @@ def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
                 small=weights[GPT2],
                 large=weights[MEDIUM],
                 vocab_size=LANGUAGES[language]["vocab_size"],
-                choose=False,
+                alignment=AlignmentConfig(choose=False),
                 unfreeze="none",
                 stage=stage,
                 runtime=config.runtime,

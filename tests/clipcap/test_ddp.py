@@ -23,12 +23,13 @@ import torch
 torch.set_num_threads(1)
 from clipcap.training.train import CaptionTraining, TrainConfig, train
 from common.runtime import RuntimeConfig
+from common.training import ScaleConfig
 
 photos, clip, gpt2, out = sys.argv[1:]
 config = TrainConfig(
     data=Path(photos) / "dataset.json", out=Path(out) / "whole", embeddings=Path(out) / "embeddings", clip=clip,
     gpt2=gpt2, mapper="mlp", prefix_length=3, steps=10, batch_size=3, val_every=2, val_captions=2, max_tokens=10,
-    lr=1e-2, devices=2, strategy="ddp", runtime=RuntimeConfig(device="cpu"),
+    lr=1e-2, scale=ScaleConfig(devices=2, strategy="ddp"), runtime=RuntimeConfig(device="cpu"),
 )
 train(config)
 part = replace(config, out=Path(out) / "part", tune_gpt2=True)

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,14 @@ from clipcap.model import ClipCapModel
 from clipcap.training import material
 from clipcap.training.lora import add_lora, merge_lora
 from clipcap.training.module import CaptionTraining
-from clipcap.training.settings import TrainConfig
+from clipcap.training.settings import FREE, TrainConfig
 from clipcap.training.train import run, train
 from common.checks import UserError, run_command
 from common.files import claimed
 from common.gpt2 import load_gpt2
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
+from common.training import GradientConfig, ScaleConfig, flat
 from tests.kills import AS_TESTS, kill_everywhere
 
 
@@ -150,7 +151,7 @@ def test_overfits_a_caption(config, photos):
         ({"lora": 99}, "lora is 99: GPT-2 is 16 wide"),
         ({"text_only": True, "inputs": "patches"}, "texts have no patches"),
         ({"monitor": "cider"}, "no validation images are captioned"),
-        ({"devices": 0}, "devices is 0"),
+        ({"scale": ScaleConfig(devices=0)}, "devices is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"lr": 1e30, "tune_gpt2": True, "steps": 40}, "lower the learning rate"),
     ],
@@ -161,12 +162,20 @@ def test_settings_that_cannot_work_are_one_line(config, changes, message):
     assert "\n" not in str(caught.value)
 
 
+def test_settings_that_are_free_exist(config):
+    assert set(FREE) <= flat(asdict(config)).keys()
+
+
 def test_a_run_goes_on_with_its_own_settings_and_captions_alone(config, photos):
     directory = train(replace(config, steps=2, val_every=1))
     before, record = weights(directory), (config.out / "training.json").read_text()
-    for name, value in {"mapper_layers": 2, "lr": 0.5, "clip_gradients": 2.0}.items():
+    for name, value, change in (
+        ("mapper_layers", 2, {"mapper_layers": 2}),
+        ("lr", 0.5, {"lr": 0.5}),
+        ("clip_gradients", 2.0, {"gradients": GradientConfig(clip_gradients=2.0)}),
+    ):
         with pytest.raises(UserError, match=f"was begun with {name} .*, now it is {value}: use the same again"):
-            train(replace(config, **{name: value}))
+            train(replace(config, **change))
     train(replace(config, steps=2, val_every=1))  # it is finished
     assert (config.out / "training.json").read_text() == record
     assert all(torch.equal(before[name], value) for name, value in weights(directory).items())
@@ -216,7 +225,9 @@ def test_any_gpt2_directory_is_accepted(config, gpt2_directory):
 def test_accumulated_batches_are_one_large_batch(config):
     """The mean over all tokens of a step: batches of short and of long captions weigh by their tokens."""
     one = weights(train(replace(config, batch_size=16, steps=5)))
-    four = weights(train(replace(config, out=config.out / "four", batch_size=4, accumulate=4, steps=5)))
+    four = weights(
+        train(replace(config, out=config.out / "four", batch_size=4, gradients=GradientConfig(accumulate=4), steps=5))
+    )
     assert all(torch.allclose(one[name], four[name], atol=1e-5) for name in one)
 
 

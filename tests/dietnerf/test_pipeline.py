@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from common.checks import UserError
 from common.runtime import RuntimeConfig
 from dietnerf.methods import Decay, DecayConfig, method_config
 from dietnerf.plugin import load_specification
-from dietnerf.training import TrainConfig, nerfstudio_config, train
+from dietnerf.settings import changed, nerfstudio_config, train_config
+from dietnerf.training import train
 
 PYTHON = Path(sys.executable).parent
 
 
 def tiny_pipeline(scene: Path, **settings):
-    config = nerfstudio_config(TrainConfig(scene=scene, num_views=4, rays=32, **settings))
+    config = nerfstudio_config(train_config(scene=scene, num_views=4, rays=32, **settings))
     if config.method_name == "dietnerf-grid":
         config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (300,)
     if config.method_name == "dietnerf":
@@ -102,7 +102,7 @@ def test_random_background_and_patches_reach_the_losses(ball_scene, monkeypatch)
     assert first.shape == (8, 8, 8, 3) and torch.equal(first, again) and not torch.equal(first, other)
     assert pipeline.model.renderer_rgb.background_color == "white"
     with pytest.raises(UserError, match="no alpha"):
-        photographs = nerfstudio_config(TrainConfig(scene=ball_scene, num_views=4))
+        photographs = nerfstudio_config(train_config(scene=ball_scene, num_views=4))
         photographs.pipeline.datamanager.dataparser.background = "image"
         photographs.pipeline.model.background_color = "random"
         photographs.pipeline.setup(device="cpu", test_mode="val")
@@ -210,7 +210,7 @@ def test_background_and_planes_follow_the_scene(ball_scene, tmp_path):
     assert real.model.config.background_color == "black" and real.model.near == 0.05
     assert tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5), near=2.0, far=6.0).model.near == 2.0
     with pytest.raises(UserError, match="num_devices is 2"):
-        config = nerfstudio_config(TrainConfig(scene=ball_scene))
+        config = nerfstudio_config(train_config(scene=ball_scene))
         config.pipeline.setup(device="cpu", test_mode="val", world_size=2)
 
 
@@ -221,7 +221,7 @@ def test_the_silhouette_is_learnt_where_images_have_alpha(ball_scene, tmp_path):
     scene = nerfstudio_scene(tmp_path / "s", 5)
     assert "silhouette" not in tiny_pipeline(scene).get_train_loss_dict(0)[1]
     with pytest.raises(UserError, match=r"silhouette is 0\.5 but the images have no alpha: leave it out"):
-        train(TrainConfig(scene=scene, out=tmp_path / "run", silhouette=0.5, runtime=RuntimeConfig(device="cpu")))
+        train(train_config(scene=scene, out=tmp_path / "run", silhouette=0.5, runtime=RuntimeConfig(device="cpu")))
     wrong = {}
     for weight in (0.0, 1.0):
         torch.manual_seed(0)
@@ -284,7 +284,7 @@ def test_ns_train_eval_and_render(nerfstudio_run, tmp_path):
 
 def test_semantic_text_and_priors_reach_the_model(ball_scene):
     config = nerfstudio_config(
-        TrainConfig(scene=ball_scene, semantic_text="a ball", occlusion=0.5, semantic_hinge=True, near=1.0, far=9.0)
+        train_config(scene=ball_scene, semantic_text="a ball", occlusion=0.5, semantic_hinge=True, near=1.0, far=9.0)
     )
     model = config.pipeline.model
     assert model.semantic.text == "a ball" and model.regularizers.occlusion == 0.5 and model.semantic.hinge
@@ -294,26 +294,26 @@ def test_semantic_text_and_priors_reach_the_model(ball_scene):
     )
     assert (model.near, model.far) == (1.0, 9.0)
     with pytest.raises(UserError, match="near is 3.0 and far is 2.0"):
-        nerfstudio_config(replace(TrainConfig(scene=ball_scene), near=3.0, far=2.0))
+        nerfstudio_config(changed(train_config(scene=ball_scene), near=3.0, far=2.0))
 
 
 def test_the_crop_stretches_with_the_steps(ball_scene):
     for steps, crop in ((200_000, 500), (20_000, 50), (0, 500)):
-        run = nerfstudio_config(TrainConfig(scene=ball_scene, method="mlp", steps=steps))
+        run = nerfstudio_config(train_config(scene=ball_scene, method="mlp", steps=steps))
         assert run.pipeline.datamanager.crop_steps == crop
 
 
 def test_levels_of_the_grid_are_spread_over_the_same_steps(ball_scene):
     model = nerfstudio_config(
-        TrainConfig(scene=ball_scene, steps=2000, resolutions=(8, 12, 16, 24), harmonics=2)
+        train_config(scene=ball_scene, steps=2000, resolutions=(8, 12, 16, 24), harmonics=2)
     ).pipeline.model
     assert model.resolutions == (8, 12, 16, 24) and model.harmonics == 2
-    usual = nerfstudio_config(TrainConfig(scene=ball_scene, steps=2000)).pipeline.model
+    usual = nerfstudio_config(train_config(scene=ball_scene, steps=2000)).pipeline.model
     assert (
         model.grow_at[-1] == usual.grow_at[-1]
         and len(model.grow_at) == 3
         and list(model.grow_at) == sorted(model.grow_at)
     )
-    assert nerfstudio_config(TrainConfig(scene=ball_scene, resolutions=(20,))).pipeline.model.grow_at == ()
+    assert nerfstudio_config(train_config(scene=ball_scene, resolutions=(20,))).pipeline.model.grow_at == ()
     with pytest.raises(UserError, match=r"resolutions, harmonics and min_views are the grid's"):
-        nerfstudio_config(TrainConfig(scene=ball_scene, method="nerfacto", resolutions=(8, 12)))
+        nerfstudio_config(train_config(scene=ball_scene, method="nerfacto", resolutions=(8, 12)))

@@ -11,7 +11,6 @@ from dietnerf.poses import (
     PoseRanges,
     estimate_ranges,
     interpolate_poses,
-    look_at,
     orbit_path,
     pose_spherical,
     sample_interpolated,
@@ -155,12 +154,3 @@ def test_orbit_goes_once_around_without_repeating_its_first_frame():
     assert all(elevation_of(pose) == pytest.approx(30, abs=1e-3) for pose in path)
     swing = orbit_path(PoseRanges(azimuth=(0.0, 90.0)), 8)
     assert (swing[1] - swing[-1]).abs().max() < 1e-4  # to and fro
-
-
-def test_look_at_points_at_its_target_even_from_above():
-    for position in ([1.0, 2.0, 3.0], [0.0, 0.0, 5.0]):
-        pose = look_at(torch.tensor(position), torch.zeros(3))
-        assert_is_rotation(pose)
-        torch.testing.assert_close(
-            -pose[:, 2], -torch.tensor(position) / torch.tensor(position).norm(), atol=1e-5, rtol=0
-        )

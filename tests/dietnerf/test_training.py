@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,8 @@ from common.runtime import RuntimeConfig
 from dietnerf.evaluation import score_scene
 from dietnerf.methods import method_config
 from dietnerf.scene import Scene
-from dietnerf.training import TrainConfig, train
+from dietnerf.settings import TrainConfig, changed, train_config
+from dietnerf.training import train
 from tests.dietnerf.ball import write_scene
 from tests.dietnerf.fields import CONFIGS
 from tests.dietnerf.test_pipeline import nerfstudio_run, run_command  # noqa: F401
@@ -40,15 +40,15 @@ def small_grid(monkeypatch):
             config.pipeline.model.occupancy_every = 4
         return config
 
-    monkeypatch.setattr("dietnerf.training.method_config", small)
+    monkeypatch.setattr("dietnerf.settings.method_config", small)
 
 
 def settings(scene: Path, out: Path, **changes) -> TrainConfig:
-    base = TrainConfig(
+    base = train_config(
         scene=scene, out=out, num_views=4, rays=64, steps=12, semantic_weight=0.01, semantic_resolution=6,
         semantic_every=5, val_views=1, val_every=6, progress=False, runtime=RuntimeConfig(device="cpu", seed=3),
     )  # fmt: skip
-    return replace(base, **changes)
+    return changed(base, **changes)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -153,15 +153,30 @@ def test_another_run_does_not_go_on_from_this_one(ball_scene, tmp_path, small_gr
         (dict(semantic_weight=0.5), "was begun with semantic_weight"),
     ]:
         with pytest.raises(UserError, match=message):
-            train(replace(base, **change))
+            train(changed(base, **change))
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     monkeypatch.chdir(ball_scene.parent)
-    train(replace(base, scene=Path(ball_scene.name)))  # the same one, and all steps were made
+    train(changed(base, scene=Path(ball_scene.name)))  # the same one, and all steps were made
     assert (run / "training.json").read_bytes() == before[run / "training.json"]
-    further = train(replace(base, steps=14, chunk=100, val_every=3))
+    further = train(changed(base, steps=14, chunk=100, val_every=3))
     assert json.loads((further / "training.json").read_text())["steps"] == 14
-    anew = train(replace(base, scene=other, resume=False, steps=4))
+    anew = train(changed(base, scene=other, resume=False, steps=4))
     assert Scene.load(anew, device="cpu").step == 3
+
+
+def test_a_run_that_version_0_1_began_goes_on(ball_scene, tmp_path, small_grid):
+    """It recorded None for what it left to the method, and knew no text_weight."""
+    base = settings(ball_scene, tmp_path / "run", steps=4, val_views=0, semantic_weight=0.0)
+    last = train(base) / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    older = {"semantic_poses": "sphere", "occlusion": None, "silhouette": None, "distortion": 0.0, "semantic_every": 5}
+    new = ("semantic_text_weight", "occlusion_distance", "depth_patches")
+    checkpoint["settings"] = {n: v for n, v in checkpoint["settings"].items() if n not in new} | older
+    torch.save(checkpoint, last)
+    assert Scene.load(train(changed(base, steps=6)), device="cpu").step == 5
+    torch.save(checkpoint, last)
+    with pytest.raises(UserError, match=r"was begun with distortion 0.0, now it is 0.1: use the same again"):
+        train(changed(base, distortion=0.1))
 
 
 def test_lightning_run_opens_with_nerfstudio_and_trains_on(ball_scene, tmp_path, small_grid):

@@ -31,7 +31,7 @@ def page(tmp_path_factory):
                 config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (2,)
                 return config
 
-            patch.setattr("dietnerf.training.method_config", small)
+            patch.setattr("dietnerf.settings.method_config", small)
         return write_demo(
             Config(out=tmp_path_factory.mktemp("demo"), runtime=RuntimeConfig(device="cpu")),
             images=6,

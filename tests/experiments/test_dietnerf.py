@@ -29,7 +29,7 @@ def few_voxels(monkeypatch):
             config.pipeline.model.resolutions, config.pipeline.model.grow_at = (8, 12), (2,)
         return config
 
-    monkeypatch.setattr("dietnerf.training.method_config", small)
+    monkeypatch.setattr("dietnerf.settings.method_config", small)
 
 
 def record(arm: str, seed: int, psnr: float, views: int = 3) -> dict:
@@ -60,14 +60,14 @@ def test_tables():
 def test_arms_are_settings(tmp_path):
     for arm in ARMS:
         settings = training_config(Config(text="a still life"), tmp_path, 8, arm, 3, 5, tmp_path)
-        assert settings.runtime.seed == 5 and settings.num_views == 3
-        assert bool(settings.semantic_text) == arm.endswith("-text")
+        assert settings.runtime.seed == 5 and settings.views.num_views == 3
+        assert bool(settings.semantic.text) == arm.endswith("-text")
     with pytest.raises(UserError, match="give --text"):
         training_config(Config(), tmp_path, 8, "grid-text", 3, 5, tmp_path)
     tuned = training_config(Config(steps=100), tmp_path, 8, "dietnerf-tuned", 3, 0, tmp_path)
-    assert tuned.semantic_end == 80 and tuned.semantic_weight == 0.1
+    assert tuned.semantic.end == 80 and tuned.semantic.weight == 0.1
     changed = training_config(Config(), tmp_path, 8, "grid-clip+lr=0.2+resolutions=[8, 12]", 3, 0, tmp_path)
-    assert (changed.lr, changed.resolutions, changed.semantic_weight) == (0.2, (8, 12), 0.01)
+    assert (changed.lr, changed.resolutions, changed.semantic.weight) == (0.2, (8, 12), 0.01)
     for arm in ("grid+speed=3", "grid+lr"):
         with pytest.raises(UserError, match="is no setting of dietnerf train"):
             training_config(Config(), tmp_path, 8, arm, 3, 0, tmp_path)

@@ -361,7 +361,7 @@ def small_fields(tmp_path, monkeypatch):
         config.pipeline.model.num_importance_samples = min(8, config.pipeline.model.num_importance_samples)
         return config
 
-    monkeypatch.setattr("dietnerf.training.method_config", small_method)
+    monkeypatch.setattr("dietnerf.settings.method_config", small_method)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     options, small = fields.published_options, {"sizes": (12,), "rays": 4, "resolution": 8}
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from common.checks import UserError  # noqa: E402
 from dietnerf.scene import Scene  # noqa: E402
-from dietnerf.training import TrainConfig, nerfstudio_config  # noqa: E402
+from dietnerf.settings import nerfstudio_config, train_config  # noqa: E402
 from tests.dietnerf.ball import write_scene  # noqa: E402
 from tests.fuzz.mutations import FUZZ, break_file, damaged, files_below, only_user_errors  # noqa: E402
 
@@ -31,7 +31,7 @@ VALUES = st.sampled_from([
 def run(tmp_path_factory):
     """A run whose field knows nothing, of a scene beside it."""
     place = tmp_path_factory.mktemp("run") / "inside"
-    config = nerfstudio_config(TrainConfig(
+    config = nerfstudio_config(train_config(
         scene=write_scene(place / "scene"), out=place, num_views=2, image_size=8, resolutions=(4, 6), semantic_weight=0.0,
     ))  # fmt: skip
     pipeline = config.pipeline.setup(device="cpu", test_mode="test")

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,15 @@ from common.checks import UserError
 from common.files import MARKER, claimed
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
+from common.training import ScaleConfig, flat
 from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
+from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.corpus import build_corpus, text_hash
+from recycle_gpt2.lexical import RowsConfig
 from recycle_gpt2.run import RunConfig, recycle, upload
 from recycle_gpt2.stages import (
+    FREE,
     AlignConfig,
     FinetuneConfig,
     RelearnConfig,
@@ -188,7 +192,7 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_named(runs, monkey
         recycle(replace(config, stage=replace(config.stage, lr=0.01)))
     # Where and with how many processes a run goes on is free.
     with pytest.raises(UserError, match="align.* was begun with choose True, now it is False"):
-        recycle(replace(config, choose=False))
+        recycle(replace(config, alignment=AlignmentConfig(choose=False)))
     recycle(replace(config, workers=2, runtime=RuntimeConfig(device="cpu", seed=3, threads=1)))
 
 
@@ -238,6 +242,11 @@ def test_directories_without_a_record_of_their_inputs_are_accepted_and_get_one(t
     assert once(tmp_path, Settings(), lambda: {"number": 2}, inputs={"text": "b"})["number"] == 2
 
 
+def test_settings_that_are_free_exist():
+    names = {one.name for kind in (RelearnConfig, AlignConfig, FinetuneConfig) for one in fields(kind)}
+    assert {"out", "runtime"} <= set(FREE) <= names | flat(asdict(StageConfig())).keys()
+
+
 def test_number_of_processes_is_free_only_when_a_stage_is_done(tmp_path):
     def killed():
         (tmp_path / "training").mkdir()
@@ -247,9 +256,9 @@ def test_number_of_processes_is_free_only_when_a_stage_is_done(tmp_path):
         once(tmp_path, Settings(), killed, inputs={})
     for more in ({"devices": 4}, {"num_nodes": 2}):
         with pytest.raises(UserError, match=r"begun with devices \* num_nodes 1, now it is [24]: use the same"):
-            once(tmp_path, Settings(StageConfig(**more)), dict, inputs={})
-    once(tmp_path, Settings(StageConfig(strategy="ddp")), lambda: {"number": 1}, inputs={})
-    assert once(tmp_path, Settings(StageConfig(devices=4)), dict, inputs={})["number"] == 1
+            once(tmp_path, Settings(StageConfig(scale=ScaleConfig(**more))), dict, inputs={})
+    once(tmp_path, Settings(StageConfig(scale=ScaleConfig(strategy="ddp"))), lambda: {"number": 1}, inputs={})
+    assert once(tmp_path, Settings(StageConfig(scale=ScaleConfig(devices=4))), dict, inputs={})["number"] == 1
 
 
 def test_other_processes_wait_until_the_first_has_made_a_stage_again(tmp_path, monkeypatch):
@@ -357,9 +366,7 @@ def test_stages_by_themselves(runs, tmp_path):
             tokenizer=stages / "tokenizer",
             out=tmp_path / "relearn",
             model=config.small,
-            initialisation="focus",
-            positions=True,
-            norms=True,
+            rows=RowsConfig(initialisation="focus", positions=True, norms=True),
             stage=stage,
             runtime=config.runtime,
         )
@@ -369,7 +376,11 @@ def test_stages_by_themselves(runs, tmp_path):
     assert not [name for name in record["trained"] if "mlp" in name or "attn" in name]
     aligned = align_models(
         AlignConfig(
-            recycled=directory, out=tmp_path / "align", small=config.small, large=config.large, method="knn", k=3
+            recycled=directory,
+            out=tmp_path / "align",
+            small=config.small,
+            large=config.large,
+            alignment=AlignmentConfig(method="knn", k=3),
         )
     )
     tuned = finetune(
@@ -417,7 +428,7 @@ def test_focus_with_a_dictionary_still_mixes_the_other_rows(
         corpus=tmp_path / "corpus",
         tokenizer=tmp_path,
         out=tmp_path / "out",
-        initialisation="focus",
+        rows=RowsConfig(initialisation="focus"),
         dictionary=tmp_path / "words.tsv",
     )
     model, english = load_gpt2(english_models[0])
@@ -431,7 +442,7 @@ def test_the_dictionary_of_focus_does_not_measure_the_lexicon(tmp_path, monkeypa
     monkeypatch.setattr(run_module, "run_lexicon", given.append)
     config = RunConfig(text=(), out=tmp_path, language="nld", dictionary=tmp_path / "words.tsv")
     for initialisation in ("random", "focus"):
-        run_module._make_lexicon(replace(config, initialisation=initialisation), tmp_path, tmp_path)
+        run_module._make_lexicon(replace(config, rows=RowsConfig(initialisation=initialisation)), tmp_path, tmp_path)
     assert [config.dictionary for config in given] == [tmp_path / "words.tsv", None]
 
 

@@ -15,6 +15,7 @@ from common.checks import UserError
 from common.language import IGNORE
 from common.optimizers import MuonAndAdam
 from common.runtime import RuntimeConfig
+from common.training import GradientConfig
 from recycle_gpt2 import loss as loss_module
 from recycle_gpt2.lexical import layers_from_top, train_only
 from recycle_gpt2.loss import next_token_loss, positions_at_once, tied_cross_entropy
@@ -146,7 +147,9 @@ def test_flops_count_frozen_parts_as_such(model):
 
 @pytest.mark.parametrize("epochs, tokens, every", [(1, 0, 3), (2.5, 0, 100), (1, 777, 5), (1, 1, 5)])
 def test_plan_ends_with_a_validation(epochs, tokens, every):
-    config = StageConfig(epochs=epochs, tokens=tokens, batch_size=4, accumulate=2, val_every=every)
+    config = StageConfig(
+        epochs=epochs, tokens=tokens, batch_size=4, gradients=GradientConfig(accumulate=2), val_every=every
+    )
     found = plan(100, BLOCK, config)
     wanted = (tokens or epochs * 100 * BLOCK) / (8 * BLOCK)
     assert found.steps % found.val_every == 0
@@ -167,7 +170,7 @@ def test_a_stage_is_validated_about_ten_times_or_more_and_at_least_every_val_eve
 @pytest.mark.parametrize("count, accumulate, epochs", [(10, 2, 2), (40, 8, 4), (9, 3, 1)])
 def test_a_stage_of_accumulated_batches_is_validated_at_its_end(model, tmp_path, count, accumulate, epochs):
     train_only(model)
-    config = StageConfig(epochs=epochs, batch_size=2, accumulate=accumulate, val_every=2)
+    config = StageConfig(epochs=epochs, batch_size=2, gradients=GradientConfig(accumulate=accumulate), val_every=2)
     planned = plan(count, BLOCK, config)
     record = train_stage(model, blocks(count), blocks(4, 1), tmp_path, config, runtime=RUNTIME, progress=False)
     steps = [point["step"] for point in record.curve]
@@ -207,7 +210,14 @@ def test_resume_ends_in_the_same_weights(model, tmp_path, monkeypatch, optimizer
     train_only(model, layers="all")
     begin = snapshot(model)
     config = StageConfig(
-        epochs=3, batch_size=3, accumulate=2, val_every=3, lr=1e-2, optimizer=optimizer, schedule=schedule, patience=0
+        epochs=3,
+        batch_size=3,
+        gradients=GradientConfig(accumulate=2),
+        val_every=3,
+        lr=1e-2,
+        optimizer=optimizer,
+        schedule=schedule,
+        patience=0,
     )
 
     def once(directory):

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from clipcap.data.images import IMAGE_SUFFIXES
 from clipcap.data.readers.captioned import SPLITS, CaptionedImage, check_captions
@@ -103,7 +104,7 @@ def _captions_of_json(data: bytes, where: str) -> list[str]:
         raise UserError(f"{where}, line {error.lineno} is not JSON: {error.msg}.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON that can be read: {error}.") from None
-    text = next((row[key] for key in CAPTION_KEYS if row.get(key)), []) if isinstance(row, dict) else []
+    text: Any = next((row[key] for key in CAPTION_KEYS if row.get(key)), []) if isinstance(row, dict) else []
     return [str(t) for t in (text if isinstance(text, list) else [text])]
 
 
