@@ -15,12 +15,14 @@ export UV_NATIVE_TLS := true
 PYTHON ?=
 ARGS ?=
 QUICK ?= --quick
+# Costly files come first (tests/hooks/costs.py), not those with many tests.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 COMPILE := uv pip compile pyproject.toml --extra all --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
-.PHONY: help demo test lint docs bench dist setup lock clean
+.PHONY: help demo test quick lint docs bench dist setup lock clean
 
 help: ## List the targets
 	@echo "make TARGET"
@@ -29,8 +31,11 @@ help: ## List the targets
 demo: $(STAMP) ## Run the main job on the packaged backbones and write out/demo/index.html
 	@$(PY) -m experiments.demo $(ARGS)
 
-test: lint ## Run the whole gate: ruff, import layers, types, pytest
-	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+test: lint ## Run the whole gate: ruff, import layers, types, pytest (ARGS=--exhaustive tries every point)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
+
+quick: lint ## Run lint and the fast tests, in two minutes (every mark but `slow`)
+	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 lint: $(STAMP) ## Run ruff, import-linter and mypy
 	$(BIN)/ruff check .

@@ -126,7 +126,7 @@ class SharedCacheDecoder(CachedDecoder):
         return hidden
 
     def _forward(
-        self, inputs: Float[Tensor, "b n d"], position: int, visible: Bool[Tensor, "b 1 n m"]
+        self, inputs: Float[Tensor, "b n d"], position: int, visible: Bool[Tensor, "#b 1 n m"]
     ) -> Float[Tensor, "b n d"]:
         count = inputs.shape[1]
         # Prefixes begin at 0; later the tokens side by side are of different beams, all at one position.
@@ -143,7 +143,7 @@ class SharedCacheDecoder(CachedDecoder):
         return states.last_hidden_state
 
     def _masks(
-        self, visible: Bool[Tensor, "b 1 n m"], places: Int[Tensor, " n"], dtype: torch.dtype
+        self, visible: Bool[Tensor, "#b 1 n m"], places: Int[Tensor, " n"], dtype: torch.dtype
     ) -> Tensor | dict[str, Tensor]:
         """What is added to the scores: one mask, or one for each kind of layer."""
         everything = _additive(visible, dtype)
@@ -166,7 +166,7 @@ def sliding_window(config: Any) -> tuple[str, int | None]:
     return ("all" if kinds is None else "some"), window
 
 
-def _additive(visible: Bool[Tensor, "b 1 n m"], dtype: torch.dtype) -> Float[Tensor, "b 1 n m"]:
+def _additive(visible: Bool[Tensor, "#b 1 n m"], dtype: torch.dtype) -> Float[Tensor, "b 1 n m"]:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, NEVER)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -307,7 +307,7 @@ class ClipCapModel(PreTrainedModel):
         self,
         clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"],
         input_ids: Int[Tensor, "b t"],
-        attention_mask: Int[Tensor, "b t"] | None = None,
+        attention_mask: Shaped[Tensor, "b t"] | None = None,
         labels: Int[Tensor, "b t"] | None = None,
         *,
         prompts: Int[Tensor, "b r"] | None = None,
@@ -349,7 +349,7 @@ class ClipCapModel(PreTrainedModel):
         self,
         clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"],
         input_ids: Int[Tensor, "b t"],
-        attention_mask: Int[Tensor, "b t"] | None = None,
+        attention_mask: Shaped[Tensor, "b t"] | None = None,
         prompts: Int[Tensor, "b r"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """GPT-2's last hidden states where they predict the caption: K-1 .. K+t-2 of prefix and caption together."""

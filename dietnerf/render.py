@@ -122,7 +122,8 @@ def frames_of(renderings: Iterable[Rendering], *, depth: bool = True) -> list[UI
     for rendering in renderings:
         colours.append((rendering.rgb.numpy() * 255 + 0.5).astype(np.uint8))
         if depth:
-            depths.append(Rendering(torch.empty(0), rendering.depth.half(), rendering.accumulation.half()))
+            no_colour = torch.empty(1).expand(*rendering.depth.shape[:2], 3)
+            depths.append(Rendering(no_colour, rendering.depth.half(), rendering.accumulation.half()))
     if not depth:
         return colours
     near, far = depth_range(depths)

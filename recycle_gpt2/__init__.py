@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.exports import lazy_exports
+try:
+    from common.exports import lazy_exports
+except ModuleNotFoundError:  # a folder of the caller's has that name
+    import common
+
+    raise ImportError(
+        f"recycle_gpt2 needs the toolkit's 'common', but Python finds {common.__file__} first: rename yours, or "
+        "run Python from another folder."
+    ) from None
 
 if TYPE_CHECKING:
     from recycle_gpt2.alignment import align

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,8 +12,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import costs  # in tests/hooks
+import jaxtyping
 import pytest
+import shapes  # noqa: F401  before any package of ours
 import torch
+
+from tests.forks import Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,6 +27,34 @@ ROOT = Path(__file__).resolve().parent.parent
 def few_threads() -> None:
     """Tiny tensors run slower on more threads than cores."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test of what users read who pass a wrong shape: the hook that checks shapes would raise first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(costs.Costs(), "costs of tests")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="try every value and every point, not a sample")
+
+
+@pytest.fixture(scope="session")
+def exhaustive(request: pytest.FixtureRequest) -> bool:
+    """Every value and every point of what is otherwise sampled."""
+    return request.config.getoption("--exhaustive")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Processes that need not import torch and lightning again."""
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Kills a scenario at its writes, has it go on, and compares the end with that of a run that was let alone.
 
 A scenario is a function of a directory that writes there, may be called again after a kill, and returns what must be the
-same in the end, such as a hash of weights. `kill_everywhere("tests.common.test_training:tiny_run", place)` starts one
-process that imports the scenario's module and forks for each kill; temporary files have another file system.
+same in the end, such as a hash of weights. `kill_everywhere(forks, "tests.common.test_stopping:killed_run", place)`
+takes one process that imports the scenario's module and forks for each kill; temporary files have another file system.
 """
 
 from __future__ import annotations
@@ -13,39 +13,30 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-AS_TESTS = f"""
-import sys
-import types
-sys.path.insert(0, {str(ROOT)!r})
-sys.modules["tests"] = types.ModuleType("tests")
-sys.modules["tests"].__path__ = [{str(ROOT / "tests")!r}]
-"""
-"""Beginning of a script that imports modules of `tests`; an installed package has that name too."""
+from tests.forks import Forks
+
 OPERATIONS = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync", "ftruncate")
 """What is waited for beside writes to files."""
 
 
-def kill_everywhere(scenario: str, place: Path, *, points: int = 20) -> None:
+def kill_everywhere(
+    forks: Forks, scenario: str, place: Path, *, points: int = 20, preload: tuple[str, ...] = ()
+) -> None:
     """Assert that a scenario ends the same wherever it was killed.
 
     Half of the `points` are writes to files, which are then half done, and half are before a file is synced, renamed,
-    deleted and the like; both are evenly spread.
+    deleted and the like; both are evenly spread. `preload` are modules that the scenario imports.
     """
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=shared) as temporary:
-        environment = os.environ | {"TMPDIR": temporary, "OMP_NUM_THREADS": "1"}
-        script = f"{AS_TESTS}\nfrom tests.kills import main\nmain({scenario!r}, {str(place)!r}, {points})"
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=850)
+        code = f"from tests.kills import main\nmain({scenario!r}, {str(place)!r}, {points})"
+        done = forks.run(code, env={"TMPDIR": temporary}, preload=preload, timeout=850)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["killed"] > 0 and not found["failed"], found

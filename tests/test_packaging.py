@@ -72,6 +72,20 @@ def test_public_names_are_light_too(root):
     )
 
 
+@pytest.mark.parametrize("package", ["clipcap", "dietnerf", "recycle_gpt2"])
+def test_a_package_of_the_callers_that_is_called_common_is_named(root, tmp_path, package):
+    """A script in a folder with a `common` of its own gets one line that names it; the commands never look there."""
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").touch()
+    (tmp_path / "script.py").write_text(f"import {package}")
+    command = [sys.executable, "-S", "script.py"]  # an editable install would find its own submodules all the same
+    environment = {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ") and str(tmp_path / "common" / "__init__.py") in last and "rename" in last
+    assert done.stderr.count("Traceback") == 1
+
+
 def test_console_scripts_resolve(project):
     for name, target in project["project"]["scripts"].items():
         module, function = target.split(":")

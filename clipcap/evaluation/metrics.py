@@ -254,7 +254,7 @@ def _bleu_of(sums: Float[np.ndarray, "... 10"], n: int) -> Float[np.ndarray, "..
     length, reference = sums[..., 0], sums[..., 1]
     precision = (sums[..., 6 : 6 + n] + 1e-15) / (sums[..., 2 : 2 + n] + 1e-9)
     ratio = (length + 1e-15) / (reference + 1e-9)
-    return precision.prod(axis=-1) ** (1 / n) * np.exp(np.minimum(0, 1 - 1 / ratio))
+    return np.asarray(precision.prod(axis=-1) ** (1 / n) * np.exp(np.minimum(0, 1 - 1 / ratio)))
 
 
 def _cider(truths: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]]) -> Metric:
@@ -366,7 +366,7 @@ def _spice(truths: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]])
 def clip_scores(
     images: Float[np.ndarray, "n e"],
     candidates: Float[np.ndarray, "n e"],
-    references: Sequence[Float[np.ndarray, "r e"]] | None = None,
+    references: Sequence[Float[np.ndarray, "_ e"]] | None = None,
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"] | None]:
     """CLIPScore 2.5 max(cos(v, c), 0), and RefCLIPScore, its harmonic mean with max(max_r cos(c, r), 0).
 

@@ -59,3 +59,10 @@ def photos(tmp_path: Path) -> Path:
         )
     (folder / "dataset.json").write_text(json.dumps({"images": rows}))
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.jpg", "b.png", "c.jpg"):
+        Image.new("RGB", (20, 16), "red").save(tmp_path / name)
+    return tmp_path

@@ -92,6 +92,7 @@ def test_scores_are_pycocoevalcaps(no_java):
 
 
 @needs_java
+@pytest.mark.slow
 def test_everything_is_cocoevalcaps_own_output(monkeypatch, capfd):
     """All of COCOEvalCap on the same input, without SPICE, whose parser is fetched by it."""
     from pycocoevalcap import eval as coco_eval

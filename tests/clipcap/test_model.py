@@ -342,6 +342,7 @@ def test_not_a_captioner(backbone, tmp_path):
         ClipCapModel.from_pretrained(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_bad_embeddings_are_named():
     model = make()
     for bad, message in [

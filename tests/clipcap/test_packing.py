@@ -76,6 +76,7 @@ PROBE = "from clipcap.packing import _is_exact, largest_int8_weight as f; print(
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86's instruction sets")
+@pytest.mark.slow
 def test_a_processor_without_vnni_is_found_out(root):
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     found = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True)

@@ -1,39 +1,16 @@
 """Readers of captioned images: each layout on a small file of its real shape, and errors that name the row."""
 
-import gzip
-import io
 import json
-import os
-import pickle
 import tarfile
 from typing import get_args
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from clipcap.data import untrusted
 from clipcap.data.readers import Format, is_plain_text, read_dataset
 from common.checks import UserError
-from common.files import MARKER
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name in ("a.jpg", "b.png", "c.jpg"):
-        Image.new("RGB", (20, 16), "red").save(tmp_path / name)
-    return tmp_path
-
-
-def karpathy(folder, rows):
-    path = folder / "dataset.json"
-    path.write_text(json.dumps({"images": rows}))
-    return path
-
-
-def row(name, split="train", captions=("a red square",)):
-    return {"filename": name, "split": split, "sentences": [{"raw": text} for text in captions]}
+from tests.clipcap.layouts import karpathy, original, original_pickle, row, tar
 
 
 def test_karpathy_splits_and_restval(folder):
@@ -134,8 +111,8 @@ def test_duplicate_ids_and_empty_folders(folder, tmp_path):
 
 def coco(domains=None):
     rows = [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": "b.png"}, {"id": 7, "file_name": "c.jpg"}]
-    for row, domain in zip(rows, domains or (), strict=False):
-        row["domain"] = domain
+    for image, domain in zip(rows, domains or (), strict=False):
+        image["domain"] = domain
     texts = ((6, "two"), (5, "one\n"), (6, "three"))
     notes = [{"id": 90 + n, "image_id": image, "caption": text} for n, (image, text) in enumerate(texts)]
     return {"info": {}, "licenses": [], "images": rows, "annotations": notes}
@@ -186,11 +163,6 @@ def test_broken_coco_files_name_the_row(folder, change, message):
         read_dataset(folder / "captions_val2017.json")
 
 
-def original(folder, rows):
-    (folder / "train_caption.json").write_text(json.dumps(rows))
-    return folder / "train_caption.json"
-
-
 def test_the_originals_train_caption_json(folder):
     (folder / "train2014").mkdir()
     (folder / "a.jpg").rename(folder / "train2014" / "COCO_train2014_000000318556.jpg")
@@ -211,12 +183,6 @@ def test_the_originals_train_caption_json(folder):
         read_dataset(original(folder, [{"image_id": "beach", "caption": "x"}]))
     with pytest.raises(UserError, match="row 1: the image has no caption"):
         read_dataset(original(folder, [rows[0], rows[1] | {"caption": ""}]))
-
-
-def original_pickle(folder, rows, protocol=None):
-    path = folder / "oscar_split_ViT-B_32_train.pkl"
-    path.write_bytes(pickle.dumps({"clip_embedding": torch.randn(3, 4), "captions": rows}, protocol))
-    return path
 
 
 def without_images(folder, name):
@@ -278,50 +244,6 @@ def test_the_originals_pickle(folder, protocol):
     ]
     with pytest.raises(UserError, match=r"captions\[1\]: clip_embedding is 3, of 3"):
         read_dataset(original_pickle(folder, [rows[0], rows[1] | {"clip_embedding": 3}]))
-
-
-class Malicious:
-    """Unpickled by Python itself, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-class InsideTensor:
-    """The same one level deeper: torch's own loader of a tensor's numbers is a way to run code."""
-
-    def __init__(self, path):
-        inner = io.BytesIO()
-        torch.save(Malicious(path), inner, _use_new_zipfile_serialization=False)
-        self.data = inner.getvalue()
-
-    def __reduce__(self):
-        return torch.storage._load_from_bytes, (self.data,)
-
-
-@pytest.mark.parametrize("kind", [Malicious, InsideTensor])
-def test_a_pickle_that_would_run_code_is_refused(folder, kind):
-    made = folder / "made-by-the-pickle"
-    path = folder / "train.pkl"
-    path.write_bytes(pickle.dumps({"clip_embedding": torch.zeros(1, 4), "captions": [kind(made)]}))
-    with pytest.raises(UserError, match=r"asks to run .*: it is refused") as caught:
-        read_dataset(path)
-    assert not made.exists() and "\n" not in str(caught.value)
-    pickle.loads(path.read_bytes())  # it does run: the refusal is what stops it
-    assert made.exists()
-
-
-def test_a_damaged_pickle_is_one_line(folder):
-    path = original_pickle(folder, [{"caption": "x", "clip_embedding": 0}])
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match="damaged or cut short"):
-        read_dataset(path)
-    path.write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(UserError, match="not the original ClipCap's"):
-        read_dataset(path)
 
 
 @pytest.mark.parametrize("order", ["cc3m", "cc12m"])
@@ -456,17 +378,6 @@ def test_a_data_set_saved_by_datasets(folder, tmp_path):
         read_dataset(tmp_path / "empty-caption")
 
 
-def tar(path, members):
-    with tarfile.open(path, "w") as file:
-        for member in members:
-            name, data = member[:2]
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            info.type, info.linkname = member[2:] or (tarfile.REGTYPE, "")
-            file.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_webdataset_shards(folder, tmp_path):
     jpeg = (folder / "a.jpg").read_bytes()
     shards = tmp_path / "shards"
@@ -487,41 +398,6 @@ def test_webdataset_shards(folder, tmp_path):
     (tmp_path / "put").mkdir()
     [item, _] = read_dataset(shards / "00000.tar", images=tmp_path / "put")
     assert item.path == tmp_path / "put" / "00000" / "000000.jpg"
-
-
-@pytest.mark.parametrize(
-    ("member", "message"),
-    [
-        (("../outside.jpg", b"x"), r"'\.\./outside\.jpg' leaves the directory"),
-        (("a/../../outside.jpg", b"x"), "leaves the directory"),
-        (("{tmp}/outside.jpg", b"x"), "leaves the directory"),
-        (("k.jpg", b"", tarfile.SYMTYPE, "/etc/passwd"), "is a link"),
-        (("k.jpg", b"", tarfile.LNKTYPE, "../outside.jpg"), "is a link"),
-        (("k.jpg", b"", tarfile.FIFOTYPE, ""), "device"),
-        (("k.txt", b"no caption in \xff UTF-8"), r"'k\.txt', line 1 is not UTF-8"),
-        (("k.json", b'{"caption": '), r"'k\.json', line 1 is not JSON"),
-        (("k.jpg", b"no caption"), "sample 'k': the image has no caption"),
-    ],
-)
-def test_a_bad_member_of_a_tar_is_one_line(tmp_path, member, message):
-    shards = tmp_path / "in" / "shards"
-    shards.mkdir(parents=True)
-    path = tar(shards / "bad.tar", [(member[0].replace("{tmp}", str(tmp_path)), *member[1:])])
-    with pytest.raises(UserError, match=message) as caught:
-        read_dataset(path)
-    assert "\n" not in str(caught.value)
-    written = {str(file.relative_to(shards)) for file in tmp_path.rglob("*") if file.is_file() and file.name != MARKER}
-    assert written <= {"bad.tar", "bad.images/k.jpg"} and not any(file.is_symlink() for file in tmp_path.rglob("*"))
-
-
-def test_a_tar_that_is_cut_short_is_one_line(tmp_path):
-    path = tar(tmp_path / "cut.tar", [("a.jpg", b"x" * 5000), ("a.txt", b"one")])
-    path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(UserError, match="damaged or cut short"):
-        read_dataset(path)
-    path.write_bytes(b"no tar at all" * 100)
-    with pytest.raises(UserError, match="damaged or cut short"):
-        read_dataset(path)
 
 
 @pytest.mark.parametrize("name", ["captions_val2017.json", "captions.csv", "captions.jsonl", "token.txt", "train.tsv"])
@@ -545,126 +421,9 @@ def test_every_format_is_read_by_some_test():
     assert np.unique(get_args(Format)).size == len(get_args(Format))
 
 
-def headers(name, size, kind=tarfile.REGTYPE):
-    """A member's header, whose content is not there."""
-    member = tarfile.TarInfo(name)
-    member.size, member.type = size, kind
-    return member.tobuf(tarfile.GNU_FORMAT)
-
-
-@pytest.mark.parametrize("opener", [open, gzip.open])
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (headers("a.jpg", 1 << 40), r"'a\.jpg' has 1,099,511,627,776 bytes"),
-        (headers("x", 1 << 40, tarfile.XHDTYPE), "header of 1,099,511,627,776"),
-        (headers("x", 1 << 40, tarfile.GNUTYPE_LONGNAME), "header of 1,099,511,627,776"),
-        (headers("a.jpg", -512), r"'a\.jpg' has -512 bytes"),
-        (headers("a", -512, tarfile.DIRTYPE), "has -512 bytes|damaged"),
-        (headers("a.jpg", 100, tarfile.GNUTYPE_SPARSE), "sparse"),
-    ],
-)
-def test_what_a_tar_claims_is_not_believed(tmp_path, opener, content, message):
-    with opener(tmp_path / "bomb.tar", "wb") as file:
-        file.write(content + bytes(1024))
-    with pytest.raises(UserError, match=message):
-        read_dataset(tmp_path / "bomb.tar")
-
-
-def test_a_compressed_tar_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(untrusted, "MEMBER_BYTES", 100_000)
-    members = [(f"{number}.jpg", bytes(90_000)) for number in range(100)] + [("a.txt", b"zeros")]
-    for end in ("gz", "bz2", "xz"):
-        path = tmp_path / f"bomb-{end}.tar"
-        with tarfile.open(path, f"w:{end}") as archive:
-            for name, data in members:
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-        with pytest.raises(UserError, match="unpacks to more than 50 times its size"):
-            read_dataset(path)
-    path = tar(
-        tmp_path / "plain.tar", [(f"{n}.{end}", bytes([48 + n]) * 90_000) for n in range(9) for end in ("jpg", "txt")]
-    )
-    assert len(read_dataset(path)) == 9
-    [*_] = untrusted.read_tar(path)
-
-
-def test_texts_that_are_no_captions_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipcap.data.readers.tables.LARGEST_TEXT", 50)
-    monkeypatch.setattr("clipcap.data.readers.archives.LARGEST_TEXT", 50)
-    monkeypatch.setattr("clipcap.data.readers.json_files.LARGEST_JSON", 300)
-    monkeypatch.setattr("clipcap.data.readers.text.LONGEST_LINE", 200)
-    image = tmp_path / "images"
-    image.mkdir()
-    Image.new("RGB", (4, 4)).save(image / "a.png")
-    (image / "a.txt").write_text("x" * 51)
-    for end in ("txt", "json"):
-        tar(tmp_path / f"{end}.tar", [("a.jpg", b"x"), (f"a.{end}", b" " * 51)])
-    (tmp_path / "large.json").write_text("[" * 301)
-    (tmp_path / "large.jsonl").write_text('{"file_name": "a.png", "caption": "' + "x" * 200)
-    (tmp_path / "large.csv").write_text("file_name,caption\na.png," + "x" * 200)
-    (tmp_path / "large.tsv").write_text("http://a.org\t" + "x" * 200)
-    (tmp_path / "large.token.txt").write_text("a.png#0\t" + "x" * 200)
-    for name in (
-        "images",
-        "txt.tar",
-        "json.tar",
-        "large.json",
-        "large.jsonl",
-        "large.csv",
-        "large.tsv",
-        "large.token.txt",
-    ):
-        with pytest.raises(UserError, match=r"of at most|has more than 200 bytes") as caught:
-            read_dataset(tmp_path / name)
-        assert "\n" not in str(caught.value)
-
-
 def test_old_and_quoted_line_ends_of_tables(folder):
     (folder / "mac.csv").write_bytes(b"file_name,caption\ra.jpg,one\rb.jpg,two\r")
     (folder / "quoted.csv").write_bytes(b'file_name,caption\r\na.jpg,"one\r\nmore"\r\n')
     for name, captions in (("mac.csv", ["one", "two"]), ("quoted.csv", ["one\nmore"])):
         found = read_dataset(folder / name, need_images=False)
         assert [item.captions[0] for item in found] == captions
-
-
-def test_images_are_not_written_through_links_or_over_others(tmp_path):
-    elsewhere, inside = tmp_path / "elsewhere", tmp_path / "inside"
-    elsewhere.mkdir()
-    inside.mkdir()
-    path = tar(inside / "s.tar", [("sub/a.jpg", b"theirs"), ("sub/a.txt", b"one")])
-    images = inside / "s.images"
-    for link, target in (
-        (images, elsewhere),
-        (images / "sub", elsewhere),
-        (images / "sub" / "a.jpg", elsewhere / "mine"),
-    ):
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(target)
-        (elsewhere / "mine").write_text("mine")
-        with pytest.raises(UserError, match="is a link"):
-            read_dataset(path)
-        assert os.listdir(elsewhere) == ["mine"] and (elsewhere / "mine").read_text() == "mine"
-        link.unlink()
-    (images / "sub" / "a.jpg").write_bytes(b"mine, and")
-    with pytest.raises(UserError, match="another image"):
-        read_dataset(path)
-    assert (images / "sub" / "a.jpg").read_bytes() == b"mine, and"
-
-
-def test_an_image_that_changed_in_the_tar_comes_again(tmp_path):
-    for data in (b"first.", b"second", b"second"):
-        path = tar(tmp_path / "s.tar", [("a.jpg", data), ("a.txt", b"one")])
-        [item] = read_dataset(path)
-        assert item.path.read_bytes() == data
-
-
-def test_an_archive_inside_a_pickle_is_refused(folder):
-    class Zip:
-        def __reduce__(self):
-            return torch.storage._load_from_bytes, (b"PK\x03\x04",)
-
-    (folder / "a.pkl").write_bytes(pickle.dumps({"clip_embedding": Zip(), "captions": []}))
-    with pytest.raises(UserError, match="archive inside a tensor"):
-        read_dataset(folder / "a.pkl")

@@ -10,8 +10,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -419,17 +417,19 @@ def test_a_signal_ends_the_command_and_deletes_what_was_uploaded(captioner, tmp_
     assert "Traceback" not in capfd.readouterr().err and signal.getsignal(number) == handler
 
 
-def test_a_process_that_is_told_to_end_ends_cleanly(tmp_path):
-    command = [sys.executable, "-m", "clipcap.cli", "serve", "--port", "0", "--threads", "1"]
-    running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}
-    )
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end_ends_cleanly(forks, tmp_path):
+    code = "from clipcap.cli import main\nraise SystemExit(main())"
+    running = forks.start(code, "serve", "--port", 0, "--threads", 1, env={"TMPDIR": str(tmp_path)})
     try:
-        address = re.search(r"http://(\S+)", running.stdout.readline())[1]
-        path = Path(uploaded(address))
+        until = time.monotonic() + 120
+        while not (address := re.search(r"http://(\S+)", running.said())):
+            assert running.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        path = Path(uploaded(address[1]))
         assert path.is_relative_to(tmp_path) and path.parents[1].stat().st_mode & 0o077 == 0  # nobody else's to read
-        running.terminate()
-        _, errors = running.communicate(timeout=120)
+        os.kill(running.pid, signal.SIGTERM)
+        done = running.wait(120)
     finally:
         running.kill()
-    assert running.returncode == 0 and errors == "" and not list(tmp_path.glob("clipcap-serve-*"))
+    assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.glob("clipcap-serve-*"))

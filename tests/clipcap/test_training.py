@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from common.gpt2 import load_gpt2
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
 from common.training import GradientConfig, ScaleConfig, flat
-from tests.kills import AS_TESTS, kill_everywhere
+from tests.kills import kill_everywhere
 
 
 @pytest.fixture
@@ -380,8 +378,9 @@ def scene_captioner(directory: Path) -> str:
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_a_training_killed_at_any_of_its_writes_ends_the_same(tmp_path):
-    kill_everywhere("tests.clipcap.test_training:scene_captioner", tmp_path, points=6)
+def test_a_training_killed_at_any_of_its_writes_ends_the_same(forks, tmp_path, exhaustive):
+    points = 20 if exhaustive else 6
+    kill_everywhere(forks, "tests.clipcap.test_training:scene_captioner", tmp_path, points=points)
 
 
 FULL = """
@@ -402,9 +401,9 @@ raise SystemExit(run_command(lambda: training.run(config)))
 """
 
 
-def test_a_full_disk_at_the_end_is_one_line_and_the_same_command_writes_the_model(tmp_path, root):
-    command = [sys.executable, "-c", AS_TESTS + FULL, str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+@pytest.mark.slow
+def test_a_full_disk_at_the_end_is_one_line_and_the_same_command_writes_the_model(forks, tmp_path):
+    done = forks.run(FULL, tmp_path / "run")
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and "File too large" in last and str(tmp_path / "run") in last

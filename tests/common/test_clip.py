@@ -417,6 +417,7 @@ def test_dtype_is_asked_for(tiny):
     assert clip.encode_texts(TEXTS).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = (
         "import sys, common.clip; print([m for m in ('open_clip', 'nerfstudio', 'transformers') if m in sys.modules])"
@@ -443,6 +444,7 @@ def test_import_is_light():
         (Image.new("RGB", (0, 8)), "0x8"),
     ],
 )
+@pytest.mark.usefixtures("any_shape")
 def test_bad_images_are_named(images, message):
     with pytest.raises(UserError, match=message) as caught:
         Preprocess(32)(images)

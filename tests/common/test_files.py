@@ -172,13 +172,14 @@ raise SystemExit(run_command({"weights": weights, "checkpoint": checkpoint, "arr
 
 
 @pytest.mark.parametrize("what", ["weights", "checkpoint", "array", "text"])
-def test_a_full_disk_is_one_line_that_names_the_place(tmp_path, root, what):
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_that_names_the_place(forks, tmp_path, what):
     place = tmp_path / "place"
     if what == "weights":
         fill(place, a="before")
     else:
         place.write_text("before")
-    done = subprocess.run([sys.executable, "-c", FULL, what, str(place)], cwd=root, capture_output=True, text=True)
+    done = forks.run(FULL, what, place)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert last.startswith("error: ") and str(place) in last and "free disk space" in last

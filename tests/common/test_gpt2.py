@@ -103,6 +103,7 @@ def test_training_after_replacement_moves_both_ends(gpt2_directory):
         (torch.full((9, 16), torch.inf), "NaN or infinity"),
     ],
 )
+@pytest.mark.usefixtures("any_shape")
 def test_impossible_tables(gpt2_directory, table, words):
     model, _ = load_gpt2(gpt2_directory)
     with pytest.raises(UserError, match=words):

@@ -31,6 +31,7 @@ def resnet_file(directory):
     return directory / "resnet18.pth"
 
 
+@pytest.mark.slow
 def test_command(ball_scene, tmp_path, root, capsys):
     other = write_scene(tmp_path / "other", splits={"train": 2}, size=24)
     out = tmp_path / "out"

@@ -85,6 +85,7 @@ def vgg_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_lpips_reads_torchvisions_weights(vgg_file, tmp_path, pair):
     network = lpips_network(vgg_file)
     state = torch.load(vgg_file, weights_only=True)

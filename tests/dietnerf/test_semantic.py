@@ -162,6 +162,7 @@ def test_augmentation_is_one_for_all_renders_and_keeps_gradients(images, generat
     torch.testing.assert_close(again[0], changed[0].detach())
 
 
+@pytest.mark.slow
 def test_classifiers_are_encoders_with_weights_from_a_file(images, tmp_path):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)

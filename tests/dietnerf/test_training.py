@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +54,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["pipeline"]
 
 
+@pytest.mark.slow
 def test_a_run_and_what_it_leaves(ball_scene, tmp_path, small_grid):
     run = train(settings(ball_scene, tmp_path / "run"))
     record = json.loads((run / "training.json").read_text())
@@ -71,6 +70,7 @@ def test_a_run_and_what_it_leaves(ball_scene, tmp_path, small_grid):
     assert scene.render(pose, size=8).rgb.shape == (8, 8, 3)
 
 
+@pytest.mark.slow
 def test_resume_is_exact(ball_scene, tmp_path, small_grid, monkeypatch):
     """After a signal in the eighth of 15 steps, on all that is in the files: weights, and the rows of metrics."""
     from dietnerf.training import FewViewTraining
@@ -96,6 +96,7 @@ def test_resume_is_exact(ball_scene, tmp_path, small_grid, monkeypatch):
     assert (whole / "metrics.csv").read_text() == (cut.out / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_row_of_metrics_is_of_its_step(ball_scene, tmp_path, small_grid, monkeypatch):
     from dietnerf.pipeline import FewViewPipeline
 
@@ -137,8 +138,9 @@ def small_field(directory: Path) -> str:
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_a_training_killed_at_any_of_its_writes_ends_the_same(tmp_path):
-    kill_everywhere("tests.dietnerf.test_training:small_field", tmp_path, points=6)
+def test_a_training_killed_at_any_of_its_writes_ends_the_same(forks, tmp_path, exhaustive):
+    points = 20 if exhaustive else 6
+    kill_everywhere(forks, "tests.dietnerf.test_training:small_field", tmp_path, points=points)
 
 
 def test_another_run_does_not_go_on_from_this_one(ball_scene, tmp_path, small_grid, monkeypatch):
@@ -179,6 +181,7 @@ def test_a_run_that_version_0_1_began_goes_on(ball_scene, tmp_path, small_grid):
         train(changed(base, distortion=0.1))
 
 
+@pytest.mark.slow
 def test_lightning_run_opens_with_nerfstudio_and_trains_on(ball_scene, tmp_path, small_grid):
     run = train(settings(ball_scene, tmp_path / "run", semantic_weight=0.0))
     from nerfstudio.utils.eval_utils import eval_setup
@@ -271,18 +274,17 @@ def test_no_memory_names_a_chunk(ball_scene, tmp_path, small_grid, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
+def test_two_processes(forks, tmp_path):
     data = write_scene(tmp_path / "scene", splits={"train": 4, "test": 3})
-    command = [
-        sys.executable, "-m", "dietnerf.cli", "train", str(data), "--out", str(tmp_path / "run"), "--steps", "3",
+    arguments = [
+        "train", str(data), "--out", str(tmp_path / "run"), "--steps", "3",
         "--rays", "32", "--devices", "2", "--strategy", "ddp", "--device", "cpu", "--no-progress", "--val-views", "3",
         "--semantic-weight", "0",
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code = "from dietnerf.cli import main\nraise SystemExit(main())"
+    first, second = forks.run_ranks(code, *arguments, preload=("dietnerf.training",))
     scene = Scene.load(tmp_path / "run", device="cpu")
-    assert scene.step == 2 and done.stdout.count("run written to") == 1
+    assert scene.step == 2 and "run written to" in first.stdout and "run written to" not in second.stdout
     # Three views of two processes: the mean is over views.
     record = json.loads((tmp_path / "run" / "training.json").read_text())
     assert record["metrics"]["val/psnr"] == pytest.approx(score_scene(scene).scores.values["psnr"], abs=1e-3)

@@ -50,6 +50,7 @@ def test_texts_are_split_by_genre_and_none_is_in_two(source, tmp_path):
     assert is_english("the file that you can open", "nld") and not is_english("het bestand dat u kunt openen", "nld")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, monkeypatch):
     monkeypatch.setattr(recycle, "RATES", dict.fromkeys(recycle.RATES, (1e-2,)))
@@ -61,10 +62,11 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
         methods=("least squares", "random rows"),
         initialisations=("copy",),
         vocab_size=300,
-        tokens=2000,
-        tune_tokens=600,
-        brief_tokens=600,
-        budgets=(600,),
+        batch_size=4,
+        tokens=512,
+        tune_tokens=128,
+        brief_tokens=128,
+        budgets=(256,),
         budget_arms=("frozen English",),
         block=32,
         runtime=RuntimeConfig(device="cpu", threads=1),
@@ -79,7 +81,7 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
     assert len(both["stages"]) == 2
     assert abs(both["tokens"] - frozen["tokens"]) < 0.1 * frozen["tokens"]  # matched
     assert runs["frozen-English-share0.01"]["tokens"] <= frozen["tokens"]
-    assert runs["frozen-English-600"]["tokens"] < frozen["tokens"]
+    assert runs["frozen-English-256"]["tokens"] < frozen["tokens"]
     aligned, random = (runs[f"{rows}-seed0"] for rows in ("aligned-medium-all", "medium-from-random-rows-all"))
     assert aligned["tokens"] == random["tokens"] == frozen["tokens"]
     assert aligned["flops"] > frozen["flops"] and aligned["stages"][0]["curve"][0] != random["stages"][0]["curve"][0]
@@ -93,7 +95,7 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
         "untouched English (tiny)",
         "least squares",
         "1% of the text",
-        "600 tokens",
+        "256 tokens",
         "| copy |",
     ):
         assert part in page, part

@@ -6,8 +6,6 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -265,10 +263,10 @@ def test_dry_run_is_that_of_coco(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_dry_run_at_full_size_within_memory(name, dry, root):
+def test_dry_run_at_full_size_within_memory(forks, name, dry):
     """In a process of its own, as the peak is a process's."""
-    command = [sys.executable, "-m", "experiments.reproduce", name, "--dry-run", "--out", str(dry), "--device", "cpu"]
-    done = subprocess.run([*command, "--matrix-rate", "100"], capture_output=True, text=True, cwd=root)
+    code = "import runpy\nrunpy.run_module('experiments.reproduce', run_name='__main__')"
+    done = forks.run(code, name, "--dry-run", "--out", dry, "--device", "cpu", "--matrix-rate", 100)
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert said.index("estimate at 100 GFLOP/s") < said.index("dry run: ") and "missing" not in said

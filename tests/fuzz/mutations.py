@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -126,3 +127,18 @@ def break_file(path: Path, data: st.SearchStrategy[bytes], read: Callable[[], ob
 def files_below(root: Path) -> set[str]:
     """All paths below a directory."""
     return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+def edit(path: Path, part: str | None = None, **values) -> None:
+    """Change fields of a JSON file, or of one of its parts."""
+    fields = json.loads(path.read_text())
+    (fields[part] if part else fields).update(values)
+    path.write_text(json.dumps(fields))
+
+
+def refused(read, *words: str) -> None:
+    """A UserError of one line with these words."""
+    with pytest.raises(UserError) as caught:
+        read()
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and len(message) < 1000 and all(word in message for word in words), message

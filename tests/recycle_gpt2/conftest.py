@@ -12,6 +12,8 @@ WORDS = {
     "english": "the cat and a house are on one mat of wood that night was cold water walk houses cats great greater",
 }
 
+SHARES = (0.8, 0.1, 0.1)
+
 
 def invent(language: str, documents: int, *, seed: int = 0) -> list[str]:
     """Documents of one to four paragraphs of random words; the same seed gives the same."""
@@ -81,3 +83,16 @@ def english_models(tmp_path_factory: pytest.TempPathFactory, english_tokenizer) 
         english_tokenizer.save_pretrained(folder / name)
         made.append(folder / name)
     return made[0], made[1]
+
+
+@pytest.fixture
+def built(text, tokenizer, tmp_path):
+    """A corpus of several shards, with blocks of 32."""
+    from recycle_gpt2.corpus import build_corpus
+
+    return build_corpus([text], tokenizer, tmp_path / "corpus", block=32, shares=SHARES, chunk=4000, progress=False)
+
+
+def contents(directory):
+    """Every file of a corpus with its bytes."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

@@ -211,6 +211,7 @@ def test_neighbour_overlap(generator):
     assert neighbour_overlap(small_target, small_target @ orthogonal, k=5) == 1
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_bad_input(tables):
     small, large, target = tables
     with pytest.raises(UserError, match=r"\(600, 16\) and large_source \(599, 24\).*one English vocabulary"):

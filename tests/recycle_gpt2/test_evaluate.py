@@ -154,6 +154,7 @@ def test_sampling_settings_that_cannot_work(loaded, changes, message):
         sample(*loaded, prompt, **changes)
 
 
+@pytest.mark.slow
 def test_command_compares_models_by_genre(gpt2_directory, english_models, text, tmp_path, capsys):
     models = [str(gpt2_directory), str(english_models[0])]
     out = tmp_path / "scores.json"

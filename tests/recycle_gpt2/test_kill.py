@@ -43,6 +43,6 @@ def tiny_run(directory: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_at_any_write_a_run_ends_in_the_same_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # or torch makes it where TMPDIR is
-    kill_everywhere("tests.recycle_gpt2.test_kill:tiny_run", tmp_path, points=6)
+def test_killed_at_any_write_a_run_ends_in_the_same_model(forks, tmp_path, exhaustive):
+    points = 40 if exhaustive else 6
+    kill_everywhere(forks, "tests.recycle_gpt2.test_kill:tiny_run", tmp_path, points=points)

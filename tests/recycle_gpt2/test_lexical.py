@@ -156,6 +156,7 @@ def test_initialisations_are_reproducible(source, english_tokenizer, tokenizer):
         assert first.dtype == torch.float16 and first.shape == (320, 8) and torch.equal(first, again)
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_initialise_refuses(source, english_tokenizer, tokenizer, generator):
     def attempt(name="random", table=source, **options):
         return initialise(name, table, english_tokenizer, tokenizer, generator=generator, **options)

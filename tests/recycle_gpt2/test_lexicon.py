@@ -124,6 +124,7 @@ def test_dictionary_files(tmp_path):
             read_dictionary(path)
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_bad_input():
     table = torch.randn(5, 4)
     with pytest.raises(UserError, match=r"\(5, 4\) and \(6, 3\)"):

@@ -5,23 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checks import UserError
-from common.files import MARKER, claimed
+from common.files import MARKER
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
-from common.training import ScaleConfig, flat
 from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
 from recycle_gpt2.alignment import AlignmentConfig
@@ -29,18 +24,14 @@ from recycle_gpt2.corpus import build_corpus, text_hash
 from recycle_gpt2.lexical import RowsConfig
 from recycle_gpt2.run import RunConfig, recycle, upload
 from recycle_gpt2.stages import (
-    FREE,
     AlignConfig,
     FinetuneConfig,
     RelearnConfig,
     align_models,
     finetune,
-    once,
     relearn,
     save_model,
-    unfreezing,
 )
-from recycle_gpt2.tokenizer import train_tokenizer
 from recycle_gpt2.training import StageConfig, StageRecord
 
 
@@ -118,7 +109,7 @@ run.recycle(whole)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, dutch, english_models) -> tuple[RunConfig, RunConfig]:
+def runs(forks, tmp_path_factory, dutch, english_models) -> tuple[RunConfig, RunConfig]:
     """A run that was killed in every stage, and one that was not."""
     import pickle
 
@@ -129,13 +120,7 @@ def runs(tmp_path_factory, dutch, english_models) -> tuple[RunConfig, RunConfig]
     config = settings(folder / "text", english_models, folder / "killed")
     whole = replace(config, out=folder / "whole")
     (folder / "configs.pkl").write_bytes(pickle.dumps((config, whole)))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(folder / "configs.pkl")],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(KILLS, folder / "configs.pkl")
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-500:]
     return config, whole
 
@@ -194,85 +179,6 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_named(runs, monkey
     with pytest.raises(UserError, match="align.* was begun with choose True, now it is False"):
         recycle(replace(config, alignment=AlignmentConfig(choose=False)))
     recycle(replace(config, workers=2, runtime=RuntimeConfig(device="cpu", seed=3, threads=1)))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of a stage that does nothing."""
-
-    stage: StageConfig = StageConfig()
-    size: int = 1
-
-
-def test_a_stage_of_other_inputs_is_made_again_and_its_training_kept(tmp_path, capsys):
-    made = []
-
-    def work():
-        made.append(len(made))
-        return {"number": len(made)}
-
-    stage = tmp_path / "stage"
-    assert once(stage, Settings(), work, inputs={"text": "a"}) == {"number": 1}
-    assert once(stage, Settings(), work, inputs={"text": "a"})["number"] == 1
-    assert once(stage, Settings(), work, inputs={"text": None})["number"] == 1  # the text is not there any more
-    assert not capsys.readouterr().out
-    assert once(stage, Settings(), work, inputs={"text": "b"})["number"] == 2
-    assert capsys.readouterr().out == f"{stage} was made of another text: it is made again.\n"
-    assert json.loads((stage / "done.json").read_text()) == {"number": 2, "inputs": {"text": "b"}}
-    for number, text in ((1, "c"), (2, "d")):  # finished, and half done
-        (stage / "training").mkdir()
-        (stage / "training" / "last.ckpt").write_text(text)
-        once(stage, Settings(), work, inputs={"text": text})
-        kept = tmp_path / f"stage.{number}"
-        assert (kept / "training" / "last.ckpt").read_text() == text and f"is kept in {kept}" in capsys.readouterr().out
-        (stage / "done.json").unlink()
-    assert len(made) == 4
-
-
-def test_directories_without_a_record_of_their_inputs_are_accepted_and_get_one(tmp_path, capsys):
-    def work():
-        return {"number": 1}
-
-    once(tmp_path, Settings(), work, inputs={})
-    settings = json.loads((tmp_path / "settings.json").read_text())
-    del settings["inputs"], settings["devices * num_nodes"]
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    assert once(tmp_path, Settings(), lambda: 1 / 0, inputs={"text": "a"})["number"] == 1
-    assert not capsys.readouterr().out
-    assert once(tmp_path, Settings(), lambda: {"number": 2}, inputs={"text": "b"})["number"] == 2
-
-
-def test_settings_that_are_free_exist():
-    names = {one.name for kind in (RelearnConfig, AlignConfig, FinetuneConfig) for one in fields(kind)}
-    assert {"out", "runtime"} <= set(FREE) <= names | flat(asdict(StageConfig())).keys()
-
-
-def test_number_of_processes_is_free_only_when_a_stage_is_done(tmp_path):
-    def killed():
-        (tmp_path / "training").mkdir()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        once(tmp_path, Settings(), killed, inputs={})
-    for more in ({"devices": 4}, {"num_nodes": 2}):
-        with pytest.raises(UserError, match=r"begun with devices \* num_nodes 1, now it is [24]: use the same"):
-            once(tmp_path, Settings(StageConfig(scale=ScaleConfig(**more))), dict, inputs={})
-    once(tmp_path, Settings(StageConfig(scale=ScaleConfig(strategy="ddp"))), lambda: {"number": 1}, inputs={})
-    assert once(tmp_path, Settings(StageConfig(scale=ScaleConfig(devices=4))), dict, inputs={})["number"] == 1
-
-
-def test_other_processes_wait_until_the_first_has_made_a_stage_again(tmp_path, monkeypatch):
-    once(tmp_path, Settings(), lambda: {"number": 1}, inputs={"text": "a"})
-    for module in ("recycle_gpt2.stages", "common.processes"):
-        monkeypatch.setattr(f"{module}.is_first_process", lambda: threading.current_thread().name == "first")
-    first = threading.Thread(
-        name="first", target=once, args=(tmp_path, Settings(), lambda: {"number": 2}), kwargs={"inputs": {"text": "b"}}
-    )
-    timer = threading.Timer(0.3, first.start)
-    timer.start()
-    assert once(tmp_path, Settings(), lambda: 1 / 0, inputs={"text": "b"})["number"] == 2
-    timer.join()
-    first.join()
 
 
 @long
@@ -339,63 +245,6 @@ def test_a_model_is_uploaded_with_its_card(monkeypatch, tmp_path):
     monkeypatch.setattr(Hub, "create_repo", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(UserError, match="nothing is trained anew"):
         upload(tmp_path, "me/gpt2-nld")
-
-
-@long
-def test_small_and_large_of_other_english_vocabularies_are_refused(runs, tmp_path, gpt2_directory):
-    config = runs[1]
-    small = load_gpt2(config.small)[0].config.n_embd
-    assert small == 16
-    with pytest.raises(UserError, match="English vocabularies of .* differ in .* tokens, such as"):
-        recycle(replace(config, large=str(gpt2_directory), out=tmp_path / "other"))
-    assert not (tmp_path / "other").exists()
-    relearned = config.out.with_name("whole.stages") / "relearn" / "model"
-    with pytest.raises(UserError, match="English vocabularies"):
-        align_models(AlignConfig(recycled=relearned, out=tmp_path / "a", small=config.small, large=str(gpt2_directory)))
-
-
-@long
-def test_stages_by_themselves(runs, tmp_path):
-    """relearn with positions and norms; align by kNN; finetune without a second look at the settings."""
-    config = runs[1]
-    stages = config.out.with_name("whole.stages")
-    stage = StageConfig(tokens=500, batch_size=4, lr=1e-3)
-    directory = relearn(
-        RelearnConfig(
-            corpus=stages / "corpus",
-            tokenizer=stages / "tokenizer",
-            out=tmp_path / "relearn",
-            model=config.small,
-            rows=RowsConfig(initialisation="focus", positions=True, norms=True),
-            stage=stage,
-            runtime=config.runtime,
-        )
-    )
-    record = json.loads((tmp_path / "relearn" / "done.json").read_text())
-    assert {"transformer.wpe.weight", "transformer.ln_f.bias"} < set(record["trained"])
-    assert not [name for name in record["trained"] if "mlp" in name or "attn" in name]
-    aligned = align_models(
-        AlignConfig(
-            recycled=directory,
-            out=tmp_path / "align",
-            small=config.small,
-            large=config.large,
-            alignment=AlignmentConfig(method="knn", k=3),
-        )
-    )
-    tuned = finetune(
-        FinetuneConfig(
-            model=aligned, corpus=stages / "corpus", out=tmp_path / "tuned", stage=stage, runtime=config.runtime
-        )
-    )
-    model, _ = load_gpt2(tuned)
-    before, _ = load_gpt2(aligned)
-    assert not torch.equal(model.transformer.h[0].mlp.c_fc.weight, before.transformer.h[0].mlp.c_fc.weight)
-
-
-def test_unfreezing_from_the_top_ends_with_everything():
-    assert unfreezing("top", 4) == [[3], [3, 2], [3, 2, 1], "all"]
-    assert unfreezing("all", 4) == ["all"]
 
 
 def test_each_training_sees_the_blocks_in_another_order(tmp_path, text, tokenizer, english_models, monkeypatch):
@@ -478,137 +327,6 @@ def test_alignment_is_on_the_device_and_scores_are_in_the_precision_asked_for(
     assert exact != rough and rough == pytest.approx(exact, rel=0.01)
 
 
-def test_what_cannot_work_is_said_before_anything_is_made(tmp_path, text, english_models, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = settings(text, english_models, tmp_path / "out")
-    (tmp_path / "bad.tsv").write_text("kat cat\n")
-    for change, message in (
-        ({"shares": (0.99, 0.01, 0)}, r"shares are \(0.99, 0.01, 0\): use three above 0"),
-        ({"dictionary": tmp_path / "absent.tsv"}, "absent.tsv' does not exist"),
-        ({"dictionary": tmp_path / "bad.tsv"}, "line 1 is not a word, a tab"),
-        ({"out": Path(".")}, r"out is '\.', which names no new directory"),
-        ({"out": Path("..")}, r"out is '\.\.'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            recycle(replace(config, **change))
-    assert {path.name for path in tmp_path.iterdir()} == {"text", "bad.tsv"}
-
-
-def test_corpus_of_another_tokenizer_is_named(tmp_path, text, dutch, tokenizer, english_models, english_tokenizer):
-    build_corpus([text], tokenizer, tmp_path / "corpus", block=16, shares=(0.8, 0.1, 0.1), progress=False)
-    english_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="vocabulary of 320 tokens but the tokenizer 310"):
-        relearn(
-            RelearnConfig(
-                corpus=tmp_path / "corpus",
-                tokenizer=tmp_path / "tokenizer",
-                out=tmp_path / "out",
-                model=str(english_models[0]),
-            )
-        )
-    train_tokenizer(dutch[:100], 320).save_pretrained(tmp_path / "as-large")
-    with pytest.raises(UserError, match="built with another tokenizer of as many tokens"):
-        relearn(
-            RelearnConfig(
-                corpus=tmp_path / "corpus",
-                tokenizer=tmp_path / "as-large",
-                out=tmp_path / "out",
-                model=str(english_models[0]),
-            )
-        )
-
-
-@pytest.mark.parametrize("there", ["thesis.txt", "config.json", ".git/config"])
-@pytest.mark.parametrize("linked", [False, True])
-def test_out_that_holds_something_else_is_refused_before_any_work(
-    there, linked, tmp_path, text, english_models, monkeypatch
-):
-    place = tmp_path / ("real" if linked else "out")
-    (place / there).parent.mkdir(parents=True)
-    (place / there).write_text("mine")
-    if linked:
-        (tmp_path / "out").symlink_to(place)
-    monkeypatch.setattr(run_module, "load_gpt2", None)
-    with pytest.raises(UserError, match=f"out' would take the place of '{there}', .* move it away"):
-        recycle(settings(text, english_models, tmp_path / "out"))
-    assert (place / there).read_text() == "mine"
-    assert {path.name for path in tmp_path.iterdir()} == {"text", "out", place.name}
-
-
-def test_a_stage_with_a_model_that_it_did_not_write_is_refused_before_any_work(
-    tmp_path, text, english_models, monkeypatch
-):
-    shutil.copytree(english_models[0], tmp_path / "out.stages" / "align" / "model")
-    monkeypatch.setattr(run_module, "load_gpt2", None)
-    with pytest.raises(UserError, match=r"align.model' would take the place of 'config.json'"):
-        recycle(settings(text, english_models, tmp_path / "out"))
-    monkeypatch.undo()
-    config = AlignConfig(Path(english_models[0]), tmp_path / "out.stages" / "align")
-    with pytest.raises(UserError, match=r"align.model' would take the place of 'config.json'"):
-        align_models(config)
-
-
-def test_out_inside_the_text_is_refused(text, english_models):
-    with pytest.raises(UserError, match="inside the text"):
-        recycle(settings(text, english_models, text / "out"))
-
-
-def test_one_run_at_a_time(tmp_path, text, english_models):
-    config = settings(text, english_models, tmp_path / "out")
-    with claimed(tmp_path / "out.stages"), pytest.raises(UserError, match=r"out.stages' is in use by process \d+ on"):
-        recycle(config)
-    relearning = RelearnConfig(tmp_path / "corpus", tmp_path / "tokenizer", tmp_path / "relearn")
-    tuning = FinetuneConfig(english_models[0], tmp_path / "corpus", tmp_path / "tuned")
-    aligning = AlignConfig(english_models[0], tmp_path / "align")
-    for command, given in ((relearn, relearning), (finetune, tuning), (align_models, aligning)):
-        with claimed(given.out), pytest.raises(UserError, match="is in use by process"):
-            command(given)
-    assert not (tmp_path / "relearn" / "settings.json").exists()
-
-
-def test_a_model_is_swapped_in_whole(tmp_path, english_models, monkeypatch):
-    model, english = load_gpt2(english_models[0])
-    (tmp_path / "real").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / "real")
-    for _ in range(2):
-        save_model(model, english, tmp_path / "out", card="---")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "real").iterdir()}
-    assert (tmp_path / "out").is_symlink() and "README.md" in before
-
-    def full(*_, **__):  # safetensors' own kind of error
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(type(model), "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left on device: .*out'"):
-        save_model(model, english, tmp_path / "out")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "real").iterdir()} == before
-    assert {path.name for path in tmp_path.iterdir()} == {"real", "out"}
-
-
-def test_a_path_may_be_given_in_another_form_and_moved_where_a_hash_is_known(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "stage" / "training").mkdir(parents=True)
-
-    def stage(given: str, model: str, **inputs: str):
-        return once(tmp_path / "stage", Paths(Path(given), model), lambda: {"number": 1}, inputs=inputs)
-
-    stage("corpus", "model", corpus="a")
-    assert stage("moved/corpus", str(tmp_path / "model"), corpus="a")["number"] == 1
-    with pytest.raises(UserError, match="begun with model '.*model', now it is 'other'"):
-        stage("corpus", "other", corpus="a")
-    with pytest.raises(UserError, match="begun with corpus 'corpus', now it is 'elsewhere'"):
-        stage("elsewhere", "model")  # nothing tells that it is the same
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Of a stage that is made of files."""
-
-    corpus: Path
-    model: str
-
-
 def test_a_run_of_version_0_1_goes_on_with_the_text_that_it_had(tmp_path, text, english_models, monkeypatch, capsys):
     """It knew a text by its path, its size and its ends."""
     monkeypatch.chdir(tmp_path)
@@ -644,18 +362,15 @@ def test_a_run_of_version_0_1_goes_on_with_the_text_that_it_had(tmp_path, text, 
 
 
 @long
-def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
+def test_two_processes_train_as_one_with_twice_the_batch(forks, runs, tmp_path):
     config = runs[1]
     stages = config.out.with_name("whole.stages")
     model, english = load_gpt2(config.small)
     model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = 0.0  # or the processes' would differ
     small = save_model(model, english, tmp_path / "small")
 
-    def command(out: Path, *more: str) -> list[str]:
+    def arguments(out: Path, *more: str) -> list[str]:
         return [
-            sys.executable,
-            "-m",
-            "recycle_gpt2.cli",
             "relearn",
             "--corpus",
             str(stages / "corpus"),
@@ -678,16 +393,64 @@ def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
             *more,
         ]
 
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, more in (
-        ("one", ["--batch-size", "4"]),
-        ("two", ["--batch-size", "2", "--devices", "2", "--strategy", "ddp"]),
-    ):
-        done = subprocess.run(command(tmp_path / name, *more), cwd=root, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    code = "from recycle_gpt2.cli import main\nraise SystemExit(main())"
+    done = forks.run(code, *arguments(tmp_path / "one", "--batch-size", "4"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    forks.run_ranks(code, *arguments(tmp_path / "two", "--batch-size", "2", "--devices", "2", "--strategy", "ddp"))
     one, two = (load_gpt2(tmp_path / name / "model")[0].transformer.wte.weight for name in ("one", "two"))
     assert torch.allclose(one, two, atol=1e-4)
     records = [json.loads((tmp_path / name / "done.json").read_text()) for name in ("one", "two")]
     assert records[0]["tokens"] == records[1]["tokens"] == 1024
     assert records[0]["val_loss"] == pytest.approx(records[1]["val_loss"], abs=1e-3)
+
+
+@long
+def test_stages_by_themselves(runs, tmp_path):
+    """relearn with positions and norms; align by kNN; finetune without a second look at the settings."""
+    config = runs[1]
+    stages = config.out.with_name("whole.stages")
+    stage = StageConfig(tokens=500, batch_size=4, lr=1e-3)
+    directory = relearn(
+        RelearnConfig(
+            corpus=stages / "corpus",
+            tokenizer=stages / "tokenizer",
+            out=tmp_path / "relearn",
+            model=config.small,
+            rows=RowsConfig(initialisation="focus", positions=True, norms=True),
+            stage=stage,
+            runtime=config.runtime,
+        )
+    )
+    record = json.loads((tmp_path / "relearn" / "done.json").read_text())
+    assert {"transformer.wpe.weight", "transformer.ln_f.bias"} < set(record["trained"])
+    assert not [name for name in record["trained"] if "mlp" in name or "attn" in name]
+    aligned = align_models(
+        AlignConfig(
+            recycled=directory,
+            out=tmp_path / "align",
+            small=config.small,
+            large=config.large,
+            alignment=AlignmentConfig(method="knn", k=3),
+        )
+    )
+    tuned = finetune(
+        FinetuneConfig(
+            model=aligned, corpus=stages / "corpus", out=tmp_path / "tuned", stage=stage, runtime=config.runtime
+        )
+    )
+    model, _ = load_gpt2(tuned)
+    before, _ = load_gpt2(aligned)
+    assert not torch.equal(model.transformer.h[0].mlp.c_fc.weight, before.transformer.h[0].mlp.c_fc.weight)
+
+
+@long
+def test_small_and_large_of_other_english_vocabularies_are_refused(runs, tmp_path, gpt2_directory):
+    config = runs[1]
+    small = load_gpt2(config.small)[0].config.n_embd
+    assert small == 16
+    with pytest.raises(UserError, match="English vocabularies of .* differ in .* tokens, such as"):
+        recycle(replace(config, large=str(gpt2_directory), out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    relearned = config.out.with_name("whole.stages") / "relearn" / "model"
+    with pytest.raises(UserError, match="English vocabularies"):
+        align_models(AlignConfig(recycled=relearned, out=tmp_path / "a", small=config.small, large=str(gpt2_directory)))
