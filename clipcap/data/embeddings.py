@@ -23,6 +23,7 @@ from clipcap.data.images import ImageError, read_image
 from clipcap.data.readers import Format, read_dataset
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.data.store import ROWS_PER_SHARD, EmbeddingStore, Source, StoreWriter, file_hash, pickle_source
+from clipcap.data.views import random_view
 from common.checks import UserError, printable, require_at_least
 from common.files import alone
 from common.images import MAX_PIXELS, ImageLimit
@@ -214,7 +215,7 @@ def _encoded(
         yield from _taken_over([item for item in ready if item.path == path], path, clip, inputs, batch_size)
     items = [item for item in items if item.embedding_row is None]
     workers = min(workers, len(items))  # none is started for nothing
-    loader = DataLoader(_Pixels(items, clip.preprocess, max_pixels), batch_size, num_workers=workers, collate_fn=_join)
+    loader = DataLoader(Pixels(items, clip.preprocess, max_pixels), batch_size, num_workers=workers, collate_fn=_join)
     for pixels, found in loader:
         names = [name for name, source, _ in found if source is not None]
         skipped = {name: reason for name, source, reason in found if source is None}
@@ -249,10 +250,10 @@ def _taken_over(
         yield _Batch([item.image_id for item in batch], rows, [pickle_source(path) for _ in batch], {})
 
 
-class _Pixels(Dataset[Any]):
+class Pixels(Dataset[Any]):
     """Preprocessed images; what cannot be read is a reason."""
 
-    def __init__(self, items: Sequence[CaptionedImage], preprocess: Preprocess, max_pixels: int) -> None:
+    def __init__(self, items: Sequence[CaptionedImage], preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> None:
         self.items, self.preprocess, self.max_pixels = items, preprocess, max_pixels
 
     def __len__(self) -> int:
@@ -262,6 +263,8 @@ class _Pixels(Dataset[Any]):
         item = self.items[index]
         try:
             image = read_image(item.path, max_pixels=self.max_pixels, side=self.preprocess.size)
+            if item.view:
+                image = random_view(image, item.image_id)
             pixels = self.preprocess(image)[0]
         except ImageError as error:
             return item.image_id, None, None, str(error)

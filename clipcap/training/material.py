@@ -14,6 +14,7 @@ from clipcap.data.dataset import CaptionedImage
 from clipcap.data.embeddings import build_store
 from clipcap.data.readers import is_plain_text, read_dataset
 from clipcap.data.store import EmbeddingStore
+from clipcap.data.views import with_views
 from clipcap.retrieval import Datastore, number_images
 from clipcap.training.capdec import TextStore, build_text_store, one_item_a_caption, read_captions
 from clipcap.training.settings import TrainConfig
@@ -101,6 +102,7 @@ def encode_items(config: TrainConfig, by_split: dict[str, list[CaptionedImage]],
     directory = config.embeddings or config.out / "embeddings"
     directory.parent.mkdir(parents=True, exist_ok=True)
     if not config.text_only:
+        by_split = by_split | {"train": with_views(by_split["train"], config.views)}
         store = embed_with_progress(by_split["train"] + by_split["val"], config, clip, directory)
         stores = {split: store for split, part in by_split.items() if part}
         datastore = build_datastore(by_split["train"], store, config, clip) if config.retrieval else None

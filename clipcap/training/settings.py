@@ -71,10 +71,12 @@ class TrainConfig:
     """Attention heads of the Transformer mapper."""
     inputs: Literal["embedding", "patches"] = "embedding"
     """What the mapper reads: the pooled embedding (the paper), or the patch features."""
+    views: int = 1
+    """Views of each training image: itself, and random ones (cropped, mirrored, smaller, recompressed) beside it."""
     normalize_embeddings: bool = False
     """Scale embeddings to length 1 before the mapper."""
     epochs: int = 10
-    """Passes over the captions."""
+    """Passes over the captions, each with every view of its image."""
     steps: int = 0
     """Optimizer steps, when not 0, instead of epochs."""
     batch_size: int = 40
@@ -173,6 +175,7 @@ def check(config: TrainConfig) -> None:
         "val_beams",
         "epochs",
         "scst_samples",
+        "views",
     )
     for name in least_one:
         require_at_least(name, getattr(config, name), 1)
@@ -197,6 +200,9 @@ def check(config: TrainConfig) -> None:
     ways = [name for name in ("text_only", "scst", "retrieval") if getattr(config, name)]
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)} are given together: choose one.")
+    if config.views > 1 and (config.text_only or config.retrieval):
+        way = "text_only" if config.text_only else "retrieval"
+        raise UserError(f"views is {config.views} with {way}, which has no views of images: use 1.")
     if config.scst and config.init is None:
         raise UserError("scst is given without --init: name a trained captioner to go on from.")
     if config.retrieval and config.init is not None:

@@ -89,7 +89,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(threads=1))
 
 
-def train_tokenizer(captions: Sequence[str], directory: Path) -> CLIPTokenizer:
+def train_tokenizer(captions: Sequence[str], directory: Path, *, vocab_size: int = 1200) -> CLIPTokenizer:
     """CLIP's byte-level BPE with end-of-word marks, trained on `captions`."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -100,7 +100,7 @@ def train_tokenizer(captions: Sequence[str], directory: Path) -> CLIPTokenizer:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1200, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     bpe.train_from_iterator(captions, trainer)
     trained = json.loads(bpe.to_str())["model"]

@@ -38,7 +38,9 @@ WARMUP = 100
 SIZES = {
     "small": dict(n_layer=4, n_embd=128, n_head=4),
     "medium": dict(n_layer=8, n_embd=160, n_head=5),
+    "captions": dict(n_layer=3, n_embd=192, n_head=6),
 }
+NAMES = {"small": "gpt2-tiny", "medium": "gpt2-tiny-medium", "captions": "gpt2-captions"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Config:
 
     corpus: Path
     """Directory of eng.train.txt(.xz) and eng.valid.txt(.xz)."""
-    size: Literal["small", "medium"] = "small"
-    """small: 4 layers of width 128; medium: 8 layers of width 160."""
+    size: Literal["small", "medium", "captions"] = "small"
+    """small: 4 layers of width 128; medium: 8 layers of width 160; captions: 3 layers of width 192."""
     out: Path = Path("out/gpt2")
     """Where runs, the tokenizer and the models go."""
     vocab_size: int = 8192
@@ -207,7 +209,7 @@ def main(config: Config) -> None:
         "hardware": hardware(),
         "versions": versions(),
     }
-    directory = config.out / f"gpt2-tiny{'' if config.size == 'small' else '-medium'}"
+    directory = config.out / NAMES[config.size]
     model.half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     (directory / "training.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -26,6 +26,8 @@ class CaptionedImage:
     """nocaps: in-domain, near-domain or out-domain."""
     embedding_row: int | None = None
     """Where the source holds CLIP embeddings instead of images: the row in it; `path` is the source itself."""
+    view: int = 0
+    """0 for the image as it is, else the number of a random view of it (`clipcap.data.views`)."""
 
 
 def hash_share(text: str) -> float:
