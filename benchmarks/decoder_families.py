@@ -112,7 +112,7 @@ def main() -> None:
     for batch in batches:
         for beams in widths:
             times: dict[str, list[float]] = {"ours": [], "library": []}
-            captions: dict[str, list[list[int]]] = {}
+            captions: dict[str, Tensor] = {}
             for _ in range(repeats):  # turn by turn, so that both meet the same machine
                 for name, side in (("library", library), ("ours", ours)):
 
