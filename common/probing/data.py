@@ -50,10 +50,6 @@ class Shares:
     val_share: float = 0.2
     """Share of the training images of each class that the strength C is chosen on, if the folder has no val/."""
 
-    def __post_init__(self) -> None:
-        require_share("test_share", self.test_share)
-        require_share("val_share", self.val_share)
-
 
 @dataclass(frozen=True)
 class PromptConfig:
@@ -120,8 +116,11 @@ def train_val_test(folder: Path, shares: Shares, seed: int) -> tuple[Labelled, L
     """Training, validation and test images; what the folder does not split is drawn of each class by `seed`.
 
     Raises:
-        UserError: there is a train/ but no test/, or the other way round; a class without training images.
+        UserError: a share out of range; there is a train/ but no test/, or the other way round; a class without
+            training images.
     """
+    require_share("test_share", shares.test_share)
+    require_share("val_share", shares.val_share)
     splits = read_classes(folder)
     generator = torch.Generator().manual_seed(seed)
     if "all" in splits:
