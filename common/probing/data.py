@@ -79,7 +79,7 @@ def read_classes(folder: Path) -> dict[str, Labelled]:
     Folders without an image are no classes.
 
     Raises:
-        UserError: the folder is missing, or has fewer than two classes.
+        UserError: the folder is missing, or has fewer than two classes or two of the same name.
     """
     require_directory(folder, "folder")
     splits: dict[str, dict[str, list[Path]]] = {}
@@ -96,6 +96,8 @@ def read_classes(folder: Path) -> dict[str, Labelled]:
     shown = tuple(name.replace("_", " ").strip() or name for name in names)
     for name in shown:
         require_text("class", name)
+        if shown.count(name) > 1:
+            raise UserError(f"folder {str(folder)!r} has {shown.count(name)} classes {name!r}: rename a subfolder.")
     found = {}
     for split, classes in splits.items():
         rows = [(path, names.index(name)) for name in sorted(classes) for path in classes[name]]

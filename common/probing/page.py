@@ -64,7 +64,7 @@ def score_row(name: str, scores: Scores) -> dict[str, Any]:
 
 def add_scores(page: Page, name: str, scores: Scores, classes: Sequence[str]) -> Page:
     """A section of scores beside the most frequent class, the confusion matrix and the scores of each class."""
-    page.section("Scores")
+    page.section(name[0].upper() + name[1:])
     baseline = {"": "most frequent class", "images": scores.images, "accuracy": scores.most_frequent}
     page.table([score_row(name, scores), baseline])
     page.figure(plot_confusion(scores.confusion, classes), "Images by class (rows) and guess (columns).")

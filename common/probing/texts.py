@@ -118,7 +118,9 @@ def retrieve(config: RetrieveConfig) -> int:
         if not query.strip() or "\0" in query:
             raise UserError(f"queries has {query!r}: give texts.")
     captioned = None if config.captions is None else read_captions(config.captions, config.images)
-    paths = find_images(config.images) if config.queries or captioned is None else captioned[0]
+    paths = find_images(config.images) if config.queries else []
+    known = set(paths)
+    paths += [path for path in (captioned[0] if captioned else []) if path not in known]
     clip = load(config.encoder, text_for="retrieval by text")
     asked = embed_texts(clip, config.queries) if config.queries else None
     embeddings, kept, skipped = embed_images(clip, paths, config.encoder)

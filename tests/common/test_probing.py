@@ -174,6 +174,8 @@ def test_mistakes_are_named_before_the_encoder_is_loaded(folder, tmp_path, capsy
     assert "use fewer --shots" in refused(capsys, "few-shot", folder, *out)
     assert "test_share is 0" in refused(capsys, "linear", folder, "--test-share", "0", *out)
     assert "is a file" in refused(capsys, "linear", folder, "--out", folder / "green" / "1.png")
+    (folder / "dark red").symlink_to(folder / "dark_red")
+    assert "2 classes 'dark red'" in refused(capsys, "zero-shot", folder, *out)
     assert not (tmp_path / "out").exists()
 
 
