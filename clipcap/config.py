@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from common import gpt2 as gpt2_backbones
 from common.checks import UserError, require_one_of
 from common.decoders.configs import decoder_config
+from common.decoders.families import positions
 from common.encoders.open_clip import OPEN_CLIP_PREFIX
 from common.pretrained import LAYERS, SIZE, SWITCH, checked, tokens, whole
 
@@ -107,3 +108,17 @@ def absolute(name: str) -> str:
         return f"{architecture}/{path.resolve()}" if path.is_file() else name
     is_path = name not in gpt2_backbones.PACKAGED and Path(name).expanduser().is_dir()
     return str(Path(name).expanduser().resolve()) if is_path else name
+
+
+def require_prefix_fits(length: int, config: PreTrainedConfig) -> None:
+    """Raise UserError when a prefix leaves a decoder no position for a caption."""
+    if length >= positions(config):
+        raise UserError(f"prefix_length is {length}: GPT-2 has {positions(config)} positions, use fewer than that.")
+
+
+def end_tokens(of_config: int | list[int] | None, of_tokenizer: int | None) -> int | list[int] | None:
+    """Tokens that end a caption: the config's, and the tokenizer's, which captions in training end with."""
+    several = of_config if isinstance(of_config, list) else [] if of_config is None else [of_config]
+    if of_tokenizer is None or of_tokenizer in several:
+        return of_config
+    return [*several, of_tokenizer] if several else of_tokenizer

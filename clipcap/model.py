@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel
 from transformers.activations import NewGELUActivation
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
-from clipcap.config import ClipCapConfig, absolute
+from clipcap.checkpoint import has_tokenizer, local_file, no_progress_bar, require_fit, take_places
+from clipcap.config import ClipCapConfig, absolute, end_tokens, require_prefix_fits
 from clipcap.decoding import decode
 from clipcap.mapper import build_mapper
 from clipcap.retrieval import FILE, Datastore
@@ -35,7 +31,7 @@ from common import gpt2 as gpt2_backbones
 from common.checks import UserError
 from common.decoders.configs import decoder_class
 from common.decoders.families import base_model, positions, width
-from common.decoders.heads import output_head
+from common.decoders.heads import output_head, require_known_head
 from common.gpt2 import freeze, load_gpt2
 from common.language import IGNORE, head_cross_entropy
 from common.pretrained import (
@@ -56,10 +52,8 @@ from common.pretrained import (
 PACKAGED = CAPTIONERS
 WHAT = "captioner"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-
 SIZES = ("n_embd", "n_layer", "n_head", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Names of a decoder's sizes, in the families that use them."""
-OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 class ClipCapModel(PreTrainedModel):
@@ -136,7 +130,7 @@ class ClipCapModel(PreTrainedModel):
         if config.clip is not None:
             fields["clip"] = absolute(config.clip)
         if fields["eos_token_id"] is None:
-            fields["eos_token_id"] = _end_tokens(gpt2.config.eos_token_id, tokenizer.eos_token_id)
+            fields["eos_token_id"] = end_tokens(gpt2.config.eos_token_id, tokenizer.eos_token_id)
         model = cls(ClipCapConfig(**fields), with_gpt2=False).to(gpt2.device, gpt2.dtype)
         model._attach(gpt2, tokenizer)
         return model
@@ -185,18 +179,19 @@ class ClipCapModel(PreTrainedModel):
                 output_loading_info=True,
                 **kwargs | {"trust_remote_code": False},
             )
-            _require_fit(source, info)
+            require_fit(source, info)
             require_finite(model.state_dict(), f"{WHAT} {source!r}")
             tokenizer = None
-            if config.saves_gpt2 and _has_tokenizer(source, hub):
+            if config.saves_gpt2 and has_tokenizer(source, hub):
                 tokenizer = load_tokenizer(source, config, **hub)
                 require_tokens(source, WHAT, tokenizer, model.gpt2.config.vocab_size)
         if config.saves_gpt2:
+            require_known_head(model.gpt2, source)
             model._attach(model.gpt2, tokenizer)
         else:
             model._attach(*_load_named_gpt2(source, config, wanted))
         if config.retrieval:
-            model.datastore = Datastore.load(_local_file(source, FILE, hub))
+            model.datastore = Datastore.load(local_file(source, FILE, hub))
             model._require_datastore_fits(source)
         model.to(device).eval()
         return (model, info) if want_info else model  # type: ignore[return-value]
@@ -237,11 +232,11 @@ class ClipCapModel(PreTrainedModel):
             kwargs.setdefault("repo_id", place.name)  # transformers would take the temporary directory's
         is_new = not place.exists()
         try:
-            with saving(place, WHAT), _no_progress_bar():
+            with saving(place, WHAT), no_progress_bar():
                 place.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=place, prefix=".saving-") as whole_files:
                     self._save_files(Path(whole_files), state, kwargs)
-                    _take_places(Path(whole_files), place)
+                    take_places(Path(whole_files), place)
         finally:
             if is_new:
                 with contextlib.suppress(OSError):  # not empty: all went well
@@ -421,32 +416,6 @@ class ClipCapModel(PreTrainedModel):
         return encode(clip, pixel_values.to(weight.device), self.config.inputs)  # type: ignore[arg-type]
 
 
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bars of the files it writes out of the terminal."""
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bar:
-            transformers_logging.enable_progress_bar()
-
-
-def _take_places(source: Path, target: Path) -> None:
-    """Move all files of `source` to `target`, config.json last, without which nothing is loaded from there.
-
-    Weights of an earlier captioner that would be loaded instead of the new ones, or never, go.
-    """
-    new = {file.name for file in source.iterdir()}
-    for file in target.iterdir():
-        if OLD_WEIGHTS.fullmatch(file.name) and file.name not in new:
-            file.unlink()
-    for name in sorted(new, key=lambda name: (name == "config.json", name)):
-        (source / name).chmod(0o644)  # safetensors makes files that nobody else may read
-        os.replace(source / name, target / name)
-
-
 def _attention(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Attention for training in bf16 on a CPU is by plain products: on captions, their backward is 4 times as fast."""
     if device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
@@ -461,47 +430,6 @@ def _resolve_dtype(dtype: torch.dtype | str | None, config: ClipCapConfig) -> to
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f"dtype is {dtype!r}: use float32, bfloat16 or float16.")
     return found
-
-
-def _local_file(source: str, name: str, hub: dict[str, Any]) -> Path:
-    """A file of a captioner, fetched when the captioner is on the hub."""
-    if os.path.isdir(source):
-        return Path(source) / name
-    return Path(cached_file(source, name, **hub))
-
-
-def require_prefix_fits(length: int, config: PreTrainedConfig) -> None:
-    """Raise UserError when a prefix leaves a decoder no position for a caption."""
-    if length >= positions(config):
-        raise UserError(f"prefix_length is {length}: GPT-2 has {positions(config)} positions, use fewer than that.")
-
-
-def _end_tokens(of_config: int | list[int] | None, of_tokenizer: int | None) -> int | list[int] | None:
-    """Tokens that end a caption: the config's, and the tokenizer's, which captions in training end with."""
-    several = of_config if isinstance(of_config, list) else [] if of_config is None else [of_config]
-    if of_tokenizer is None or of_tokenizer in several:
-        return of_config
-    return [*several, of_tokenizer] if several else of_tokenizer
-
-
-def _has_tokenizer(source: str, hub: dict[str, Any]) -> bool:
-    return any(
-        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-        for name in ("tokenizer.json", "vocab.json")
-    )
-
-
-def _require_fit(source: str, info: dict[str, Any]) -> None:
-    """Raise UserError when the weights in a file are not those that its config asks for."""
-    for name, *shapes in sorted(info["mismatched_keys"]):
-        found, wanted = (tuple(shape) for shape in shapes)
-        raise UserError(
-            f"{source!r}: {name} has shape {found} but its config.json asks for {wanted}: "
-            f"use the config.json that was saved with these weights."
-        )
-    for problem, keys in (("lacks", info["missing_keys"]), ("has unknown weights", info["unexpected_keys"])):
-        if keys:
-            raise UserError(f"{source!r} {problem} {sorted(keys)[0]}: use the config.json that was saved with it.")
 
 
 def _load_named_gpt2(

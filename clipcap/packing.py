@@ -193,7 +193,9 @@ def _pack(transformer: nn.Module, int8: bool) -> nn.Module:
         if layer is not None and kind is not None and not (int8 and kind != "gelu_tanh"):
             fused[id(layer)] = kind
             memo[id(act)] = nn.Identity()
-    for module in transformer.modules():
+    for name, module in transformer.named_modules():
+        if ".lora_" in name:  # peft asks these for their type
+            continue
         if isinstance(module, Conv1D):  # (in, out) weights
             weight = module.weight.T
         elif type(module) is nn.Linear:

@@ -86,15 +86,21 @@ class Summary:
 
 
 def with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of `text` after an end token, so that its first token is predicted too."""
-    if tokenizer.eos_token_id is None:
+    """Token ids of `text` after an end token, so that its first token is predicted too.
+
+    A tokenizer that puts a token of its own before every text (Llama's and Gemma's) begins with that one.
+    """
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is not None and begin != end and tokenizer("").input_ids[:1] == [begin]:
+        end = begin
+    if end is None:
         raise UserError("the model's tokenizer has no end token, after which every text is scored: give it one.")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # no warning about long texts
         backend.no_truncation()
         backend.no_padding()
-        return [tokenizer.eos_token_id, *backend.encode(text, add_special_tokens=False).ids]
-    return [tokenizer.eos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        return [end, *backend.encode(text, add_special_tokens=False).ids]
+    return [end, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def document_score(document: Document, nats: float, tokens: int) -> DocumentScore:

@@ -217,10 +217,8 @@ def tables_to_align(
         shared: tokens of that vocabulary; rows beyond them are no token's.
     """
     ours, theirs, new = token_tables(small), token_tables(large), token_tables(recycled)
-    return [
-        (ours[min(i, len(ours) - 1)][:shared], rows[:shared], new[min(i, len(new) - 1)])
-        for i, rows in enumerate(theirs)
-    ]
+    last = min(len(ours), len(new)) - 1  # a small model's only table is its output's too
+    return [(ours[min(i, last)][:shared], rows[:shared], new[min(i, last)]) for i, rows in enumerate(theirs)]
 
 
 def train_only(

@@ -27,7 +27,7 @@ from recycle_gpt2.corpus import (
 )
 from recycle_gpt2.documents import find_texts, read_documents, size_of
 from recycle_gpt2.evaluate import score_documents, summarise_by, table
-from recycle_gpt2.lexical import RowsConfig
+from recycle_gpt2.lexical import RowsConfig, train_only
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
@@ -347,6 +347,8 @@ def _check_models(config: RunConfig) -> int:
     """Load both English models once, before hours of work; returns the block that fits their positions."""
     small, small_tokenizer = load_gpt2(config.small)
     places = positions(small.config)
+    if config.positions:
+        train_only(small, positions=True)  # it refuses a model without
     if config.large:
         large, large_tokenizer = load_gpt2(config.large)
         require_shared_vocabulary((config.small, config.large), small_tokenizer, large_tokenizer)

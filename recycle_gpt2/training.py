@@ -149,8 +149,9 @@ def build_optimizer(model: torch.nn.Module, config: StageConfig) -> torch.optim.
     if config.optimizer == "muon":
         hidden = f"{blocks_name(model)}."
         if any(hidden in name and p.ndim == 2 for name, p in trained.items()):
-            rates = {"lr_muon": config.lr_muon, "lr": config.lr, "weight_decay": config.weight_decay}
-            return MuonAndAdam(model, hidden=hidden, **rates)
+            return MuonAndAdam(
+                model, hidden=hidden, lr_muon=config.lr_muon, lr=config.lr, weight_decay=config.weight_decay
+            )
     groups = decay_matrices([*trained.values()], config.weight_decay)
     if config.optimizer == "amsgrad":
         return torch.optim.Adam(groups, lr=config.lr, amsgrad=True)

@@ -17,7 +17,8 @@ def lora_targets(model_type: str) -> list[str] | str:
     """The matrices that are updated: GPT-2's c_attn and c_proj, peft's choice for other families, or else all."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
 
-    return GPT2_TARGETS if model_type == "gpt2" else CHOICES.get(model_type, "all-linear")
+    chosen = GPT2_TARGETS if model_type == "gpt2" else CHOICES.get(model_type, "all-linear")
+    return chosen if isinstance(chosen, str) else list(chosen)
 
 
 def add_lora(model: ClipCapModel, rank: int) -> None:

@@ -14,9 +14,9 @@ from lightning import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipcap.config import ClipCapConfig
+from clipcap.config import ClipCapConfig, require_prefix_fits
 from clipcap.data.dataset import CaptionDataset, collate
-from clipcap.model import ClipCapModel, require_prefix_fits
+from clipcap.model import ClipCapModel
 from clipcap.retrieval import Datastore, PromptedDataset, number_images
 from clipcap.training.lora import add_lora, merge_lora
 from clipcap.training.material import Material, encode_items, progress_bar, read_items

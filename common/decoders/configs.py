@@ -78,7 +78,7 @@ def decoder_config(fields: Any, place: str) -> PreTrainedConfig:
     rules |= dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop"), DROPOUT)
     rules |= {"initializer_range": number(0, 100), "tie_word_embeddings": SWITCH}
     checked(fields, rules, place)
-    known = _own_fields(kind) | set(OLDER) | set(kind.attribute_map)
+    known = _own_fields(kind) | {*OLDER, *kind.attribute_map, *kind.attribute_map.values()}
     try:
         config = kind(**{name: value for name, value in fields.items() if name in known})
     except Exception as error:  # each family checks its own
@@ -138,7 +138,7 @@ def require_causal(fields: Mapping[str, Any], place: str) -> None:
         and not fields.get("is_encoder_decoder")
         and (not isinstance(named, list) or not named or causal[kind] in named)
     )
-    if accepted and INTERFACE <= _arguments(kind):
+    if accepted and INTERFACE <= _arguments(str(kind)):
         return
     code = ", and code that comes with a model is never run" if fields.get("auto_map") and kind not in causal else ""
     raise UserError(

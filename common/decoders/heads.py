@@ -49,6 +49,19 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     return OutputHead(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
+class _Output:
+    """Of a base model: last hidden states and, whatever else is asked for, None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, key: Any) -> Any:
+        return (self.last_hidden_state,)[key]
+
+
 class _StandIn(nn.Module):
     """In a base model's place: gives the same last hidden states whatever it is asked."""
 
@@ -61,10 +74,8 @@ class _StandIn(nn.Module):
         """The part of OPT that answers."""
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
-
-        return Output(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+    def forward(self, *args: Any, **kwargs: Any) -> _Output:
+        return _Output(self.hidden)
 
 
 @torch.no_grad()
@@ -82,6 +93,8 @@ def library_logits(model: PreTrainedModel, hidden: Float[Tensor, "b n d"]) -> Fl
 @torch.no_grad()
 def require_known_head(model: PreTrainedModel, source: str) -> None:
     """Raise UserError unless `output_head` gives the logits of the family's own code, also where they are large."""
+    if model.config.model_type == "gpt2":
+        return
     head = output_head(model)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 4, head.weight.shape[1], generator=generator).to(head.weight)

@@ -67,8 +67,7 @@ def load_decoder(
         require_tokens(source, WHAT, tokenizer, config.vocab_size)
     model.eval()
     model.config.tie_word_embeddings = is_tied(model)
-    if config.model_type != "gpt2":
-        require_known_head(model, source)
+    require_known_head(model, source)
     model.to(target)
     return (freeze(model) if frozen else model), tokenizer
 

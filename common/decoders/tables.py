@@ -46,10 +46,8 @@ def replace_token_table(
     """
     tied = is_tied(model)
     if tied != (output is None):
-        count = "one token table, tied to its head" if tied else "two token tables, its head's is another"
-        raise UserError(
-            f"{model.config.model_type} model with {count}: give rows for {'that one' if tied else 'both'}."
-        )
+        what, give = ("one table of tokens", "it") if tied else ("two tables of tokens", "both")
+        raise UserError(f"this {model.config.model_type!r} model has {what}: give {give}.")
     wide = width(model.config)
     for rows in (table, output):
         if rows is None:

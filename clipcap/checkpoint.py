@@ -1,0 +1,71 @@
+"""A captioner's files: found, fetched, put in their place whole, and compared with what its config asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from common.checks import UserError
+
+OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""Of an earlier captioner."""
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bars of the files it writes out of the terminal."""
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def take_places(source: Path, target: Path) -> None:
+    """Move all files of `source` to `target`, config.json last, without which nothing is loaded from there.
+
+    Weights of an earlier captioner that would be loaded instead of the new ones, or never, go.
+    """
+    new = {file.name for file in source.iterdir()}
+    for file in target.iterdir():
+        if OLD_WEIGHTS.fullmatch(file.name) and file.name not in new:
+            file.unlink()
+    for name in sorted(new, key=lambda name: (name == "config.json", name)):
+        (source / name).chmod(0o644)  # safetensors makes files that nobody else may read
+        os.replace(source / name, target / name)
+
+
+def local_file(source: str, name: str, hub: dict[str, Any]) -> Path:
+    """A file of a captioner, fetched when the captioner is on the hub."""
+    if os.path.isdir(source):
+        return Path(source) / name
+    return Path(cached_file(source, name, **hub))
+
+
+def has_tokenizer(source: str, hub: dict[str, Any]) -> bool:
+    return any(
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        for name in ("tokenizer.json", "vocab.json")
+    )
+
+
+def require_fit(source: str, info: dict[str, Any]) -> None:
+    """Raise UserError when the weights in a file are not those that its config asks for."""
+    for name, *shapes in sorted(info["mismatched_keys"]):
+        found, wanted = (tuple(shape) for shape in shapes)
+        raise UserError(
+            f"{source!r}: {name} has shape {found} but its config.json asks for {wanted}: "
+            f"use the config.json that was saved with these weights."
+        )
+    for problem, keys in (("lacks", info["missing_keys"]), ("has unknown weights", info["unexpected_keys"])):
+        if keys:
+            raise UserError(f"{source!r} {problem} {sorted(keys)[0]}: use the config.json that was saved with it.")
