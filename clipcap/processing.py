@@ -57,7 +57,7 @@ class ClipCapProcessor(PushToHubMixin):
         if path.is_file():
             with loading(source, PACKAGED, WHAT):
                 fields = json.loads(path.read_text(encoding="utf-8"))["image"]
-                fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
+                fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
                 return cls(Preprocess(**fields), load_tokenizer(source))
         model = ClipCapModel.from_pretrained(path_or_name)
         if model.config.clip is None or model.tokenizer is None:

@@ -126,7 +126,7 @@ def test_scores_are_of_the_length_penalty(model, embeddings):
 
 
 def test_a_generation_config_is_taken_from_call_and_directory(model, embeddings, tmp_path):
-    config = GenerationConfig(num_beams=3, max_new_tokens=7, no_repeat_ngram_size=2, temperature=0.3)
+    config = GenerationConfig(num_beams=3, max_new_tokens=7, no_repeat_ngram_size=2)
     wanted = model.generate(embeddings, num_beams=3, max_new_tokens=7, no_repeat_ngram_size=2)
     assert torch.equal(model.generate(embeddings, generation_config=config), wanted)
     longer = model.generate(embeddings, generation_config=config, max_new_tokens=8)
