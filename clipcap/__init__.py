@@ -42,10 +42,12 @@ __getattr__, __dir__ = lazy_exports(
 def _register(auto: ModuleType) -> None:
     """Let transformers' Auto classes know a captioner's directory; `clipcap.auto` is imported when they meet one.
 
-    They take a config's class by its name from the module transformers.models.MODEL_TYPE: here, this package.
+    They take a class by its name from the module transformers.models.MODEL_TYPE: here, this package.
     """
-    auto.CONFIG_MAPPING_NAMES.setdefault("clipcap", "ClipCapConfig")
     sys.modules.setdefault("transformers.models.clipcap", sys.modules[__name__])
+    for names, kind in (("CONFIG_MAPPING_NAMES", "ClipCapConfig"), ("PROCESSOR_MAPPING_NAMES", "ClipCapProcessor")):
+        getattr(auto, names, {}).setdefault("clipcap", kind)
 
 
-when_imported("transformers.models.auto.configuration_auto", _register)
+for _module in ("configuration_auto", "processing_auto"):
+    when_imported(f"transformers.models.auto.{_module}", _register)

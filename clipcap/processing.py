@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BatchFeature
+from transformers import BatchFeature, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import PushToHubMixin
 
 from clipcap.data.images import ImageSource, read_image
 from clipcap.generation import prompt_tokens
@@ -26,7 +25,7 @@ from common.pretrained import load_tokenizer, loading, locate, saving
 FILE = "processor_config.json"
 
 
-class ClipCapProcessor(PushToHubMixin):
+class ClipCapProcessor(ProcessorMixin):
     """CLIP's preprocessing and GPT-2's tokenizer, without weights.
 
     Example:
@@ -39,7 +38,10 @@ class ClipCapProcessor(PushToHubMixin):
     def __init__(self, preprocess: Preprocess, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no eos_token, which ends captions: use GPT-2's own.")
-        self.preprocess, self.tokenizer = preprocess, tokenizer
+        self.preprocess, self.tokenizer, self.chat_template = preprocess, tokenizer, None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.preprocess}, {type(self.tokenizer).__name__})"
 
     @classmethod
     def from_pretrained(cls, path_or_name: str | os.PathLike[str], **kwargs: Any) -> ClipCapProcessor:

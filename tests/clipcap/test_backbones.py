@@ -116,6 +116,7 @@ def test_packaged_names_are_bundled_on_request_only(tmp_path):
 def test_paths_behind_a_library_s_name(tmp_path, monkeypatch):
     file = tmp_path / "weights" / "vit.safetensors"
     file.parent.mkdir()
+    (tmp_path / "captioner").mkdir()
     save_file({"a": torch.zeros(1)}, file)
     monkeypatch.chdir(tmp_path)
     for head in ("open_clip:ViT-B-32", "timm:resnet18.a1_in1k", "torchvision:resnet18"):
