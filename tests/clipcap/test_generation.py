@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from clipcap import ClipCapConfig, ClipCapModel
+from clipcap.cli import main
 from clipcap.decoding import decode, ignored_options, require_options
 from clipcap.generation import decode_options, default_generation
 from common.checks import UserError
@@ -215,3 +216,11 @@ def test_ignored_options_are_named():
         "temperature 0.5 is ignored: strategy 'greedy' takes the most probable token.",
     ]
     assert ignored_options("beam", num_beams=3, temperature=0.5) == ignored_options("greedy") == []
+
+
+def test_the_command_begins_captions_with_a_prompt_and_names_what_it_ignores(root, capsys):
+    photo = str(root / "common/assets/samples/scenes/test_000.jpg")
+    arguments = ["caption", photo, "--prompt", "a photo of", "--strategy", "greedy", "--num-beams", "3"]
+    assert main([*arguments, "--max-new-tokens", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out.split("\t")[1].startswith("a photo of") and "num_beams 3 is ignored" in err
