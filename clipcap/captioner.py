@@ -163,14 +163,14 @@ class Captioner:
         """
         one = _is_one(images)
         several: Any = [images] if one else images
-        own = {name: options.pop(name) for name in STREAM_OPTIONS if name in options}
-        options = self._options(options | {"strategy": strategy, "num_captions": num_captions}, prompt)
-        found = self.stream(several, batch_size=batch_size, **options, **own)
+        options |= {"strategy": strategy, "num_captions": num_captions}
+        found = self.stream(several, batch_size=batch_size, prompt=prompt, **options)
+        asked = {name: value for name, value in options.items() if name not in STREAM_OPTIONS}
+        many = self._options(asked, prompt).get("num_captions", 1) > 1
         if progress:
             from tqdm import tqdm
 
             found = tqdm(found, total=len(several) if hasattr(several, "__len__") else None, unit=" images")
-        many = options.get("num_captions", 1) > 1
         texts = [item.captions if many else item.captions[0] for item in found]
         return texts[0] if one else texts
 

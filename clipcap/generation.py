@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from clipcap.decoding import decode
-from common.checks import UserError
+from common.checks import UserError, require_at_least
 
 FILE = "generation_config.json"
 LENGTHS = frozenset({"max_new_tokens", "max_length", "generation_config"})
@@ -132,10 +132,13 @@ def _renamed(options: dict[str, Any], prompt: int) -> dict[str, Any]:
         elif name == "eos_token_id":
             found.setdefault("stop_token_ids", value)
         elif name == "max_length":
-            if value <= prompt:
-                raise UserError(f"max_length is {value} with a prompt of {prompt} tokens: use more, or max_new_tokens.")
+            if type(value) is not int or value <= prompt:
+                raise UserError(
+                    f"max_length is {value!r} with a prompt of {prompt} tokens: use more, or max_new_tokens."
+                )
             found.setdefault("max_new_tokens", value - prompt)
         elif name == "min_length":
+            require_at_least("min_length", value, 0)
             found.setdefault("min_new_tokens", max(0, value - prompt))
         elif name not in found and name not in WITHOUT_EFFECT and not _asks_nothing(name, value):
             raise UserError(f"{name} is {value!r}, which captioners cannot honour: leave it out.")

@@ -276,7 +276,8 @@ class ClipCapModel(PreTrainedModel):
             self.datastore.save(directory / FILE)
         config = self.config
         self.config = copy.copy(config)
-        vars(self.config).update(names)
+        for name, value in names.items():
+            setattr(self.config, name, value)
         try:
             super().save_pretrained(directory, state_dict=state, **options)
         finally:

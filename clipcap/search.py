@@ -64,7 +64,8 @@ class Search:
         if self.constraints is None:
             return decoder.top_log_probs(hidden, count, temperature)
         log_probs = (decoder.logits(hidden) / temperature).log_softmax(-1)
-        return tuple(self.constraints(self.tokens, log_probs).topk(min(count, log_probs.shape[-1]), -1))
+        best, ids = self.constraints(self.tokens, log_probs).topk(min(count, log_probs.shape[-1]), -1)
+        return best, ids
 
 
 class OriginalBeam(Search):

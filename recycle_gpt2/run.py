@@ -347,7 +347,7 @@ def _check_models(config: RunConfig) -> int:
     """Load both English models once, before hours of work; returns the block that fits their positions."""
     small, small_tokenizer = load_gpt2(config.small)
     places = positions(small.config)
-    if config.positions:
+    if config.rows.positions:
         train_only(small, positions=True)  # it refuses a model without
     if config.large:
         large, large_tokenizer = load_gpt2(config.large)
