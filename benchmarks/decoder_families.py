@@ -111,7 +111,8 @@ def main() -> None:
     head = model.gpt2.get_output_embeddings().weight.numel()
     for batch in batches:
         for beams in widths:
-            times, captions = {"ours": [], "library": []}, {}
+            times: dict[str, list[float]] = {"ours": [], "library": []}
+            captions: dict[str, Tensor] = {}
             for _ in range(repeats):  # turn by turn, so that both meet the same machine
                 for name, side in (("library", library), ("ours", ours)):
 

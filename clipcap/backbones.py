@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 from common import gpt2 as gpt2_backbones
 from common.checks import UserError
 from common.encoders.interface import PACKAGED as PACKAGED_CLIPS
-from common.encoders.open_clip import OPEN_CLIP_PREFIX
-from common.encoders.timm import TIMM_PREFIX
-from common.encoders.torchvision import TORCHVISION_PREFIX
+from common.encoders.interface import PREFIXES
 from common.gpt2 import load_gpt2
 from common.pretrained import locate
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 
     from clipcap.config import ClipCapConfig
 
-PREFIXES = (OPEN_CLIP_PREFIX, TIMM_PREFIX, TORCHVISION_PREFIX)
 RELATIVE = ("./", "../")
 BACKBONES = {"clip": PACKAGED_CLIPS, "gpt2": gpt2_backbones.PACKAGED}
 """Fields of a captioner's config that name one, which is also the folder that it is bundled in; and packaged names."""

@@ -79,6 +79,8 @@ class Captioner:
         tokenizer = tokenizer or model.tokenizer
         if tokenizer is None:
             raise UserError("the captioner has no tokenizer: give one, or load it with the name of its GPT-2.")
+        if model.config.inputs == "patches":
+            clip.require_patches("the captioner")
         width = clip.patch_width if model.config.inputs == "patches" else clip.width
         if width != model.config.clip_width:
             raise UserError(

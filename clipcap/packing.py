@@ -13,13 +13,16 @@ import copy
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +33,10 @@ from common.packing import ROWS, Activation, PackedCopies, PackedLinear, can_pac
 
 CHUNK = 8192
 """Tokens of the vocabulary whose logits exist at once, so that they stay in the processor's cache."""
+RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+"""transformers' names of one and the same norm."""
+GROUPED = "clipcap_grouped"
+"""Name of `grouped_attention` among transformers' kinds of attention."""
 TINIEST = 1e-12
 """Least scale of 8-bit integers, for rows of zeros."""
 
@@ -193,6 +200,10 @@ def _pack(transformer: nn.Module, int8: bool) -> nn.Module:
         if layer is not None and kind is not None and not (int8 and kind != "gelu_tanh"):
             fused[id(layer)] = kind
             memo[id(act)] = nn.Identity()
+    norms: Any = transformer.modules()
+    for module in norms:
+        if type(module).__name__ in RMS_NORMS and module.weight.dtype == torch.float32:
+            memo[id(module)] = RMSNorm(module.weight, module.variance_epsilon)
     for name, module in transformer.named_modules():
         if ".lora_" in name:  # peft asks these for their type
             continue
@@ -208,7 +219,53 @@ def _pack(transformer: nn.Module, int8: bool) -> nn.Module:
             if int8
             else PackedLinear(weight, module.bias, activation=activation)
         )
-    return copy.deepcopy(transformer, memo).eval()
+    packed = copy.deepcopy(transformer, memo).eval()
+    config: Any = packed.config
+    if config._attn_implementation == "sdpa" and getattr(config, "num_key_value_heads", None):
+        config._attn_implementation = GROUPED
+    return packed
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) · weight in one operation, where the library takes six."""
+
+    def __init__(self, weight: Float[Tensor, " d"], epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = (weight,), epsilon  # a tuple hides it from parameters()
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return F.rms_norm(x, x.shape[-1:], self.weight[0], self.epsilon)
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention where several query heads share keys and values, of which none are copied.
+
+    The queries of a group stand one after the other, as if they were further positions of one head.
+
+    Args:
+        module: an attention layer of transformers, in eval mode.
+        query: (b, h, n, d).
+        key, value: (b, h / groups, m, d).
+        attention_mask: (b or 1, 1, n, m), added to the scores; with any other, the library's attention is used.
+        options: the library's.
+
+    Returns:
+        (b, n, h, d), and no weights.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    if groups == 1 or attention_mask is None or attention_mask.shape[1] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    batch, heads, count, _ = query.shape
+    rows = query.reshape(batch, heads // groups, groups * count, -1)
+    mask = attention_mask.repeat(1, 1, groups, 1)
+    mixed = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
+    return mixed.reshape(batch, heads, count, -1).transpose(1, 2), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 def _hidden_layer(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,7 @@ class ClipCapProcessor(ProcessorMixin):
         if path.is_file():
             with loading(source, PACKAGED, WHAT):
                 fields = json.loads(path.read_text(encoding="utf-8"))["image"]
-                fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-                return cls(Preprocess(**fields), load_tokenizer(source))
+                return cls(Preprocess.from_dict(fields), load_tokenizer(source))
         model = ClipCapModel.from_pretrained(path_or_name)
         if model.config.clip is None or model.tokenizer is None:
             raise UserError(f"captioner {str(path_or_name)!r} does not name its CLIP and its GPT-2: give a processor.")
@@ -81,7 +79,8 @@ class ClipCapProcessor(ProcessorMixin):
         """
         with saving(save_directory, "processor"):
             write_json(
-                Path(save_directory) / FILE, {"processor_class": type(self).__name__, "image": asdict(self.preprocess)}
+                Path(save_directory) / FILE,
+                {"processor_class": type(self).__name__, "image": self.preprocess.to_dict()},
             )
             self.tokenizer.save_pretrained(save_directory)
         if push_to_hub:

@@ -12,22 +12,16 @@ import pickle
 import torch
 
 from common.checks import UserError
-from common.encoders.hugging_face import load_hugging_face
-from common.encoders.interface import FrozenCLIP
+from common.encoders.interface import (
+    OPEN_CLIP_PREFIX,
+    TIMM_PREFIX,
+    TORCHVISION_PREFIX,
+    Backbone,
+    FrozenCLIP,
+)
 from common.encoders.interface import ImageFeatures as ImageFeatures
-from common.encoders.open_clip import OPEN_CLIP_PREFIX, load_open_clip
 from common.encoders.preprocess import Preprocess as Preprocess
-from common.encoders.timm import TIMM_PREFIX, load_timm
-from common.encoders.torchvision import TORCHVISION_PREFIX, load_torchvision
 from common.runtime import resolve_device
-
-NAMES = "tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or torchvision:NAME[/PATH]"
-"""What `load_clip` takes, in words."""
-_BY_PREFIX = {
-    OPEN_CLIP_PREFIX: load_open_clip,
-    TIMM_PREFIX: load_timm,
-    TORCHVISION_PREFIX: load_torchvision,
-}
 
 
 def load_clip(
@@ -55,10 +49,28 @@ def load_clip(
     target = resolve_device(device)
     text = os.fspath(name)
     try:
-        load = next((load for prefix, load in _BY_PREFIX.items() if text.startswith(prefix)), load_hugging_face)
-        backbone, preprocess = load(text)
+        backbone, preprocess = _load(text)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"CLIP {text!r}: the weights file is corrupt or holds more than weights: copy it again."
         ) from error
     return FrozenCLIP(text, backbone.to(device=target, dtype=dtype or torch.float32), preprocess)
+
+
+def _load(name: str) -> tuple[Backbone, Preprocess]:
+    """By the library that a name says; each is imported when it is asked for."""
+    if name.startswith(OPEN_CLIP_PREFIX):
+        from common.encoders.open_clip import load_open_clip
+
+        return load_open_clip(name)
+    if name.startswith(TIMM_PREFIX):
+        from common.encoders.timm import load_timm
+
+        return load_timm(name)
+    if name.startswith(TORCHVISION_PREFIX):
+        from common.encoders.torchvision import load_torchvision
+
+        return load_torchvision(name)
+    from common.encoders.hugging_face import load_hugging_face
+
+    return load_hugging_face(name)

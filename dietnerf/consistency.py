@@ -32,7 +32,8 @@ class ConsistencyConfig:
     scenes: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Directories of scenes, best two or more."""
     encoder: str = "tiny"
-    """Image encoder: a CLIP (tiny, Hugging Face id, open_clip:ARCH/TAG), timm:NAME[:PATH], torchvision:NAME[:PATH]."""
+    """Image encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
+    torchvision:NAME[/PATH]."""
     feature: Literal["class_token", "embedding"] = "class_token"
     """What of it is compared."""
     split: Literal["train", "val", "test"] = "train"

@@ -27,7 +27,8 @@ class MetricsConfig:
     inception: Path | None = None
     """torch-fidelity's Inception weights for FID and KID; looked for in torch's cache when not given."""
     second_encoder: str = ""
-    """CLIP that was not in the loss (packaged name, Hugging Face id or directory, open_clip:ARCH/TAG)."""
+    """Image encoder that was not in the loss: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path,
+    timm:NAME[/PATH] or torchvision:NAME[/PATH]."""
 
 
 @dataclass

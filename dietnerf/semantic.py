@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.checks import UserError, require_at_least, require_file, require_one_of
-from common.pretrained import require_finite
-from common.runtime import fork_generators, resolve_device
+from common.checks import UserError, require_at_least, require_one_of
+from common.runtime import resolve_device
 from dietnerf.poses import PUBLISHED_RANGES, estimate_ranges, sample_interpolated, sample_sphere
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 Feature = Literal["class_token", "embedding", "patches"]
 PoseKind = Literal["published", "sphere", "interpolate"]
-CLASSIFIERS = ("timm", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,12 @@ class SemanticConfig:
     weight: float = 0.0
     """Weight λ of the loss; 0 switches it off. Published: 0.1."""
     encoder: str = "tiny"
-    """Image encoder: a CLIP by `common.clip.load_clip`'s names (tiny, a Hugging Face id, open_clip:ARCH/TAG), or an
-    image classifier without its last layer: timm:NAME or torchvision:NAME with these libraries' weights, or
-    timm:NAME:PATH and torchvision:NAME:PATH with a file's."""
+    """Image encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
+    torchvision:NAME[/PATH]."""
     feature: Feature = "class_token"
     """What is compared: the class token before the final layer norm and projection (the original's choice), the
-    projected embedding, or patches, each with its best match. A classifier has its pooled embedding only."""
+    projected embedding, or patches, each with its best match. torchvision's classifiers have one feature only, the
+    pooled embedding."""
     random_weights: bool = False
     """Control: the encoder's weights are replaced by random ones of the same scale, and its gradient is scaled to the
     norm that the trained encoder's has."""
@@ -60,7 +58,7 @@ class SemanticConfig:
     """published (on a sphere around the origin, for Blender scenes; elsewhere as sphere), sphere (ranges estimated from
     the training cameras) or interpolate (between three training cameras)."""
     text: str = ""
-    """A description of the scene: its text embedding becomes one more target (CLIP encoders only)."""
+    """A description of the scene: its text embedding becomes one more target (encoders with a text tower only)."""
     text_weight: float = 1.0
     """Weight of the text target relative to the image targets."""
     chunk: int = 4096
@@ -119,7 +117,7 @@ class Encoder:
         self._features, self._text = features, text
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Mapping[str, Tensor]:
-        """class_token (b, w), embedding (b, e) and patches (b, n, w); of a classifier the embedding alone.
+        """class_token (b, w), embedding (b, e) and, where the encoder has any, patches (b, n, w).
 
         Images of any size are squeezed to the encoder's square, bicubic with antialiasing; gradients flow.
         """
@@ -129,15 +127,14 @@ class Encoder:
         return self._features((pixels - self._mean) / self._std)
 
     def feature_of(self, found: Mapping[str, Tensor], wanted: Feature) -> Feature:
-        """Which of its features is meant: the one of a classifier stands for its class token as well.
+        """Which of its features is meant.
 
         Raises:
             UserError: it has none such.
         """
-        feature: Feature = "embedding" if len(found) == 1 and wanted != "patches" else wanted
-        if feature not in found:
+        if wanted not in found:
             raise UserError(f"encoder {self.name!r} has no {wanted}: use embedding, or a CLIP.")
-        return feature
+        return wanted
 
     def embed_text(self, text: str) -> Float[Tensor, "1 e"]:
         """The text's embedding, to compare with "embedding". UserError where the encoder knows no text."""
@@ -155,24 +152,19 @@ def load_encoder(name: str, *, random_weights: bool = False, device: str | torch
     Raises:
         UserError: an unknown name, or weights that are missing, corrupt or of another architecture.
     """
-    target = resolve_device(device)
-    library, _, rest = name.partition(":")
-    if library in CLASSIFIERS:
-        return _load_classifier(library, rest, random_weights, target)
     from common.clip import load_clip
 
+    target = resolve_device(device)
     clip = load_clip(name, device=target)
     if random_weights:
         _draw_weights(clip.backbone)  # its one owner hides it from training, which this is not
-    return Encoder(
-        name,
-        clip.image_size,
-        clip.mean,
-        clip.std,
-        lambda pixels: clip.encode_image_features(pixels)._asdict(),
-        lambda text: clip.encode_texts([text]),
-        device=target,
-    )
+
+    def features(pixels: Tensor) -> dict[str, Tensor]:
+        found = clip.encode_image_features(pixels)._asdict()
+        return {name: value for name, value in found.items() if clip.has_patches or name != "patches"}
+
+    text = (lambda text: clip.encode_texts([text])) if clip.has_text else None
+    return Encoder(name, clip.image_size, clip.mean, clip.std, features, text, device=target)
 
 
 class SemanticLoss:
@@ -300,6 +292,7 @@ class _Targets:
     def __init__(self, config: SemanticConfig, encoder: Encoder, images: Float[Tensor, "n 3 h w"]) -> None:
         self.encoder = encoder
         self.text_weight = config.text_weight
+        self.text = encoder.embed_text(config.text)[0] if config.text else None
         with torch.no_grad():
             views = [encoder(image[None]) for image in images]  # one by one: many large views need not fit together
         if not views:
@@ -307,7 +300,6 @@ class _Targets:
         self.feature = encoder.feature_of(views[0], config.feature)
         self.features = torch.cat([view[self.feature] for view in views])
         self.count = len(self.features)
-        self.text = encoder.embed_text(config.text)[0] if config.text else None
         self.ceilings = self.text_ceiling = None
         if config.hinge:
             if self.count < 2:
@@ -349,91 +341,6 @@ def _with_gradient_norm(
     scale = norms[0] / norms[1].clamp(min=1e-20)
     step = ((images - leaf.detach()) * direction).flatten(1).sum(dim=1)  # zero, but for its gradient
     return loss.detach() + scale * step
-
-
-def _load_classifier(library: str, rest: str, random_weights: bool, device: torch.device) -> Encoder:
-    """An image classifier of timm or torchvision without its last layer."""
-    name, _, path = rest.partition(":")
-    full = f"{library}:{rest}"
-    known = _classifier_names(library)
-    if name not in known:
-        from difflib import get_close_matches
-
-        near = ", ".join(get_close_matches(name, known)) or "such as resnet18"
-        raise UserError(f"encoder {full!r}: {library} has no model {name!r}: did you mean {near}?")
-    download = not path and not random_weights
-    try:
-        network = _build_classifier(library, name, download)
-    except Exception as error:  # each library has its own errors for a missing network or file
-        if not download:
-            raise
-        raise UserError(
-            f"encoder {full!r}: its weights are not at hand and cannot be fetched ({type(error).__name__}): "
-            f"give a file, {library}:{name}:PATH."
-        ) from error
-    if path and not random_weights:
-        _load_weights(network, path, full)
-    network.requires_grad_(False).eval().to(device)
-    size, mean, std = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    if library == "timm":
-        size, mean, std = network.default_cfg["input_size"][-1], network.default_cfg["mean"], network.default_cfg["std"]
-    elif "vit_h" in name or name == "inception_v3":
-        size = {"vit_h_14": 518, "inception_v3": 299}[name]
-    if library == "torchvision":
-        parent, _, child = _last_layer(network).rpartition(".")
-        setattr(network.get_submodule(parent), child, nn.Identity())
-    return Encoder(full, size, tuple(mean), tuple(std), lambda pixels: {"embedding": network(pixels)}, device=device)
-
-
-def _classifier_names(library: str) -> list[str]:
-    if library == "timm":
-        import timm
-
-        return timm.list_models()
-    from torchvision import models
-
-    return models.list_models(module=models)
-
-
-def _build_classifier(library: str, name: str, pretrained: bool) -> Any:
-    with fork_generators(0):
-        if library == "timm":
-            import timm
-
-            return timm.create_model(name, pretrained=pretrained, num_classes=0)
-        from torchvision import models
-
-        extra = {"init_weights": True} if name in ("inception_v3", "googlenet") and not pretrained else {}
-        return models.get_model(name, weights="DEFAULT" if pretrained else None, **extra)
-
-
-def _load_weights(network: nn.Module, path: str, full: str) -> None:
-    """Put a file's weights into the classifier; all but its last layer must be there."""
-    file = require_file(path, "encoder weights")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state.get("model", state))
-        report = network.load_state_dict(state, strict=False)
-    except Exception as error:  # pickle, zip, safetensors and torch each have their own for a broken file
-        raise UserError(f"encoder {full!r}: the weights do not fit or are corrupt: use those of this model.") from error
-    last = f"{_last_layer(network)}." if full.startswith("torchvision") else None  # timm leaves it out itself
-    missing = [key for key in report.missing_keys if last is None or not key.startswith(last)]
-    if missing:
-        raise UserError(
-            f"encoder {full!r}: the file lacks {missing[0]!r} and {len(missing) - 1} more: use another file."
-        )
-    require_finite(network.state_dict(), f"encoder {full!r}")
-
-
-def _last_layer(network: nn.Module) -> str:
-    """The name of the layer that gives the 1000 classes of a torchvision model."""
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    return [name for name, layer in layers.items() if layer.weight.shape[0] == 1000][-1]
 
 
 @torch.no_grad()

@@ -9,7 +9,12 @@ import pytest
 import tyro
 
 MARKS = ("# needs real weights", "# needs your own data", "# takes hours")
-PROGRAMS = {"clipcap": "clipcap.cli", "dietnerf": "dietnerf.cli", "recycle-gpt2": "recycle_gpt2.cli"}
+PROGRAMS = {
+    "clipcap": "clipcap.cli",
+    "clip-probe": "common.probing.cli",
+    "dietnerf": "dietnerf.cli",
+    "recycle-gpt2": "recycle_gpt2.cli",
+}
 LAUNCHERS = ("srun", "torchrun")
 NERFSTUDIO = {
     "ns-eval": "nerfstudio.scripts.eval",

@@ -8,7 +8,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -50,7 +50,8 @@ class EmbedConfig:
     out: Path
     """Directory of the embedding store."""
     clip: str = "tiny"
-    """CLIP: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path."""
+    """Image encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
+    torchvision:NAME[/PATH]."""
     images: Path | None = None
     """Directory of the images, when they are not beside the captions."""
     format: Format = "auto"
@@ -114,16 +115,18 @@ def build_store(
         max_pixels: of an image; a larger one counts as one that cannot be read.
 
     Raises:
-        UserError: the store was made with another CLIP, other preprocessing or inputs, or of an image that has
-            changed since; rows are missing that would be of fp32 among those of bf16; a file of it is cut short; no
-            image can be read; the disk is full; a worker was killed.
+        UserError: the encoder has no patches, and `inputs` asks for them; the store was made with another CLIP, other
+            preprocessing or inputs, or of an image that has changed since; rows are missing that would be of fp32 among
+            those of bf16; a file of it is cut short; no image can be read; the disk is full; a worker was killed.
     """
     require_at_least("batch_size", batch_size, 1)
     require_at_least("workers", workers, 0)
+    if inputs == "patches":
+        clip.require_patches("--inputs patches")
     directory.mkdir(parents=True, exist_ok=True)
     key = {
         "weights": clip_fingerprint(clip),
-        "preprocessing": json.loads(json.dumps(asdict(clip.preprocess))),
+        "preprocessing": _described(clip.preprocess),
         "inputs": inputs,
         "normalization": "none",
     }
@@ -171,6 +174,13 @@ def build_store(
         finally:
             writer.close()
     return EmbeddingStore(directory)
+
+
+def _described(preprocess: Preprocess) -> dict[str, Any]:
+    """Preprocessing as a manifest holds it; half a pixel beside the crop's centre makes no other store."""
+    fields = json.loads(json.dumps(preprocess.to_dict()))
+    fields.pop("crop_down", None)
+    return fields
 
 
 def clip_fingerprint(clip: FrozenCLIP) -> str:

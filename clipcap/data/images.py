@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import io
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, TypeGuard, Union
+from typing import TypeAlias, TypeGuard, Union
 
 import numpy as np
 from PIL import Image
 
 from clipcap.data.net import Dropped, fetch
 from common.checks import UserError, require_file
-from common.images import MAX_PIXELS, bands, open_image, require_pixels, to_rgb
+from common.images import IMAGE_SUFFIXES, MAX_PIXELS, bands, decode_image, files_below, require_pixels, to_rgb
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"))
 URL_PREFIXES = ("http://", "https://")
 URL_BYTES = 32 << 20
 """Largest image that is fetched."""
 URL_SECONDS = 30.0
 """Longest time that an image's URL may take."""
-LARGE_JPEG = 4_000_000
-"""Pixels above which a JPEG is decoded at a smaller scale where that is enough."""
 ImageSource: TypeAlias = Union[str, "os.PathLike[str]", Image.Image, np.ndarray]
 
 
@@ -38,10 +34,8 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, side: int =
         source: path, http(s) URL of a public address, PIL image, or array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4)
             of integers in [0, 255], 16-bit integers in [0, 65535], or floats in [0, 1].
         max_pixels: most width times height of a file, URL or PIL image; more is refused before it is decoded.
-        side: of the square that the image will be scaled down to; 0 for its full size. A JPEG above `LARGE_JPEG` is
-            then decoded at a half, a quarter or an eighth of its size, several times as fast, if that divides both
-            sides and leaves them at least twice as long as this: CLIP's embedding has a cosine above 0.999 to that of
-            the whole image.
+        side: of the square that the image will be scaled down to; 0 for its full size. A large JPEG is
+            then decoded at a smaller scale (`common.images.decode_image`).
 
     Raises:
         ImageError: it is missing, empty, cut short, too large, cannot be fetched, is not an image or not of these
@@ -54,7 +48,7 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, side: int =
         if isinstance(source, np.ndarray):
             return to_rgb(_from_array(source))
         if is_url(source):
-            return _decode(io.BytesIO(_fetch(source)), source, max_pixels, side)
+            return decode_image(io.BytesIO(_fetch(source)), f"image {source!r}", max_pixels=max_pixels, side=side)
         if isinstance(source, str | os.PathLike):
             return _read_file(require_file(source, "image"), max_pixels, side)
     except ImageError:
@@ -94,28 +88,10 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
     return found
 
 
-def files_below(directory: Path, suffixes: Iterable[str]) -> Iterator[Path]:
-    """The files with one of `suffixes` in a directory and those inside it; of links, those to files only.
-
-    A directory that may not be read is named on standard error.
-    """
-    wanted = frozenset(suffixes)
-
-    def tell(error: OSError) -> None:
-        print(f"folder {str(error.filename)!r} cannot be read ({error.strerror}): left out.", file=sys.stderr)
-
-    for place, _, names in os.walk(directory, onerror=tell):
-        for name in names:
-            if os.path.splitext(name)[1].lower() in wanted:
-                file = Path(place, name)
-                if file.is_file():  # a pipe or a device would be waited for
-                    yield file
-
-
 def _read_file(path: Path, max_pixels: int, side: int) -> Image.Image:
     try:
         with open(path, "rb") as file:
-            return _decode(file, str(path), max_pixels, side)
+            return decode_image(file, f"image {str(path)!r}", max_pixels=max_pixels, side=side)
     except PermissionError as error:
         raise ImageError(f"image {str(path)!r} may not be read: check its permissions.") from error
     except OSError as error:
@@ -128,16 +104,6 @@ def _fetch(url: str) -> bytes:
         return fetch(url, timeout=URL_SECONDS, max_bytes=URL_BYTES)
     except Dropped as error:
         raise ImageError(f"image {url!r} cannot be fetched ({error.reason}): check the address.") from error
-
-
-def _decode(file: BinaryIO, name: str, max_pixels: int, side: int) -> Image.Image:
-    with open_image(file, f"image {name!r}", max_pixels=max_pixels) as image:
-        if side and image.width * image.height > LARGE_JPEG:
-            for scale in (8, 4, 2):  # sides that it does not divide would be rounded, and the picture shifted
-                if not any(image.size[i] % scale or image.size[i] < 2 * scale * side for i in (0, 1)):
-                    image.draft(None, (image.width // scale, image.height // scale))  # does nothing but to JPEGs
-                    break
-        return to_rgb(image)
 
 
 def _from_array(values: np.ndarray) -> Image.Image:

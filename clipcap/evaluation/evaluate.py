@@ -54,7 +54,8 @@ class EvaluateConfig:
     out: Path = Path("out/evaluation")
     """Where captions, scores and the page go."""
     clip_score: str = "tiny"
-    """CLIP of CLIPScore: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path; empty leaves it out."""
+    """Encoder of CLIPScore, with a text tower: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path;
+    empty leaves it out."""
     tokenizer: Literal["auto", "ptb", "words"] = "auto"
     """ptb (needs Java, as the published scores), words (a plain rule), or auto: ptb where Java is installed."""
     resamples: int = 1000
@@ -209,6 +210,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         from common.clip import load_clip
 
         clip = load_clip(config.clip_score, device=config.runtime.device)
+        clip.require_text("--clip-score")
     config.out.mkdir(parents=True, exist_ok=True)
     skipped: list[str] = []
     embeddings: dict[str, Tensor] = {}

@@ -404,7 +404,7 @@ def measure_clip(
     """CLIPScore and RefCLIPScore of captions.
 
     Args:
-        clip: any CLIP; published scores are ViT-B/32's.
+        clip: with a text tower; published scores are ViT-B/32's.
         images: of the captions, as `clipcap.data.images.read_image` takes them.
         candidates: a caption for each image.
         references: the reference captions of each image.

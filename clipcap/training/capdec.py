@@ -110,8 +110,9 @@ def build_text_store(
         progress: called with the number of captions done.
 
     Raises:
-        UserError: the CLIP gives NaN or infinity, or there is no room for all rows.
+        UserError: the encoder has no text tower or gives NaN or infinity, or there is no room for all rows.
     """
+    clip.require_text("--text-only")
     directory.mkdir(parents=True, exist_ok=True)
     texts = [item.captions[0] for item in items]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()

@@ -52,7 +52,8 @@ class TrainConfig:
     init: Path | None = None
     """Trained captioner to go on from; its sizes, CLIP and GPT-2, frozen or not, are then used."""
     clip: str = "tiny"
-    """CLIP: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path."""
+    """Image encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
+    torchvision:NAME[/PATH]."""
     gpt2: str = "tiny"
     """GPT-2, or any other causal decoder: tiny, tiny-medium, a Hugging Face id or directory."""
     mapper: Literal["mlp", "transformer"] = "transformer"

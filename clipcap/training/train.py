@@ -109,11 +109,16 @@ def _train(config: TrainConfig) -> Path:
     device = start(config.runtime)
     if config.init is None:  # a decoder that will not do is refused before images are embedded
         require_prefix_fits(config.prefix_length, require_decoder(config.gpt2))
+    clip = load_clip(config.clip, device=own_gpu(device))
+    if config.text_only or config.retrieval:
+        clip.require_text("--text-only" if config.text_only else "--retrieval")
+    if config.inputs == "patches":
+        clip.require_patches("--inputs patches")
     items = read_items(config)
     settings = settings_of_run(config, items["train"])
     if config.resume:
         require_same_run(config.out, settings)
-    material = encode_items(config, items, load_clip(config.clip, device=own_gpu(device)))
+    material = encode_items(config, items, clip)
     model = build_model(config, material)
     assert model.tokenizer is not None
     longest = min(config.max_tokens, positions(model.gpt2.config) - model.config.prefix_length)

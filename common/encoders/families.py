@@ -56,7 +56,6 @@ VISION = {
     "bit": "Bit",
     "mobilenet_v1": "MobileNetV1",
     "mobilenet_v2": "MobileNetV2",
-    "pvt_v2": "Pvt",
 }
 """model_type of a vision tower alone -> its usual image processor."""
 TEXTS = ("bert", "roberta", "xlm-roberta", "camembert", "clip_text_model")
@@ -298,7 +297,13 @@ def _try(source: str, backbone: Backbone, size: int) -> ImageFeatures:
 def _pair(source: str, model: Any) -> _Dual:
     """Both towers with the tokenizer of the second."""
     text = model.config.text_config
-    tokenizer = load_tokenizer(source, model.config)
+    try:
+        tokenizer = load_tokenizer(source, model.config)
+    except ImportError as error:
+        raise UserError(
+            f"{WHAT} {source!r}: its tokenizer needs a package that is not here: pip install sentencepiece."
+        ) from error
+    require_words(source, WHAT, tokenizer)
     require_tokens(source, WHAT, tokenizer, text.vocab_size)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{WHAT} {source!r}: the tokenizer has no pad_token: use the one that it was trained with.")
@@ -312,6 +317,12 @@ def _pair(source: str, model: Any) -> _Dual:
     if "roberta" in text.model_type or text.model_type in ("camembert", "altclip_text_model"):
         positions -= text.pad_token_id + 1  # the first ones are of padding
     return _Dual(model, tokenizer, min(positions, tokenizer.model_max_length))
+
+
+def require_words(source: str, what: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError when a tokenizer has but its special tokens, as transformers' without their file."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{what} {source!r}: its tokenizer knows no words: copy tokenizer.json from where it comes.")
 
 
 def _try_text(source: str, backbone: Backbone) -> None:

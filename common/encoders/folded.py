@@ -55,6 +55,7 @@ def _fold(model: Model, run: Callable[[Model], Any]) -> Model | None:
         return None
     norms = {id(norm) for _, norm in pairs}
     for conv, norm in pairs:
+        assert norm.running_mean is not None and norm.running_var is not None  # in evaluation mode
         conv.weight, bias = fuse_conv_bn_weights(  # type: ignore[assignment]
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )

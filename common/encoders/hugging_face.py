@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.checks import UserError
-from common.encoders.families import load_family
+from common.encoders.families import load_family, require_words
 from common.encoders.interface import PACKAGED, Backbone, ImageFeatures
 from common.encoders.preprocess import LARGEST, Preprocess
 from common.encoders.processors import read_fields, to_preprocess
@@ -103,6 +103,7 @@ def _load_clip(source: str) -> tuple[Backbone, Preprocess]:
         raise UserError(f"CLIP {source!r} lacks weights that its config.json asks for, such as {key!r}.")
     require_finite(model.state_dict(), f"CLIP {source!r}")
     tokenizer = load_tokenizer(source, config)
+    require_words(source, "CLIP", tokenizer)
     require_tokens(source, "CLIP", tokenizer, config.text_config.vocab_size)
     end = config.text_config.eos_token_id
     if end not in (2, tokenizer.eos_token_id):  # 2: old configs

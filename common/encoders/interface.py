@@ -18,6 +18,10 @@ PACKAGED = {"tiny": ASSETS / "clip-tiny"}
 """Encoders by their packaged names."""
 
 
+OPEN_CLIP_PREFIX, TIMM_PREFIX, TORCHVISION_PREFIX = PREFIXES = ("open_clip:", "timm:", "torchvision:")
+"""Beginnings of the names that are neither packaged, nor directories, nor ids of the hub."""
+
+
 class ImageFeatures(NamedTuple):
     """What the vision tower knows of a batch of images."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.checks import UserError, require_file
-from common.encoders.interface import PACKAGED, Backbone, ImageFeatures, from_map, widths
+from common.encoders.interface import OPEN_CLIP_PREFIX, PACKAGED, Backbone, ImageFeatures, from_map, widths
 from common.encoders.preprocess import Preprocess
 from common.encoders.timm import trunk_features
 from common.pretrained import loading, require_finite, require_plain, require_reachable
-
-OPEN_CLIP_PREFIX = "open_clip:"
 
 
 class _OpenClip(Backbone):
@@ -97,19 +97,26 @@ def load_open_clip(name: str) -> tuple[Backbone, Preprocess]:
             require_reachable(repository, (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
         if text := architecture["text_cfg"].get("hf_model_name"):  # its sizes are on the hub alone
             require_reachable(text, ("config.json",))
-        model = open_clip.create_model(
-            arch,
-            pretrained=weights if tagged else None,
-            force_quick_gelu=tagged.get("quick_gelu", False),
-            **safe,
-        )
+        with _quiet():
+            model = open_clip.create_model(
+                arch,
+                pretrained=weights if tagged else None,
+                force_quick_gelu=tagged.get("quick_gelu", False),
+                **safe,
+            )
     if state is not None:
         _put_in(model, arch, state, weights)
     if tagged:
         require_finite(model.state_dict(), f"CLIP {name!r}")
     preprocess = _preprocess(model.visual.preprocess_cfg, name)
     backbone = _OpenClip(name, arch, model)
-    backbone.width, backbone.patch_width = widths(backbone, preprocess.size)
+    visual = model.visual
+    if backbone.trunk:
+        backbone.width, backbone.patch_width = widths(backbone, preprocess.size)
+    else:
+        has_class_token = backbone.has_class_token
+        backbone.width = visual.output_dim
+        backbone.patch_width = len(visual.class_embedding) if has_class_token else visual.attnpool.q_proj.in_features
     return backbone, preprocess
 
 
@@ -128,6 +135,18 @@ def _preprocess(config: dict[str, Any], name: str) -> Preprocess:
         pad=config["resize_mode"] == "longest",
         fill=(config["fill_color"],) * 3,
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's warning that a model has no weights, which it gets next."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read_checkpoint(path: str) -> dict[str, Tensor]:

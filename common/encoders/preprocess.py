@@ -78,7 +78,8 @@ class Preprocess:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
         """What `to_dict` gave, also after JSON, which has no tuples."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in fields.items()}
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for a file; those that most encoders do not need are left out, so old files compare equal."""

@@ -42,7 +42,6 @@ PROCESSORS = {
     "DeiT": _Processor(crops=True),
     "Beit": _Processor(),
     "Blip": _Processor(mean=OPENAI_MEAN, std=OPENAI_STD),
-    "Pvt": _Processor(mean=IMAGENET_MEAN, std=IMAGENET_STD),
     "ConvNext": _Processor(short=True),
     "EfficientNet": _Processor(),
     "DINOv3ViT": _Processor(resample=2, mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -144,7 +143,7 @@ def _sizes(fields: Mapping[str, Any], place: str, kind: str, size: int | None) -
     elif not crops and not squash:
         raise UserError(f"{place}: size is {given} without a crop, which makes no square: {needs}.")
     if crops:
-        crop = fields.get("crop_size", {"height": size or 224, "width": size or 224})
+        crop = fields.get("crop_size") or {"height": size or 224, "width": size or 224}
         side = _square(crop) or 0
         if not side or side > resize:
             raise UserError(f"{place}: crop_size is {str(crop)[:60]}: {needs}, at most size {resize}.")

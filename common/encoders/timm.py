@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Collection
 from typing import Any
 
 from jaxtyping import Float
@@ -11,12 +12,10 @@ from torch import Tensor
 
 from common.checks import UserError
 from common.encoders.checkpoint import put_in, read_weights, split_name
-from common.encoders.interface import Backbone, ImageFeatures, from_map, widths
+from common.encoders.interface import TIMM_PREFIX, Backbone, ImageFeatures, from_map, widths
 from common.encoders.preprocess import Preprocess
 from common.pretrained import require_finite, require_reachable
 from common.runtime import fork_generators
-
-TIMM_PREFIX = "timm:"
 
 
 class _Timm(Backbone):
@@ -32,33 +31,28 @@ class _Timm(Backbone):
 
 def trunk_features(trunk: Any, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
     """Class token and patches of a timm model, as `ImageFeatures` has them, and as embedding what its head gives."""
+    extra = getattr(trunk, "num_prefix_tokens", 0)
     prefix = None
-    takes = inspect.signature(trunk.forward_intermediates).parameters if _gives_blocks(trunk) else {}
-    if "return_prefix_tokens" in takes:
-        last, found = trunk.forward_intermediates(pixels, indices=1, return_prefix_tokens=True)
-        patches, prefix = found[0] if isinstance(found[0], tuple) else (found[0], None)
-        patches = from_map(patches)  # of the last block, before the final norm
+    if "return_prefix_tokens" in _options(trunk):  # a ViT: of the last block, before the final norm
+        options = {"return_prefix_tokens": True} if extra else {}
+        last, [found] = trunk.forward_intermediates(pixels, indices=1, **options)
+        patches, prefix = found if extra else (found, None)
+        patches = from_map(patches)
     else:
         last = trunk.forward_features(pixels)
-        if last.ndim == 4 and getattr(trunk, "output_fmt", "NCHW") == "NHWC":
-            patches = last.flatten(1, 2)
+        if last.ndim == 3:
+            prefix, patches = last[:, :extra], last[:, extra:]
         else:
-            patches = from_map(last) if last.ndim == 4 else last
-    if last.ndim == 3 and prefix is None and (extra := getattr(trunk, "num_prefix_tokens", 0)):
-        prefix, patches = patches[:, :extra], patches[:, extra:]
-    has_class_token = prefix is not None and prefix.shape[1] and _has_class_token(trunk)
+            patches = last.flatten(1, 2) if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else from_map(last)
+    registers = getattr(trunk, "reg_token", None)
+    has_class_token = extra > (0 if registers is None else registers.shape[1])
     class_token = prefix[:, 0] if prefix is not None and has_class_token else patches.mean(1)
     return ImageFeatures(class_token, patches, trunk.forward_head(last))
 
 
-def _gives_blocks(trunk: Any) -> bool:
-    return hasattr(trunk, "forward_intermediates")
-
-
-def _has_class_token(trunk: Any) -> bool:
-    """Registers alone are none."""
-    token = getattr(trunk, "cls_token", None)
-    return token is not None or getattr(trunk, "num_reg_tokens", 0) < getattr(trunk, "num_prefix_tokens", 1)
+def _options(trunk: Any) -> Collection[str]:
+    """What the model's `forward_intermediates` takes, if it has one."""
+    return inspect.signature(trunk.forward_intermediates).parameters if hasattr(trunk, "forward_intermediates") else ()
 
 
 def load_timm(name: str) -> tuple[Backbone, Preprocess]:
@@ -75,10 +69,10 @@ def load_timm(name: str) -> tuple[Backbone, Preprocess]:
     with fork_generators(0):
         try:
             if path is None:
-                hub = timm.get_pretrained_cfg(arch).hf_hub_id
-                if hub:
-                    require_reachable(hub, ("model.safetensors", "pytorch_model.bin"))
-            model = timm.create_model(arch, pretrained=path is None, num_classes=0)
+                weights: Any = timm.get_pretrained_cfg(arch)
+                if weights.hf_hub_id:
+                    require_reachable(weights.hf_hub_id, ("model.safetensors", "pytorch_model.bin"))
+            model: Any = timm.create_model(arch, pretrained=path is None, num_classes=0)
         except Exception as error:  # the hub's client and timm have their own for what is missing
             if path is not None:
                 raise

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from common.checks import UserError
 from common.encoders.checkpoint import put_in, read_weights, split_name
-from common.encoders.interface import Backbone, ImageFeatures, widths
+from common.encoders.interface import TORCHVISION_PREFIX, Backbone, ImageFeatures, widths
 from common.encoders.preprocess import Preprocess
 from common.encoders.processors import IMAGENET_MEAN, IMAGENET_STD
 from common.pretrained import require_finite
 from common.runtime import fork_generators
 
-TORCHVISION_PREFIX = "torchvision:"
 CLASSES = 1000
 
 

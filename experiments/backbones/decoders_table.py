@@ -8,6 +8,7 @@ Two minutes on one thread. The weights are large enough for differences to show:
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ SIZES = {
 }  # fmt: skip
 GROUPED = SIZES | {"num_key_value_heads": 2}
 WINDOW = GROUPED | {"head_dim": 16, "sliding_window": 6}
+SPEED = Path("docs/benchmarks/decoder_families.json")
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.4},
     "llama": GROUPED,
@@ -265,17 +267,33 @@ def rows(families: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def speed() -> list[str]:
+    """The lines of a table of what `benchmarks.decoder_families` has measured."""
+    measured = json.loads(SPEED.read_text(encoding="utf-8"))
+    kinds = [name.removesuffix("_ratio") for name in measured if name.endswith("_ratio")]
+    rows = [
+        {
+            "decoding, batch": kind.replace("_b", ", "),
+            "captions a second": f"{measured[f'{kind}_captions_per_second']:.2f}",
+            "times `generate`": f"{measured[f'{kind}_ratio']:.2f}",
+            "same captions": f"{measured[f'{kind}_identical']:.0%}",
+        }
+        for kind in kinds
+    ]
+    return markdown(list(rows[0]), rows)
+
+
 def main(config: Config) -> None:
     """Check the families and write the page."""
     torch.set_num_threads(1)
     found = list(rows(config.families))
-    write_text(config.out, PAGE.format(table="\n".join(markdown(list(found[0]), found))))
+    write_text(config.out, PAGE.format(table="\n".join(markdown(list(found[0]), found)), speed="\n".join(speed())))
     print(f"written to {config.out}")
 
 
 PAGE = """# Decoders
 
-Any causal decoder that transformers knows stands where GPT-2 does, in all three applications' commands and in
+Any causal decoder that transformers knows stands where GPT-2 does, in the commands `clipcap` and `recycle-gpt2` and in
 `common.gpt2.load_gpt2`: by hub id or directory, without code of its own, unquantized. GPT-2 stays the reference.
 
 `python -m experiments.backbones.decoders_table` makes this table with two layers of width 32, random weights whose
@@ -292,9 +310,22 @@ A cache that the beams of an image share reads its prefix once and copies nothin
 attention that goes by position ids and a mask; a family with other attention (BLOOM's ALiBi), or one that is not in the
 list in `clipcap/cache.py`, decodes with a row of transformers' own cache for every beam.
 
+## Speed
+
+A Llama of SmolLM2-135M's sizes with random weights against `generate` in the same run, beam search with 5 beams, 20
+tokens, fp32, one thread ([decoder_families.json](benchmarks/decoder_families.json), by
+`python -m benchmarks.decoder_families`):
+
+{speed}
+
+One caption alone and without beams is the case where `generate` is the faster.
+
+## Refused
+
 Refused in one line, before images are embedded or text is tokenized: encoder-decoders, masked language models, models
-that read more than text, quantized weights, adapters, architectures that need code of their own, a tokenizer with more
-tokens than the table has rows, and output heads that compute logits in a way that is not known here.
+that read more than text, quantized weights, adapters, architectures that need code of their own, and a tokenizer with
+more tokens than the table has rows. When its weights are loaded: an output head whose logits differ from those that are
+computed here.
 """
 
 

@@ -171,6 +171,7 @@ def evaluate(clip: FrozenCLIP, images: np.ndarray, records: Sequence[ViewRecord]
 def main(config: Config) -> None:
     """Score, print and write."""
     clip = load_clip(config.clip, device="cpu")
+    clip.require_text("zero-shot classification")
     images, records = load_split(config.scenes, config.split)
     result: dict[str, Any] = {"clip": config.clip, "split": config.split, "images": len(images)}
     result |= evaluate(clip, images, records)

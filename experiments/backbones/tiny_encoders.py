@@ -49,6 +49,8 @@ def shake(model: nn.Module) -> nn.Module:
         for name, value in model.state_dict().items():
             if value.is_floating_point():
                 noise = torch.randn_like(value)
+                if not bool((value.abs() < 100).all()):  # CoCa leaves some as memory has them
+                    value.zero_()
                 value.add_(noise.abs() if "running_var" in name else 0.1 * noise)
     return model.eval()
 
@@ -161,6 +163,7 @@ VISION: dict[str, tuple[str, dict[str, Any], Callable[[], nn.Module]]] = {
         _vision("RegNet", **_CONV, embedding_size=8, groups_width=8),
     ),
     "BiT": ("Bit", _SHORT, _vision("Bit", **_CONV, embedding_size=8, num_groups=4)),
+    "MobileNet V1": ("MobileNetV1", _SHORT, _vision("MobileNetV1", image_size=SIZE, depth_multiplier=0.25)),
     "MobileNet V2": ("MobileNetV2", _SHORT, _vision("MobileNetV2", image_size=SIZE, depth_multiplier=0.25)),
 }
 """Family -> image processor, its settings, model."""
@@ -185,3 +188,87 @@ def save_encoder(family: str, directory: Path) -> Path:
     fields = {"image_processor_type": f"{processor}ImageProcessor", **settings}
     (directory / "preprocessor_config.json").write_text(json.dumps(fields))
     return directory
+
+
+_OPEN_TEXT = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+_OPEN_VIT = {"image_size": SIZE, "layers": 2, "width": 16, "head_width": 8, "mlp_ratio": 2.0, "patch_size": 8}
+
+
+def _timm_tower(name: str, size: int, **pooling: str) -> dict[str, Any]:
+    return {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": size, "timm_model_name": name, "timm_proj": "linear", **pooling},
+        "text_cfg": _OPEN_TEXT,
+    }
+
+
+OPEN_CLIP: dict[str, dict[str, Any]] = {
+    "open_clip's ViT": {"embed_dim": 12, "vision_cfg": _OPEN_VIT, "text_cfg": _OPEN_TEXT},
+    "open_clip's ResNet": {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+        "text_cfg": _OPEN_TEXT,
+    },
+    "CoCa's image side": {
+        "embed_dim": 12,
+        "vision_cfg": _OPEN_VIT
+        | {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 2}
+        | {"output_tokens": True},
+        "text_cfg": _OPEN_TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": _OPEN_TEXT | {"attn_pooler_heads": 2},
+        "custom_text": True,
+    },
+    "timm's ViT by class token (EVA02, MobileCLIP2-B)": _timm_tower("test_vit", 160, timm_pool="token"),
+    "timm's ViT by attention pooling (SigLIP 2, PE)": _timm_tower("test_vit2", 160, timm_pool="map", timm_proj="none"),
+    "timm's convolutions (ConvNeXt, MobileCLIP2-S, ViTamin)": _timm_tower("test_convnext", 160, timm_proj="mlp"),
+}
+"""Family -> architecture, as open_clip's JSON files have it."""
+TIMM = ("test_vit", "test_vit3", "test_convnext", "test_resnet", "test_efficientnet", "test_nfnet")
+TORCHVISION = ("squeezenet1_1",)
+
+
+def save_open_clip(family: str, directory: Path) -> tuple[Any, ...]:
+    """A tiny random model of a family of `OPEN_CLIP`.
+
+    Returns:
+        Its name for `load_clip`, and as open_clip computes them: pixels, image embeddings, text embeddings.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    arch = f"tiny-{list(OPEN_CLIP).index(family)}"
+    (directory / f"{arch}.json").write_text(json.dumps(OPEN_CLIP[family]))
+    open_clip.add_model_config(directory / f"{arch}.json")
+    model: Any = shake(open_clip.create_model(arch))
+    torch.save(model.state_dict(), directory / f"{arch}.pt")
+    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    tokenizer = open_clip.get_tokenizer(arch)
+    return (
+        f"open_clip:{arch}/{directory}/{arch}.pt",
+        lambda image: transform(image)[None],
+        lambda pixels: model.encode_image(pixels, normalize=False),
+        lambda texts: model.encode_text(tokenizer(texts), normalize=False),
+    )
+
+
+def save_timm(name: str, directory: Path) -> tuple[Any, ...]:
+    """A timm model of random weights: its name for `load_clip`, and timm's pixels and image embeddings."""
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    model: Any = shake(timm.create_model(name))
+    torch.save(model.state_dict(), directory / f"{name}.pth")
+    model.reset_classifier(0)
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    return f"timm:{name}/{directory}/{name}.pth", lambda image: transform(image)[None], model
+
+
+def save_torchvision(name: str, directory: Path) -> tuple[Any, ...]:
+    """A torchvision classifier of random weights: its name for `load_clip`, and torchvision's pixels and embeddings."""
+    from torchvision import models
+
+    model: Any = shake(models.get_model(name))
+    torch.save(model.state_dict(), directory / f"{name}.pth")
+    transform = models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+    model.classifier[1] = nn.Identity()  # SqueezeNet's
+    return f"torchvision:{name}/{directory}/{name}.pth", lambda image: transform(image)[None], model

@@ -24,6 +24,7 @@ import torch
 import tyro
 from jaxtyping import Float
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -44,7 +45,7 @@ from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError, require_file, run_command
 from common.clip import FrozenCLIP, load_clip
 from common.files import whole_file
-from common.optimizers import warmup_cosine
+from common.optimizers import scheduled, warmup_cosine
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import TrainerConfig, build_trainer, fit
 from experiments.backbones.train_clip import train_tokenizer
@@ -190,12 +191,11 @@ class LockedTuning(LightningModule):
         self.text, self.to_text, self.to_image = model.text_model, model.text_projection, model.visual_projection
         self.logit_scale, self.config = model.logit_scale, config
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.config.lr, betas=(0.9, 0.98), weight_decay=self.config.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(WARMUP, self.config.steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, warmup_cosine(WARMUP, self.config.steps))
 
     def loss(self, batch: dict[str, Tensor], dropout: float) -> Tensor:
         """Symmetric cross entropy of each photograph's caption among the batch's (Radford et al. 2021, fig. 3)."""

@@ -82,7 +82,7 @@ def without_images(paths: Iterable[Path]) -> str:
 
     Each directory is listed once.
     """
-    from clipcap.data.images import IMAGE_SUFFIXES
+    from common.images import IMAGE_SUFFIXES
 
     listed: dict[Path, set[str]] = {}
     count, absent = 0, []

@@ -15,11 +15,11 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from clipcap.cli import main
-from clipcap.data.images import IMAGE_SUFFIXES, LARGE_JPEG, ImageError, find_images, is_url, read_image
+from clipcap.data.images import ImageError, find_images, is_url, read_image
 from common import images as opening
 from common.checks import UserError
 from common.clip import load_clip
-from common.images import FORMATS, ImageLimit
+from common.images import FORMATS, IMAGE_SUFFIXES, LARGE_JPEG, ImageLimit
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -310,7 +310,7 @@ def photograph(path, size, **options):
 
 
 def test_a_large_jpeg_is_decoded_at_a_scale_that_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipcap.data.images.LARGE_JPEG", 1_000_000)
+    monkeypatch.setattr("common.images.LARGE_JPEG", 1_000_000)
     path, clip = tmp_path / "photo.jpg", load_clip("tiny", device="cpu")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -327,7 +327,7 @@ def test_a_large_jpeg_is_decoded_at_a_scale_that_is_enough(tmp_path, monkeypatch
 
 def test_other_images_are_the_same_at_every_scale(tmp_path, monkeypatch):
     assert LARGE_JPEG == 4_000_000
-    monkeypatch.setattr("clipcap.data.images.LARGE_JPEG", 40_000)
+    monkeypatch.setattr("common.images.LARGE_JPEG", 40_000)
     small, odd, png = tmp_path / "small.jpg", tmp_path / "odd.jpg", tmp_path / "a.png"
     photograph(small, (200, 200))
     photograph(odd, (251, 191))  # at half its size it would not be the same picture

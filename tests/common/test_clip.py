@@ -479,8 +479,13 @@ def test_bad_calls_are_named(tiny):
         ("open_clip:RN50", "openai"),
         ("open_clip:RN50/nope", "openai"),
         ("open_clip:RN50/no/such.pt", "does not exist"),
-        ("open_clip:ViT-B-16-SigLIP/webli", "ViT-B-32 or RN50"),
-        ("open_clip:coca_ViT-B-32/laion2b_s13b_b90k", "ViT-B-32 or RN50"),
+        ("open_clip:ViT-B-16-SigLIP/webli", "could not be fetched"),
+        ("open_clip:coca_ViT-B-32/laion2b_s13b_b90k", "could not be fetched"),
+        ("timm:resnet18", "give a file, timm:resnet18/PATH"),
+        ("timm:resnet81", "did you mean .*resnet18"),
+        ("timm:vit_base_patch16_224.nope", "has no weights 'nope': use vit_base_patch16_224"),
+        ("timm:resnet18/no/such.pth", "does not exist"),
+        ("torchvision:resnet81", "did you mean .*resnet18"),
     ],
 )
 def test_unknown_names_offline(name, message, monkeypatch, tmp_path):

@@ -170,8 +170,7 @@ def test_classifiers_are_encoders_with_weights_from_a_file(images, tmp_path):
     path = tmp_path / "resnet18.pth"
     torch.save(network.state_dict(), path)
     encoder = load_encoder(f"torchvision:resnet18:{path}", device="cpu")
-    encoder.size = 64  # small for speed: the network takes any
-    pixels = F.interpolate(images, (64, 64), mode="bicubic", antialias=True)
+    pixels = F.interpolate(images, (224, 224), mode="bicubic", antialias=True)
     pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
         :, None, None
     ]
@@ -187,21 +186,29 @@ def test_classifiers_are_encoders_with_weights_from_a_file(images, tmp_path):
         load_encoder(f"timm:resnet18:{path}", device="cpu")
     with pytest.raises(UserError, match="did you mean .*resnet18"):
         load_encoder("timm:resnet81", device="cpu")
+    with pytest.raises(UserError, match="knows no text"):
+        torch.save(timm.create_model("test_resnet").state_dict(), path)
+        SemanticLoss(SemanticConfig(encoder=f"timm:test_resnet/{path}", text="a ball"), images, "cpu")
 
 
+@pytest.mark.parametrize("random_weights", [False, True])
 @pytest.mark.parametrize(
     "name, size",
-    [
-        ("torchvision:squeezenet1_1", 512),
-        ("timm:resnetv2_50", 2048),
-        ("timm:deit_tiny_distilled_patch16_224", 192),
-        ("timm:resnet18", 512),
-    ],
+    [("torchvision:squeezenet1_1", 512), ("timm:deit_tiny_distilled_patch16_224", 192), ("timm:test_convnext", 64)],
 )
-def test_classifiers_lose_their_last_layer_of_whatever_kind(images, name, size):
-    pytest.importorskip(name.partition(":")[0])
-    found = load_encoder(name, random_weights=True, device="cpu")(images[:1])
-    assert found["embedding"].shape == (1, size)
+def test_classifiers_lose_their_last_layer_of_whatever_kind(images, name, size, random_weights, tmp_path):
+    import timm
+    from torchvision import models
+
+    library, _, model = name.partition(":")
+    network = timm.create_model(model) if library == "timm" else models.get_model(model)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    encoder = load_encoder(f"{name}/{tmp_path}/weights.pth", random_weights=random_weights, device="cpu")
+    found = encoder(images[:1])
+    assert found["embedding"].shape == (1, size) and ("patches" in found) == (library == "timm")
+    if library == "torchvision":
+        with pytest.raises(UserError, match="has no patches"):
+            encoder.feature_of(found, "patches")
 
 
 def test_a_classifier_with_nan_is_refused_by_name(tmp_path):
@@ -215,13 +222,13 @@ def test_a_classifier_with_nan_is_refused_by_name(tmp_path):
 
 
 def test_a_classifier_without_its_weights_is_named(monkeypatch):
-    from dietnerf import semantic
+    from torchvision import models
 
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr(semantic, "_build_classifier", refuse)
-    with pytest.raises(UserError, match="give a file, torchvision:resnet18:PATH"):
+    monkeypatch.setattr(models, "get_model", refuse)
+    with pytest.raises(UserError, match="give a file, torchvision:resnet18/PATH"):
         load_encoder("torchvision:resnet18", device="cpu")
 
 

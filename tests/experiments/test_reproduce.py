@@ -355,8 +355,10 @@ def small_fields(tmp_path, monkeypatch):
 
     def small_method(method):
         config = method_config(method)
-        config.pipeline.model.layer_width, config.pipeline.model.num_coarse_samples = 16, 8
-        config.pipeline.model.num_importance_samples = min(8, config.pipeline.model.num_importance_samples)
+        model = config.pipeline.model
+        if hasattr(model, "num_importance_samples"):  # the grid has none
+            model.layer_width, model.num_coarse_samples = 16, 8
+            model.num_importance_samples = min(8, model.num_importance_samples)
         return config
 
     monkeypatch.setattr("dietnerf.settings.method_config", small_method)

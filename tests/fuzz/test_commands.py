@@ -26,6 +26,7 @@ import tyro
 from PIL import Image
 
 import clipcap.cli
+import common.probing.cli
 import dietnerf.cli
 import recycle_gpt2.cli
 from common.checks import UserError
@@ -34,7 +35,12 @@ from tests.dietnerf.ball import write_scene
 from tests.fuzz.mutations import files_below
 from tests.recycle_gpt2.conftest import invent
 
-COMMANDS = {"clipcap": clipcap.cli, "recycle-gpt2": recycle_gpt2.cli, "dietnerf": dietnerf.cli}
+COMMANDS = {
+    "clipcap": clipcap.cli,
+    "clip-probe": common.probing.cli,
+    "recycle-gpt2": recycle_gpt2.cli,
+    "dietnerf": dietnerf.cli,
+}
 SECONDS = 60
 """A case that takes longer hangs."""
 MEMORY = 4 << 30
@@ -89,6 +95,10 @@ class Place:
         (photos / "captions.csv").write_text(
             "file_name,caption,split\na.png,the cat,train\nb.png,the hat,train\nc.png,the bat,val\nd.png,the mat,test\n"
         )
+        for number, colour in enumerate(("red", "blue")):
+            (self.inside / "classes" / colour).mkdir(parents=True)
+            for size in range(8, 12):
+                Image.new("RGB", (size, 8 + number), colour).save(self.inside / "classes" / colour / f"{size}.png")
         torch.manual_seed(0)
         config = ClipCapConfig(clip_width=12, prefix_length=2, gpt2=str(gpt2), clip=str(clip))
         ClipCapModel.from_backbones(config).save_pretrained(self.inside / "captioner")
@@ -118,6 +128,7 @@ class Place:
     def arguments(self, program: str, name: str, out: Path) -> list[str]:
         """A small invocation that works."""
         at, gpt2 = {path.name: str(path) for path in self.inside.iterdir()}, str(self.gpt2)
+        probe = ["--clip", str(self.clip), "--device", "cpu"]
         stage = ["--epochs", "1", "--val-every", "1", "--device", "cpu"]
         found: list[str] = {
             ("clipcap", "caption"): [f"{at['photos']}/a.png", "--model", at["captioner"], "--max-new-tokens", "3"],
@@ -132,6 +143,11 @@ class Place:
             ("clipcap", "download"): [at["urls.tsv"], "--retries", "0", "--workers", "1"],
             ("clipcap", "convert"): [str(Path(__file__).parent.parent / "golden/clipcap_mlp.pt"), "OUT", "--gpt2", gpt2,
                                      "--clip", str(self.clip), "--n-head", "4", "--stop", ""],
+            ("clip-probe", "zero-shot"): [at["classes"], *probe],
+            ("clip-probe", "retrieve"): [at["photos"], *probe, "--queries", "a cat", "--captions",
+                                         f"{at['photos']}/captions.csv"],
+            ("clip-probe", "linear"): [at["classes"], *probe],
+            ("clip-probe", "few-shot"): [at["classes"], *probe, "--shots", "1", "--repeats", "1"],
             ("recycle-gpt2", "run"): ["--text", at["text.txt"], "--language", "nld", "--small", gpt2, "--vocab-size",
                                       "300", "--shares", "0.8", "0.1", "0.1", *stage],
             ("recycle-gpt2", "tokenizer"): ["--text", at["text.txt"], "--vocab-size", "300"],

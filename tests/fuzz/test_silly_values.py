@@ -98,10 +98,11 @@ PIXELS_SILLY = [
         None, [0.5], [0.5] * 4, "half", ["x"] * 3, [NAN] * 3, [INF] * 3, [-1.0] * 3, [123.7, 116.3, 103.5], 0.5, {}, [True] * 3,
     )),
     {"image_std": [0.0] * 3}, {"image_std": [1e-30] * 3}, *({name: {"height": side, "width": side}} for name in
-        ("size", "crop_size") for side in (0, -1, 9, 10**9, "8")), {"size": {"shortest_edge": 10**9}}, {"size": None},
-    {"size": 7}, {"crop_size": 9}, {"crop_size": {"height": 8, "width": 9}}, {"resample": 1}, {"resample": "x"},
-    {"do_center_crop": False}, {"do_center_crop": "no"}, {"do_resize": False}, {"do_normalize": False}, {"do_rescale": 0},
-    {"rescale_factor": 1.0}, {"rescale_factor": NAN},
+        ("size", "crop_size") for side in (0, -1, 7, 10**9, "8")), {"size": {"shortest_edge": 10**9}}, {"size": None},
+    {"size": 7}, {"crop_size": 9}, {"crop_size": {"height": 8, "width": 9}}, {"resample": 4}, {"resample": "x"},
+    {"do_center_crop": False}, {"do_center_crop": "no"}, {"do_resize": False}, {"do_normalize": 0}, {"do_rescale": 0},
+    {"rescale_factor": 1.0}, {"rescale_factor": NAN}, {"size": {"height": 8, "width": 9}}, {"do_pad": True},
+    {"size": {"shortest_edge": 8, "longest_edge": 16}}, {"image_processor_type": "Mine"}, {"image_processor_type": 3},
 ]  # fmt: skip
 
 
@@ -117,6 +118,8 @@ def test_silly_preprocessing(clip_directory, values, tmp_path):
     ({"size": 8, "crop_size": 8}, ("bicubic", False)),  # as in old files
     ({"resample": 2}, ("bilinear", False)),
     ({"do_center_crop": False, "size": {"height": 8, "width": 8}}, ("bicubic", True)),
+    ({"size": {"height": 9, "width": 9}, "resample": 1}, ("lanczos", True)),
+    ({"size": {"shortest_edge": 10}, "do_normalize": False}, ("bicubic", False)),
 ], ids=str)  # fmt: skip
 def test_preprocessing_that_is_honoured(clip_directory, values, expected, tmp_path):
     place = shutil.copytree(clip_directory, tmp_path / "clip")

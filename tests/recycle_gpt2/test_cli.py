@@ -31,7 +31,11 @@ def test_help_explains_every_option(name, capsys):
     words = " ".join(printed.replace("│", " ").split())
     for option in dataclasses.fields(config):  # a flag that is on has only its --no- form
         name = option.name.replace("_", "-")
-        assert name in ("stage", "runtime", "models", "model") or f"--{name}" in words or f"--no-{name}" in words
+        assert (
+            name in ("stage", "runtime", "models", "model", "rows", "alignment")
+            or f"--{name}" in words
+            or f"--no-{name}" in words
+        )
 
 
 def refused(arguments: list[str], capsys) -> str:

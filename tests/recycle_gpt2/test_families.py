@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common.checks import UserError
 from common.gpt2 import load_gpt2, token_tables
 from common.runtime import RuntimeConfig
+from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.blocks import TokenBlocks
+from recycle_gpt2.lexical import RowsConfig
 from recycle_gpt2.run import RunConfig, recycle
 from recycle_gpt2.stages import AlignConfig, align_models
 from recycle_gpt2.training import StageConfig
@@ -54,7 +56,7 @@ def run(tmp_path_factory, english_tokenizer, dutch) -> tuple[RunConfig, Path]:
         vocab_size=320,
         block=32,
         shares=(0.8, 0.1, 0.1),
-        initialisation="copy",
+        rows=RowsConfig(initialisation="copy"),
         stage=StageConfig(tokens=4 * 8 * 32, batch_size=8, lr=3e-3, optimizer="muon"),
         runtime=RuntimeConfig(device="cpu", seed=3),
     )
@@ -109,7 +111,13 @@ def test_rows_of_no_token_do_not_move_the_alignment(run, english_tokenizer, tmp_
         small = save_llama(place / "small", english_tokenizer, layers=2, width=16, padding=padding)
         large = save_llama(place / "large", english_tokenizer, layers=3, width=24, padding=padding)
         aligned = align_models(
-            AlignConfig(part(config, "relearn"), place / "out", small=str(small), large=str(large), choose=False)
+            AlignConfig(
+                part(config, "relearn"),
+                place / "out",
+                small=str(small),
+                large=str(large),
+                alignment=AlignmentConfig(choose=False),
+            )
         )
         found.append(token_tables(load_gpt2(aligned)[0]))
     assert all(map(torch.equal, *found))
@@ -118,7 +126,7 @@ def test_rows_of_no_token_do_not_move_the_alignment(run, english_tokenizer, tmp_
 def test_positions_that_are_not_learned_are_refused_first(run, tmp_path):
     config, _ = run
     with pytest.raises(UserError, match="'llama' models learn none"):
-        recycle(replace(config, out=tmp_path / "other", positions=True))
+        recycle(replace(config, out=tmp_path / "other", rows=RowsConfig(positions=True)))
     assert not list(tmp_path.rglob("tokenizer.json"))
 
 

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipcap.data.images import IMAGE_SUFFIXES
 from clipcap.data.readers.captioned import SPLITS, CaptionedImage, check_captions
 from clipcap.data.readers.tables import CAPTION_KEYS
 from clipcap.data.readers.text import LARGEST_TEXT, decode
 from clipcap.data.untrusted import read_tar
 from common.checks import UserError
 from common.files import MARKER, whole_file, write_json
-from common.images import ImageTooLarge, open_image
+from common.images import IMAGE_SUFFIXES, ImageTooLarge, open_image
 
 
 def read_saved(source: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:

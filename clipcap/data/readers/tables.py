@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clipcap.data.images import IMAGE_SUFFIXES, files_below
 from clipcap.data.readers.captioned import SPLITS, CaptionedImage, check_captions
 from clipcap.data.readers.json_files import place_of
 from clipcap.data.readers.text import LARGEST_TEXT, lines, read_text
 from common.checks import UserError
+from common.images import IMAGE_SUFFIXES, files_below
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 IMAGE_KEYS = ("file_name", "filename", "image", "path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 
@@ -211,11 +212,11 @@ def test_weights_that_are_no_numbers_are_refused(refused, bad):
     assert "cls_token holds NaN or infinity" in refused("ViT", spoil)
 
 
-def test_half_a_directory_is_refused(refused, tmp_path):
+def test_half_a_directory_is_refused(refused):
     assert "preprocessor_config.json" in refused("DINOv2", lambda path: (path / "preprocessor_config.json").unlink())
     refused("DINOv2", lambda path: (path / "model.safetensors").unlink())
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert str(tmp_path) in refused("SigLIP", lambda path, name=name: (path / name).unlink())
+    for family in ("SigLIP", "Chinese-CLIP", "MetaCLIP 2", "CLIP, MetaCLIP"):
+        assert "copy tokenizer.json" in refused(family, lambda path: (path / "tokenizer.json").unlink())
     cut = lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:3000])  # noqa: E731
     assert "cut short" in refused("Swin", cut)
 
@@ -256,6 +257,12 @@ def test_code_that_comes_with_a_known_family_is_not_run(saved, tmp_path):
     (path / "mine.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')\n")
     assert load_clip(path, device="cpu").width == 16
     assert not (tmp_path / "made").exists()
+
+
+def test_a_tokenizer_that_needs_a_package_names_it(refused):
+    change = edited("tokenizer_config.json", tokenizer_class="SiglipTokenizer")
+    if importlib.util.find_spec("sentencepiece") is None:
+        assert "pip install sentencepiece" in refused("SigLIP", change)
 
 
 def test_tokenizers_of_another_model_are_refused(refused, saved):
