@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 try:
     from common.exports import lazy_exports
+    from common.imports import when_imported
 except ModuleNotFoundError:  # a folder of the caller's has that name
     import common
 
@@ -28,9 +31,23 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "Captioner": "clipcap.captioner",
-        "ClipCapConfig": "clipcap.model",
-        "ClipCapModel": "clipcap.model",
-        "ClipCapProcessor": "clipcap.processing",
+        "ClipCapConfig": "clipcap.auto",
+        "ClipCapModel": "clipcap.auto",
+        "ClipCapProcessor": "clipcap.auto",
         "load_original_checkpoint": "clipcap.original",
     },
 )
+
+
+def _register(auto: ModuleType) -> None:
+    """Let transformers' Auto classes know a captioner's directory; `clipcap.auto` is imported when they meet one.
+
+    They take a class by its name from the module transformers.models.MODEL_TYPE: here, this package.
+    """
+    sys.modules.setdefault("transformers.models.clipcap", sys.modules[__name__])
+    for names, kind in (("CONFIG_MAPPING_NAMES", "ClipCapConfig"), ("PROCESSOR_MAPPING_NAMES", "ClipCapProcessor")):
+        getattr(auto, names, {}).setdefault("clipcap", kind)
+
+
+for _module in ("configuration_auto", "processing_auto"):
+    when_imported(f"transformers.models.auto.{_module}", _register)

@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from clipcap.config import absolute
+from clipcap.backbones import absolute
+from clipcap.checkpoint import one_dtype
 from clipcap.data.embeddings import encode
 from clipcap.data.images import ImageError, ImageSource, read_image
 from clipcap.decoding import bytes_of, decode, require_options
+from clipcap.generation import prompt_tokens
 from clipcap.model import ClipCapModel
 from clipcap.packing import require_int8
 from clipcap.search import Caption
@@ -35,7 +37,11 @@ from common.runtime import free_memory, require_memory, require_seed, resolve_de
 BATCH_MOST = {"cpu": 32, "cuda": 256}
 """Images captioned at once when memory does not ask for fewer; more are no faster."""
 BATCH_OPTIONS = ("strategy", "num_beams", "num_captions", "max_new_tokens")
-OPTIONS = (*BATCH_OPTIONS, "top_k", "top_p", "temperature")
+OPTIONS = (
+    *BATCH_OPTIONS, "top_k", "top_p", "temperature", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens",
+    "length_penalty", "early_stopping",
+)  # fmt: skip
+STREAM_OPTIONS = ("on_error", "seed", "max_pixels")
 MEMORY_SHARE = 0.25
 """Share of the memory that is free which a batch may take."""
 
@@ -89,7 +95,8 @@ class Captioner:
         path_or_name: str | os.PathLike[str],
         *,
         device: str | torch.device = "auto",
-        dtype: torch.dtype | Literal["int8"] | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         clip: str | FrozenCLIP | None = None,
     ) -> Captioner:
         """Load a captioner and its backbones.
@@ -98,7 +105,9 @@ class Captioner:
             path_or_name: packaged name ("tiny"), directory that `clipcap train` or `clipcap convert` wrote, or hub id.
             device: "auto", "cpu", "cuda", ...
             dtype: of all weights; None is float32. bfloat16 captions faster; "int8", on a CPU, faster still: GPT-2's
-                matrix products in 8-bit integers, the rest in bfloat16 where the processor has it.
+                matrix products in 8-bit integers, the rest in bfloat16 where the processor has it. "auto" is that of
+                the file; names such as "bfloat16" are taken too.
+            torch_dtype: its older name.
             clip: where its CLIP is, when not where the captioner's config says. Or a CLIP that is in memory, which is
                 used when it is the one that the config names, with this dtype and on this device.
 
@@ -106,11 +115,11 @@ class Captioner:
             UserError: the captioner or a backbone cannot be found or does not fit.
         """
         target = resolve_device(device)
+        dtype = one_dtype(dtype, torch_dtype)
         int8 = dtype == "int8"
         if int8:
             require_int8(target)
             dtype = torch.bfloat16 if can_pack(target, torch.bfloat16) else torch.float32
-        assert dtype is None or isinstance(dtype, torch.dtype)
         model = ClipCapModel.from_pretrained(path_or_name, dtype=dtype, device=target)
         if isinstance(clip, FrozenCLIP):
             wanted = model.config.clip, model.dtype, model.device
@@ -120,15 +129,16 @@ class Captioner:
         name = clip or model.config.clip
         if name is None:
             raise UserError(f"captioner {str(path_or_name)!r} does not name its CLIP: give it (clip).")
-        return cls(model, load_clip(name, device=target, dtype=dtype), int8=int8)
+        return cls(model, load_clip(name, device=target, dtype=model.dtype), int8=int8)
 
     def caption(
         self,
         images: ImageSource | Iterable[ImageSource],
         *,
-        strategy: str = "beam",
-        num_captions: int = 1,
+        strategy: str | None = None,
+        num_captions: int | None = None,
         batch_size: int | Literal["auto"] | None = None,
+        prompt: str | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Any:
@@ -137,11 +147,13 @@ class Captioner:
         Args:
             images: one image, or several as a list, an array (n, h, w, c) or a generator: paths, URLs, PIL images and
                 arrays, mixed as you like (see `clipcap.data.images.read_image`).
-            strategy: "beam", "beam_original", "greedy" or "sample" (see `clipcap.decoding.decode`).
-            num_captions: captions for each image.
+            strategy: "beam", "beam_original", "greedy" or "sample" (see `clipcap.decoding.decode`); None is the
+                captioner's own, "beam" where its directory says nothing else.
+            num_captions: captions for each image; None is 1.
             batch_size: images captioned at once; None or "auto" lets the memory decide (`auto_batch_size`).
+            prompt: text that all captions begin with, such as "a photo of".
             progress: show a progress bar.
-            options: `stream`'s and `decode`'s.
+            options: `stream`'s, and `decode`'s or transformers' own (`ClipCapModel.generate`).
 
         Returns:
             A text for each image, in order; a list of texts for each, best first, when `num_captions` is above 1.
@@ -153,12 +165,15 @@ class Captioner:
         """
         one = _is_one(images)
         several: Any = [images] if one else images
-        found = self.stream(several, strategy=strategy, num_captions=num_captions, batch_size=batch_size, **options)
+        options |= {"strategy": strategy, "num_captions": num_captions}
+        found = self.stream(several, batch_size=batch_size, prompt=prompt, **options)
+        asked = {name: value for name, value in options.items() if name not in STREAM_OPTIONS}
+        many = self._options(asked, prompt).get("num_captions", 1) > 1
         if progress:
             from tqdm import tqdm
 
             found = tqdm(found, total=len(several) if hasattr(several, "__len__") else None, unit=" images")
-        texts = [item.captions if num_captions > 1 else item.captions[0] for item in found]
+        texts = [item.captions if many else item.captions[0] for item in found]
         return texts[0] if one else texts
 
     def stream(
@@ -169,6 +184,7 @@ class Captioner:
         on_error: Callable[[ImageError], object] | None = None,
         seed: int = 0,
         max_pixels: int = MAX_PIXELS,
+        prompt: str | None = None,
         **options: Any,
     ) -> Iterator[ImageCaptions]:
         """Captions of images one after the other, reading `batch_size` at a time.
@@ -180,9 +196,13 @@ class Captioner:
             on_error: called with the error of an image that cannot be read, which is then left out; None raises it.
             seed: of strategy "sample".
             max_pixels: of an image (see `clipcap.data.images.read_image`).
-            options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...
+            prompt: text that all captions begin with.
+            options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...; or those of
+                transformers' `generate`.
         """
-        require_options(self.model, **{k: options[k] for k in OPTIONS if k in options})
+        options = self._options(options, prompt)
+        length = len(options.get("prompt_ids", ()))
+        require_options(self.model, prompt_length=length, **{k: options[k] for k in OPTIONS if k in options})
         require_seed(seed)
         sizes = {k: options[k] for k in BATCH_OPTIONS if k in options}
         if batch_size is None or batch_size == "auto":
@@ -223,6 +243,12 @@ class Captioner:
                 batch = following or begin()
         finally:
             reader.shutdown(cancel_futures=True)
+
+    def _options(self, asked: dict[str, Any], prompt: str | None) -> dict[str, Any]:
+        """`decode`'s options for those that were asked."""
+        if prompt is not None:
+            asked = asked | {"prompt_ids": prompt_tokens(self.tokenizer, prompt)}
+        return self.model.decode_options(asked)
 
     def _pixels(self, source: ImageSource, max_pixels: int) -> Float[Tensor, "1 3 s s"]:
         return self.clip.preprocess([read_image(source, max_pixels=max_pixels, side=self.clip.preprocess.size)])

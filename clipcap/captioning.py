@@ -56,18 +56,20 @@ class CaptionConfig:
     """Also write a contact sheet, the images above their captions (the first 100), to this .png or .jpg."""
     strategy: Literal["beam", "beam_original", "greedy", "sample"] = "beam"
     """Decoding."""
-    num_beams: int = 5
-    """Beams."""
+    num_beams: int | None = None
+    """Beams of the two beam strategies; 5 where the captioner says nothing else."""
     num_captions: int = 1
     """Captions per image, best first."""
+    prompt: str | None = None
+    """Text that every caption begins with, such as "a photo of"."""
     max_new_tokens: int = 67
     """Longest caption."""
     top_k: int | None = None
     """Sample among the k likeliest tokens."""
     top_p: float | None = None
     """Sample among the likeliest tokens that hold this much probability (nucleus)."""
-    temperature: float = 1.0
-    """Temperature of sampling."""
+    temperature: float | None = None
+    """Temperature of sampling; 1 where not given."""
     batch_size: int = 0
     """Images captioned at once; 0 lets the memory decide."""
     int8: bool = False
@@ -84,7 +86,7 @@ def caption(config: CaptionConfig) -> int:
     from tqdm import tqdm
 
     from clipcap.data.images import ImageError, find_images
-    from clipcap.decoding import require_options
+    from clipcap.decoding import ignored_options, require_options
     from common.runtime import resolve_dtype, start
 
     require_at_least("batch_size", config.batch_size, 0)
@@ -106,7 +108,7 @@ def caption(config: CaptionConfig) -> int:
     def skip(error: ImageError) -> None:
         skipped.append(str(error))
 
-    options: dict[str, Any] = {
+    given = {
         "strategy": config.strategy,
         "num_captions": config.num_captions,
         "max_new_tokens": config.max_new_tokens,
@@ -115,8 +117,11 @@ def caption(config: CaptionConfig) -> int:
         "top_p": config.top_p,
         "temperature": config.temperature,
     }
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     require_options(**options)
-    options["seed"] = config.runtime.seed
+    for line in ignored_options(config.strategy, num_beams=config.num_beams, temperature=config.temperature):
+        print(line, file=sys.stderr)
+    options |= {"seed": config.runtime.seed} | ({} if config.prompt is None else {"prompt": config.prompt})
     journal = None
     if config.out and kind != "sidecar":
         settings = options | {"model": model, "precision": config.runtime.precision, "int8": config.int8}

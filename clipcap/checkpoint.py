@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from common.checks import UserError
+
+if TYPE_CHECKING:
+    from clipcap.config import ClipCapConfig
 
 OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """Of an earlier captioner."""
@@ -40,7 +45,10 @@ def take_places(source: Path, target: Path) -> None:
         if OLD_WEIGHTS.fullmatch(file.name) and file.name not in new:
             file.unlink()
     for name in sorted(new, key=lambda name: (name == "config.json", name)):
-        (source / name).chmod(0o644)  # safetensors makes files that nobody else may read
+        if (source / name).is_dir():  # a bundled backbone
+            shutil.rmtree(target / name, ignore_errors=True)
+        else:
+            (source / name).chmod(0o644)  # safetensors makes files that nobody else may read
         os.replace(source / name, target / name)
 
 
@@ -51,11 +59,19 @@ def local_file(source: str, name: str, hub: dict[str, Any]) -> Path:
     return Path(cached_file(source, name, **hub))
 
 
-def has_tokenizer(source: str, hub: dict[str, Any]) -> bool:
-    return any(
-        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-        for name in ("tokenizer.json", "vocab.json")
+def optional_file(source: str, name: str, hub: dict[str, Any]) -> str | None:
+    """A file of a captioner, or None where it has none."""
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
     )
+
+
+def has_tokenizer(source: str, hub: dict[str, Any]) -> bool:
+    return any(optional_file(source, name, hub) for name in ("tokenizer.json", "vocab.json"))
 
 
 def require_fit(source: str, info: dict[str, Any]) -> None:
@@ -69,3 +85,23 @@ def require_fit(source: str, info: dict[str, Any]) -> None:
     for problem, keys in (("lacks", info["missing_keys"]), ("has unknown weights", info["unexpected_keys"])):
         if keys:
             raise UserError(f"{source!r} {problem} {sorted(keys)[0]}: use the config.json that was saved with it.")
+
+
+def one_dtype(dtype: Any, torch_dtype: Any) -> Any:
+    """The dtype under either of its two names.
+
+    Raises:
+        UserError: both are given, and differ.
+    """
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise UserError(f"dtype is {dtype} and torch_dtype {torch_dtype}: give one of them.")
+    return torch_dtype if dtype is None else dtype
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, config: ClipCapConfig) -> torch.dtype:
+    """A dtype as from_pretrained takes it: "auto" is that of the file, None float32."""
+    name = config.dtype if dtype == "auto" else dtype
+    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name or torch.float32
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype is {dtype!r}: use float32, bfloat16 or float16.")
+    return found

@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "convert": Subcommand(
         "clipcap.original", "ConvertConfig", "run", "convert a checkpoint of the original ClipCap project"
     ),
+    "bundle": Subcommand("clipcap.bundling", "BundleConfig", "run", "copy a captioner together with its backbones"),
 }
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from common import gpt2 as gpt2_backbones
 from common.checks import UserError, require_one_of
 from common.decoders.configs import decoder_config
 from common.decoders.families import positions
-from common.encoders.interface import PREFIXES
 from common.pretrained import LAYERS, SIZE, SWITCH, checked, tokens, whole
 
 KEPT = ("name_or_path", "architectures", "transformers_version")
@@ -41,10 +38,10 @@ class ClipCapConfig(PreTrainedConfig):
         normalize_embeddings: scale embeddings to length 1 first (the original's `normalize_prefix`).
         tune_gpt2: GPT-2 is trained with the mapper, and saved with it; otherwise it is frozen.
         gpt2: packaged name, hub id or directory of GPT-2 or another decoder; None when its weights are saved with the
-            mapper only.
+            mapper only. In a saved config, a directory is relative to the captioner's: it begins with ./ or ../.
         gpt2_config: sizes of GPT-2, or another decoder's with its `model_type`, as in its `config.json`; read from
             `gpt2` when left out.
-        clip: name of the CLIP whose embeddings it reads.
+        clip: name of the CLIP whose embeddings it reads; its path is relative in the same way.
         eos_token_id: token or tokens that end a caption.
     """
 
@@ -98,16 +95,6 @@ class ClipCapConfig(PreTrainedConfig):
         if self.gpt2_config is None:
             raise UserError("gpt2_config is None: give GPT-2's sizes, or use ClipCapModel.from_backbones.")
         return decoder_config(self.gpt2_config, "gpt2_config")
-
-
-def absolute(name: str) -> str:
-    """A backbone's name as it will still be right in another working directory."""
-    if name.startswith(PREFIXES):
-        architecture, _, weights = name.partition("/")
-        path = Path(weights).expanduser()
-        return f"{architecture}/{path.resolve()}" if path.is_file() else name
-    is_path = name not in gpt2_backbones.PACKAGED and Path(name).expanduser().is_dir()
-    return str(Path(name).expanduser().resolve()) if is_path else name
 
 
 def require_prefix_fits(length: int, config: PreTrainedConfig) -> None:

@@ -7,6 +7,7 @@ cache is copied when beams are reordered, and a step over all beams of all image
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clipcap.cache import PrefixModel, cached_decoder, shares_cache
+from clipcap.constraints import constraints
 from clipcap.search import Beam, Caption, Draws, OriginalBeam, Sampler, Search, greedy
 from common.checks import UserError, require_at_least, require_one_of, require_share, require_temperature
 from common.decoders.families import numbers_cached, positions
@@ -37,6 +39,12 @@ def decode(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     int8: bool = False,
+    prompt_ids: Sequence[int] | Int[Tensor, "b p"] | None = None,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    min_new_tokens: int = 0,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
 ) -> list[list[Caption]]:
     """Captions of each image, best first.
 
@@ -63,13 +71,24 @@ def decode(
         temperature: divides the logits before choosing (not for "greedy"); beam scores are of the divided logits.
         generator: source of randomness of "sample", on the model's device.
         int8: compute GPT-2's matrix products in 8-bit integers (CPU only): faster, and close but not equal in result.
+        prompt_ids: tokens that captions begin with, of all images or of each; not among `max_new_tokens`, and not in
+            the score.
+        repetition_penalty, no_repeat_ngram_size, min_new_tokens: as in transformers' `generate`; they see the prompt
+            and what follows. Beams are then chosen, and scored, by what these leave of the probabilities.
+        length_penalty: exponent of the length that "beam" divides an ended caption's log-probability by, also in its
+            score; 1 makes it the mean.
+        early_stopping: True ends "beam" for an image with its first `num_beams` ended captions; "never" goes on as
+            long as a longer caption could still be better.
 
     Raises:
         UserError: an option out of its range or of another strategy, or embeddings that do not fit the model.
     """
+    prompt = _prompt(model, prompt_ids, len(clip_embeddings))  # (b, p)
     most = require_options(
         model, strategy=strategy, num_beams=num_beams, num_captions=num_captions, max_new_tokens=max_new_tokens,
-        top_k=top_k, top_p=top_p, temperature=temperature,
+        top_k=top_k, top_p=top_p, temperature=temperature, prompt_length=prompt.shape[1],
+        repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
+        min_new_tokens=min_new_tokens, length_penalty=length_penalty, early_stopping=early_stopping,
     )  # fmt: skip
     stops = _stop_tokens(model, stop_token_ids)
     if not len(clip_embeddings):
@@ -85,19 +104,26 @@ def decode(
     model.eval()
     try:
         prefix = model.prefix(clip_embeddings)
+        if prompt.shape[1]:
+            text = model.gpt2.get_input_embeddings()(prompt)  # (b, p, d)
+            prefix = torch.cat([prefix.to(text.dtype), text], dim=1)
         search: Search
         if strategy == "beam":
-            search = Beam(num_beams, stops, max_new_tokens, temperature)
+            search = Beam(num_beams, stops, max_new_tokens, temperature, length_penalty, early_stopping)
         elif strategy == "beam_original":
             search = OriginalBeam(num_beams, stops, temperature)
         elif strategy == "greedy":
             search = Draws(1, stops, greedy)
         else:
             search = Draws(num_captions, stops, Sampler(top_k, top_p, temperature, generator))
+        search.constraints = constraints(prompt, stops, repetition_penalty, no_repeat_ngram_size, min_new_tokens)
         found = _run(model, prefix, search, most, max_new_tokens, int8)
     finally:
         model.train(was_training)
-    return [captions[:num_captions] for captions in found]
+    return [
+        [Caption([*begun, *caption.token_ids], caption.score) for caption in captions[:num_captions]]
+        for begun, captions in zip(prompt.tolist(), found, strict=True)
+    ]
 
 
 def require_options(
@@ -110,10 +136,16 @@ def require_options(
     top_k: int | None = None,
     top_p: float | None = None,
     temperature: float = 1.0,
+    prompt_length: int = 0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    min_new_tokens: int = 0,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
 ) -> int:
     """Check `decode`'s options; returns how many captions of an image are followed at once.
 
-    Without a model, what can be checked before one is loaded.
+    Without a model, what can be checked before one is loaded. `prompt_length` is the number of the prompt's tokens.
 
     Raises:
         UserError: an option out of its range or of another strategy.
@@ -128,6 +160,20 @@ def require_options(
         require_at_least("top_k", top_k, 1)
     if top_p is not None:
         require_share("top_p", top_p)
+    if not (isinstance(repetition_penalty, int | float) and 0 < repetition_penalty < float("inf")):
+        raise UserError(f"repetition_penalty is {repetition_penalty}: use a number above 0; 1 is none.")
+    require_at_least("no_repeat_ngram_size", no_repeat_ngram_size, 0)
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise UserError(f"min_new_tokens is {min_new_tokens}: use 0 to {max_new_tokens}, the max_new_tokens.")
+    if not (isinstance(length_penalty, int | float) and math.isfinite(length_penalty)):
+        raise UserError(f"length_penalty is {length_penalty}: use a number; 1 ranks captions by their mean.")
+    if early_stopping not in (True, False, "never"):
+        raise UserError(f"early_stopping is {early_stopping!r}: use True, False or 'never'.")
+    if strategy != "beam" and (length_penalty != 1 or early_stopping is not False):
+        raise UserError(
+            f"length_penalty is {length_penalty} and early_stopping is {early_stopping} with strategy {strategy!r}: "
+            f"use strategy 'beam'."
+        )
     most = {"greedy": 1, "sample": num_captions}.get(strategy, num_beams)
     if num_captions > most:
         raise UserError(f"num_captions is {num_captions}: strategy {strategy!r} gives at most {most} here.")
@@ -137,10 +183,25 @@ def require_options(
     if most > vocabulary:
         name = "num_captions" if strategy == "sample" else "num_beams"
         raise UserError(f"{name} is {most}: use at most the {vocabulary} tokens of the vocabulary.")
-    room = places - model.config.prefix_length + 1  # the last token is never fed back
+    room = room_for_captions(model) - prompt_length
     if max_new_tokens > room:
         raise UserError(f"max_new_tokens is {max_new_tokens}: GPT-2's {places} positions leave room for {room}.")
     return most
+
+
+def room_for_captions(model: PrefixModel) -> int:
+    """Tokens of the longest caption that the decoder's positions hold behind the prefix."""
+    return positions(model.gpt2.config) - model.config.prefix_length + 1  # the last token is never fed back
+
+
+def ignored_options(strategy: str, *, num_beams: int | None = None, temperature: float | None = None) -> list[str]:
+    """A line about each of these options, where it is given, that the strategy has no use for."""
+    found = []
+    if num_beams is not None and strategy in ("greedy", "sample"):
+        found.append(f"num_beams {num_beams} is ignored: strategy {strategy!r} has no beams.")
+    if temperature is not None and strategy == "greedy":
+        found.append(f"temperature {temperature} is ignored: strategy 'greedy' takes the most probable token.")
+    return found
 
 
 def bytes_of(model: PrefixModel, strategy: str, width: int, max_new_tokens: int) -> int:
@@ -170,6 +231,20 @@ def _stop_tokens(model: PrefixModel, given: int | Sequence[int] | None) -> Int[T
         if not 0 <= token < vocabulary:
             raise UserError(f"stop token {token} is not in the vocabulary: use ids from 0 to {vocabulary - 1}.")
     return torch.tensor(stops, dtype=torch.long, device=model.device)
+
+
+def _prompt(model: PrefixModel, given: Sequence[int] | Int[Tensor, "b p"] | None, images: int) -> Int[Tensor, "b p"]:
+    ids = torch.as_tensor([] if given is None else given, dtype=torch.long, device=model.device)
+    if ids.ndim == 1:
+        ids = ids.expand(images, -1)
+    if ids.ndim != 2 or len(ids) != images:
+        raise UserError(
+            f"prompt_ids have shape {tuple(ids.shape)}: give one prompt, or one for each of {images} images."
+        )
+    vocabulary = model.gpt2.config.vocab_size
+    if ids.numel() and not (0 <= ids.min() and ids.max() < vocabulary):
+        raise UserError(f"prompt_ids reach from {int(ids.min())} to {int(ids.max())}: use ids below {vocabulary}.")
+    return ids
 
 
 def _run(

@@ -6,6 +6,7 @@ Where GPT-2 is said, any other causal decoder may stand.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -16,15 +17,26 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModel
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from clipcap.checkpoint import has_tokenizer, local_file, no_progress_bar, require_fit, take_places
-from clipcap.config import ClipCapConfig, absolute, end_tokens, require_prefix_fits
-from clipcap.decoding import decode
+from clipcap.backbones import absolute, copy_backbones, load_named_gpt2, located, named_for
+from clipcap.checkpoint import (
+    has_tokenizer,
+    local_file,
+    no_progress_bar,
+    one_dtype,
+    optional_file,
+    require_fit,
+    resolve_dtype,
+    take_places,
+)
+from clipcap.config import ClipCapConfig, end_tokens, require_prefix_fits
+from clipcap.decoding import decode, room_for_captions
+from clipcap.generation import FILE as GENERATION
+from clipcap.generation import LENGTHS, decode_options, default_generation, prompt_tokens, read_generation
 from clipcap.mapper import build_mapper
 from clipcap.retrieval import FILE, Datastore
 from common import gpt2 as gpt2_backbones
@@ -52,8 +64,6 @@ from common.pretrained import (
 PACKAGED = CAPTIONERS
 WHAT = "captioner"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-SIZES = ("n_embd", "n_layer", "n_head", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""Names of a decoder's sizes, in the families that use them."""
 
 
 class ClipCapModel(PreTrainedModel):
@@ -69,6 +79,7 @@ class ClipCapModel(PreTrainedModel):
         gpt2: GPT-2 with its language modelling head.
         tokenizer: GPT-2's, or None where none is known.
         datastore: captions to retrieve, when the config's `retrieval` is not 0.
+        generation_config: what `generate` does where it is not told otherwise; saved with the captioner.
     """
 
     config_class = ClipCapConfig
@@ -96,6 +107,7 @@ class ClipCapModel(PreTrainedModel):
             num_heads=config.mapper_heads,
             patches=config.inputs == "patches",
         )
+        self.generation_config = default_generation(positions(gpt2_config) - config.prefix_length + 1)
         if with_gpt2:
             self._attach(decoder_class(gpt2_config)(gpt2_config), None)
         self.post_init()
@@ -142,6 +154,7 @@ class ClipCapModel(PreTrainedModel):
         *model_args: Any,
         config: ClipCapConfig | None = None,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
         **kwargs: Any,
     ) -> ClipCapModel:
@@ -151,6 +164,7 @@ class ClipCapModel(PreTrainedModel):
             pretrained_model_name_or_path: packaged name ("tiny"), directory or hub id.
             config: to use instead of the saved one.
             dtype: of all weights; None is float32 whatever the file holds.
+            torch_dtype: its older name.
             device: where to put it.
             kwargs: `PreTrainedModel.from_pretrained`'s, such as `revision`.
 
@@ -165,9 +179,8 @@ class ClipCapModel(PreTrainedModel):
             if not os.path.isdir(source):
                 require_reachable(source, ("config.json",))
             fields = read_config(source, WHAT, "clipcap", **hub)
-            if config is None:
-                config = ClipCapConfig.from_dict(fields)
-            wanted = _resolve_dtype(dtype, config)
+            config = located(config or ClipCapConfig.from_dict(fields), source, **hub)
+            wanted = resolve_dtype(one_dtype(dtype, torch_dtype), config)
             require_room(source, WHAT, lambda: cls(config, with_gpt2=config.saves_gpt2), **hub)
             model, info = super().from_pretrained(
                 source,
@@ -189,7 +202,9 @@ class ClipCapModel(PreTrainedModel):
             require_known_head(model.gpt2, source)
             model._attach(model.gpt2, tokenizer)
         else:
-            model._attach(*_load_named_gpt2(source, config, wanted))
+            model._attach(*load_named_gpt2(source, config, wanted))
+        if saved := optional_file(source, GENERATION, hub):
+            model.generation_config = read_generation(saved)
         if config.retrieval:
             model.datastore = Datastore.load(local_file(source, FILE, hub))
             model._require_datastore_fits(source)
@@ -212,13 +227,22 @@ class ClipCapModel(PreTrainedModel):
                 f"width {self.config.clip_width}: copy the whole captioner again."
             )
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], *, bundle: bool = False, **kwargs: Any
+    ) -> None:
         """Write `config.json` and `model.safetensors`: the mapper, and GPT-2 with its tokenizer when it was tuned.
 
-        Files of these names give way to new ones, each of them whole; whatever else lies there stays.
+        Files of these names give way to new ones, each of them whole; whatever else lies there stays. Backbones in
+        directories are named relative to `save_directory`.
+
+        Args:
+            save_directory: where.
+            bundle: also copy the backbones there, to folders `clip` and `gpt2`, so that it can go to other machines.
+            kwargs: `PreTrainedModel.save_pretrained`'s.
 
         Raises:
-            UserError: `save_directory` is a file, or cannot be written; then nothing there has changed.
+            UserError: `save_directory` is a file, or cannot be written, or a backbone cannot be bundled; then nothing
+                there has changed.
         """
         place = Path(save_directory)
         if place.is_file():
@@ -235,18 +259,29 @@ class ClipCapModel(PreTrainedModel):
             with saving(place, WHAT), no_progress_bar():
                 place.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=place, prefix=".saving-") as whole_files:
-                    self._save_files(Path(whole_files), state, kwargs)
+                    directory = Path(whole_files)
+                    names = named_for(self.config, place) | (copy_backbones(self.config, directory) if bundle else {})
+                    self._save_files(directory, state, names, kwargs)
                     take_places(Path(whole_files), place)
         finally:
             if is_new:
                 with contextlib.suppress(OSError):  # not empty: all went well
                     place.rmdir()
 
-    def _save_files(self, directory: Path, state: dict[str, Tensor], options: dict[str, Any]) -> None:
-        """Write all that belongs to the captioner."""
+    def _save_files(
+        self, directory: Path, state: dict[str, Tensor], names: dict[str, str], options: dict[str, Any]
+    ) -> None:
+        """Write all that belongs to the captioner, with these names of its backbones."""
         if self.datastore is not None:
             self.datastore.save(directory / FILE)
-        super().save_pretrained(directory, state_dict=state, **options)
+        config = self.config
+        self.config = copy.copy(config)
+        for name, value in names.items():
+            setattr(self.config, name, value)
+        try:
+            super().save_pretrained(directory, state_dict=state, **options)
+        finally:
+            self.config = config
         if self.config.saves_gpt2 and self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -373,32 +408,70 @@ class ClipCapModel(PreTrainedModel):
         clip_embeddings: Float[Tensor, "b e"] | Float[Tensor, "b n e"] | None = None,
         *,
         pixel_values: Float[Tensor, "b 3 s s"] | None = None,
+        input_ids: Int[Tensor, "b p"] | None = None,
+        prompt: str | None = None,
         **options: Any,
     ) -> Int[Tensor, "c t"]:
         """Captions as one tensor of token ids, padded on the right with GPT-2's end token: `clipcap.decoding.decode`'s.
 
-        Rows are image by image, best first. Options are `decode`'s.
+        Rows are image by image, best first. Options are `decode`'s, or those of transformers' `generate` that ask for
+        the same (`clipcap.generation.decode_options`); what is not asked is taken from `generation_config`.
 
         Args:
             clip_embeddings: as in `prefix`.
             pixel_values: instead of them, what `clipcap.ClipCapProcessor` makes of images; the CLIP named in the config
                 is loaded for them, once.
+            input_ids: tokens that the captions of each image begin with.
+            prompt: instead of them, a text that all captions begin with.
 
         Raises:
-            UserError: both or neither is given, or the config names no CLIP.
+            UserError: both or neither of embeddings and pixels are given, the config names no CLIP, or an option cannot
+                be honoured.
         """
         if (clip_embeddings is None) == (pixel_values is None):
             raise UserError("generate takes either clip_embeddings or pixel_values: give one of them.")
+        if input_ids is not None:
+            if prompt is not None:
+                raise UserError("input_ids and prompt are given together: both are what captions begin with.")
+            mask = options.get("attention_mask")
+            if mask is not None and not mask.bool().all():
+                raise UserError("attention_mask has zeros: give prompts of one length, without padding.")
+            options["prompt_ids"] = input_ids
+        pad = options.pop("pad_token_id", None)
+        options = self.decode_options(options, prompt)
         if pixel_values is not None:
             clip_embeddings = self._embed(pixel_values)
         assert clip_embeddings is not None
         found = decode(self, clip_embeddings, **options)
         rows = [torch.tensor(caption.token_ids) for captions in found for caption in captions]
-        end = self.gpt2.config.eos_token_id  # the config's may be a word of the caption
-        if end is None:
-            end = self.config.eos_token_id
-        pad = (end[0] if isinstance(end, list) else end) or 0
+        if pad is None:
+            end = self.gpt2.config.eos_token_id  # the config's may be a word of the caption
+            if end is None:
+                end = self.config.eos_token_id
+            pad = (end[0] if isinstance(end, list) else end) or 0
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self.device)
+
+    def decode_options(self, asked: dict[str, Any], prompt: str | None = None) -> dict[str, Any]:
+        """`decode`'s options for those of `generate` and `Captioner`, with the captioner's own where nothing is asked.
+
+        Raises:
+            UserError: one that cannot be honoured, or a prompt without a tokenizer.
+        """
+        if prompt is not None:
+            if self.tokenizer is None:
+                raise UserError(f"prompt is {prompt!r} but the captioner has no tokenizer: give input_ids.")
+            asked = asked | {"prompt_ids": prompt_tokens(self.tokenizer, prompt)}
+        ids = asked.get("prompt_ids")
+        length = 0 if ids is None else ids.shape[-1] if isinstance(ids, Tensor) else len(ids)
+        found = decode_options(asked, self.generation_config, length)
+        if not LENGTHS & asked.keys():
+            found["max_new_tokens"] = max(1, min(found["max_new_tokens"], room_for_captions(self) - length))
+        return found
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Yes: transformers' pipelines ask."""
+        return True
 
     @torch.inference_mode()
     def _embed(self, pixel_values: Float[Tensor, "b 3 s s"]) -> Tensor:
@@ -421,38 +494,3 @@ def _attention(device: torch.device) -> contextlib.AbstractContextManager[object
     if device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()
-
-
-def _resolve_dtype(dtype: torch.dtype | str | None, config: ClipCapConfig) -> torch.dtype:
-    """A dtype as from_pretrained takes it: "auto" is that of the file, None float32."""
-    name = config.dtype if dtype == "auto" else dtype
-    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name or torch.float32
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UserError(f"dtype is {dtype!r}: use float32, bfloat16 or float16.")
-    return found
-
-
-def _load_named_gpt2(
-    source: str, config: ClipCapConfig, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen GPT-2 whose name a captioner keeps, checked against the sizes it was trained with."""
-    assert config.gpt2 is not None
-    try:
-        gpt2, tokenizer = load_gpt2(config.gpt2, dtype=dtype, frozen=True)
-    except UserError as error:
-        raise UserError(
-            f"captioner {source!r} needs the GPT-2 {config.gpt2!r} it was trained on, which cannot be loaded ({error}) "
-            f'Put it back there, or write its place in {source}/config.json under "gpt2".'
-        ) from error
-    for name in ("model_type", *SIZES):
-        found, wanted = getattr(gpt2.config, name, None), (config.gpt2_config or {}).get(name)
-        if wanted is not None and found != wanted:
-            raise UserError(
-                f"captioner {source!r} was trained on a GPT-2 with {name} {wanted} but {config.gpt2!r} has {found}: "
-                f"use the GPT-2 it was trained on."
-            )
-    return gpt2, tokenizer
-
-
-AutoConfig.register("clipcap", ClipCapConfig, exist_ok=True)
-AutoModel.register(ClipCapConfig, ClipCapModel, exist_ok=True)

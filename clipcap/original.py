@@ -15,7 +15,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from clipcap.config import ClipCapConfig, absolute
+from clipcap.backbones import absolute
+from clipcap.config import ClipCapConfig
 from clipcap.model import ClipCapModel
 from common.checks import UserError, require_at_least, require_file, require_text
 from common.decoders.configs import decoder_config

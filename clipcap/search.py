@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcap.cache import NEVER, CachedDecoder
+from clipcap.constraints import Constraints
+
+Adjust = Callable[[Tensor], Tensor]
+"""Next-token logits (b, w, v) as constraints leave them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Search:
 
     tensors: tuple[str, ...]
     """Names of the attributes with a row per image."""
+    tokens: Int[Tensor, "b w t"]
+    constraints: Constraints | None = None
 
     def start(self, images: int, device: torch.device) -> None:
         """Begin with one empty caption for each image."""
@@ -47,6 +54,18 @@ class Search:
         """Go on with these images only."""
         for name in self.tensors:
             setattr(self, name, getattr(self, name)[order])
+        if self.constraints is not None:
+            self.constraints.keep(order)
+
+    def top_log_probs(
+        self, decoder: CachedDecoder, hidden: Float[Tensor, "b w d"], count: int, temperature: float
+    ) -> tuple[Float[Tensor, "b w k"], Int[Tensor, "b w k"]]:
+        """The decoder's, as the constraints leave them."""
+        if self.constraints is None:
+            return decoder.top_log_probs(hidden, count, temperature)
+        log_probs = (decoder.logits(hidden) / temperature).log_softmax(-1)
+        best, ids = self.constraints(self.tokens, log_probs).topk(min(count, log_probs.shape[-1]), -1)
+        return best, ids
 
 
 class OriginalBeam(Search):
@@ -64,7 +83,7 @@ class OriginalBeam(Search):
         self.stopped = torch.zeros(images, 1, dtype=torch.bool, device=device)
 
     def advance(self, decoder: CachedDecoder, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_probs, ids = decoder.top_log_probs(hidden, self.width, self.temperature)  # (b, w, k)
+        log_probs, ids = self.top_log_probs(decoder, hidden, self.width, self.temperature)  # (b, w, k)
         only = torch.full_like(log_probs, NEVER)  # a stopped beam is continued by token 0, free of charge
         only[..., 0] = 0
         log_probs = torch.where(self.stopped[..., None], only, log_probs)
@@ -88,12 +107,24 @@ class OriginalBeam(Search):
 
 
 class Beam(Search):
-    """Beam search by total log-probability; ended captions are set aside and ranked by their mean."""
+    """Beam search by total log-probability; ended captions are set aside and ranked by their mean.
+
+    With a length penalty α by their total / length^α.
+    """
 
     tensors = ("tokens", "sums", "ended", "ended_scores", "ended_lengths")
 
-    def __init__(self, width: int, stops: Int[Tensor, " s"], max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        stops: Int[Tensor, " s"],
+        max_new_tokens: int,
+        temperature: float,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+    ) -> None:
         self.width, self.stops, self.max_new_tokens, self.temperature = width, stops, max_new_tokens, temperature
+        self.length_penalty, self.early_stopping = length_penalty, early_stopping
 
     def start(self, images: int, device: torch.device) -> None:
         self.tokens = torch.empty(images, 1, 0, dtype=torch.long, device=device)
@@ -105,7 +136,7 @@ class Beam(Search):
     def advance(self, decoder: CachedDecoder, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Each beam has one continuation for every stop token, so among these enough go on.
         count = max(2, 1 + len(self.stops)) * self.width
-        log_probs, ids = decoder.top_log_probs(hidden, count, self.temperature)  # (b, w, k)
+        log_probs, ids = self.top_log_probs(decoder, hidden, count, self.temperature)  # (b, w, k)
         sums, index = (self.sums[..., None] + log_probs).flatten(1).topk(min(count, log_probs[0].numel()), -1)
         parents, chosen = index // ids.shape[-1], ids.flatten(1).gather(1, index)
         tokens = _extend(self.tokens, parents, chosen)  # (b, k, t)
@@ -113,7 +144,7 @@ class Beam(Search):
         ends = torch.isin(chosen, self.stops) | (length == self.max_new_tokens)
 
         ranked = torch.arange(ends.shape[1], device=ends.device) < self.width
-        scores = torch.where(ends & ranked, sums / length, NEVER)
+        scores = torch.where(ends & ranked, sums / length**self.length_penalty, NEVER)
         padded = F.pad(tokens, (0, self.max_new_tokens - length))
         self.ended_scores, best = torch.cat([self.ended_scores, scores], 1).topk(self.width, -1)
         lengths = torch.full_like(chosen, length)
@@ -122,8 +153,15 @@ class Beam(Search):
 
         self.sums, go_on = torch.where(ends, -1e9, sums).topk(self.width, -1)
         self.tokens = _pick(tokens, go_on)
-        done = self.sums[:, 0] / length <= self.ended_scores[:, -1]
+        done = self.sums[:, 0] / self._hoped_length(length) ** self.length_penalty <= self.ended_scores[:, -1]
+        if self.early_stopping is True:
+            done = done | (self.ended_scores[:, -1] > NEVER)
         return chosen.gather(1, go_on), parents.gather(1, go_on), done
+
+    def _hoped_length(self, length: int) -> int:
+        """Length at which the best unfinished caption is compared with the ended ones."""
+        longest = self.early_stopping == "never" and self.length_penalty > 0
+        return self.max_new_tokens if longest else length
 
     def captions(self, row: int) -> list[Caption]:
         return [
@@ -139,7 +177,10 @@ class Draws(Search):
     tensors = ("tokens", "sums", "lengths", "stopped")
 
     def __init__(
-        self, width: int, stops: Int[Tensor, " s"], choose: Callable[[CachedDecoder, Tensor], tuple[Tensor, Tensor]]
+        self,
+        width: int,
+        stops: Int[Tensor, " s"],
+        choose: Callable[[CachedDecoder, Tensor, Adjust | None], tuple[Tensor, Tensor]],
     ) -> None:
         self.width, self.stops, self.choose = width, stops, choose
 
@@ -151,7 +192,8 @@ class Draws(Search):
 
     def advance(self, decoder: CachedDecoder, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first = hidden.shape[1] != self.width
-        log_probs, chosen = self.choose(decoder, hidden.expand(-1, self.width, -1))  # (b, w)
+        adjust = None if self.constraints is None else functools.partial(self.constraints, self.tokens)
+        log_probs, chosen = self.choose(decoder, hidden.expand(-1, self.width, -1), adjust)  # (b, w)
         self.sums = self.sums + torch.where(self.stopped, 0, log_probs)
         self.lengths = self.lengths + ~self.stopped
         self.tokens = torch.cat([self.tokens, chosen[..., None]], -1)
@@ -168,10 +210,16 @@ class Draws(Search):
         ]
 
 
-def greedy(decoder: CachedDecoder, hidden: Float[Tensor, "b w d"]) -> tuple[Float[Tensor, "b w"], Int[Tensor, "b w"]]:
-    """The most probable token and its log-probability."""
-    log_probs, ids = decoder.top_log_probs(hidden, 1)
-    return log_probs[..., 0], ids[..., 0]
+def greedy(
+    decoder: CachedDecoder, hidden: Float[Tensor, "b w d"], adjust: Adjust | None = None
+) -> tuple[Float[Tensor, "b w"], Int[Tensor, "b w"]]:
+    """The most probable token, of those that constraints leave, and its log-probability."""
+    if adjust is None:
+        log_probs, ids = decoder.top_log_probs(hidden, 1)
+        return log_probs[..., 0], ids[..., 0]
+    logits = decoder.logits(hidden)
+    chosen = adjust(logits).argmax(-1)
+    return logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0], chosen
 
 
 @dataclass(frozen=True)
@@ -183,9 +231,11 @@ class Sampler:
     temperature: float
     generator: torch.Generator | None
 
-    def __call__(self, decoder: CachedDecoder, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = decoder.logits(hidden).log_softmax(-1)  # (b, w, v)
-        probs, ids = (log_probs / self.temperature).softmax(-1), None
+    def __call__(self, decoder: CachedDecoder, hidden: Tensor, adjust: Adjust | None = None) -> tuple[Tensor, Tensor]:
+        logits = decoder.logits(hidden)  # (b, w, v)
+        log_probs = logits.log_softmax(-1)
+        allowed = log_probs if adjust is None else adjust(logits)
+        probs, ids = (allowed / self.temperature).softmax(-1), None
         if self.top_k is not None or self.top_p is not None:
             probs, ids = probs.topk(min(self.top_k or probs.shape[-1], probs.shape[-1]), -1)
         if self.top_p is not None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from clipcap.config import ClipCapConfig, absolute
+from clipcap.backbones import absolute, located, require_copyable
+from clipcap.config import ClipCapConfig
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.readers import Format
 from common.checks import UserError, require_at_least
@@ -17,7 +18,7 @@ from common.training import GradientConfig, ScaleConfig, settings_of
 
 FREE = (
     "data", "images", "out", "embeddings", "format", "skip_missing", "workers", "epochs", "steps", "val_every",
-    "val_captions", "val_beams", "monitor", "patience", "resume", "devices", "num_nodes", "strategy",
+    "val_captions", "val_beams", "monitor", "patience", "resume", "bundle", "devices", "num_nodes", "strategy",
 )  # fmt: skip
 """Settings that may be others when a run is gone on with; its captions must be the same wherever they are."""
 
@@ -61,6 +62,8 @@ class TrainConfig:
     """Train GPT-2 with the mapper (the paper's fine-tuned variant), instead of keeping it frozen."""
     lora: int = 0
     """Rank of low-rank updates of GPT-2 (LoRA), between frozen and fine-tuned; 0 for none."""
+    bundle: bool = False
+    """Copy CLIP and GPT-2 into the captioner's directory, so that it can be moved to another machine."""
     prefix_length: int = 10
     """Prefix embeddings per image (the paper's K)."""
     clip_length: int = 10
@@ -134,6 +137,7 @@ def resolve_init(config: TrainConfig) -> TrainConfig:
     saved = ClipCapConfig.from_pretrained(config.init) if (config.init / "config.json").is_file() else None
     if saved is None or saved.model_type != "clipcap":
         raise UserError(f"init {str(config.init)!r} is no trained captioner: give the directory `model` of a run.")
+    saved = located(saved, str(config.init))
     plain = TrainConfig(data=config.data)
     taken: dict[str, Any] = {"tune_gpt2": config.tune_gpt2 or saved.tune_gpt2}
     if config.text_only and not saved.normalize_embeddings:
@@ -197,6 +201,8 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"embeddings and out are both {str(config.out)!r}: give each a directory of its own.")
     if not config.lr > 0:
         raise UserError(f"lr is {config.lr}: use a rate above 0.")
+    if config.bundle:
+        require_copyable("clip", config.clip)
     ways = [name for name in ("text_only", "scst", "retrieval") if getattr(config, name)]
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)} are given together: choose one.")

@@ -195,7 +195,7 @@ def _train(config: TrainConfig) -> Path:
     if config.lora:
         merge_lora(model)
     with whole_directory(directory) as whole:
-        model.float().eval().save_pretrained(whole)
+        model.float().eval().save_pretrained(whole, bundle=config.bundle)
     record = config.out / "training.json"
     if record.is_file() and not trainer.callback_metrics:  # all its steps were made before
         return directory

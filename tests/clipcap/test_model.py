@@ -169,7 +169,11 @@ def test_frozen_captioner_saves_its_mapper_alone(backbone, tmp_path, monkeypatch
     assert model.config.gpt2 == str(backbone) and model.config.eos_token_id == 0
     train_step(model)
     model.eval().save_pretrained(tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert all(name.startswith("mapper.") for name in file.keys())  # noqa: SIM118
     monkeypatch.chdir("/")

@@ -70,6 +70,16 @@ def test_trains_saves_and_captions(config, mapper, tune, photos):
     assert len(captions) == 2 and all(isinstance(text, str) for text in captions)
 
 
+def test_bundle_carries_both_backbones(config, photos, tmp_path):
+    directory = train(replace(config, mapper="mlp", steps=2, bundle=True))
+    fields = json.loads((directory / "config.json").read_text())
+    assert (fields["clip"], fields["gpt2"]) == ("./clip", "./gpt2")
+    moved = directory.rename(tmp_path / "moved")
+    captioner = Captioner.from_pretrained(moved, device="cpu")
+    assert captioner.clip.name == str(moved.resolve() / "clip")
+    assert isinstance(captioner.caption(photos / "00.jpg", max_new_tokens=5), str)
+
+
 def test_patches_as_input(config):
     directory = train(replace(config, inputs="patches", steps=2))
     assert ClipCapModel.from_pretrained(directory).config.clip_width == 16
