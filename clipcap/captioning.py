@@ -43,8 +43,9 @@ class CaptionConfig:
 
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, directories that are searched for images, or http(s) URLs."""
-    model: str = "tiny"
-    """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
+    model: str = "photo"
+    """Captioner: photo (for photographs) or tiny (for rendered scenes), both packaged; a directory that `clipcap train`
+    or `clipcap convert` wrote; or a hub id."""
     language: str | None = None
     """Language of the captions, in place of --model: eng, nld (Dutch) or ita (Italian), each packaged."""
     format: Literal["auto", "text", "json", "jsonl", "csv", "sidecar"] = "auto"
@@ -62,8 +63,8 @@ class CaptionConfig:
     """Captions per image, best first."""
     prompt: str | None = None
     """Text that every caption begins with, such as "a photo of"."""
-    max_new_tokens: int = 67
-    """Longest caption."""
+    max_new_tokens: int | None = None
+    """Longest caption in tokens; left out, 67, or as many as the captioner has room for."""
     top_k: int | None = None
     """Sample among the k likeliest tokens."""
     top_p: float | None = None

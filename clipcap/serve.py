@@ -21,7 +21,7 @@ import torch
 
 from clipcap.captioner import Captioner
 from clipcap.data.images import ImageError, read_image
-from clipcap.decoding import decode
+from clipcap.decoding import decode, room_for_captions
 from clipcap.evaluation.interpret import Tokens, nearest_tokens, unit_tokens
 from common.checks import UserError, require_at_least, require_between, require_one_of, require_text
 from common.runtime import RuntimeConfig, resolve_dtype, start
@@ -67,8 +67,9 @@ footer {display: none !important}
 class ServeConfig:
     """Open a page on this machine to caption images: needs the extra [serve]."""
 
-    model: str = "tiny"
-    """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
+    model: str = "photo"
+    """Captioner: photo (for photographs) or tiny (for rendered scenes), both packaged; a directory that `clipcap train`
+    or `clipcap convert` wrote; or a hub id."""
     host: str = "127.0.0.1"
     """Address to listen on. Only this machine can reach 127.0.0.1; 0.0.0.0 lets the whole network in."""
     allow_host: tuple[str, ...] = ()
@@ -78,8 +79,8 @@ class ServeConfig:
     """Port to listen on; 0 takes a free one."""
     max_upload: int = 20
     """Largest image file, in megabytes."""
-    max_new_tokens: int = 67
-    """Longest caption."""
+    max_new_tokens: int | None = None
+    """Longest caption in tokens; left out, 67, or as many as the captioner has room for."""
     int8: bool = False
     """Compute GPT-2 in 8-bit integers (CPU only)."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -269,7 +270,7 @@ def serving(captioner: Captioner, config: ServeConfig) -> Iterator[str]:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clipcap-serve-", ignore_cleanup_errors=True))
         uploads = Uploads(Path(folder))
         stack.enter_context(_variable("GRADIO_TEMP_DIR", folder))
-        worker = Worker(captioner, config.max_new_tokens)
+        worker = Worker(captioner, config.max_new_tokens or min(67, room_for_captions(captioner.model)))
         stack.callback(worker.thread.shutdown, cancel_futures=True)
         page = build_page(worker, uploads, config.model)
 
@@ -347,7 +348,8 @@ def run(config: ServeConfig) -> int:
     """`clipcap serve`, until Ctrl-C, `kill` or the end of the terminal."""
     _gradio()  # before the models load
     device = start(config.runtime)
-    require_at_least("max_new_tokens", config.max_new_tokens, 1)
+    if config.max_new_tokens is not None:
+        require_at_least("max_new_tokens", config.max_new_tokens, 1)
     require_at_least("max_upload", config.max_upload, 1)
     _free_port(config.host, config.port)
     dtype: Any = "int8" if config.int8 else resolve_dtype(config.runtime.precision)

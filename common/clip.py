@@ -33,7 +33,7 @@ def load_clip(
     """Load an image encoder and freeze it.
 
     Args:
-        name: "tiny" (packaged, offline); a Hugging Face id such as "openai/clip-vit-base-patch32" or a directory, of
+        name: "photo" or "tiny" (packaged, offline); a Hugging Face id such as "openai/clip-vit-base-patch32" or a directory, of
             any family in `common.encoders.families`;
             or "open_clip:ARCH/TAG" and "open_clip:ARCH/PATH" with PATH a .pt, .bin or .safetensors file, such as
             "open_clip:RN50/openai" or "open_clip:ViT-B-32-quickgelu//data/ViT-B-32.safetensors". A tag knows

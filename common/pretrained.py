@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
 ASSETS = Path(__file__).parent / "assets"
-CAPTION_LANGUAGES = {"eng": "tiny", "nld": "tiny-nld", "ita": "tiny-ita"}
+CAPTION_LANGUAGES = {"eng": "photo", "nld": "tiny-nld", "ita": "tiny-ita"}
 """Language (ISO 639-3) -> the packaged captioner that writes it."""
-CAPTIONERS = {name: ASSETS / f"captioner-{name}" for name in CAPTION_LANGUAGES.values()}
+CAPTIONERS = {name: ASSETS / f"captioner-{name}" for name in (*CAPTION_LANGUAGES.values(), "tiny")}
 """Packaged captioners by name."""
 
 

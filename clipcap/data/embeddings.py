@@ -49,9 +49,9 @@ class EmbedConfig:
     """Captions: a file or a folder."""
     out: Path
     """Directory of the embedding store."""
-    clip: str = "tiny"
-    """Image encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
-    torchvision:NAME[/PATH]."""
+    clip: str = "photo"
+    """Image encoder: photo or tiny (packaged, of photographs and of rendered scenes), a Hugging Face id or directory,
+    open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or torchvision:NAME[/PATH]."""
     images: Path | None = None
     """Directory of the images, when they are not beside the captions."""
     format: Format = "auto"
@@ -215,7 +215,9 @@ def _encoded(
         yield from _taken_over([item for item in ready if item.path == path], path, clip, inputs, batch_size)
     items = [item for item in items if item.embedding_row is None]
     workers = min(workers, len(items))  # none is started for nothing
-    loader = DataLoader(Pixels(items, clip.preprocess, max_pixels), batch_size, num_workers=workers, collate_fn=_join)
+    loader = DataLoader(
+        Pixels(items, clip.preprocess, max_pixels), batch_size, num_workers=workers, collate_fn=join_pixels
+    )
     for pixels, found in loader:
         names = [name for name, source, _ in found if source is not None]
         skipped = {name: reason for name, source, reason in found if source is None}
@@ -272,7 +274,7 @@ class Pixels(Dataset[Any]):
         return item.image_id, pixels, Source(status.st_size, status.st_mtime_ns, file_hash(item.path)), ""
 
 
-def _join(batch: list[Any]) -> tuple[Tensor | None, list[tuple[str, Source | None, str]]]:
+def join_pixels(batch: list[Any]) -> tuple[Tensor | None, list[tuple[str, Source | None, str]]]:
     pixels = [pixels for _, pixels, _, _ in batch if pixels is not None]
     return torch.stack(pixels) if pixels else None, [(name, source, reason) for name, _, source, reason in batch]
 

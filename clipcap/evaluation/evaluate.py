@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.readers import Format
@@ -47,15 +47,16 @@ class EvaluateConfig:
     skip_missing: bool = False
     """Leave out captions whose image is missing, instead of stopping."""
     model: str | None = None
-    """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
+    """Captioner: photo (for photographs) or tiny (for rendered scenes), both packaged; a directory that `clipcap train`
+    or `clipcap convert` wrote; or a hub id."""
     captions: Path | None = None
     """Captions already made, instead of a model: what `clipcap caption` wrote as JSON or CSV, or COCO's results format,
     a list of {"image_id", "caption"}; an id is the image's file name, its stem, or the number at the stem's end."""
     out: Path = Path("out/evaluation")
     """Where captions, scores and the page go."""
-    clip_score: str = "tiny"
-    """Encoder of CLIPScore, with a text tower: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path;
-    empty leaves it out."""
+    clip_score: str = "photo"
+    """Encoder of CLIPScore, with a text tower: photo, tiny, a Hugging Face id or directory, or
+    open_clip:ARCH/TAG-or-path; empty leaves it out."""
     tokenizer: Literal["auto", "ptb", "words"] = "auto"
     """ptb (needs Java, as the published scores), words (a plain rule), or auto: ptb where Java is installed."""
     resamples: int = 1000
@@ -66,8 +67,8 @@ class EvaluateConfig:
     """Decoding, with a model."""
     num_beams: int = 5
     """Beams, with a model."""
-    max_new_tokens: int = 67
-    """Longest caption, with a model."""
+    max_new_tokens: int | None = None
+    """Longest caption in tokens, with a model; left out, 67, or as many as the captioner has room for."""
     batch_size: int = 16
     """Images captioned at once."""
     limit: ImageLimit = field(default_factory=ImageLimit)
@@ -152,7 +153,7 @@ def caption_items(
                 batch_size=config.batch_size,
                 strategy=config.strategy,
                 num_beams=config.num_beams,
-                max_new_tokens=config.max_new_tokens,
+                **_length(config),
                 max_pixels=config.limit.max_pixels,
             ):
                 for image_id in waiting[str(result.image)]:
@@ -162,6 +163,11 @@ def caption_items(
                     journal.add(keys[image_id], {"image_id": image_id, "caption": found[image_id]})
                 bar.update()
     return found, skipped, embeddings
+
+
+def _length(config: EvaluateConfig) -> dict[str, Any]:
+    """The longest caption, where one was asked for."""
+    return {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
 
 
 def _is_row(row: Row) -> bool:
@@ -187,7 +193,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     require_at_least("shown", config.shown, 0)
     require_at_least("batch_size", config.batch_size, 1)
     require_between("resamples", config.resamples, 0, MOST_RESAMPLES)
-    require_options(strategy=config.strategy, num_beams=config.num_beams, max_new_tokens=config.max_new_tokens)
+    require_options(strategy=config.strategy, num_beams=config.num_beams, **_length(config))
     require_place(config.out, directory=True)
     if config.captions is not None:
         require_file(config.captions, "captions")

@@ -181,7 +181,7 @@ class InterpretConfig:
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, or directories that are searched for images."""
     model: str = "tiny"
-    """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
+    """Captioner: photo or tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
     top: int = 1
     """Tokens for each position of the prefix."""
     format: Literal["text", "json", "html"] = "text"

@@ -51,9 +51,9 @@ class TrainConfig:
     """Processes that read images; 0 reads them in this one."""
     init: Path | None = None
     """Trained captioner to go on from; its sizes, CLIP and GPT-2, frozen or not, are then used."""
-    clip: str = "tiny"
-    """Image encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
-    torchvision:NAME[/PATH]."""
+    clip: str = "photo"
+    """Image encoder: photo or tiny (packaged, of photographs and of rendered scenes), a Hugging Face id or directory,
+    open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or torchvision:NAME[/PATH]."""
     gpt2: str = "tiny"
     """GPT-2, or any other causal decoder: tiny, tiny-medium, a Hugging Face id or directory."""
     mapper: Literal["mlp", "transformer"] = "transformer"

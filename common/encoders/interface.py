@@ -14,7 +14,7 @@ from common.checks import UserError
 from common.encoders.preprocess import Preprocess
 from common.pretrained import ASSETS
 
-PACKAGED = {"tiny": ASSETS / "clip-tiny"}
+PACKAGED = {"photo": ASSETS / "clip-photo", "tiny": ASSETS / "clip-tiny"}
 """Encoders by their packaged names."""
 
 

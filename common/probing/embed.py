@@ -32,9 +32,9 @@ NAMED = 10
 class EncoderConfig:
     """The encoder, and how it runs."""
 
-    clip: str = "tiny"
-    """Encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
-    torchvision:NAME[/PATH]."""
+    clip: str = "photo"
+    """Encoder: photo or tiny (packaged, of photographs and of rendered scenes), a Hugging Face id or directory,
+    open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or torchvision:NAME[/PATH]."""
     batch_size: int = 32
     """Images encoded at once."""
     limit: ImageLimit = field(default_factory=ImageLimit)

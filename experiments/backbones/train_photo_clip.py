@@ -37,7 +37,7 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from clipcap.data.embeddings import Pixels
+from clipcap.data.embeddings import Pixels, join_pixels
 from clipcap.data.readers import read_dataset
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.data.views import with_views
@@ -140,10 +140,10 @@ def pooled_features(items: Sequence[CaptionedImage], clip: FrozenCLIP, path: Pat
             f"{str(path)!r} has {len(found)} rows for {len(items)} images: delete it, or give another --out."
         )
     rows = []
-    loader = DataLoader(Pixels(items, clip.preprocess), batch_size=16)
+    loader = DataLoader(Pixels(items, clip.preprocess), batch_size=16, collate_fn=join_pixels)
     for pixels, _ in tqdm(loader, desc="image features", unit=" batches"):
         with torch.no_grad():
-            rows.append(clip.encode_image_features(pixels).class_token)
+            rows.append(clip.encode_image_features(pixels, packed=True).class_token)
     features = torch.cat(rows)
     with whole_file(path) as file:
         np.save(file, features.half().numpy())
@@ -151,17 +151,21 @@ def pooled_features(items: Sequence[CaptionedImage], clip: FrozenCLIP, path: Pat
 
 
 class Photographs(Dataset[dict[str, Any]]):
-    """An item a photograph: the features of one of its views and one of its captions, both drawn by torch."""
+    """An item a photograph: the features of one of its views and one of its captions, both drawn by torch.
 
-    def __init__(self, captions: list[list[list[int]]], features: Float[Tensor, "v n w"]) -> None:
-        self.captions, self.features = captions, features
+    With `draw` false it is always the photograph itself and its first caption.
+    """
+
+    def __init__(self, captions: list[list[list[int]]], features: Float[Tensor, "v n w"], draw: bool) -> None:
+        self.captions, self.features, self.draw = captions, features, draw
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        texts = self.captions[index]
-        view, text = (int(torch.randint(n, ())) for n in (len(self.features), len(texts)))
+        texts, view, text = self.captions[index], 0, 0
+        if self.draw:
+            view, text = (int(torch.randint(n, ())) for n in (len(self.features), len(texts)))
         return {"features": self.features[view, index], "ids": texts[text]}
 
 
@@ -236,7 +240,7 @@ def main(config: Config) -> None:
     data = {}
     for split, part in by_split.items():
         ids = [tokenizer(list(item.captions), truncation=True, max_length=CONTEXT)["input_ids"] for item in part]
-        data[split] = Photographs(ids, features[split].unflatten(0, (-1, len(part))))
+        data[split] = Photographs(ids, features[split].unflatten(0, (-1, len(part))), split == "train")
     end = tokenizer.eos_token_id
     trainer = build_trainer(
         TrainerConfig(max_steps=config.steps, val_every=config.val_every, device=config.runtime.device),

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from clipcap.data.dataset import CaptionedImage, read_dataset
+from clipcap.data.embeddings import Pixels, join_pixels
 from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
 from clipcap.evaluation.scores import Evaluation, evaluate_captions
 from clipcap.training.settings import TrainConfig
@@ -29,7 +32,8 @@ from clipcap.training.train import train
 from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
 from common.files import write_json, write_text
-from common.runtime import RuntimeConfig, start
+from common.probes import recall_at, retrieval_ranks
+from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
 from experiments.backbones import train_gpt2, train_photo_clip
 from experiments.captions.consensus import caption_vectors, consensus, neighbours
@@ -89,10 +93,7 @@ class Config:
 
 def clean(text: str) -> str:
     """A caption as one would write it: single spaces, none before commas, no period at the end, a capital first."""
-    text = " ".join(text.split())
-    for mark in ",;:!?.'":
-        text = text.replace(f" {mark}", mark)
-    text = text.rstrip(" .")
+    text = re.sub(r"\s+([.,!?;:])", r"\1", " ".join(text.split())).rstrip(" .")
     return text[:1].upper() + text[1:]
 
 
@@ -233,6 +234,22 @@ def without_captioner(items: list[CaptionedImage], clip: Path, config: Config) -
     }
 
 
+def recall(items: list[CaptionedImage], clip: Path, config: Config) -> dict[str, float]:
+    """How well the CLIP finds a test photograph by one of its captions, and one of its captions by a photograph."""
+    encoder = load_clip(clip, device=config.runtime.device)
+    tests = [item for item in items if item.split == "test"]
+    loader = DataLoader(Pixels(tests, encoder.preprocess), batch_size=16, collate_fn=join_pixels)
+    images = torch.cat([encoder.encode_images(pixels, packed=True) for pixels, _ in loader])
+    texts = encoder.encode_texts([text for item in tests for text in item.captions])
+    owners = torch.tensor([number for number, item in enumerate(tests) for _ in item.captions])
+    of_images, of_texts = retrieval_ranks(images, texts, owners)
+    return {
+        f"{way}, recall@{k} of {len(tests)}": recall_at(ranks, k)
+        for way, ranks in (("text to image", of_texts), ("image to text", of_images))
+        for k in (1, 5)
+    }
+
+
 def main(config: Config) -> None:
     """Make what is missing, score the test split, and write the table."""
     for arm in config.arms:
@@ -267,7 +284,8 @@ def main(config: Config) -> None:
         | {"distinct": f"{len(set(scores.captions.values()))} of {len(scores.captions)}"}
         for name, scores in found.items()
     ]
-    write_json(config.out / "results.json", {"rows": rows, "config": config})
+    record = {"rows": rows, "recall": recall(items, clip, config), "config": config}
+    write_json(config.out / "results.json", record | {"hardware": hardware(), "versions": versions()})
     table = "\n".join(markdown(("captions", *METRICS, "distinct"), rows)) + "\n"
     print(table)
     if config.docs:
