@@ -33,8 +33,8 @@ def load_clip(
     """Load an image encoder and freeze it.
 
     Args:
-        name: "photo" or "tiny" (packaged, offline); a Hugging Face id such as "openai/clip-vit-base-patch32" or a directory, of
-            any family in `common.encoders.families`;
+        name: "photo" or "tiny" (packaged, offline); a Hugging Face id such as "openai/clip-vit-base-patch32" or a
+            directory, of any family in `common.encoders.families`;
             or "open_clip:ARCH/TAG" and "open_clip:ARCH/PATH" with PATH a .pt, .bin or .safetensors file, such as
             "open_clip:RN50/openai" or "open_clip:ViT-B-32-quickgelu//data/ViT-B-32.safetensors". A tag knows
             its activation; with a path, ARCH must name it: OpenAI's weights need the "-quickgelu" kind;

@@ -34,6 +34,7 @@ def test_every_photograph_is_credited(photographs):
         assert row["source"] in readme and row["licence_url"] in readme and len(row["sentences"]) >= 5
 
 
+@pytest.mark.slow
 def test_the_ecosystem_reads_the_clip_and_computes_the_same(clip):
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -94,9 +95,9 @@ def test_captions_fit_photographs_that_were_never_seen(photographs):
         assert word in captions[name]
 
 
-def test_the_same_captions_from_any_size_of_photograph(photographs):
-    """Thumbnails and originals of one photograph: most words stay."""
+def test_photographs_of_any_size(photographs):
+    """Enlarged and halved: what is in the middle of it stays."""
     captioner = Captioner.from_pretrained("photo", device="cpu")
-    with Image.open(PHOTOGRAPHS / "000000214753.jpg") as image:
+    with Image.open(PHOTOGRAPHS / "000000189775.jpg") as image:
         sizes = [image.copy(), image.resize((image.width // 2, image.height // 2)), image.resize((1600, 1200))]
-    assert all("horse" in result.captions[0] for result in captioner.stream(sizes))
+    assert all("tennis" in result.captions[0] for result in captioner.stream(sizes))

@@ -125,7 +125,7 @@ def test_the_packaged_clip_and_one_without_text(root, tmp_path, capsys, monkeypa
     scenes.mkdir()
     for number in (1, 4):
         (scenes / f"{number}.jpg").symlink_to(root / f"common/assets/samples/scenes/test_00{number}.jpg")
-    asked = ["--labels", "green stool,purple ring", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    asked = ["--labels", "green stool,purple ring", "--out", str(tmp_path / "out"), "--clip", "tiny"]
     assert main(["zero-shot", str(scenes), *asked]) == 0
     assert [row["guess"] for row in results(tmp_path / "out")["predictions"]] == ["green stool", "purple ring"]
     from common.clip import load_clip
@@ -135,7 +135,7 @@ def test_the_packaged_clip_and_one_without_text(root, tmp_path, capsys, monkeypa
     monkeypatch.setattr("common.clip.load_clip", lambda name, device: mute)
     monkeypatch.setattr(embed, "decode_image", lambda *_, **__: pytest.fail("an image was read"))
     assert "has no text tower, which zero-shot classification needs" in refused(capsys, "zero-shot", scenes, *asked)
-    asked = ["--queries", "a ring", "--out", tmp_path / "out"]
+    asked = ["--queries", "a ring", "--clip", "tiny", "--out", tmp_path / "out"]
     assert "has no text tower, which retrieval by text needs" in refused(capsys, "retrieve", scenes, *asked)
 
 
