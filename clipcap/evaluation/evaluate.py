@@ -45,7 +45,7 @@ class EvaluateConfig:
     split: str = "test"
     """Which split: train, val, test or all."""
     skip_missing: bool = False
-    """Leave out captions whose image is missing, instead of stopping."""
+    """Leave out captions whose image is missing and images without a caption, instead of stopping."""
     model: str | None = None
     """Captioner: tiny (packaged), a directory that `clipcap train` or `clipcap convert` wrote, or a hub id."""
     captions: Path | None = None
