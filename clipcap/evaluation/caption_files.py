@@ -81,8 +81,8 @@ def _rows(path: Path) -> list[Any]:
         except csv.Error as error:
             raise UserError(f"captions {str(path)!r} is not CSV ({error}): write it again.") from None
     try:
-        if path.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        if path.suffix.lower() == ".jsonl":  # a line ends with "\n" alone: U+2028 may stand in a caption
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"captions {str(path)!r} is not JSON, line {error.lineno}: {error.msg}.") from None
