@@ -16,6 +16,7 @@ from clipcap.evaluation.metrics import METRICS, bootstrap, mean_metric, measure
 from clipcap.evaluation.page import evaluation_page
 from clipcap.evaluation.scores import evaluate_captions
 from clipcap.training.capdec import read_captions as read_text
+from common import clip as clip_module
 from common.checks import UserError
 from common.clip import load_clip
 
@@ -59,9 +60,10 @@ def test_missing_predictions_are_recorded_and_said(items, photos, tmp_path, caps
     assert "have no caption" not in (tmp_path / "scores" / "index.html").read_text()
 
 
-def test_one_unreadable_image_does_not_end_evaluate_captions(items, photos, clip_directory, tmp_path, capsys):
+def test_one_unreadable_image_does_not_end_evaluate_captions(items, photos, clip_directory, tmp_path, monkeypatch):
     clip, options = load_clip(clip_directory, device="cpu"), {"tokenizer": "words", "metrics": PLAIN}
     whole = evaluate_captions(captions_of(items), items, clip=clip, resamples=20, **options)
+    monkeypatch.setattr(clip_module, "load_clip", lambda *arguments, **options: clip)
     (photos / "03.png").write_bytes(b"no image")
     found = evaluate(config(photos, tmp_path, captions_of(items), clip_score=str(clip_directory)))
     assert len(found.captions) == 12 and list(found.unread) == ["03.png"]
@@ -143,3 +145,17 @@ def test_captions_are_shown_as_they_are_on_the_page(items, monkeypatch):
     found = evaluate_captions(texts, items, tokenizer="words", metrics=PLAIN, resamples=0)
     page = evaluation_page(found, items).html()
     assert "<h3>a `red` *cube* &lt;b&gt; # one</h3>" in page and "<code>red" not in page
+
+
+def test_a_csv_of_captions_is_read_like_a_table(items, tmp_path):
+    path = tmp_path / "captions.csv"
+    path.write_text('Image ID;Caption\n0;"one; two"\n01.jpg;three, four\n')
+    assert read_captions(path, items) == {items[0].image_id: "one; two", items[1].image_id: "three, four"}
+    path.write_text("image_id,caption\n0,one, two\n")
+    with pytest.raises(UserError, match="line 2 has 3 fields, the header 2"):
+        read_captions(path, items)
+    path.write_text("picture,words\n0,one\n")
+    with pytest.raises(
+        UserError, match="has the columns 'picture', 'words': it needs one for the image, such as 'image_id'"
+    ):
+        read_captions(path, items)

@@ -212,7 +212,7 @@ def test_headers_of_other_delimiters_case_and_spaces(header, folder):
 
 def test_headers_that_are_not_known_show_the_columns_found(folder):
     (folder / "captions.csv").write_text("Bild;Unterschrift\na.jpg;one\n")
-    with pytest.raises(UserError, match="has the columns 'bild', 'unterschrift': it needs one for the image's file"):
+    with pytest.raises(UserError, match="has the columns 'bild', 'unterschrift': it needs one for the image, such as"):
         read_dataset(folder)
     (folder / "captions.csv").write_text("image,caption,Caption\na.jpg,one,two\n")
     with pytest.raises(UserError, match="has the column 'caption' twice"):

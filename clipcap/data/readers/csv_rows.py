@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clipcap.data.readers.text import first_line, lines
@@ -24,7 +24,7 @@ def column(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
-def header_of(line: str) -> tuple[str, list[str]]:
+def header_of(line: str, images: Sequence[str] = IMAGE_KEYS) -> tuple[str, list[str]]:
     """The delimiter and the columns of a table's first line: those that name an image and a caption, else the most."""
     found = []
     for delimiter in DELIMITERS:
@@ -35,24 +35,28 @@ def header_of(line: str) -> tuple[str, list[str]]:
         while len(names) > 1 and not names[-1].strip():  # of delimiters at the end of every line
             names.pop()
         found.append((delimiter, [column(name) for name in names]))
-    return next((each for each in found if is_header(each[1])), max(found, key=lambda each: len(each[1])))
+    return next((each for each in found if is_header(each[1], images)), max(found, key=lambda each: len(each[1])))
 
 
-def is_header(columns: list[str]) -> bool:
-    """Whether columns name an image and a caption."""
-    return not set(IMAGE_KEYS).isdisjoint(columns) and not set(CAPTION_KEYS).isdisjoint(columns)
+def is_header(columns: list[str], images: Sequence[str] = IMAGE_KEYS) -> bool:
+    """Whether columns name an image, by one of `images`, and a caption."""
+    return not set(images).isdisjoint(columns) and not set(CAPTION_KEYS).isdisjoint(columns)
 
 
-def needed(columns: list[str]) -> str:
+def needed(columns: list[str], images: Sequence[str] = IMAGE_KEYS) -> str:
     """Of an error: the columns that were found, and those that a table needs."""
     return (
-        f"has the columns {', '.join(map(repr, columns))[:300]}: it needs one for the image's file, such as "
-        f"{IMAGE_KEYS[0]!r}, and one for its caption, such as {CAPTION_KEYS[0]!r}"
+        f"has the columns {', '.join(map(repr, columns))[:300]}: it needs one for the image, such as "
+        f"{images[0]!r}, and one for its caption, such as {CAPTION_KEYS[0]!r}"
     )
 
 
-def csv_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def csv_rows(table: Path, images: Sequence[str] = IMAGE_KEYS) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV file with the lines they begin in.
+
+    Args:
+        table: the file.
+        images: columns that name an image, one of which it must have.
 
     Raises:
         UserError: no columns for image and caption, a row with more or fewer fields than the header, or a quote that
@@ -61,10 +65,10 @@ def csv_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     header = first_line(table).lstrip("\r").split("\r")[0]
     if not header:
         return
-    delimiter, columns = header_of(header)
-    if not is_header(columns):
-        raise UserError(f"caption file {str(table)!r} {needed(columns)}.")
-    twice = [name for name in (*IMAGE_KEYS, *CAPTION_KEYS, "split") if columns.count(name) > 1]
+    delimiter, columns = header_of(header, images)
+    if not is_header(columns, images):
+        raise UserError(f"caption file {str(table)!r} {needed(columns, images)}.")
+    twice = [name for name in (*images, *CAPTION_KEYS, "split") if columns.count(name) > 1]
     if twice:
         raise UserError(f"caption file {str(table)!r} has the column {twice[0]!r} twice: leave one out.")
     # A return by itself ends a line of old Macs.
