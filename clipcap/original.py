@@ -53,7 +53,8 @@ def load_original_checkpoint(
             learned GPT-2's own end token, which it is when left out.
 
     Raises:
-        UserError: not such a file, damaged, holding code, or without GPT-2 where none is named.
+        UserError: not such a file, damaged, holding code, without GPT-2 where none is named, or with another number of
+            tokens than the one that is named.
     """
     path = require_file(path, "checkpoint")
     require_at_least("n_head", n_head, 1)
@@ -64,6 +65,12 @@ def load_original_checkpoint(
     backbone, tokenizer = load_gpt2(gpt2) if gpt2 is not None else (None, None)
     if language:
         gpt2_config = _gpt2_sizes(path, language, n_head)
+        own = gpt2_config["vocab_size"]
+        if backbone is not None and (named := len(backbone.get_input_embeddings().weight)) != own:
+            raise UserError(
+                f"checkpoint {str(path)!r} has {own:,} tokens but GPT-2 {gpt2!r} {named:,}: its tokenizer is not the "
+                f"checkpoint's; name the GPT-2 it was trained on (gpt2)."
+            )
     elif backbone is not None:
         gpt2_config = backbone.config.to_dict()
     else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -180,6 +182,11 @@ class Worker:
         )
 
 
+def as_markdown(text: str) -> str:
+    """Markdown that shows `text` as it is: a model's or a file's name may hold marks such as * or _, or HTML."""
+    return html.escape(re.sub(r"([\\`*_{}\[\]()#+\-.!|~$^])", r"\\\1", text), quote=False)
+
+
 def build_page(worker: Worker, uploads: Uploads, name: str) -> gradio.Blocks:
     """The page, whose one function is also the endpoint `/caption` of gradio_client.
 
@@ -200,11 +207,13 @@ def build_page(worker: Worker, uploads: Uploads, name: str) -> gradio.Blocks:
         try:
             settings = Settings(kind, int(count), int(beams), float(top_p), float(temperature), int(seed or 0))
         except (TypeError, ValueError, OverflowError) as error:
-            raise gr.Error(f"These settings do not work: {error}", print_exception=False) from error
+            raise gr.Error(
+                html.escape(f"These settings do not work: {error}", quote=False), print_exception=False
+            ) from error
         try:
             found = worker.submit(path, settings, name=os.path.basename(path)).result()
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
         rows = [[rank, text, f"{score:.3f}"] for rank, (text, score) in
                 enumerate(zip(found.captions, found.scores, strict=True), 1)]  # fmt: skip
         words = [
@@ -215,7 +224,9 @@ def build_page(worker: Worker, uploads: Uploads, name: str) -> gradio.Blocks:
 
     default = Settings()
     with gr.Blocks(title="clipcap", analytics_enabled=False) as page:
-        gr.Markdown(f"# clipcap\nDrop an image and see what the captioner **{name}** says of it.", elem_id="title")
+        gr.Markdown(
+            f"# clipcap\nDrop an image and see what the captioner **{as_markdown(name)}** says of it.", elem_id="title"
+        )
         with gr.Row():
             with gr.Column(scale=5):
                 image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=320)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from common.checks import UserError
+from common.checks import UserError, printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 """What people have; JPEG includes MPO, and HEIF needs a plugin that is registered. Pillow knows others, of which one
@@ -22,7 +24,21 @@ starts a program (EPS) and many are hardly ever read, and so hardly ever tested.
 MAX_PIXELS = 100_000_000
 BAND_PIXELS = 1 << 20
 """Pixels converted at once: what a conversion needs beside its input and output stays small."""
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"))
+IMAGE_SUFFIXES = frozenset(
+    (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm",
+        ".pgm", ".pbm", ".pnm", ".avif",
+    )
+)  # fmt: skip
+HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+"""Of pictures that are read where pillow-heif is installed."""
+UNREAD_SUFFIXES = HEIF_SUFFIXES | frozenset(
+    (
+        ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".svg", ".psd", ".xcf", ".tga", ".ico", ".icns", ".exr", ".hdr", ".eps",
+        ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pcx", ".dds", ".qoi",
+    )
+)  # fmt: skip
+"""Of pictures that are not read, or not everywhere."""
 LARGE_JPEG = 4_000_000
 """Pixels above which a JPEG is decoded at a smaller scale where that is enough."""
 _ORIENTATION = 0x0112
@@ -62,6 +78,7 @@ def open_image(
         UserError: it has more pixels, is no image, or cannot be decoded in the block.
     """
     Image.init()
+    _register_heif()
     formats = [format for format in FORMATS if format in Image.OPEN]
     try:
         with warnings.catch_warnings():
@@ -129,6 +146,45 @@ def files_below(directory: Path, suffixes: Iterable[str]) -> Iterator[Path]:
                 file = Path(place, name)
                 if file.is_file():  # a pipe or a device would be waited for
                     yield file
+
+
+@functools.cache
+def _register_heif() -> bool:
+    """Have Pillow read HEIF where pillow-heif is installed; whether it does."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    return "HEIF" in Image.OPEN
+
+
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of files that are read as images here."""
+    return IMAGE_SUFFIXES | HEIF_SUFFIXES if _register_heif() else IMAGE_SUFFIXES
+
+
+def images_below(directory: Path) -> list[Path]:
+    """The image files in a directory and those inside it, sorted; pictures of other kinds are named (`tell_unread`)."""
+    found = sorted(files_below(directory, image_suffixes() | UNREAD_SUFFIXES))
+    read = [file for file in found if file.suffix.lower() in image_suffixes()]
+    if len(read) < len(found):
+        known = set(read)
+        tell_unread([str(file) for file in found if file not in known], f"folder {str(directory)!r}")
+    return read
+
+
+def tell_unread(names: Sequence[str], where: str) -> None:
+    """Count on standard error the pictures somewhere that are of kinds that are not read, and name the first."""
+    if not names:
+        return
+    kinds = collections.Counter(os.path.splitext(name)[1].lower() for name in names)
+    counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    heif = " (pip install pillow-heif reads HEIF)" if not HEIF_SUFFIXES.isdisjoint(kinds) else ""
+    print(
+        f"{printable(where)} has {len(names)} pictures of kinds that are not read, left out: {counted}, the first "
+        f"{printable(names[0])!r}; convert them to JPEG or PNG{heif}.",
+        file=sys.stderr,
+    )
 
 
 class ImageTooLarge(UserError):

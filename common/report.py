@@ -283,14 +283,15 @@ class Page:
     ) -> Page:
         """Cards of (picture, title, lines) in as many columns, at least `width` pixels wide, as there is room for.
 
-        With `scores`, by name for each card, the cards show them, and the reader sorts by any, best or worst first.
+        Titles and lines are captions and names, so a backtick in them is one. With `scores`, by name for each card, the
+        cards show them, and the reader sorts by any, best or worst first.
         """
         if scores and len(scores) != len(cards):
             raise ValueError(f"gallery has {len(cards)} cards but {len(scores)} scores: give one for each.")
         shown = []
         for number, (picture, title, lines) in enumerate(cards):
-            body = "".join(f"<p>{_inline(line)}</p>" for line in lines)
-            head = f"<h3>{_inline(title)}</h3>" if title else ""
+            body = "".join(f"<p>{_escape(line)}</p>" for line in lines)
+            head = f"<h3>{_escape(title)}</h3>" if title else ""
             alt = title or (lines[0] if lines else "picture")
             mark = ""
             if scores:

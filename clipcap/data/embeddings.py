@@ -57,7 +57,7 @@ class EmbedConfig:
     format: Format = "auto"
     """Layout of DATA, when it should not be guessed."""
     skip_missing: bool = False
-    """Leave out captions whose image is missing, instead of stopping."""
+    """Leave out captions whose image is missing and images without a caption, instead of stopping."""
     inputs: Inputs = "embedding"
     """The pooled embedding (the paper), or the patch features."""
     dtype: Literal["float16", "float32"] = "float16"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipcap.data.net import Dropped, fetch
 from common.checks import UserError, require_file
-from common.images import IMAGE_SUFFIXES, MAX_PIXELS, bands, decode_image, files_below, require_pixels, to_rgb
+from common.images import MAX_PIXELS, bands, decode_image, image_suffixes, images_below, require_pixels, to_rgb
 
 URL_PREFIXES = ("http://", "https://")
 URL_BYTES = 32 << 20
@@ -66,6 +66,8 @@ def is_url(source: object) -> TypeGuard[str]:
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
     """Files and URLs as they are given, and every image file inside directories, sorted by path.
 
+    Pictures there of kinds that are not read are counted and named on standard error.
+
     Raises:
         UserError: a directory holds no image, or there is no path.
     """
@@ -78,9 +80,9 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
         if not os.path.isdir(path):  # also of a name that none can have
             found.append(path)
             continue
-        inside = sorted(files_below(path, IMAGE_SUFFIXES))
+        inside = images_below(path)
         if not inside:
-            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+            kinds = ", ".join(sorted(image_suffixes()))
             raise UserError(f"folder {str(path)!r} holds no image: give one with {kinds} files.")
         found += inside
     if not found:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcap.data.dataset import CaptionedImage
+from clipcap.data.readers.csv_rows import csv_rows
 from clipcap.data.readers.text import whole_characters
 from common.checks import UserError, require_file
 
@@ -74,15 +73,12 @@ def _index(items: Sequence[CaptionedImage]) -> dict[str, str]:
 
 
 def _rows(path: Path) -> list[Any]:
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return [row for _, row in csv_rows(require_file(path, "captions"), _ID_KEYS)]
     text = _read(path)
-    if path.suffix.lower() == ".csv":
-        try:
-            return list(csv.DictReader(io.StringIO(text)))
-        except csv.Error as error:
-            raise UserError(f"captions {str(path)!r} is not CSV ({error}): write it again.") from None
     try:
-        if path.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        if path.suffix.lower() == ".jsonl":  # a line ends with "\n" alone: U+2028 may stand in a caption
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"captions {str(path)!r} is not JSON, line {error.lineno}: {error.msg}.") from None

@@ -13,6 +13,7 @@ from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.readers import Format
 from clipcap.decoding import require_options
 from clipcap.evaluation.caption_files import read_captions
+from clipcap.evaluation.metrics import METRICS, MetricName
 from clipcap.evaluation.page import evaluation_page, print_scores
 from clipcap.evaluation.scores import Evaluation, evaluate_captions
 from common.checks import UserError, printable, require_at_least, require_between, require_file, require_place
@@ -45,7 +46,7 @@ class EvaluateConfig:
     split: str = "test"
     """Which split: train, val, test or all."""
     skip_missing: bool = False
-    """Leave out captions whose image is missing, instead of stopping."""
+    """Leave out captions whose image is missing and images without a caption, instead of stopping."""
     model: str | None = None
     """Captioner: photo (for photographs) or tiny (for rendered scenes), both packaged; a directory that `clipcap train`
     or `clipcap convert` wrote; or a hub id."""
@@ -59,6 +60,8 @@ class EvaluateConfig:
     open_clip:ARCH/TAG-or-path; empty leaves it out."""
     tokenizer: Literal["auto", "ptb", "words"] = "auto"
     """ptb (needs Java, as the published scores), words (a plain rule), or auto: ptb where Java is installed."""
+    metrics: tuple[MetricName, ...] = METRICS
+    """Scores against references. METEOR and SPICE each start Java, and so does the tokenizer ptb."""
     resamples: int = 1000
     """Resamples of the images for the 95% intervals; 0 leaves them out."""
     shown: int = 300
@@ -190,6 +193,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     if (config.model is None) == (config.captions is None):
         raise UserError("give either --model, whose captions are made, or --captions, a file of captions.")
+    if not config.metrics:
+        raise UserError(f"metrics is empty: choose of {', '.join(METRICS)}.")
     require_at_least("shown", config.shown, 0)
     require_at_least("batch_size", config.batch_size, 1)
     require_between("resamples", config.resamples, 0, MOST_RESAMPLES)
@@ -228,8 +233,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         print(f"skipped {len(skipped)} of {len(items)} images:", file=sys.stderr)
         for reason in skipped[:10]:
             print(f"  {printable(reason)}", file=sys.stderr)
-    if len(captions) < len(items):
-        print(f"{len(items) - len(captions)} of {len(items)} images have no caption and are left out.", file=sys.stderr)
     scored = {item.image_id for item in items}
     training = [
         text for item in everything if item.split == "train" and item.image_id not in scored for text in item.captions
@@ -241,6 +244,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         embeddings=embeddings,
         training=training,
         tokenizer=config.tokenizer,
+        metrics=config.metrics,
         resamples=config.resamples,
         seed=config.runtime.seed,
         progress=True,
@@ -249,7 +253,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     result = {name: value for name, value in asdict(found).items() if name not in ("captions", "per_image")}
     write_json(
         config.out / "results.json",
-        {"images": len(found.captions), "skipped": skipped}
+        {"images": len(found.captions), "images in the split": len(items), "skipped": skipped}
         | result
         | {"config": config, "hardware": hardware(), "versions": versions()},
     )

@@ -293,7 +293,7 @@ def interpretation_page(found: Interpretation, name: str, *, max_pixels: int = M
             (
                 thumbnail(read_image(one.image, max_pixels=max_pixels, side=320)),
                 one.caption or "(empty)",
-                [f"`{tokens_line(one.tokens)}`"],
+                [tokens_line(one.tokens)],
             )
             for one in found.images
         ],

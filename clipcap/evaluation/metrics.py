@@ -9,22 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from common.checks import UserError, require_at_least, require_one_of
-from common.images import MAX_PIXELS
-
-if TYPE_CHECKING:
-    import torch
-
-    from common.clip import FrozenCLIP
 
 # What pycocoevalcap's PTBTokenizer drops and how it writes brackets (its list of brackets to drop is in upper case,
 # its tokens in lower case, so it keeps them).
@@ -33,8 +27,9 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-
 _WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)\b|\w+(?=n't)|\w+(?:[-.]\w+)*|[^\w\s]", re.IGNORECASE)
 
 TOKENIZERS = ("auto", "ptb", "words")
-PROMPT = "A photo depicts "
-"""What CLIPScore puts before a caption (Hessel et al. 2021, sec. 3)."""
+MetricName: TypeAlias = Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr", "SPICE"]
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
+"""Against references."""
 SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 NO_JAVA = "Java is not installed (no `java` on the path)"
 
@@ -69,10 +64,17 @@ class Metric:
 
 
 def mean_metric(scores: Sequence[float]) -> Metric:
-    """A metric that is the mean of the images' scores."""
+    """A metric that is the mean of the images' scores; an image whose score is NaN, as it has none, does not count."""
     each = np.asarray(scores, dtype=np.float64)
-    parts = np.stack([each, np.ones_like(each)], axis=1)
-    return Metric(float(np.mean(each)), each, parts, lambda sums: sums[..., 0] / sums[..., 1])
+    known = ~np.isnan(each)
+    parts = np.stack([np.where(known, each, 0), known.astype(np.float64)], axis=1)
+    return Metric(float(np.mean(each[known])) if known.any() else np.nan, each, parts, _mean_of)
+
+
+def _mean_of(sums: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "..."]:
+    """Sum over count; NaN of no image."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sums[..., 0] / sums[..., 1])
 
 
 def tokenize(captions: Mapping[str, Sequence[str]], tokenizer: str = "auto") -> tuple[dict[str, list[str]], str]:
@@ -170,14 +172,16 @@ def measure(
     references: Mapping[str, Sequence[str]],
     *,
     tokenizer: str = "auto",
+    metrics: Collection[str] = METRICS,
     progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[dict[str, Metric], str, dict[str, str]]:
-    """Every metric that compares a caption with its references and that can be had here.
+    """The metrics that compare a caption with its references and that can be had here.
 
     Args:
         candidates: image id to caption.
         references: image id to reference captions; ids without a candidate are left out.
         tokenizer: "auto", "ptb" or "words".
+        metrics: those that are wanted, of `METRICS`; the programs of the others are not started.
         progress: called with the number of captions that METEOR, the slow one, has seen.
 
     Returns:
@@ -185,8 +189,13 @@ def measure(
         order of `candidates`; the tokenizer's name; and what is not measured, with the reason.
 
     Raises:
-        UserError: no candidates, an image without references, or the tokenizer "ptb" without Java.
+        UserError: no candidates, an image without references, no metric or one that is not known, or the tokenizer
+            "ptb" without Java.
     """
+    if not metrics:
+        raise UserError(f"metrics is empty: choose of {', '.join(METRICS)}.")
+    for metric in metrics:
+        require_one_of("metrics", metric, METRICS)
     _check_references(candidates, references)
     given = {key: [text] for key, text in candidates.items()}
     absent: dict[str, str] = {}
@@ -200,7 +209,7 @@ def measure(
     if not shutil.which("java"):
         absent["PTB tokenizer"] = f"{NO_JAVA}; the tokenizer 'words' was used instead"
     truths, _ = tokenize({key: list(references[key]) for key in candidates}, name)
-    found = _bleu(truths, hypotheses)
+    found = _bleu(truths, hypotheses) if "BLEU" in metrics else {}
     rest: dict[str, Callable[[], Metric]] = {
         "METEOR": lambda: _meteor(truths, hypotheses, progress),
         "ROUGE-L": lambda: _rouge(truths, hypotheses),
@@ -208,10 +217,13 @@ def measure(
         "SPICE": lambda: _spice(truths, hypotheses),
     }
     for metric, compute in rest.items():
+        if metric not in metrics:
+            continue
         try:
             found[metric] = compute()
         except NotMeasured as error:
             absent[metric] = str(error)
+    absent |= {metric: "not asked for (metrics)" for metric in METRICS if metric not in metrics}
     return found, name, absent
 
 
@@ -338,7 +350,7 @@ def _meteor_of(sums: Float[np.ndarray, "... 23"]) -> Float[np.ndarray, "..."]:
         precision, recall = rate(0), rate(1)
         mean = precision * recall / (alpha * precision + (1 - alpha) * recall)
         words = (sums[..., 21] + sums[..., 22]) / 2
-        return np.nan_to_num(mean * (1 - gamma * (sums[..., 20] / words) ** beta))
+        return np.asarray(np.nan_to_num(mean * (1 - gamma * (sums[..., 20] / words) ** beta)))
 
 
 def _spice(truths: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]]) -> Metric:
@@ -361,90 +373,6 @@ def _spice(truths: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]])
         raise NotMeasured(f"SPICE's Java program failed ({error})") from error
     each = dict(zip(sorted(truths), found, strict=True))  # it sorts the ids
     return mean_metric([each[key]["All"]["f"] for key in truths])
-
-
-def clip_scores(
-    images: Float[np.ndarray, "n e"],
-    candidates: Float[np.ndarray, "n e"],
-    references: Sequence[Float[np.ndarray, "_ e"]] | None = None,
-) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"] | None]:
-    """CLIPScore 2.5 max(cos(v, c), 0), and RefCLIPScore, its harmonic mean with max(max_r cos(c, r), 0).
-
-    Hessel et al. 2021, sec. 3. Rows are CLIP's embeddings, of any length, of images v, candidates c, references r.
-    """
-
-    def unit(rows: np.ndarray) -> np.ndarray:
-        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-
-    texts = unit(np.asarray(candidates, np.float64))
-    scores = 2.5 * np.maximum((unit(np.asarray(images, np.float64)) * texts).sum(axis=-1), 0)
-    if references is None:
-        return scores, None
-    nearest = np.array(
-        [
-            max(float((unit(np.asarray(rows, np.float64)) @ text).max()), 0.0)
-            for rows, text in zip(references, texts, strict=True)
-        ]
-    )
-    total = scores + nearest
-    return scores, np.divide(2 * scores * nearest, total, out=np.zeros_like(total), where=total > 0)
-
-
-def measure_clip(
-    clip: FrozenCLIP,
-    images: Sequence[Any],
-    candidates: Sequence[str],
-    references: Sequence[Sequence[str]],
-    *,
-    embeddings: Mapping[int, torch.Tensor] | None = None,
-    batch_size: int = 32,
-    max_pixels: int = MAX_PIXELS,
-    progress: Callable[[int], object] = lambda done: None,
-) -> dict[str, Metric]:
-    """CLIPScore and RefCLIPScore of captions.
-
-    Args:
-        clip: with a text tower; published scores are ViT-B/32's.
-        images: of the captions, as `clipcap.data.images.read_image` takes them.
-        candidates: a caption for each image.
-        references: the reference captions of each image.
-        embeddings: of images, by their places, that this CLIP has encoded already.
-        batch_size: images or texts encoded at once.
-        max_pixels: of an image.
-        progress: called with the number of images done.
-    """
-    import torch
-
-    from clipcap.data.images import read_image
-
-    texts = list(dict.fromkeys([*candidates, *(text for several in references for text in several)]))
-    rows = {text: row for row, text in enumerate(texts)}
-    with torch.inference_mode():
-        encoded = []
-        for begin in range(0, len(texts), batch_size):
-            prompts = [PROMPT + text for text in texts[begin : begin + batch_size]]
-            encoded.append(_rows(clip.encode_texts(prompts)))
-        seen = {place: _rows(embedding) for place, embedding in (embeddings or {}).items()}
-        progress(len(seen))
-        todo = [place for place in range(len(images)) if place not in seen]
-        for begin in range(0, len(todo), batch_size):
-            places = todo[begin : begin + batch_size]
-            size = clip.preprocess.size
-            batch = clip.preprocess([read_image(images[place], max_pixels=max_pixels, side=size) for place in places])
-            seen |= zip(places, _rows(clip.encode_images(batch, packed=True)), strict=True)
-            progress(len(seen))
-    table = np.concatenate(encoded)
-    scores, with_references = clip_scores(
-        np.stack([seen[place] for place in range(len(images))]),
-        table[[rows[text] for text in candidates]],
-        [table[[rows[text] for text in several]] for several in references],
-    )
-    assert with_references is not None
-    return {"CLIPScore": mean_metric(scores.tolist()), "RefCLIPScore": mean_metric(with_references.tolist())}
-
-
-def _rows(embeddings: torch.Tensor) -> np.ndarray:
-    return embeddings.float().cpu().numpy()
 
 
 def sacrebleu_score(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
@@ -495,11 +423,15 @@ def bootstrap(
     parts = {name: metric.parts if rows is None else metric.parts[rows] for name, metric in metrics.items()}
     draws: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
     rng = np.random.default_rng(seed)
+    if not parts:
+        return {}
     images = len(next(iter(parts.values())))
     step = max(1, 4_000_000 // images)
     for begin in range(0, resamples, step):
         counts = rng.multinomial(images, np.full(images, 1 / images), size=min(step, resamples - begin))
         for name, metric in metrics.items():
             draws[name].append(metric.combine(counts @ parts[name]))
-    found = {name: np.percentile(np.concatenate(values), [2.5, 97.5]) for name, values in draws.items()}
+    drawn = {name: np.concatenate(values) for name, values in draws.items()}
+    kept = {name: values[~np.isnan(values)] for name, values in drawn.items()}
+    found = {name: np.percentile(values, [2.5, 97.5]) for name, values in kept.items() if len(values)}
     return {name: (float(low), float(high)) for name, (low, high) in found.items()}

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from PIL import Image
+
 from clipcap.data.dataset import CaptionedImage
+from clipcap.data.images import ImageError, read_image
 from clipcap.evaluation.scores import Evaluation, domain_rows, rows_of
 from common.checks import printable
 from common.images import MAX_PIXELS
@@ -31,13 +34,13 @@ def evaluation_page(
         page: a page to add the sections to; None begins one.
         max_pixels: of an image.
     """
-    from clipcap.data.images import read_image
-
     by_id = {item.image_id: item for item in items if item.image_id in found.captions}
     if page is None:
-        page = Page(title, f"{len(found.captions)} images, tokenizer {found.tokenizer}")
+        page = Page(title, f"{found.coverage}, tokenizer {found.tokenizer}")
     page.section("Scores")
-    page.table(rows_of(found), caption=f"{len(found.captions)} images; intervals by bootstrap over the images")
+    for warning in found.warnings:
+        page.note(warning)
+    page.table(rows_of(found), caption=f"{found.coverage}; intervals by bootstrap over the images")
     if found.domains:
         page.table(domain_rows(found), caption="By domain; CIDEr's document frequencies are those of all images")
     page.table([found.diversity], caption="Diversity")
@@ -47,17 +50,21 @@ def evaluation_page(
         page.table(list(found.not_measured.items()), columns=["not measured", "reason"])
     ids = list(found.captions)
     note = ""
-    if shown and len(ids) > shown:
-        ranked = sorted(ids, key=lambda key: found.per_image[key]["CIDEr"])
+    names = next(iter(found.per_image.values()), {})
+    chief = "CIDEr" if "CIDEr" in names else next(iter(names), None)
+    if chief is None:
+        ids = ids[: shown or None]
+    elif shown and len(ids) > shown:
+        ranked = sorted(ids, key=lambda key: found.per_image[key][chief])
         chosen = {*ranked[: shown // 2], *ranked[len(ranked) - (shown - shown // 2) :]}
         ids = [key for key in ids if key in chosen]
-        note = f"The {shown} images with the lowest and the highest CIDEr of {len(found.captions)}."
+        note = f"The {shown} images with the lowest and the highest {chief} of {len(found.captions)}."
     page.section("Images, best or worst first", note)
-    front = ["CIDEr"] if "CIDEr" in next(iter(found.per_image.values())) else []
+    front = ["CIDEr"] if "CIDEr" in names else []
     page.gallery(
         [
             (
-                thumbnail(read_image(by_id[key].path, max_pixels=max_pixels, side=320)),
+                _thumbnail(by_id[key], max_pixels),
                 found.captions[key] or "(empty)",
                 [*filter(None, [by_id[key].domain]), *by_id[key].captions],
             )
@@ -67,6 +74,14 @@ def evaluation_page(
         width=240,
     )
     return page
+
+
+def _thumbnail(item: CaptionedImage, max_pixels: int) -> str:
+    """Of an image that cannot be read, a grey one."""
+    try:
+        return thumbnail(read_image(item.path, max_pixels=max_pixels, side=320))
+    except ImageError:
+        return thumbnail(Image.new("RGB", (320, 240), "#d8dade"))
 
 
 def _others(scores: Mapping[str, float]) -> list[str]:
@@ -82,7 +97,7 @@ def print_scores(found: Evaluation) -> None:
 
     console = Console()
     tables: list[tuple[str, list[dict[str, Any]]]] = [
-        (f"{len(found.captions)} images, tokenizer {found.tokenizer}", rows_of(found)),
+        (f"{found.coverage}, tokenizer {found.tokenizer}", rows_of(found)),
         ("by domain", domain_rows(found)),
         ("diversity", [{"": name, "value": round(value, 3)} for name, value in found.diversity.items()]),
     ]
@@ -95,5 +110,7 @@ def print_scores(found: Evaluation) -> None:
         for row in rows:
             table.add_row(*(Text(printable(value)) for value in row.values()))
         console.print(table)
+    for warning in found.warnings:
+        console.print(printable(warning), markup=False, highlight=False, soft_wrap=True)
     for name, reason in found.not_measured.items():
         console.print(printable(f"not measured: {name}: {reason}"), markup=False, highlight=False, soft_wrap=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clipcap.data.dataset import CaptionedImage
-from clipcap.evaluation.metrics import Metric, bootstrap, diversity, measure, measure_clip, sacrebleu_score
+from clipcap.evaluation.clip_score import measure_clip
+from clipcap.evaluation.metrics import METRICS, Metric, bootstrap, diversity, measure, sacrebleu_score
 from common.checks import require_at_least
 from common.images import MAX_PIXELS
 
@@ -44,6 +45,35 @@ class Evaluation:
     """sacrebleu's signature, CLIPScore's CLIP."""
     per_image: dict[str, dict[str, float]]
     """Image id to its scores."""
+    missing: tuple[str, ...] = ()
+    """Ids of images without a caption, which are not scored: the scores may be higher for it."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Image id to what is wrong with an image that cannot be read, and so has no CLIPScore."""
+
+    @property
+    def coverage(self) -> str:
+        """How many images are scored, of how many, in words."""
+        scored = len(self.captions)
+        if not self.missing:
+            return f"{scored} images"
+        return f"{scored} of {scored + len(self.missing)} images"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the scores must know."""
+        found = []
+        if self.missing:
+            total = len(self.captions) + len(self.missing)
+            found.append(
+                f"{len(self.missing)} of {total} images have no caption and are left out of the scores, which may be "
+                f"higher for it, the first {self.missing[0]!r}."
+            )
+        if self.unread:
+            found.append(
+                f"{len(self.unread)} images cannot be read and have no CLIPScore, the first: "
+                f"{next(iter(self.unread.values()))}"
+            )
+        return found
 
 
 def evaluate_captions(
@@ -54,6 +84,7 @@ def evaluate_captions(
     embeddings: Mapping[str, Tensor] | None = None,
     training: Sequence[str] = (),
     tokenizer: str = "auto",
+    metrics: Collection[str] = METRICS,
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = False,
@@ -63,28 +94,31 @@ def evaluate_captions(
 
     Args:
         captions: image id to caption.
-        items: the images with their references; those without a caption are left out.
+        items: the images with their references; those without a caption are left out and named in `missing`.
         clip: of CLIPScore; None leaves it out.
         embeddings: image id to what this CLIP has encoded already.
         training: captions of the training split, to tell which captions are new.
         tokenizer: "auto", "ptb" or "words".
+        metrics: against references, of `METRICS`.
         resamples: for the intervals; 0 leaves them out.
         seed: of the resamples.
         progress: show progress bars.
         max_pixels: of an image.
 
     Raises:
-        UserError: no caption, no reference, an image of CLIPScore that cannot be read.
+        UserError: no caption, no reference, no metric.
     """
     from tqdm import tqdm
 
     require_at_least("resamples", resamples, 0)
+    items = list(items)
     kept = [item for item in items if item.image_id in captions]
+    unread: dict[str, str] = {}
     given = {item.image_id: captions[item.image_id] for item in kept}
     references = {item.image_id: list(item.captions) for item in kept}
     with tqdm(total=len(kept), desc="scoring", unit=" captions", disable=not progress) as bar:
-        metrics, name, absent = measure(
-            given, references, tokenizer=tokenizer, progress=lambda done: bar.update(done - bar.n)
+        measured, name, absent = measure(
+            given, references, tokenizer=tokenizer, metrics=metrics, progress=lambda done: bar.update(done - bar.n)
         )
         bar.update(len(kept) - bar.n)
     details: dict[str, str] = {}
@@ -93,7 +127,7 @@ def evaluate_captions(
     else:
         details["CLIPScore's CLIP"] = clip.name
         with tqdm(total=len(kept), desc="CLIPScore", unit=" images", disable=not progress) as bar:
-            metrics |= measure_clip(
+            by_clip = measure_clip(
                 clip,
                 [item.path for item in kept],
                 list(given.values()),
@@ -103,11 +137,16 @@ def evaluate_captions(
                 else None,
                 max_pixels=max_pixels,
                 progress=lambda done: bar.update(done - bar.n),
+                on_error=lambda place, error: unread.setdefault(kept[place].image_id, str(error)),
             )
-    scores = {metric: float(found.value) for metric, found in metrics.items()}
+        if len(unread) < len(kept):
+            measured |= by_clip
+        else:
+            absent["CLIPScore"] = absent["RefCLIPScore"] = "none of the images can be read"
+    scores = {metric: float(found.value) for metric, found in measured.items()}
     texts = list(given.values())
     scores["sacreBLEU"], details["sacreBLEU's signature"] = sacrebleu_score(texts, list(references.values()))
-    intervals = bootstrap(metrics, resamples=resamples, seed=seed) if resamples else {}
+    intervals = bootstrap(measured, resamples=resamples, seed=seed) if resamples else {}
     varied = diversity(texts, training)
     if not training:
         absent["novel share"] = "the data set has no training split beside the split that is scored"
@@ -115,15 +154,17 @@ def evaluate_captions(
         captions=given,
         scores=scores,
         intervals=intervals,
-        domains=_domains([item.domain for item in kept], metrics, resamples=resamples, seed=seed),
+        domains=_domains([item.domain for item in kept], measured, resamples=resamples, seed=seed),
         diversity=varied,
         not_measured=absent,
         tokenizer=name,
         details=details,
         per_image={
-            key: {metric: float(found.per_image[row]) for metric, found in metrics.items()}
+            key: {metric: float(found.per_image[row]) for metric, found in measured.items()}
             for row, key in enumerate(given)
         },
+        missing=tuple(item.image_id for item in items if item.image_id not in captions),
+        unread=unread,
     )
 
 

@@ -46,7 +46,7 @@ def read_captions(path: Path, *, val_share: float = 0.1) -> list[CaptionedImage]
         UserError: the file is missing, empty or not UTF-8.
     """
     try:
-        lines = require_file(path, "caption file").read_text(encoding="utf-8-sig").splitlines()
+        lines = require_file(path, "caption file").read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(f"caption file {str(path)!r}, line {line} is not UTF-8: convert it.") from None

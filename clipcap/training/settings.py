@@ -46,7 +46,7 @@ class TrainConfig:
     format: Format = "auto"
     """Layout of DATA, where it should not be guessed from its content."""
     skip_missing: bool = False
-    """Leave out captions whose image is missing, instead of stopping."""
+    """Leave out captions whose image is missing and images without a caption, instead of stopping."""
     workers: int = 2
     """Processes that read images; 0 reads them in this one."""
     init: Path | None = None

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from common.checks import UserError, require_directory, require_file, require_share, require_text
-from common.images import IMAGE_SUFFIXES, files_below
+from common.images import image_suffixes, images_below
 from common.probes import TEMPLATES, fill, split_by_class
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -61,14 +61,14 @@ class PromptConfig:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The images in a folder and those inside it, sorted.
+    """The images in a folder and those inside it, sorted; pictures of kinds that are not read are counted and named.
 
     Raises:
         UserError: it is missing, or holds none.
     """
-    found = sorted(files_below(require_directory(folder, "folder"), IMAGE_SUFFIXES))
+    found = images_below(require_directory(folder, "folder"))
     if not found:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        kinds = ", ".join(sorted(image_suffixes()))
         raise UserError(f"folder {str(folder)!r} holds no image: give one with {kinds} files.")
     return found
 
@@ -110,7 +110,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    found = {inside.name: sorted(files_below(inside, IMAGE_SUFFIXES)) for inside in _folders(folder)}
+    found = {inside.name: images_below(inside) for inside in _folders(folder)}
     return {name: paths for name, paths in found.items() if paths}
 
 

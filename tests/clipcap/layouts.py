@@ -38,3 +38,11 @@ def tar(path, members):
             info.type, info.linkname = member[2:] or (tarfile.REGTYPE, "")
             file.addfile(info, io.BytesIO(data))
     return path
+
+
+def parquet(path, rows):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.Table.from_pylist(rows), path)
+    return path

@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 
 from clipcap.evaluation import metrics
+from clipcap.evaluation.clip_score import PROMPT, clip_scores, measure_clip
 from clipcap.evaluation.metrics import (
-    PROMPT,
     Metric,
     bootstrap,
-    clip_scores,
     diversity,
     mean_metric,
     measure,
-    measure_clip,
     sacrebleu_score,
     score_captions,
     tokenize,

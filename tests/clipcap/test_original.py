@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,7 +75,13 @@ def test_converted_checkpoint_is_exact(kind, tmp_path):
 
 
 def test_command_gives_a_captioner_that_stops_where_the_original_does(tmp_path, gpt2_directory, capsys):
-    options = ("--gpt2", gpt2_directory, "--n-head", 4)
+    from transformers import GPT2LMHeadModel
+
+    sized = GPT2LMHeadModel.from_pretrained(gpt2_directory)
+    sized.resize_token_embeddings(512, mean_resizing=False)  # as the checkpoints' own
+    shutil.copytree(gpt2_directory, tmp_path / "gpt2")
+    sized.save_pretrained(tmp_path / "gpt2")
+    options = ("--gpt2", tmp_path / "gpt2", "--n-head", 4)
 
     def run(kind, *more):
         return main([str(a) for a in ("convert", GOLDEN / f"clipcap_{kind}.pt", tmp_path / kind, *options, *more)])
@@ -103,6 +110,14 @@ def test_command_gives_a_captioner_that_stops_where_the_original_does(tmp_path, 
     assert "stop is 'a cat.', " in capsys.readouterr().err
     with pytest.raises(UserError, match="stop is '.' but the GPT-2 .* was not named"):
         convert(GOLDEN / "clipcap_mlp.pt", tmp_path / "out", stop=".", n_head=4)
+
+
+def test_a_tokenizer_of_another_size_is_refused(tmp_path, gpt2_directory, capsys):
+    arguments = ["convert", str(GOLDEN / "clipcap_mlp.pt"), str(tmp_path / "out"), "--n-head", "4"]
+    assert main([*arguments, "--gpt2", str(gpt2_directory)]) == 2
+    error = capsys.readouterr().err
+    assert "has 512 tokens but GPT-2" in error and "name the GPT-2 it was trained on" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_buffers_of_old_transformers_and_data_parallel_names_are_ignored(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clipcap.data.readers import Format, is_plain_text, read_dataset
 from common.checks import UserError
-from tests.clipcap.layouts import karpathy, original, original_pickle, row, tar
+from tests.clipcap.layouts import karpathy, original, original_pickle, parquet, row, tar
 
 
 def test_karpathy_splits_and_restval(folder):
@@ -199,6 +199,12 @@ def without_images(folder, name):
         return folder / "all.json"
     if name == "original":
         return original(folder, [{"image_id": i, "caption": t} for i, t in zip((7, "beach"), texts, strict=True)])
+    if name in ("lavis", "llava"):
+        talk = [{"image": n, "conversations": [{"from": "gpt", "value": t}]} for n, t in zip(names, texts, strict=True)]
+        (folder / "list.json").write_text(json.dumps(rows if name == "lavis" else talk))
+        return folder / "list.json"
+    if name == "parquet":
+        return parquet(folder / "rows.parquet", rows)
     if name == "conceptual":
         (folder / "cc.tsv").write_text("".join(f"{t}\thttps://images.example/{t}.jpg\n" for t in texts))
         return folder / "cc.tsv"

@@ -126,3 +126,9 @@ def test_a_small_soak_of_good_and_bad_files(address):
     assert found["requests"] == 20 == sum(part["requests"] for part in found["kinds"].values())
     assert set(found["kinds"]) == {kind.name for kind in kinds()} and len(found["curve"]) == 3
     assert 0 < found["p50_seconds"] <= found["p95_seconds"] < 60
+
+
+def test_names_are_shown_as_they_are():
+    from clipcap.serve import as_markdown
+
+    assert as_markdown("out/my_model_v1 *a* `b` <i>") == r"out/my\_model\_v1 \*a\* \`b\` &lt;i&gt;"

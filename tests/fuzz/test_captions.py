@@ -33,9 +33,14 @@ COCO = {
     "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}, {"id": 2, "image_id": 2, "caption": "a hat"}],
 }
 ORIGINAL = [{"image_id": "1", "caption": "a cat"}, {"image_id": "2", "caption": "a hat"}]
-JSON = {"karpathy": KARPATHY, "coco": COCO, "nocaps": COCO, "original": ORIGINAL}
+LAVIS = [{"image": "a.png", "caption": "a cat"}, {"image": "b.png", "caption": ["a hat", "a dog"], "split": "val"}]
+LLAVA = [{"image": name, "conversations": [{"from": "gpt", "value": "a cat"}]} for name in ("a.png", "b.png")]
+JSON = {
+    "karpathy": KARPATHY, "coco": COCO, "nocaps": COCO, "original": ORIGINAL, "lavis": LAVIS, "llava": LLAVA,
+}  # fmt: skip
 LINES = {
     "table.csv": b'file_name,caption,split\na.png,a cat,train\nb.png,"a ""hat""",val\n',
+    "other.csv": b'Image | Caption\r\na.png| a cat\r\n"./b.png"|"a ""hat""\r\nand more"\r\n',
     "table.jsonl": b'{"file_name": "a.png", "caption": ["a cat", "a dog"]}\n{"file_name": "b.png", "caption": "a hat"}\n',
     "flickr.token.txt": b"a.png#0\ta cat\nb.png#0\ta hat\n",
     "conceptual.tsv": b"a cat\thttp://example.org/a.png\na hat\thttp://example.org/b.png\n",

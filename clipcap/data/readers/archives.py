@@ -7,19 +7,19 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipcap.data.readers.captioned import SPLITS, CaptionedImage, check_captions
-from clipcap.data.readers.tables import CAPTION_KEYS
+from clipcap.data.readers.captioned import SPLITS, CaptionedImage, Gaps
+from clipcap.data.readers.csv_rows import CAPTION_KEYS
 from clipcap.data.readers.text import LARGEST_TEXT, decode
 from clipcap.data.untrusted import read_tar
 from common.checks import UserError
 from common.files import MARKER, whole_file, write_json
-from common.images import IMAGE_SUFFIXES, ImageTooLarge, open_image
+from common.images import UNREAD_SUFFIXES, ImageTooLarge, image_suffixes, open_image, tell_unread
 
 
-def read_saved(source: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
+def read_saved(source: Path, images: Path | None, need_images: bool, gaps: Gaps) -> Iterator[CaptionedImage]:
     from datasets import DatasetDict, Image, load_from_disk
 
     try:
@@ -41,19 +41,19 @@ def read_saved(source: Path, images: Path | None, need_images: bool) -> Iterator
         for number, row in enumerate(part.cast_column(image_key, Image(decode=False)) if image_key else part):
             where = f"data set {str(source)!r}, {name or 'row'} {number}"
             text, image = row[caption_key], row[image_key] if image_key else None
-            captions = check_captions([str(t) for t in (text if isinstance(text, list) else [text]) if t], where)
+            captions = gaps.check(text if isinstance(text, list) else [text], where)
             image_id = f"{name or 'row'}-{number:08}"
             if image is None and need_images:
                 raise UserError(f"{where}: it has no image.")
-            path = Path(image["path"]) if image and image["path"] else root
+            path = Path(image["path"]) if image and image["path"] else root / image_id
             if image and image["bytes"]:
-                file = f"{image_id}{_suffix(image['bytes'], where)}"
+                file = f"{image_id}{image_suffix(image['bytes'], where)}"
                 path = root / file
                 write_image(root, file, image["bytes"])
             yield CaptionedImage(image_id, path, captions, SPLITS[name] if name else "")
 
 
-def _suffix(data: bytes, where: str) -> str:
+def image_suffix(data: bytes, where: str) -> str:
     """File suffix of an image's bytes."""
     try:
         with open_image(io.BytesIO(data), where, max_pixels=sys.maxsize) as image:  # counted when it is read
@@ -64,7 +64,7 @@ def _suffix(data: bytes, where: str) -> str:
         raise UserError(f"{where}: its image is not one that Pillow knows: leave the row out.") from None
 
 
-def read_shards(source: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
+def read_shards(source: Path, images: Path | None, need_images: bool, gaps: Gaps) -> Iterator[CaptionedImage]:
     from braceexpand import braceexpand
 
     shards = sorted(source.glob("*.tar")) if source.is_dir() else [Path(name) for name in braceexpand(str(source))]
@@ -73,14 +73,16 @@ def read_shards(source: Path, images: Path | None, need_images: bool) -> Iterato
     for shard in shards:
         root = (images or shard.parent / f"{shard.stem}.images") / (shard.stem if images else "")
         files: dict[str, Path] = {}
-        texts: dict[str, list[str]] = {}
+        texts: dict[str, list[Any]] = {}
+        unread: list[str] = []
         for name, data in read_tar(shard):
-            base, _, suffix = name.name.partition(".")
-            key, suffix = str(name.parent / base), f".{suffix.lower()}"
+            key, suffix = str(name.parent / name.stem), name.suffix.lower()
             where = f"tar {str(shard)!r}, member {str(name)!r}"
             if suffix in (".txt", ".caption", ".json") and len(data) > LARGEST_TEXT:
                 raise UserError(f"{where} has {len(data):,} bytes, of at most {LARGEST_TEXT:,}: it is no caption.")
-            if suffix in IMAGE_SUFFIXES:
+            if suffix in UNREAD_SUFFIXES and suffix not in image_suffixes():
+                unread.append(str(name))
+            elif suffix in image_suffixes():
                 if key in files:
                     raise UserError(f"{where}: sample {key!r} has two images: make the keys distinct.")
                 files[key] = root / name
@@ -91,12 +93,25 @@ def read_shards(source: Path, images: Path | None, need_images: bool) -> Iterato
                 texts[key] = _captions_of_json(data, where)
         if not need_images:
             files |= {key: root / key for key in texts if key not in files}
+        tell_unread(unread, f"tar {str(shard)!r}")
         for key, path in files.items():
-            captions = check_captions(texts.get(key, []), f"tar {str(shard)!r}, sample {key!r}")
+            short = _first_name(key)
+            if key not in texts and short in files:  # another picture of that sample, such as x.mask.png of x.jpg
+                continue
+            cause = f" (its captions would be in {key}.txt, .caption or .json)" if short else ""
+            where = f"tar {str(shard)!r}, sample {key!r}{cause}"
+            captions = gaps.check(texts.get(key, texts.get(short, [])), where)
             yield CaptionedImage(f"{shard.stem}/{key}", path, captions, "")
 
 
-def _captions_of_json(data: bytes, where: str) -> list[str]:
+def _first_name(key: str) -> str:
+    """A sample's key by WebDataset's own rule, up to the first dot: of a.b that is a; here it is up to the last."""
+    path = PurePosixPath(key)
+    base, dot, _ = path.name.partition(".")
+    return str(path.parent / base) if dot else ""
+
+
+def _captions_of_json(data: bytes, where: str) -> list[Any]:
     try:
         row = json.loads(decode(data, where))
     except json.JSONDecodeError as error:
@@ -104,7 +119,7 @@ def _captions_of_json(data: bytes, where: str) -> list[str]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON that can be read: {error}.") from None
     text: Any = next((row[key] for key in CAPTION_KEYS if row.get(key)), []) if isinstance(row, dict) else []
-    return [str(t) for t in (text if isinstance(text, list) else [text])]
+    return text if isinstance(text, list) else [text]
 
 
 def write_image(root: Path, name: str, data: bytes) -> None:

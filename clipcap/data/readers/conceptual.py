@@ -6,21 +6,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clipcap.data.journal import read_journal, url_key
-from clipcap.data.readers.captioned import CaptionedImage, check_captions
+from clipcap.data.readers.captioned import CaptionedImage, Gaps
 from clipcap.data.readers.tables import URL
 from clipcap.data.readers.text import lines
 from common.checks import UserError, require_file
 
 
-def conceptual_rows(path: Path) -> Iterator[tuple[int, str, str]]:
+def conceptual_rows(path: Path, gaps: Gaps | None = None) -> Iterator[tuple[int, str, str]]:
     """The rows of a Conceptual Captions TSV as (line, caption, URL).
 
-    CC3M has the caption first, CC12M the URL: the first row decides. A header is skipped.
+    CC3M has the caption first, CC12M the URL: the first row decides. A header is skipped, and so
+    are rows without a caption where `gaps` has it so.
 
     Raises:
         UserError: a row has no URL or no caption, or is not UTF-8; its line is named.
     """
     column: int | None = None
+    gaps = gaps or Gaps()
     for number, line in lines(require_file(path, "caption file")):
         fields = line.split("\t")
         if not line.strip() or number == 1 and {field.strip().lower() for field in fields} == {"caption", "url"}:
@@ -30,10 +32,11 @@ def conceptual_rows(path: Path) -> Iterator[tuple[int, str, str]]:
             column = next((at for at, field in enumerate(fields[:2]) if URL.match(field.strip())), None)
         if len(fields) < 2 or column is None or not URL.match(fields[column].strip()):
             raise UserError(f"{where}: {line[:60]!r} is not a caption and a URL with a tab between them.")
-        yield number, check_captions([fields[1 - column]], where)[0], fields[column].strip()
+        for caption in gaps.check([fields[1 - column]], where):
+            yield number, caption, fields[column].strip()
 
 
-def read_conceptual(path: Path, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
+def read_conceptual(path: Path, images: Path | None, need_images: bool, gaps: Gaps) -> Iterator[CaptionedImage]:
     directory = images or path.parent
     journal = read_journal(directory)
     if not journal and need_images:
@@ -42,7 +45,7 @@ def read_conceptual(path: Path, images: Path | None, need_images: bool) -> Itera
             f"give DIR with --images."
         )
     grouped: dict[str, list[str]] = {}
-    for _, caption, url in conceptual_rows(path):
+    for _, caption, url in conceptual_rows(path, gaps):
         grouped.setdefault(url_key(url), []).append(caption)
     for key, captions in grouped.items():
         entry = journal.get(key)

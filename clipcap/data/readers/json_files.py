@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipcap.data.readers.captioned import SPLITS, CaptionedImage, check_captions
+from clipcap.data.readers.captioned import SPLITS, CaptionedImage, Gaps, place_of, split_in
+from clipcap.data.readers.csv_rows import column
+from clipcap.data.readers.tables import group_rows
 from clipcap.data.readers.text import read_text
 from clipcap.data.untrusted import read_pickle
 from common.checks import UserError
@@ -35,30 +36,32 @@ def load_json(path: Path) -> Any:
         raise UserError(f"caption file {str(path)!r} is not JSON that can be read: {error}.") from None
 
 
-def read_karpathy(path: Path, data: Any, images: Path | None) -> Iterator[CaptionedImage]:
+def read_karpathy(path: Path, data: Any, images: Path | None, gaps: Gaps) -> Iterator[CaptionedImage]:
     root = images or (path.parent / "images" if (path.parent / "images").is_dir() else path.parent)
     for number, row in enumerate(list_of(path, data, "images")):
         where = f"caption file {str(path)!r}, images[{number}]"
         try:
             name = str(row["filename"])
-            captions = tuple(str(sentence["raw"]) for sentence in row["sentences"])
+            captions = [sentence["raw"] for sentence in row["sentences"]]
             split = SPLITS[row.get("split", "train")]
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: no or unknown {error}.") from None
         # The id is the file's name: COCO's cocoid and Flickr's imgid are not in every file.
-        yield CaptionedImage(name, root / str(row.get("filepath", "")) / name, check_captions(captions, where), split)
+        yield CaptionedImage(name, root / str(row.get("filepath", "")) / name, gaps.check(captions, where), split)
 
 
 def coco_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("captions_*.json")) or sorted(folder.glob("annotations/captions_*.json"))
 
 
-def read_coco(path: Path, data: Any, images: Path | None, *, domains: bool = False) -> Iterator[CaptionedImage]:
+def read_coco(
+    path: Path, data: Any, images: Path | None, gaps: Gaps, *, domains: bool = False
+) -> Iterator[CaptionedImage]:
     from pycocotools.coco import COCO
 
     rows, notes = list_of(path, data, "images"), list_of(path, data, "annotations")
     require_keys(path, "images", rows, ("id", "file_name", *(["domain"] if domains else [])))
-    require_keys(path, "annotations", notes, ("id", "image_id", "caption"))
+    require_keys(path, "annotations", notes, ("id", *_keys("image_id", gaps)))
     known = {row["id"] for row in rows}
     for number, note in enumerate(notes):
         if note["image_id"] not in known:
@@ -69,22 +72,23 @@ def read_coco(path: Path, data: Any, images: Path | None, *, domains: bool = Fal
     index.dataset = data
     with contextlib.redirect_stdout(io.StringIO()):
         index.createIndex()
-    match = re.search(r"(train|val|test)\d*", path.stem)
-    split = SPLITS[match[1]] if match else ""
+    split, word = split_in(path.stem)
     roots = [images] if images else [path.parent / "images", path.parent, path.parent.parent]
-    folders = ["", *([match[0]] if match else [])]
+    folders = ["", *([word] if word else [])]
     for number, row in enumerate(rows):
-        captions = [str(note["caption"]) for note in index.imgToAnns.get(row["id"], [])]
+        captions = [note.get("caption") for note in index.imgToAnns.get(row["id"], [])]
         if captions:  # COCO's test images have none
-            kept = check_captions(captions, f"caption file {str(path)!r}, images[{number}]")
+            kept = gaps.check(captions, f"caption file {str(path)!r}, images[{number}]")
             name = str(row["file_name"])
             yield CaptionedImage(name, place_of(name, roots, folders), kept, split, str(row.get("domain", "")))
 
 
-def read_original(path: Path, data: Any, images: Path | None, need_images: bool) -> Iterator[CaptionedImage]:
-    require_keys(path, "", list_of(path, data, ""), ("image_id", "caption"), distinct=False)
+def read_original(
+    path: Path, data: Any, images: Path | None, need_images: bool, gaps: Gaps
+) -> Iterator[CaptionedImage]:
+    require_keys(path, "", list_of(path, data, ""), _keys("image_id", gaps), distinct=False)
     roots = [images] if images else [path.parent / "images", path.parent, path.parent.parent]
-    for image_id, captions in _grouped(path, data).items():
+    for image_id, captions in _grouped(path, data, gaps).items():
         try:
             number = int(image_id)
         except ValueError:
@@ -101,7 +105,52 @@ def read_original(path: Path, data: Any, images: Path | None, need_images: bool)
         yield CaptionedImage(place.name, place, captions, "")
 
 
-def read_original_pickle(path: Path) -> Iterator[CaptionedImage]:
+def read_lavis(path: Path, data: Any, images: Path | None, gaps: Gaps) -> Iterator[CaptionedImage]:
+    """Objects with an image's file and its caption, or a list of them, as in LAVIS's coco_karpathy_train.json."""
+    rows = [
+        (f"caption file {str(path)!r}, [{number}]", {column(key): value for key, value in row.items()})
+        for number, row in enumerate(_objects(path, data))
+    ]
+    return _rows_of_list(path, rows, images, gaps)
+
+
+def read_llava(path: Path, data: Any, images: Path | None, gaps: Gaps) -> Iterator[CaptionedImage]:
+    """LLaVA's blip_laion_cc_sbu_558k.json: the one answer of a conversation about an image is its caption."""
+    rows = []
+    for number, row in enumerate(_objects(path, data)):
+        where = f"caption file {str(path)!r}, [{number}]"
+        turns = row.get("conversations")
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise UserError(f"{where}: it has no list 'conversations': give another file or format.")
+        if not row.get("image"):
+            if gaps.skip:
+                continue
+            raise UserError(f"{where}: it has no 'image': leave it out, or use --skip-missing.")
+        answers = [turn.get("value") for turn in turns if turn.get("from") in ("gpt", "assistant")]
+        if len(answers) > 1:
+            raise UserError(f"{where}: it has {len(answers)} answers, so none is the caption: leave it out.")
+        rows.append((where, {"image": row.get("image"), "caption": answers}))
+    return _rows_of_list(path, rows, images, gaps)
+
+
+def _objects(path: Path, data: Any) -> list[dict[str, Any]]:
+    rows = list_of(path, data, "")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"caption file {str(path)!r}, [{number}]: it is a {type(row).__name__}, no object.")
+    return rows
+
+
+def _rows_of_list(
+    path: Path, rows: list[tuple[str, dict[str, Any]]], images: Path | None, gaps: Gaps
+) -> Iterator[CaptionedImage]:
+    split, word = split_in(path.stem)
+    roots = [images] if images else [path.parent / "images", path.parent, path.parent.parent]
+    folders = ["", *([word] if word else [])]
+    return group_rows(rows, lambda name: place_of(name, roots, folders), gaps, split)
+
+
+def read_original_pickle(path: Path, gaps: Gaps) -> Iterator[CaptionedImage]:
     data = read_pickle(path)
     embeddings: Any = data.get("clip_embedding") if isinstance(data, dict) else None
     rows = data.get("captions") if isinstance(data, dict) else None
@@ -110,7 +159,7 @@ def read_original_pickle(path: Path) -> Iterator[CaptionedImage]:
             f"pickle {str(path)!r} is not the original ClipCap's: it needs 'clip_embedding', a tensor (n, e), and "
             f"'captions', a list."
         )
-    require_keys(path, "captions", rows, ("caption", "clip_embedding"), distinct=False)
+    require_keys(path, "captions", rows, _keys("clip_embedding", gaps), distinct=False)
     first: dict[str, int] = {}
     for number, row in enumerate(rows):
         at = row["clip_embedding"]
@@ -120,16 +169,21 @@ def read_original_pickle(path: Path) -> Iterator[CaptionedImage]:
             )
         row.setdefault("image_id", at)
         first.setdefault(str(row["image_id"]), at)
-    for image_id, captions in _grouped(path, rows).items():
+    for image_id, captions in _grouped(path, rows, gaps).items():
         yield CaptionedImage(image_id, path, captions, "", embedding_row=first[image_id])
 
 
-def _grouped(path: Path, rows: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+def _keys(name: str, gaps: Gaps) -> tuple[str, ...]:
+    """What a row of the original must have."""
+    return (name,) if gaps.skip else (name, "caption")
+
+
+def _grouped(path: Path, rows: list[dict[str, Any]], gaps: Gaps) -> dict[str, tuple[str, ...]]:
     """Captions by image, of rows with an image_id and a caption each."""
     found: dict[str, list[str]] = {}
     for number, row in enumerate(rows):
         where = f"caption file {str(path)!r}, row {number}"
-        found.setdefault(str(row["image_id"]), []).extend(check_captions([str(row["caption"])], where))
+        found.setdefault(str(row["image_id"]), []).extend(gaps.check([row.get("caption")], where))
     return {image_id: tuple(captions) for image_id, captions in found.items()}
 
 
@@ -153,9 +207,3 @@ def require_keys(path: Path, name: str, rows: list[Any], keys: Sequence[str], *,
         if distinct and row[keys[0]] in seen:
             raise UserError(f"{where}: {keys[0]} {row[keys[0]]!r} occurs twice: make the ids distinct.")
         seen.add(row[keys[0]])
-
-
-def place_of(name: str, roots: Sequence[Path], folders: Sequence[str]) -> Path:
-    """The first place where a file is; the first of all where it is nowhere."""
-    places = [root / folder / name for root in roots for folder in folders]
-    return next((place for place in places if place.is_file()), places[0])
