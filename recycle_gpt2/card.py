@@ -13,7 +13,7 @@ def model_card(
     small: str,
     large: str,
     corpus: Mapping[str, Any],
-    vocab_size: int,
+    vocabulary: str,
     stages: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]],
     samples: Sequence[str],
@@ -28,7 +28,7 @@ def model_card(
         small: the English model whose embeddings were relearned.
         large: the larger English model, or nothing.
         corpus: the corpus's manifest.
-        vocab_size: of the tokenizer.
+        vocabulary: of the tokenizer, in words: its size, kind, split and normalisation.
         stages: the record of each training stage, by name.
         scores: of each model: of each genre, as `recycle_gpt2.evaluate.Summary`.
         samples: texts that the model wrote.
@@ -89,7 +89,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 {splits["train"]["documents"]:,} documents of {splits["train"]["bytes"]:,} bytes, {splits["train"]["tokens"]:,} tokens;
 {splits["valid"]["documents"]:,} documents held out for choices and {splits["test"]["documents"]:,} for the scores
-below. Exact duplicates of documents and paragraphs were dropped. Vocabulary: {vocab_size:,} tokens, byte-level BPE.
+below. Exact duplicates of documents and paragraphs were dropped. Vocabulary: {vocabulary}.
 
 ## Training
 

@@ -14,7 +14,8 @@ from common.checks import UserError, require_at_least, require_between, require_
 from common.files import claimed, sync_directory, write_json
 from recycle_gpt2.documents import Document, files_of, find_texts, size_of
 from recycle_gpt2.records import MALFORMED, read_json, reading
-from recycle_gpt2.shards import CHUNK, COUNTED, SHARD_FILE, SPLITS, Selection, shard_path, write_shards
+from recycle_gpt2.shards import CHUNK, COUNTED, SHARD_FILE, Selection, shard_path, write_shards
+from recycle_gpt2.splits import SHARES, SPLITS, require_shares
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class CorpusConfig:
     """Directory that the corpus is written to; an interrupted build goes on there."""
     block: int = 1024
     """Tokens in a block: the model's positions."""
-    shares: tuple[float, float, float] = (0.98, 0.01, 0.01)
+    shares: tuple[float, float, float] = SHARES
     """Shares of the documents in train, valid and test."""
     workers: int = 1
     """Processes that tokenize."""
@@ -73,7 +74,7 @@ def build_corpus(
     out: Path,
     *,
     block: int = 1024,
-    shares: tuple[float, float, float] = (0.98, 0.01, 0.01),
+    shares: tuple[float, float, float] = SHARES,
     workers: int = 1,
     seed: int = 0,
     progress: bool = True,
@@ -107,8 +108,7 @@ def build_corpus(
     require_between("workers", workers, 1, 1024)
     require_at_least("seed", seed, 0)
     require_at_least("chunk", chunk, 1)
-    if len(shares) != len(SPLITS) or min(shares) < 0 or shares[0] == 0 or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(f"shares are {shares}: use three for train, valid and test that sum to 1, train's above 0.")
+    require_shares(shares)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError("the tokenizer is not a fast one with an end token: train one with `recycle-gpt2 tokenizer`.")
     out = Path(out)

@@ -333,7 +333,8 @@ def _translate_and_mix(
     if dictionary is None and auxiliary is None:
         raise UserError("initialisation is 'focus' with neither auxiliary embeddings nor a dictionary: give one.")
     if dictionary is not None:
-        words = {word.casefold(): index for word, index in reversed(word_tokens(target_tokenizer).items())}
+        spelled = word_tokens(target_tokenizer, unspaced=True)
+        words = {word.casefold(): index for word, index in reversed(spelled.items())}
         translations: dict[int, list[Tensor]] = {}
         for target, translation in read_dictionary(dictionary):
             index = words.get(target.casefold())

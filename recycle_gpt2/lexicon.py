@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from common.checks import UserError, printable, require_at_least, require_file, require_one_of, require_place
 from common.files import write_json, write_text
 from common.runtime import resolve_device
+from common.words import has_unspaced, is_word
 from recycle_gpt2.records import MALFORMED
 
 if TYPE_CHECKING:
@@ -177,10 +178,18 @@ def build_lexicon(
     measure: str = "csls",
     words: int = 0,
 ) -> list[Entry]:
-    """Entries of the target tokens that begin a word, their candidates among the source's."""
-    target_words, source_words = word_tokens(target_tokenizer), word_tokens(source_tokenizer)
+    """Entries of the target tokens that begin a word, their candidates among the source's.
+
+    Of a script without spaces between words, every token of its letters has an entry.
+
+    Raises:
+        UserError: a tokenizer has no such token.
+    """
+    target_words, source_words = word_tokens(target_tokenizer, unspaced=True), word_tokens(source_tokenizer)
     if not target_words or not source_words:
-        raise UserError("a tokenizer has no token that begins a word of two letters: a lexicon needs some.")
+        raise UserError(
+            "a tokenizer has no token that begins a word of two letters, which a lexicon needs: take more tokens."
+        )
     chosen = list(target_words)[: words or None]
     names = list(source_words)
     found = nearest(
@@ -250,11 +259,17 @@ def read_dictionary(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def word_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Tokens that begin a word (a space, then letters, at least two) by their word, in the order of their ids."""
+def word_tokens(tokenizer: PreTrainedTokenizerBase, *, unspaced: bool = False) -> dict[str, int]:
+    """Tokens that are words or begin one, by their word, in the order of their ids.
+
+    A space, then letters and their marks, at least two. With `unspaced` also tokens with or without a space that are of
+    letters of a script without spaces between words, where a token is as near to a word as can be had.
+    """
     words: dict[str, int] = {}
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
-        word = tokenizer.convert_tokens_to_string([token])
-        if len(word) > 2 and word[0] == " " and word[1:].isalpha():
-            words.setdefault(word[1:], index)
+        text = tokenizer.convert_tokens_to_string([token])
+        word = text.removeprefix(" ")
+        begins = len(text) > 2 and text != word
+        if (begins or (unspaced and has_unspaced(word))) and is_word(word):
+            words.setdefault(word, index)
     return words

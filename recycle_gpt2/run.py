@@ -32,6 +32,7 @@ from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
 from recycle_gpt2.sampling import sample
+from recycle_gpt2.splits import SHARES
 from recycle_gpt2.stages import (
     DONE,
     MODEL,
@@ -51,7 +52,14 @@ from recycle_gpt2.stages import (
     save_model,
     wait_for,
 )
-from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from recycle_gpt2.tokenizer import (
+    TokenizerOptions,
+    describe,
+    load_tokenizer,
+    save_tokenizer,
+    texts_but_test,
+    train_tokenizer,
+)
 from recycle_gpt2.training import StageConfig
 
 STAGES = ("tokenizer", "corpus", "relearn", "align", "relearn-large", "finetune", "evaluate", "lexicon", "card")
@@ -81,7 +89,7 @@ class RunConfig:
     """Tokens of the new tokenizer (the paper: 40,000 for Dutch, 30,000 for Italian)."""
     block: int = 1024
     """Tokens in a block; at most the models' positions."""
-    shares: tuple[float, float, float] = (0.98, 0.01, 0.01)
+    shares: tuple[float, float, float] = SHARES
     """Shares of the documents in train, valid and test, each above 0."""
     workers: int = 1
     """Processes that tokenize the corpus."""
@@ -98,6 +106,7 @@ class RunConfig:
     """Its learning rate."""
     push_to_hub: str = ""
     """Upload OUT to this repository (user/name) of the Hugging Face hub when it is finished."""
+    options: TokenizerOptions = field(default_factory=TokenizerOptions)
     rows: RowsConfig = field(default_factory=RowsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     stage: StageConfig = field(default_factory=StageConfig)
@@ -110,6 +119,9 @@ class _Tokenizer:
 
     text: tuple[Path, ...]
     vocab_size: int
+    shares: tuple[float, float, float]
+    seed: int
+    options: TokenizerOptions
 
 
 @dataclass(frozen=True)
@@ -203,7 +215,7 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
     tokenizer_directory = begin("tokenizer")
     once(
         tokenizer_directory,
-        _Tokenizer(config.text, config.vocab_size),
+        _Tokenizer(config.text, config.vocab_size, config.shares, config.runtime.seed, config.options),
         lambda: _make_tokenizer(config, tokenizer_directory),
         inputs=text,
     )
@@ -362,11 +374,10 @@ def _scaled(stage: StageConfig, share: float) -> StageConfig:
 
 
 def _make_tokenizer(config: RunConfig, directory: Path) -> dict[str, Any]:
-    tokenizer = train_tokenizer(
-        (document.text for document in read_documents(config.text)), config.vocab_size, progress=True
-    )
+    texts = texts_but_test(read_documents(config.text), config.shares, config.runtime.seed)
+    tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
     save_tokenizer(tokenizer, directory)
-    return {"tokens": len(tokenizer)}
+    return {"tokens": len(tokenizer), "tokenizer": describe(tokenizer)}
 
 
 def _make_corpus(config: RunConfig, tokenizer: Path, directory: Path, block: int) -> dict[str, Any]:
@@ -401,16 +412,19 @@ def _evaluate(config: RunConfig, corpus: Path, models: dict[str, str]) -> dict[s
 
 def _make_lexicon(config: RunConfig, model: Path, directory: Path) -> dict[str, Any]:
     path = directory / "lexicon.tsv"
-    run_lexicon(
-        LexiconConfig(
-            model=model,
-            source=config.large or config.small,
-            out=path,
-            # What made the rows of focus would only be found in them again.
-            dictionary=None if config.rows.initialisation == "focus" else config.dictionary,
-            device=config.runtime.device,
-        )
+    lexicon = LexiconConfig(
+        model=model,
+        source=config.large or config.small,
+        out=path,
+        # What made the rows of focus would only be found in them again.
+        dictionary=None if config.rows.initialisation == "focus" else config.dictionary,
+        device=config.runtime.device,
     )
+    try:
+        run_lexicon(lexicon)
+    except UserError as error:  # the model is made: it is finished without
+        print(f"the lexicon is left out: {error}", flush=True)
+        return {"lexicon": None, "left_out": str(error)}
     return {"lexicon": str(path)}
 
 
@@ -430,7 +444,7 @@ def _finish(config: RunConfig, work: Path, current: Path, scores: dict[str, Any]
             small=_public(config.small),
             large=_public(config.large),
             corpus=read_done(work / "corpus"),
-            vocab_size=len(tokenizer),
+            vocabulary=f"{len(tokenizer):,} tokens, {describe(tokenizer)}",
             stages=records,
             scores=scores["scores"],
             samples=scores["samples"],

@@ -57,7 +57,10 @@ class EvaluateConfig:
     """Encoder of CLIPScore, with a text tower: tiny, a Hugging Face id or directory, or open_clip:ARCH/TAG-or-path;
     empty leaves it out."""
     tokenizer: Literal["auto", "ptb", "words"] = "auto"
-    """ptb (needs Java, as the published scores), words (a plain rule), or auto: ptb where Java is installed."""
+    """ptb (English; needs Java, as the published scores), words (a plain rule for any script), or auto: ptb for English
+    where Java is installed."""
+    language: str = "en"
+    """Code of the captions' language, such as hi or zh; METEOR and SPICE are English's and left out for others."""
     resamples: int = 1000
     """Resamples of the images for the 95% intervals; 0 leaves them out."""
     shown: int = 300
@@ -235,6 +238,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         embeddings=embeddings,
         training=training,
         tokenizer=config.tokenizer,
+        language=config.language,
         resamples=config.resamples,
         seed=config.runtime.seed,
         progress=True,

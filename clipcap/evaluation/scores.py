@@ -54,6 +54,7 @@ def evaluate_captions(
     embeddings: Mapping[str, Tensor] | None = None,
     training: Sequence[str] = (),
     tokenizer: str = "auto",
+    language: str = "en",
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = False,
@@ -68,6 +69,7 @@ def evaluate_captions(
         embeddings: image id to what this CLIP has encoded already.
         training: captions of the training split, to tell which captions are new.
         tokenizer: "auto", "ptb" or "words".
+        language: code of the captions' language.
         resamples: for the intervals; 0 leaves them out.
         seed: of the resamples.
         progress: show progress bars.
@@ -84,7 +86,11 @@ def evaluate_captions(
     references = {item.image_id: list(item.captions) for item in kept}
     with tqdm(total=len(kept), desc="scoring", unit=" captions", disable=not progress) as bar:
         metrics, name, absent = measure(
-            given, references, tokenizer=tokenizer, progress=lambda done: bar.update(done - bar.n)
+            given,
+            references,
+            tokenizer=tokenizer,
+            language=language,
+            progress=lambda done: bar.update(done - bar.n),
         )
         bar.update(len(kept) - bar.n)
     details: dict[str, str] = {}
@@ -108,7 +114,7 @@ def evaluate_captions(
     texts = list(given.values())
     scores["sacreBLEU"], details["sacreBLEU's signature"] = sacrebleu_score(texts, list(references.values()))
     intervals = bootstrap(metrics, resamples=resamples, seed=seed) if resamples else {}
-    varied = diversity(texts, training)
+    varied = diversity(texts, training, language)
     if not training:
         absent["novel share"] = "the data set has no training split beside the split that is scored"
     return Evaluation(
