@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recycle_gpt2.evaluate import interval
+
 
 def model_card(
     *,
@@ -53,10 +55,10 @@ def model_card(
     ]
     for model, groups in scores.items():
         for group, found in groups.items():
-            low, high = found["bits_per_byte_interval"]
+            ends = interval(found["bits_per_byte_interval"])
             table.append(
                 f"| {model} | {group} | {found['tokens']:,} | {found['perplexity']:.2f} "
-                f"| {found['bits_per_character']:.4f} | {found['bits_per_byte']:.4f} | {low:.4f} to {high:.4f} |"
+                f"| {found['bits_per_character']:.4f} | {found['bits_per_byte']:.4f} | {ends} |"
             )
     quoted = "\n\n".join("> " + text.strip().replace("\n", "\n> ") for text in samples if text.strip())
     hours = sum(record["seconds"] for record in stages.values()) / 3600

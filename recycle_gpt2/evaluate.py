@@ -18,6 +18,7 @@ from common.decoders.families import positions
 from common.files import write_json
 from common.language import MOST_RESAMPLES, score
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
+from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.corpus import load_documents
 from recycle_gpt2.documents import Document, read_documents
 
@@ -40,7 +41,7 @@ class EvaluateConfig:
     models: tyro.conf.Positional[tuple[str, ...]]
     """Models: directories, hub ids (gpt2, GroNLP/gpt2-small-dutch), tiny or tiny-medium."""
     text: tuple[Path, ...] = ()
-    """Files or directories of text, as `recycle-gpt2 corpus` reads them."""
+    """Files or directories of text, as `recycle-gpt2 corpus` reads them; of a saved DatasetDict its split test."""
     corpus: Path | None = None
     """A corpus that `recycle-gpt2 corpus` wrote, instead of text: its test documents are scored."""
     by: Literal["genre", "file"] = "genre"
@@ -55,6 +56,7 @@ class EvaluateConfig:
     """Documents to score, when not 0: the first ones."""
     resamples: int = 1000
     """Bootstrap resamples over documents, for 95% intervals."""
+    reading: TextOptions = field(default_factory=TextOptions)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -81,7 +83,8 @@ class Summary:
     nats: float
     perplexity: float
     bits_per_byte: float
-    bits_per_byte_interval: tuple[float, float]
+    bits_per_byte_interval: tuple[float, float] | None
+    """None of one document, which says nothing of others."""
     bits_per_character: float
 
 
@@ -99,7 +102,12 @@ def with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if backend is not None:  # no warning about long texts
         backend.no_truncation()
         backend.no_padding()
-        return [end, *backend.encode(text, add_special_tokens=False).ids]
+        before = backend.encode_special_tokens
+        backend.encode_special_tokens = True  # as in the corpus, a text that spells the end token does not end there
+        try:
+            return [end, *backend.encode(text, add_special_tokens=False).ids]
+        finally:
+            backend.encode_special_tokens = before
     return [end, *tokenizer.encode(text, add_special_tokens=False)]
 
 
@@ -152,7 +160,7 @@ def summarise(scores: Sequence[DocumentScore], *, resamples: int = 1000, seed: i
     for _ in range(max(1, resamples)):
         drawn = generator.integers(0, len(scores), len(scores))
         ratios.append(nats[drawn].sum() / math.log(2) / size[drawn].sum())
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    low, high = map(float, np.quantile(ratios, [0.025, 0.975]))
     total = float(nats.sum())
     return Summary(
         documents=len(scores),
@@ -161,7 +169,7 @@ def summarise(scores: Sequence[DocumentScore], *, resamples: int = 1000, seed: i
         nats=total,
         perplexity=math.exp(min(total / tokens, 700)),
         bits_per_byte=total / math.log(2) / float(size.sum()),
-        bits_per_byte_interval=(float(low), float(high)),
+        bits_per_byte_interval=(low, high) if len(scores) > 1 else None,
         bits_per_character=total / math.log(2) / characters,
     )
 
@@ -194,7 +202,11 @@ def run(config: EvaluateConfig) -> int:
     if config.out:
         require_place(config.out)
     device = start(config.runtime)
-    found = load_documents(config.corpus, "test") if config.corpus else read_documents(config.text)
+    found = (
+        load_documents(config.corpus, "test")
+        if config.corpus
+        else read_documents(config.text, config.reading, held_out=True)
+    )
     documents = list(islice(found, config.max_documents or None))
     results = {}
     for name in config.models:
@@ -219,9 +231,13 @@ def table(name: str, summaries: dict[str, Summary]) -> str:
     width = max(map(len, [*summaries, "documents of"]))
     lines = [name, f"  {'documents of':<{width}}  documents     tokens  perplexity  bits/char  bits/byte  95% interval"]
     for group, found in summaries.items():
-        low, high = found.bits_per_byte_interval
         lines.append(
             f"  {group:<{width}}  {found.documents:>9,}  {found.tokens:>9,}  {found.perplexity:>10,.2f}  "
-            f"{found.bits_per_character:>9.4f}  {found.bits_per_byte:>9.4f}  {low:.4f} to {high:.4f}"
+            f"{found.bits_per_character:>9.4f}  {found.bits_per_byte:>9.4f}  {interval(found.bits_per_byte_interval)}"
         )
     return "\n".join(lines)
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """An interval for people."""
+    return "none: one document" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"

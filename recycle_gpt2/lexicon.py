@@ -105,6 +105,12 @@ def run(config: LexiconConfig) -> None:
         print(printable(f"{entry.word:>16}  {', '.join(entry.candidates[:5])}"))
     found = None
     if config.dictionary is not None:
+        require_direction(
+            read_dictionary(config.dictionary),
+            config.dictionary,
+            word_tokens(tokenizer, unspaced=True),
+            word_tokens(source_tokenizer),
+        )
         found = precision(lexicon, config.dictionary, source_words=word_tokens(source_tokenizer))
         print(f"precision at 1: {found.at_1:.3f}, at 5: {found.at_5:.3f} ({found.words:,} words)")
     write_json(config.out.with_suffix(".json"), {"config": config, "words": len(lexicon), "precision": found})
@@ -257,6 +263,28 @@ def read_dictionary(path: Path) -> list[tuple[str, str]]:
     if not pairs:
         raise UserError(f"dictionary {str(path)!r} has no pair: give a word, a tab and its translation in each line.")
     return pairs
+
+
+def require_direction(
+    pairs: Sequence[tuple[str, str]], path: Path, target_words: Collection[str], source_words: Collection[str]
+) -> None:
+    """Raise UserError for a dictionary with the source's words first, told by which of its words are tokens.
+
+    Args:
+        pairs: of the dictionary.
+        path: its file.
+        target_words: words that are tokens of the new language.
+        source_words: words that are tokens of the source's.
+    """
+    target, source = ({word.casefold() for word in words} for words in (target_words, source_words))
+    folded = [(first.casefold(), second.casefold()) for first, second in pairs]
+    right = sum(first in target and second in source for first, second in folded)
+    wrong = sum(first in source and second in target for first, second in folded)
+    if wrong > 2 * right:
+        raise UserError(
+            f"dictionary {str(path)!r} looks the wrong way round: {right:,} of its {len(pairs):,} pairs are a word of "
+            f"the new language and an English one, {wrong:,} the reverse: put the new language's words first."
+        )
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, *, unspaced: bool = False) -> dict[str, int]:

@@ -16,6 +16,7 @@ from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.alignment import AlignmentConfig
+from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.card import model_card
 from recycle_gpt2.corpus import (
     build_corpus,
@@ -28,7 +29,7 @@ from recycle_gpt2.corpus import (
 from recycle_gpt2.documents import find_texts, read_documents, size_of
 from recycle_gpt2.evaluate import score_documents, summarise_by, table
 from recycle_gpt2.lexical import RowsConfig, train_only
-from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
+from recycle_gpt2.lexicon import LexiconConfig, read_dictionary, require_direction, word_tokens
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
 from recycle_gpt2.sampling import sample
@@ -76,7 +77,8 @@ class RunConfig:
     """
 
     text: tuple[Path, ...]
-    """Files or directories of text: .txt, .jsonl, .html (also .xz and .gz), or a Hugging Face dataset on disk."""
+    """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
+    Hugging Face dataset on disk, of which a split named test is left out."""
     out: Path
     """Directory of the finished model."""
     language: str
@@ -107,6 +109,7 @@ class RunConfig:
     push_to_hub: str = ""
     """Upload OUT to this repository (user/name) of the Hugging Face hub when it is finished."""
     options: TokenizerOptions = field(default_factory=TokenizerOptions)
+    reading: TextOptions = field(default_factory=TextOptions)
     rows: RowsConfig = field(default_factory=RowsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     stage: StageConfig = field(default_factory=StageConfig)
@@ -122,6 +125,7 @@ class _Tokenizer:
     shares: tuple[float, float, float]
     seed: int
     options: TokenizerOptions
+    column: str
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class _Corpus:
     block: int
     shares: tuple[float, float, float]
     seed: int
+    column: str
 
 
 @dataclass(frozen=True)
@@ -211,18 +216,22 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
             print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
         return work / name
 
-    text = {"text": known_text}
+    text, column = {"text": known_text}, config.reading.column
     tokenizer_directory = begin("tokenizer")
     once(
         tokenizer_directory,
-        _Tokenizer(config.text, config.vocab_size, config.shares, config.runtime.seed, config.options),
+        _Tokenizer(config.text, config.vocab_size, config.shares, config.runtime.seed, config.options, column),
         lambda: _make_tokenizer(config, tokenizer_directory),
         inputs=text,
     )
+    if config.dictionary is not None:
+        words = word_tokens(load_tokenizer(tokenizer_directory), unspaced=True)
+        english = word_tokens(load_gpt2(config.small)[1])
+        require_direction(read_dictionary(config.dictionary), config.dictionary, words, english)
     corpus = begin("corpus")
     once(
         corpus,
-        _Corpus(config.text, block, config.shares, config.runtime.seed),
+        _Corpus(config.text, block, config.shares, config.runtime.seed, column),
         lambda: _make_corpus(config, tokenizer_directory, corpus, block),
         inputs=text | {"tokenizer": file_hash(tokenizer_directory / "tokenizer.json")},
     )
@@ -374,7 +383,7 @@ def _scaled(stage: StageConfig, share: float) -> StageConfig:
 
 
 def _make_tokenizer(config: RunConfig, directory: Path) -> dict[str, Any]:
-    texts = texts_but_test(read_documents(config.text), config.shares, config.runtime.seed)
+    texts = texts_but_test(read_documents(config.text, config.reading), config.shares, config.runtime.seed)
     tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
     save_tokenizer(tokenizer, directory)
     return {"tokens": len(tokenizer), "tokenizer": describe(tokenizer)}
@@ -389,6 +398,7 @@ def _make_corpus(config: RunConfig, tokenizer: Path, directory: Path, block: int
         shares=config.shares,
         workers=config.workers,
         seed=config.runtime.seed,
+        reading=config.reading,
     )
     return read_manifest(directory)
 

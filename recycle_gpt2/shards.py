@@ -21,6 +21,7 @@ import numpy as np
 
 from common.checks import UserError
 from common.files import whole_file, write_json, write_text
+from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, find_texts, read_with_positions, size_of
 from recycle_gpt2.records import MALFORMED
 from recycle_gpt2.splits import SPLITS, split_of, text_key
@@ -72,6 +73,7 @@ _Row = tuple[str, str, str, str]
 
 def write_shards(
     paths: Sequence[Path],
+    reading: TextOptions,
     selection: Selection,
     shards: Path,
     tokenizer: str,
@@ -115,7 +117,7 @@ def write_shards(
             bar.set_postfix_str(f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s", refresh=False)
             bar.update(position - bar.n)
 
-        for number, (rows, position) in enumerate(_chunks(paths, selection, chunk)):
+        for number, (rows, position) in enumerate(_chunks(paths, reading, selection, chunk)):
             known = [tokenizer, *setup[1:]]
             digest = _sha256([*known, rows])
             content = _sha256([*known, [row[:2] for row in rows]])
@@ -143,11 +145,13 @@ def write_shards(
     return metas
 
 
-def _chunks(paths: Sequence[Path], selection: Selection, chunk: int) -> Iterator[tuple[list[_Row], int]]:
+def _chunks(
+    paths: Sequence[Path], reading: TextOptions, selection: Selection, chunk: int
+) -> Iterator[tuple[list[_Row], int]]:
     """New documents in lists of at least `chunk` bytes of text, with the position in the files after each."""
     rows: list[_Row] = []
     size = position = 0
-    for document, position in read_with_positions(paths):
+    for document, position in read_with_positions(paths, reading):
         taken = selection.take(document)
         if taken is None:
             continue

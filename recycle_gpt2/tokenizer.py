@@ -16,6 +16,7 @@ from common import pretrained
 from common.checks import UserError, require_between, require_place, require_text
 from common.files import MARKER, require_own_directory, whole_directory
 from common.words import mark_share
+from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, read_documents
 from recycle_gpt2.splits import SHARES, require_shares, split_of
 
@@ -55,7 +56,8 @@ class TokenizerConfig:
     """Train a byte-level tokenizer on text."""
 
     text: tuple[Path, ...]
-    """Files or directories of text: .txt, .jsonl, .html (also .xz and .gz), or a Hugging Face dataset on disk."""
+    """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
+    Hugging Face dataset on disk, of which a split named test is left out."""
     out: Path
     """Directory that the tokenizer is saved in; AutoTokenizer loads it."""
     vocab_size: int = 40_000
@@ -65,6 +67,7 @@ class TokenizerConfig:
     seed: int = 0
     """The corpus's: it decides which documents are test documents."""
     options: TokenizerOptions = field(default_factory=TokenizerOptions)
+    reading: TextOptions = field(default_factory=TextOptions)
 
 
 def run(config: TokenizerConfig) -> None:
@@ -73,7 +76,7 @@ def run(config: TokenizerConfig) -> None:
     require_place(config.out, directory=True)
     require_own_directory(config.out, "tokenizer")
     require_shares(config.shares)
-    texts = texts_but_test(read_documents(config.text), config.shares, config.seed)
+    texts = texts_but_test(read_documents(config.text, config.reading), config.shares, config.seed)
     tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
     with whole_directory(config.out, "tokenizer") as partial:
         tokenizer.save_pretrained(partial)

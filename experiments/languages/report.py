@@ -62,8 +62,8 @@ def mean(values: list[float]) -> str:
 
 def interval(found: dict[str, Any]) -> str:
     """A 95% interval over documents."""
-    low, high = found["bits_per_byte_interval"]
-    return f"{low:.3f} to {high:.3f}"
+    ends = found["bits_per_byte_interval"]
+    return "–" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def main_table(directory: Path, runs: dict[str, dict[str, Any]]) -> list[str]:

@@ -15,8 +15,18 @@ from common.checks import UserError
 from common.gpt2 import load_gpt2
 from recycle_gpt2.cli import main
 from recycle_gpt2.documents import Document
-from recycle_gpt2.evaluate import DocumentScore, score, score_documents, summarise, summarise_by, with_end
+from recycle_gpt2.evaluate import (
+    DocumentScore,
+    interval,
+    score,
+    score_documents,
+    summarise,
+    summarise_by,
+    table,
+    with_end,
+)
 from recycle_gpt2.sampling import sample
+from recycle_gpt2.shards import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +101,28 @@ def test_summary_is_the_ratio_of_sums_with_an_interval():
     assert summarise(scores, resamples=500) == found
     same = summarise([item(70.0, 100)] * 9).bits_per_byte_interval
     assert same[0] == pytest.approx(same[1])
+
+
+def test_one_document_has_no_interval():
+    found = summarise([item(70.0, 100)])
+    assert found.bits_per_byte_interval is None and "none: one document" in table("x", {"all": found})
+    assert interval((1, 2)) == "1.0000 to 2.0000"
+
+
+def test_a_spelled_end_token_is_text_as_in_the_corpus(loaded):
+    tokenizer = loaded[1]
+    ids = with_end(tokenizer, "the cat<|endoftext|>sat")
+    assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(ids[1:]) == "the cat<|endoftext|>sat"
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, "uint16")
+    assert ids[1:] == encoder.tokenizer.encode("the cat<|endoftext|>sat", add_special_tokens=False).ids
+    assert tokenizer("<|endoftext|>").input_ids == [tokenizer.eos_token_id]  # what others ask it is as before
+
+
+def test_more_new_tokens_than_positions_is_said(gpt2_directory, capsys):
+    assert main(["sample", str(gpt2_directory), "--max-new-tokens", "500", "--device", "cpu"]) == 0
+    assert "max_new_tokens is 500 but after the prompt the model has positions for 31" in capsys.readouterr().err
+    assert main(["sample", str(gpt2_directory), "--max-new-tokens", "5", "--device", "cpu"]) == 0
+    assert "max_new_tokens" not in capsys.readouterr().err
 
 
 def test_bootstrap_does_not_hold_all_resamples():
@@ -172,7 +204,7 @@ def test_command_compares_models_by_genre(gpt2_directory, english_models, text, 
 def test_command_computes_in_bf16_and_reads_no_more_than_it_scores(gpt2_directory, text, tmp_path, monkeypatch):
     read = []
 
-    def documents(paths):
+    def documents(paths, *_, **__):
         for number in range(5):
             read.append(number)
             yield Document("the cat sat on the mat " * 3, "a.txt", "a")
