@@ -18,6 +18,7 @@ def model_card(
     vocabulary: str,
     stages: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    differences: Mapping[str, str],
     samples: Sequence[str],
     hardware: str,
     versions: Mapping[str, str],
@@ -33,6 +34,7 @@ def model_card(
         vocabulary: of the tokenizer, in words: its size, kind, split and normalisation.
         stages: the record of each training stage, by name.
         scores: of each model: of each genre, as `recycle_gpt2.evaluate.Summary`.
+        differences: of the model's bits per byte from each other model's, for people.
         samples: texts that the model wrote.
         hardware: one line.
         versions: of the libraries.
@@ -60,6 +62,7 @@ def model_card(
                 f"| {model} | {group} | {found['tokens']:,} | {found['perplexity']:.2f} "
                 f"| {found['bits_per_character']:.4f} | {found['bits_per_byte']:.4f} | {ends} |"
             )
+    paired = [f"- minus {model}: {text}" for model, text in differences.items()]
     quoted = "\n\n".join("> " + text.strip().replace("\n", "\n> ") for text in samples if text.strip())
     hours = sum(record["seconds"] for record in stages.values()) / 3600
     libraries = ", ".join(f"{library} {version}" for library, version in versions.items())
@@ -104,6 +107,10 @@ below. Exact duplicates of documents and paragraphs were dropped. Vocabulary: {v
 On the held-out documents; every token counts once. Models with other tokenizers compare by bits per byte.
 
 {chr(10).join(table)}
+
+The recycled model, document by document (below 0 it is better; 95% intervals by paired bootstrap):
+
+{chr(10).join(paired) or "Not compared."}
 
 ## Samples
 

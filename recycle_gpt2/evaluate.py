@@ -35,7 +35,8 @@ class EvaluateConfig:
     """Score models on text: perplexity, bits per byte and per character, with intervals.
 
     Every token counts once, after as much context as the windows give. Bits per byte compare models whose tokenizers
-    differ; perplexities do so only with the same tokenizer.
+    differ; perplexities do so only with the same tokenizer. Further models are compared with the first, document by
+    document.
     """
 
     models: tyro.conf.Positional[tuple[str, ...]]
@@ -86,6 +87,16 @@ class Summary:
     bits_per_byte_interval: tuple[float, float] | None
     """None of one document, which says nothing of others."""
     bits_per_character: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Bits per byte of one model minus another's on the same documents; below 0 it is better."""
+
+    bits_per_byte: float
+    interval: tuple[float, float] | None
+    """95%, by paired bootstrap: each resample draws documents, and both models' scores of them (Koehn 2004). None of
+    one document."""
 
 
 def with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -174,6 +185,27 @@ def summarise(scores: Sequence[DocumentScore], *, resamples: int = 1000, seed: i
     )
 
 
+def compare(
+    scores: Sequence[DocumentScore], others: Sequence[DocumentScore], *, resamples: int = 1000, seed: int = 0
+) -> Difference:
+    """How much better or worse `scores` are than `others`, document by document.
+
+    Raises:
+        UserError: they are not of the same documents, or there are none.
+    """
+    if not scores or [(s.source, s.num_bytes) for s in scores] != [(s.source, s.num_bytes) for s in others]:
+        raise UserError(f"scores of {len(scores)} and {len(others)} documents: compare those of the same ones.")
+    difference = np.array([one.nats - two.nats for one, two in zip(scores, others, strict=True)]) / math.log(2)
+    size = np.array([score.num_bytes for score in scores], dtype=float)
+    generator = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(max(1, resamples)):
+        drawn = generator.integers(0, len(scores), len(scores))
+        ratios.append(difference[drawn].sum() / size[drawn].sum())
+    low, high = map(float, np.quantile(ratios, [0.025, 0.975]))
+    return Difference(float(difference.sum() / size.sum()), (low, high) if len(scores) > 1 else None)
+
+
 def summarise_by(
     scores: Sequence[DocumentScore], by: str = "genre", *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Summary]:
@@ -208,7 +240,8 @@ def run(config: EvaluateConfig) -> int:
         else read_documents(config.text, config.reading, held_out=True)
     )
     documents = list(islice(found, config.max_documents or None))
-    results = {}
+    results, differences = {}, {}
+    first: list[DocumentScore] = []
     for name in config.models:
         model, tokenizer = load_gpt2(name, device=device, frozen=True)
         with autocast(device, config.runtime.precision):
@@ -217,10 +250,20 @@ def run(config: EvaluateConfig) -> int:
             )
         results[name] = summarise_by(scores, config.by, resamples=config.resamples, seed=config.runtime.seed)
         print(printable(table(name, results[name]), lines=True), flush=True)
+        if first:
+            differences[name] = compare(scores, first, resamples=config.resamples, seed=config.runtime.seed)
+            print(printable(f"  minus {config.models[0]}, paired: {shown(differences[name])}"), flush=True)
+        first = first or scores
     if config.out:
         write_json(
             config.out,
-            {"models": results, "config": asdict(config), "hardware": hardware(), "versions": versions()},
+            {
+                "models": results,
+                "differences": differences,
+                "config": asdict(config),
+                "hardware": hardware(),
+                "versions": versions(),
+            },
         )
         print(f"written to {config.out}")
     return 0
@@ -241,3 +284,8 @@ def table(name: str, summaries: dict[str, Summary]) -> str:
 def interval(ends: Sequence[float] | None) -> str:
     """An interval for people."""
     return "none: one document" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def shown(difference: Difference) -> str:
+    """A difference for people."""
+    return f"{difference.bits_per_byte:+.4f} bits/byte ({interval(difference.interval)})"

@@ -17,6 +17,8 @@ from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.bad_rows import TextOptions
+from recycle_gpt2.baseline import fit_ngrams, name_of, score_ngrams
+from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.card import model_card
 from recycle_gpt2.corpus import (
     build_corpus,
@@ -27,7 +29,7 @@ from recycle_gpt2.corpus import (
     text_hash,
 )
 from recycle_gpt2.documents import find_texts, read_documents, size_of
-from recycle_gpt2.evaluate import score_documents, summarise_by, table
+from recycle_gpt2.evaluate import DocumentScore, compare, score_documents, shown, summarise_by, table
 from recycle_gpt2.lexical import RowsConfig, train_only
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary, require_direction, word_tokens
 from recycle_gpt2.lexicon import run as run_lexicon
@@ -404,19 +406,27 @@ def _make_corpus(config: RunConfig, tokenizer: Path, directory: Path, block: int
 
 
 def _evaluate(config: RunConfig, corpus: Path, models: dict[str, str]) -> dict[str, Any]:
-    device = start(config.runtime)
-    documents = load_documents(corpus, "test")
-    results: dict[str, Any] = {"scores": {}, "samples": []}
+    """Scores of the models and of an n-gram model of the same tokens, what the recycled one gains, and its samples."""
+    device, seed = start(config.runtime), config.runtime.seed
+    documents, train = load_documents(corpus, "test"), TokenBlocks(corpus, "train")
+    scores: dict[str, list[DocumentScore]] = {}
+    samples: list[str] = []
     for name, source in models.items():
         model, tokenizer = load_gpt2(source, device=device, frozen=True)
         with autocast(device, config.runtime.precision):
-            scores = score_documents(model, tokenizer, documents, progress=True)
-        found = summarise_by(scores, seed=config.runtime.seed)
-        print(table(name, found), flush=True)
-        results["scores"][name] = {group: asdict(summary) for group, summary in found.items()}
-        if name == "recycled":
-            with autocast(device, config.runtime.precision):
-                results["samples"] = sample(model, tokenizer, count=3, max_new_tokens=60, seed=config.runtime.seed)
+            scores[name] = score_documents(model, tokenizer, documents, progress=True)
+            if name == "recycled":
+                samples = sample(model, tokenizer, count=3, max_new_tokens=60, seed=seed)
+                scores[name_of(train)] = score_ngrams(fit_ngrams(train), tokenizer, documents)
+    results: dict[str, Any] = {"scores": {}, "differences": {}, "samples": samples}
+    for name, found in scores.items():
+        groups = summarise_by(found, seed=seed)
+        print(table(name, groups), flush=True)
+        results["scores"][name] = {group: asdict(summary) for group, summary in groups.items()}
+        if name != "recycled":
+            gained = shown(compare(scores["recycled"], found, seed=seed))
+            results["differences"][name] = gained
+            print(f"  recycled minus this, paired: {gained}", flush=True)
     return results
 
 
@@ -457,6 +467,7 @@ def _finish(config: RunConfig, work: Path, current: Path, scores: dict[str, Any]
             vocabulary=f"{len(tokenizer):,} tokens, {describe(tokenizer)}",
             stages=records,
             scores=scores["scores"],
+            differences=scores.get("differences", {}),  # version 0.1 had none
             samples=scores["samples"],
             hardware=hardware(),
             versions=versions(),

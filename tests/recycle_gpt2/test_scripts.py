@@ -55,6 +55,7 @@ def test_the_whole_run(script, tmp_path, english_models, capsys):
     card = (out / "README.md").read_text(encoding="utf-8")
     split = "keep their combining marks" if script in MARKS else "GPT-2's split into words"
     assert f"language: {CODES[script]}" in card and split in card
+    assert "| 5-gram (Kneser-Ney) | all |" in card and "- minus 5-gram (Kneser-Ney): +" in card  # it was hardly trained
     assert (out / "model.safetensors").is_file()
     lexicon = json.loads((tmp_path / "out.stages" / "lexicon" / "done.json").read_text())
     words = [line.split("\t")[0] for line in Path(lexicon["lexicon"]).read_text(encoding="utf-8").splitlines()]
