@@ -35,7 +35,7 @@ nav { margin-top: 2rem; }
 <p><label>Name or number of the judge: <input id="judge" autocomplete="off"></label></p>
 <progress id="progress" value="0"></progress>
 <p id="count"></p>
-<div id="text"></div>
+<div id="text" dir="auto"></div>
 <p>@QUESTION@</p>
 <p><button id="human">@YES@</button><button id="machine">@NO@</button></p>
 <nav><button id="back">&larr;</button><button id="next">&rarr;</button><button id="save">Save answers</button></nav>

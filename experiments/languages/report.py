@@ -128,7 +128,7 @@ def budget_table(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def paired_table(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """Bits per byte of every run, each of one seed, minus the Kneser-Ney model's, by paired bootstrap over documents."""
+    """Bits per byte of every run (one seed each) minus the Kneser-Ney model's, by paired bootstrap over documents."""
     rows = []
     for name, run in sorted(runs.items()):
         found = run["held_out"] or {}
