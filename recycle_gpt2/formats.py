@@ -9,13 +9,14 @@ import io
 import json
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from common.checks import UserError
+from common.checks import UserError, printable
 from common.running_text import RunningText
 from recycle_gpt2.bad_rows import BadRows
 
@@ -254,6 +255,8 @@ def read_dataset(directory: Path, genre: str, column: str, bad: BadRows, held_ou
         raise UserError(f"dataset {str(directory)!r} cannot be read ({error}): save or copy it again.") from None
     parts = dict(found) if isinstance(found, datasets.DatasetDict) else {"": found}
     if "test" in parts:
+        if not held_out:
+            print(f"left out: split 'test' of dataset {printable(directory)}, which is for scores.", file=sys.stderr)
         parts = {name: part for name, part in parts.items() if (name == "test") == held_out}
     for name, part in parts.items():
         where = f"dataset {str(directory)!r}" + (f", split {name!r}" if name else "")

@@ -114,11 +114,12 @@ def test_of_many_bad_rows_the_first_are_named(capsys):
         BadRows(1.5)
 
 
-def test_the_test_split_of_a_dataset_is_for_scores_only(tmp_path):
+def test_the_test_split_of_a_dataset_is_for_scores_only(tmp_path, capsys):
     datasets = pytest.importorskip("datasets")
     parts = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "validation", "test")}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "all"))
     assert [found.text for found in read_documents([tmp_path / "all"])] == ["train", "validation"]
+    assert "left out: split 'test' of dataset" in capsys.readouterr().err
     assert [found.text for found in read_documents([tmp_path / "all"], held_out=True)] == ["test"]
 
 
