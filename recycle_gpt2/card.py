@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recycle_gpt2.evaluate import interval
+
 
 def model_card(
     *,
@@ -13,9 +15,10 @@ def model_card(
     small: str,
     large: str,
     corpus: Mapping[str, Any],
-    vocab_size: int,
+    vocabulary: str,
     stages: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    differences: Mapping[str, str],
     samples: Sequence[str],
     hardware: str,
     versions: Mapping[str, str],
@@ -28,9 +31,10 @@ def model_card(
         small: the English model whose embeddings were relearned.
         large: the larger English model, or nothing.
         corpus: the corpus's manifest.
-        vocab_size: of the tokenizer.
+        vocabulary: of the tokenizer, in words: its size, kind, split and normalisation.
         stages: the record of each training stage, by name.
         scores: of each model: of each genre, as `recycle_gpt2.evaluate.Summary`.
+        differences: of the model's bits per byte from each other model's, for people.
         samples: texts that the model wrote.
         hardware: one line.
         versions: of the libraries.
@@ -53,11 +57,12 @@ def model_card(
     ]
     for model, groups in scores.items():
         for group, found in groups.items():
-            low, high = found["bits_per_byte_interval"]
+            ends = interval(found["bits_per_byte_interval"])
             table.append(
                 f"| {model} | {group} | {found['tokens']:,} | {found['perplexity']:.2f} "
-                f"| {found['bits_per_character']:.4f} | {found['bits_per_byte']:.4f} | {low:.4f} to {high:.4f} |"
+                f"| {found['bits_per_character']:.4f} | {found['bits_per_byte']:.4f} | {ends} |"
             )
+    paired = [f"- minus {model}: {text}" for model, text in differences.items()]
     quoted = "\n\n".join("> " + text.strip().replace("\n", "\n> ") for text in samples if text.strip())
     hours = sum(record["seconds"] for record in stages.values()) / 3600
     libraries = ", ".join(f"{library} {version}" for library, version in versions.items())
@@ -89,7 +94,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 {splits["train"]["documents"]:,} documents of {splits["train"]["bytes"]:,} bytes, {splits["train"]["tokens"]:,} tokens;
 {splits["valid"]["documents"]:,} documents held out for choices and {splits["test"]["documents"]:,} for the scores
-below. Exact duplicates of documents and paragraphs were dropped. Vocabulary: {vocab_size:,} tokens, byte-level BPE.
+below. Exact duplicates of documents and paragraphs were dropped. Vocabulary: {vocabulary}.
 
 ## Training
 
@@ -102,6 +107,10 @@ below. Exact duplicates of documents and paragraphs were dropped. Vocabulary: {v
 On the held-out documents; every token counts once. Models with other tokenizers compare by bits per byte.
 
 {chr(10).join(table)}
+
+The recycled model, document by document (below 0 it is better; 95% intervals by paired bootstrap):
+
+{chr(10).join(paired) or "Not compared."}
 
 ## Samples
 

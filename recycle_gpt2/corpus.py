@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.checks import UserError, require_at_least, require_between, require_file, require_one_of
 from common.files import claimed, sync_directory, write_json
+from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, files_of, find_texts, size_of
 from recycle_gpt2.records import MALFORMED, read_json, reading
-from recycle_gpt2.shards import CHUNK, COUNTED, SHARD_FILE, SPLITS, Selection, shard_path, write_shards
+from recycle_gpt2.shards import CHUNK, COUNTED, SHARD_FILE, Selection, shard_path, write_shards
+from recycle_gpt2.splits import SHARES, SPLITS, require_shares
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -30,19 +32,21 @@ class CorpusConfig:
     """Turn text into packed token blocks, split into train, valid and test documents."""
 
     text: tuple[Path, ...]
-    """Files or directories of text: .txt, .jsonl, .html (also .xz and .gz), or a Hugging Face dataset on disk."""
+    """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
+    Hugging Face dataset on disk, of which a split named test is left out."""
     tokenizer: Path
     """Directory of the tokenizer (`recycle-gpt2 tokenizer`)."""
     out: Path
     """Directory that the corpus is written to; an interrupted build goes on there."""
     block: int = 1024
     """Tokens in a block: the model's positions."""
-    shares: tuple[float, float, float] = (0.98, 0.01, 0.01)
+    shares: tuple[float, float, float] = SHARES
     """Shares of the documents in train, valid and test."""
     workers: int = 1
     """Processes that tokenize."""
     seed: int = 0
     """Another seed holds out other documents."""
+    reading: TextOptions = field(default_factory=TextOptions)
 
 
 def run(config: CorpusConfig) -> None:
@@ -58,6 +62,7 @@ def run(config: CorpusConfig) -> None:
             shares=config.shares,
             workers=config.workers,
             seed=config.seed,
+            reading=config.reading,
         )
     manifest = read_manifest(directory)
     for split in SPLITS:
@@ -73,9 +78,10 @@ def build_corpus(
     out: Path,
     *,
     block: int = 1024,
-    shares: tuple[float, float, float] = (0.98, 0.01, 0.01),
+    shares: tuple[float, float, float] = SHARES,
     workers: int = 1,
     seed: int = 0,
+    reading: TextOptions | None = None,
     progress: bool = True,
     chunk: int = CHUNK,
 ) -> Path:
@@ -94,6 +100,7 @@ def build_corpus(
         shares: of the documents in train, valid and test; they sum to 1.
         workers: processes that tokenize.
         seed: another seed holds out other documents.
+        reading: the column of the text, and the share that may be bad.
         progress: show a bar of bytes read, with tokens per second.
         chunk: UTF-8 bytes of text in a shard.
 
@@ -107,11 +114,10 @@ def build_corpus(
     require_between("workers", workers, 1, 1024)
     require_at_least("seed", seed, 0)
     require_at_least("chunk", chunk, 1)
-    if len(shares) != len(SPLITS) or min(shares) < 0 or shares[0] == 0 or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(f"shares are {shares}: use three for train, valid and test that sum to 1, train's above 0.")
+    require_shares(shares)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError("the tokenizer is not a fast one with an end token: train one with `recycle-gpt2 tokenizer`.")
-    out = Path(out)
+    out, reading = Path(out), reading or TextOptions()
     _require_own(out)
     key = {
         "format": FORMAT,
@@ -124,12 +130,14 @@ def build_corpus(
         "seed": seed,
         "chunk": chunk,
         "text": text_hash(paths, progress=progress),
+        "column": reading.column,
     }
     finished = out / "manifest.json"
     if finished.is_file():
         old = read_json(finished, REBUILD)
         if "sources" in old and old["sources"] == _sources_of(paths):  # of version 0.1, which knew texts by these
             old["text"] = key["text"]
+        old.setdefault("column", TextOptions().column)  # of an earlier version, which read no other
         if all(old.get(name) == value for name, value in key.items()):
             read_manifest(out)
             return out
@@ -142,7 +150,7 @@ def build_corpus(
 
     selection = Selection(shares, seed)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
-    metas = write_shards(paths, selection, shards, key["tokenizer"], setup, workers, chunk, progress)
+    metas = write_shards(paths, reading, selection, shards, key["tokenizer"], setup, workers, chunk, progress)
     for file in shards.iterdir():  # of another, longer corpus
         if int(file.name.split(".")[0]) >= len(metas):
             file.unlink()

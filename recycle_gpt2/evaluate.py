@@ -18,6 +18,7 @@ from common.decoders.families import positions
 from common.files import write_json
 from common.language import MOST_RESAMPLES, score
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
+from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.corpus import load_documents
 from recycle_gpt2.documents import Document, read_documents
 
@@ -34,13 +35,14 @@ class EvaluateConfig:
     """Score models on text: perplexity, bits per byte and per character, with intervals.
 
     Every token counts once, after as much context as the windows give. Bits per byte compare models whose tokenizers
-    differ; perplexities do so only with the same tokenizer.
+    differ; perplexities do so only with the same tokenizer. Further models are compared with the first, document by
+    document.
     """
 
     models: tyro.conf.Positional[tuple[str, ...]]
     """Models: directories, hub ids (gpt2, GroNLP/gpt2-small-dutch), tiny or tiny-medium."""
     text: tuple[Path, ...] = ()
-    """Files or directories of text, as `recycle-gpt2 corpus` reads them."""
+    """Files or directories of text, as `recycle-gpt2 corpus` reads them; of a saved DatasetDict its split test."""
     corpus: Path | None = None
     """A corpus that `recycle-gpt2 corpus` wrote, instead of text: its test documents are scored."""
     by: Literal["genre", "file"] = "genre"
@@ -55,6 +57,7 @@ class EvaluateConfig:
     """Documents to score, when not 0: the first ones."""
     resamples: int = 1000
     """Bootstrap resamples over documents, for 95% intervals."""
+    reading: TextOptions = field(default_factory=TextOptions)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -81,8 +84,19 @@ class Summary:
     nats: float
     perplexity: float
     bits_per_byte: float
-    bits_per_byte_interval: tuple[float, float]
+    bits_per_byte_interval: tuple[float, float] | None
+    """None of one document, which says nothing of others."""
     bits_per_character: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Bits per byte of one model minus another's on the same documents; below 0 it is better."""
+
+    bits_per_byte: float
+    interval: tuple[float, float] | None
+    """95%, by paired bootstrap: each resample draws documents, and both models' scores of them (Koehn 2004). None of
+    one document."""
 
 
 def with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -99,7 +113,12 @@ def with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if backend is not None:  # no warning about long texts
         backend.no_truncation()
         backend.no_padding()
-        return [end, *backend.encode(text, add_special_tokens=False).ids]
+        before = backend.encode_special_tokens
+        backend.encode_special_tokens = True  # as in the corpus, a text that spells the end token does not end there
+        try:
+            return [end, *backend.encode(text, add_special_tokens=False).ids]
+        finally:
+            backend.encode_special_tokens = before
     return [end, *tokenizer.encode(text, add_special_tokens=False)]
 
 
@@ -152,7 +171,7 @@ def summarise(scores: Sequence[DocumentScore], *, resamples: int = 1000, seed: i
     for _ in range(max(1, resamples)):
         drawn = generator.integers(0, len(scores), len(scores))
         ratios.append(nats[drawn].sum() / math.log(2) / size[drawn].sum())
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    low, high = map(float, np.quantile(ratios, [0.025, 0.975]))
     total = float(nats.sum())
     return Summary(
         documents=len(scores),
@@ -161,9 +180,30 @@ def summarise(scores: Sequence[DocumentScore], *, resamples: int = 1000, seed: i
         nats=total,
         perplexity=math.exp(min(total / tokens, 700)),
         bits_per_byte=total / math.log(2) / float(size.sum()),
-        bits_per_byte_interval=(float(low), float(high)),
+        bits_per_byte_interval=(low, high) if len(scores) > 1 else None,
         bits_per_character=total / math.log(2) / characters,
     )
+
+
+def compare(
+    scores: Sequence[DocumentScore], others: Sequence[DocumentScore], *, resamples: int = 1000, seed: int = 0
+) -> Difference:
+    """How much better or worse `scores` are than `others`, document by document.
+
+    Raises:
+        UserError: they are not of the same documents, or there are none.
+    """
+    if not scores or [(s.source, s.num_bytes) for s in scores] != [(s.source, s.num_bytes) for s in others]:
+        raise UserError(f"scores of {len(scores)} and {len(others)} documents: compare those of the same ones.")
+    difference = np.array([one.nats - two.nats for one, two in zip(scores, others, strict=True)]) / math.log(2)
+    size = np.array([score.num_bytes for score in scores], dtype=float)
+    generator = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(max(1, resamples)):
+        drawn = generator.integers(0, len(scores), len(scores))
+        ratios.append(difference[drawn].sum() / size[drawn].sum())
+    low, high = map(float, np.quantile(ratios, [0.025, 0.975]))
+    return Difference(float(difference.sum() / size.sum()), (low, high) if len(scores) > 1 else None)
 
 
 def summarise_by(
@@ -194,9 +234,14 @@ def run(config: EvaluateConfig) -> int:
     if config.out:
         require_place(config.out)
     device = start(config.runtime)
-    found = load_documents(config.corpus, "test") if config.corpus else read_documents(config.text)
+    found = (
+        load_documents(config.corpus, "test")
+        if config.corpus
+        else read_documents(config.text, config.reading, held_out=True)
+    )
     documents = list(islice(found, config.max_documents or None))
-    results = {}
+    results, differences = {}, {}
+    first: list[DocumentScore] = []
     for name in config.models:
         model, tokenizer = load_gpt2(name, device=device, frozen=True)
         with autocast(device, config.runtime.precision):
@@ -205,10 +250,20 @@ def run(config: EvaluateConfig) -> int:
             )
         results[name] = summarise_by(scores, config.by, resamples=config.resamples, seed=config.runtime.seed)
         print(printable(table(name, results[name]), lines=True), flush=True)
+        if first:
+            differences[name] = compare(scores, first, resamples=config.resamples, seed=config.runtime.seed)
+            print(printable(f"  minus {config.models[0]}, paired: {shown(differences[name])}"), flush=True)
+        first = first or scores
     if config.out:
         write_json(
             config.out,
-            {"models": results, "config": asdict(config), "hardware": hardware(), "versions": versions()},
+            {
+                "models": results,
+                "differences": differences,
+                "config": asdict(config),
+                "hardware": hardware(),
+                "versions": versions(),
+            },
         )
         print(f"written to {config.out}")
     return 0
@@ -219,9 +274,18 @@ def table(name: str, summaries: dict[str, Summary]) -> str:
     width = max(map(len, [*summaries, "documents of"]))
     lines = [name, f"  {'documents of':<{width}}  documents     tokens  perplexity  bits/char  bits/byte  95% interval"]
     for group, found in summaries.items():
-        low, high = found.bits_per_byte_interval
         lines.append(
             f"  {group:<{width}}  {found.documents:>9,}  {found.tokens:>9,}  {found.perplexity:>10,.2f}  "
-            f"{found.bits_per_character:>9.4f}  {found.bits_per_byte:>9.4f}  {low:.4f} to {high:.4f}"
+            f"{found.bits_per_character:>9.4f}  {found.bits_per_byte:>9.4f}  {interval(found.bits_per_byte_interval)}"
         )
     return "\n".join(lines)
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """An interval for people."""
+    return "none: one document" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def shown(difference: Difference) -> str:
+    """A difference for people."""
+    return f"{difference.bits_per_byte:+.4f} bits/byte ({interval(difference.interval)})"

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from common.checks import UserError, printable, require_at_least, require_file, require_place
 from common.files import write_json, write_text
+from common.words import is_unspaced
 from recycle_gpt2.documents import read_documents
 
 HUMAN = "human"
@@ -32,7 +35,7 @@ nav { margin-top: 2rem; }
 <p><label>Name or number of the judge: <input id="judge" autocomplete="off"></label></p>
 <progress id="progress" value="0"></progress>
 <p id="count"></p>
-<div id="text"></div>
+<div id="text" dir="auto"></div>
 <p>@QUESTION@</p>
 <p><button id="human">@YES@</button><button id="machine">@NO@</button></p>
 <nav><button id="back">&larr;</button><button id="next">&rarr;</button><button id="save">Save answers</button></nav>
@@ -95,7 +98,8 @@ class JudgeConfig:
     per_model: int = 20
     """Texts of each model, and of humans."""
     words: int = 60
-    """Words that a text is cut to, so that its length tells nothing; shorter texts are left out."""
+    """Words that a text is cut to, so that its length tells nothing; shorter texts are left out. Characters, where the
+    humans' texts are in a script without spaces between words (Chinese, Japanese, Thai)."""
     title: str = "Human or machine?"
     """Heading of the form."""
     question: str = "Could this text have been written by a human?"
@@ -159,10 +163,9 @@ def run_form(config: JudgeConfig) -> None:
         sources[name] = [Path(path)]
     if len(sources) < 2:
         raise UserError("no machine is given: use NAME=PATH, such as nld-small=samples/small.jsonl.")
-    texts = {
-        name: _choose(name, [document.text for document in read_documents(paths)], config)
-        for name, paths in sources.items()
-    }
+    written = {name: [document.text for document in read_documents(paths)] for name, paths in sources.items()}
+    characters = is_unspaced(written[HUMAN])
+    texts = {name: _choose(name, several, config, characters) for name, several in written.items()}
     form, key = make_form(texts, seed=config.seed)
     page = TEMPLATE
     for mark, value in {
@@ -265,15 +268,25 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
 
 
-def _choose(name: str, texts: Sequence[str], config: JudgeConfig) -> list[str]:
-    """Texts of exactly `config.words` words, in white space as it would be read aloud."""
-    cut = {" ".join(text.split()[: config.words]) for text in texts if len(text.split()) >= config.words}
+def _choose(name: str, texts: Sequence[str], config: JudgeConfig, characters: bool) -> list[str]:
+    """Texts of exactly `config.words` words, or characters, in white space as it would be read aloud."""
+    cut = {short for text in texts if (short := _cut(text, config.words, characters)) is not None}
     if len(cut) < config.per_model:
         raise UserError(
-            f"{name!r} has {len(cut)} different texts of {config.words} words: give {config.per_model}, "
-            f"or lower per_model or words."
+            f"{name!r} has {len(cut)} different texts of {config.words} {'characters' if characters else 'words'}: "
+            f"give {config.per_model}, or lower per_model or words."
         )
     return random.Random(f"{config.seed} {name}").sample(sorted(cut), config.per_model)
+
+
+def _cut(text: str, length: int, characters: bool) -> str | None:
+    """The beginning of `text`, or None if it is shorter; marks stay with their letters."""
+    words = text.split()
+    if not characters:
+        return " ".join(words[:length]) if len(words) >= length else None
+    units = regex.findall(r"\X", " ".join(words))
+    ends = [place for place, unit in enumerate(units, 1) if unit != " "]
+    return "".join(units[: ends[length - 1]]) if len(ends) >= length else None
 
 
 def _read(path: Path, what: str, texts: Sequence[str], mapping: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from common.decoders.families import blocks as blocks_of
 from common.decoders.families import is_norm, position_embeddings
 from common.gpt2 import replace_token_table, token_tables
 from common.runtime import fork_generators
-from recycle_gpt2.lexicon import read_dictionary, word_tokens
+from recycle_gpt2.lexicon import read_dictionary, require_direction, word_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -333,9 +333,12 @@ def _translate_and_mix(
     if dictionary is None and auxiliary is None:
         raise UserError("initialisation is 'focus' with neither auxiliary embeddings nor a dictionary: give one.")
     if dictionary is not None:
-        words = {word.casefold(): index for word, index in reversed(word_tokens(target_tokenizer).items())}
+        spelled = word_tokens(target_tokenizer, unspaced=True)
+        words = {word.casefold(): index for word, index in reversed(spelled.items())}
+        pairs = read_dictionary(dictionary)
+        require_direction(pairs, dictionary, spelled, word_tokens(source_tokenizer))
         translations: dict[int, list[Tensor]] = {}
-        for target, translation in read_dictionary(dictionary):
+        for target, translation in pairs:
             index = words.get(target.casefold())
             if index is not None:
                 ids = source_tokenizer(" " + translation, add_special_tokens=False).input_ids

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from common.checks import UserError, printable, require_at_least, require_file, require_one_of, require_place
 from common.files import write_json, write_text
 from common.runtime import resolve_device
+from common.words import has_unspaced, is_word
 from recycle_gpt2.records import MALFORMED
 
 if TYPE_CHECKING:
@@ -104,6 +105,12 @@ def run(config: LexiconConfig) -> None:
         print(printable(f"{entry.word:>16}  {', '.join(entry.candidates[:5])}"))
     found = None
     if config.dictionary is not None:
+        require_direction(
+            read_dictionary(config.dictionary),
+            config.dictionary,
+            word_tokens(tokenizer, unspaced=True),
+            word_tokens(source_tokenizer),
+        )
         found = precision(lexicon, config.dictionary, source_words=word_tokens(source_tokenizer))
         print(f"precision at 1: {found.at_1:.3f}, at 5: {found.at_5:.3f} ({found.words:,} words)")
     write_json(config.out.with_suffix(".json"), {"config": config, "words": len(lexicon), "precision": found})
@@ -177,10 +184,18 @@ def build_lexicon(
     measure: str = "csls",
     words: int = 0,
 ) -> list[Entry]:
-    """Entries of the target tokens that begin a word, their candidates among the source's."""
-    target_words, source_words = word_tokens(target_tokenizer), word_tokens(source_tokenizer)
+    """Entries of the target tokens that begin a word, their candidates among the source's.
+
+    Of a script without spaces between words, every token of its letters has an entry.
+
+    Raises:
+        UserError: a tokenizer has no such token.
+    """
+    target_words, source_words = word_tokens(target_tokenizer, unspaced=True), word_tokens(source_tokenizer)
     if not target_words or not source_words:
-        raise UserError("a tokenizer has no token that begins a word of two letters: a lexicon needs some.")
+        raise UserError(
+            "a tokenizer has no token that begins a word of two letters, which a lexicon needs: take more tokens."
+        )
     chosen = list(target_words)[: words or None]
     names = list(source_words)
     found = nearest(
@@ -250,11 +265,39 @@ def read_dictionary(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def word_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Tokens that begin a word (a space, then letters, at least two) by their word, in the order of their ids."""
+def require_direction(
+    pairs: Sequence[tuple[str, str]], path: Path, target_words: Collection[str], source_words: Collection[str]
+) -> None:
+    """Raise UserError for a dictionary with the source's words first, told by which of its words are tokens.
+
+    Args:
+        pairs: of the dictionary.
+        path: its file.
+        target_words: words that are tokens of the new language.
+        source_words: words that are tokens of the source's.
+    """
+    target, source = ({word.casefold() for word in words} for words in (target_words, source_words))
+    folded = [(first.casefold(), second.casefold()) for first, second in pairs]
+    right = sum(first in target and second in source for first, second in folded)
+    wrong = sum(first in source and second in target for first, second in folded)
+    if wrong > 2 * right:
+        raise UserError(
+            f"dictionary {str(path)!r} looks the wrong way round: {right:,} of its {len(pairs):,} pairs are a word of "
+            f"the new language and an English one, {wrong:,} the reverse: put the new language's words first."
+        )
+
+
+def word_tokens(tokenizer: PreTrainedTokenizerBase, *, unspaced: bool = False) -> dict[str, int]:
+    """Tokens that are words or begin one, by their word, in the order of their ids.
+
+    A space, then letters and their marks, at least two. With `unspaced` also tokens with or without a space that are of
+    letters of a script without spaces between words, where a token is as near to a word as can be had.
+    """
     words: dict[str, int] = {}
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
-        word = tokenizer.convert_tokens_to_string([token])
-        if len(word) > 2 and word[0] == " " and word[1:].isalpha():
-            words.setdefault(word[1:], index)
+        text = tokenizer.convert_tokens_to_string([token])
+        word = text.removeprefix(" ")
+        begins = len(text) > 2 and text != word
+        if (begins or (unspaced and has_unspaced(word))) and is_word(word):
+            words.setdefault(word, index)
     return words

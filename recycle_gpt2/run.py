@@ -16,6 +16,9 @@ from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.alignment import AlignmentConfig
+from recycle_gpt2.bad_rows import TextOptions
+from recycle_gpt2.baseline import fit_ngrams, name_of, score_ngrams
+from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.card import model_card
 from recycle_gpt2.corpus import (
     build_corpus,
@@ -26,12 +29,13 @@ from recycle_gpt2.corpus import (
     text_hash,
 )
 from recycle_gpt2.documents import find_texts, read_documents, size_of
-from recycle_gpt2.evaluate import score_documents, summarise_by, table
+from recycle_gpt2.evaluate import DocumentScore, compare, score_documents, shown, summarise_by, table
 from recycle_gpt2.lexical import RowsConfig, train_only
-from recycle_gpt2.lexicon import LexiconConfig, read_dictionary
+from recycle_gpt2.lexicon import LexiconConfig, read_dictionary, require_direction, word_tokens
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
 from recycle_gpt2.sampling import sample
+from recycle_gpt2.splits import SHARES
 from recycle_gpt2.stages import (
     DONE,
     MODEL,
@@ -51,7 +55,14 @@ from recycle_gpt2.stages import (
     save_model,
     wait_for,
 )
-from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from recycle_gpt2.tokenizer import (
+    TokenizerOptions,
+    describe,
+    load_tokenizer,
+    save_tokenizer,
+    texts_but_test,
+    train_tokenizer,
+)
 from recycle_gpt2.training import StageConfig
 
 STAGES = ("tokenizer", "corpus", "relearn", "align", "relearn-large", "finetune", "evaluate", "lexicon", "card")
@@ -68,7 +79,8 @@ class RunConfig:
     """
 
     text: tuple[Path, ...]
-    """Files or directories of text: .txt, .jsonl, .html (also .xz and .gz), or a Hugging Face dataset on disk."""
+    """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
+    Hugging Face dataset on disk, of which a split named test is left out."""
     out: Path
     """Directory of the finished model."""
     language: str
@@ -81,7 +93,7 @@ class RunConfig:
     """Tokens of the new tokenizer (the paper: 40,000 for Dutch, 30,000 for Italian)."""
     block: int = 1024
     """Tokens in a block; at most the models' positions."""
-    shares: tuple[float, float, float] = (0.98, 0.01, 0.01)
+    shares: tuple[float, float, float] = SHARES
     """Shares of the documents in train, valid and test, each above 0."""
     workers: int = 1
     """Processes that tokenize the corpus."""
@@ -98,6 +110,8 @@ class RunConfig:
     """Its learning rate."""
     push_to_hub: str = ""
     """Upload OUT to this repository (user/name) of the Hugging Face hub when it is finished."""
+    options: TokenizerOptions = field(default_factory=TokenizerOptions)
+    reading: TextOptions = field(default_factory=TextOptions)
     rows: RowsConfig = field(default_factory=RowsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     stage: StageConfig = field(default_factory=StageConfig)
@@ -110,6 +124,10 @@ class _Tokenizer:
 
     text: tuple[Path, ...]
     vocab_size: int
+    shares: tuple[float, float, float]
+    seed: int
+    options: TokenizerOptions
+    column: str
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,7 @@ class _Corpus:
     block: int
     shares: tuple[float, float, float]
     seed: int
+    column: str
 
 
 @dataclass(frozen=True)
@@ -199,18 +218,22 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
             print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
         return work / name
 
-    text = {"text": known_text}
+    text, column = {"text": known_text}, config.reading.column
     tokenizer_directory = begin("tokenizer")
     once(
         tokenizer_directory,
-        _Tokenizer(config.text, config.vocab_size),
+        _Tokenizer(config.text, config.vocab_size, config.shares, config.runtime.seed, config.options, column),
         lambda: _make_tokenizer(config, tokenizer_directory),
         inputs=text,
     )
+    if config.dictionary is not None:
+        words = word_tokens(load_tokenizer(tokenizer_directory), unspaced=True)
+        english = word_tokens(load_gpt2(config.small)[1])
+        require_direction(read_dictionary(config.dictionary), config.dictionary, words, english)
     corpus = begin("corpus")
     once(
         corpus,
-        _Corpus(config.text, block, config.shares, config.runtime.seed),
+        _Corpus(config.text, block, config.shares, config.runtime.seed, column),
         lambda: _make_corpus(config, tokenizer_directory, corpus, block),
         inputs=text | {"tokenizer": file_hash(tokenizer_directory / "tokenizer.json")},
     )
@@ -362,11 +385,10 @@ def _scaled(stage: StageConfig, share: float) -> StageConfig:
 
 
 def _make_tokenizer(config: RunConfig, directory: Path) -> dict[str, Any]:
-    tokenizer = train_tokenizer(
-        (document.text for document in read_documents(config.text)), config.vocab_size, progress=True
-    )
+    texts = texts_but_test(read_documents(config.text, config.reading), config.shares, config.runtime.seed)
+    tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
     save_tokenizer(tokenizer, directory)
-    return {"tokens": len(tokenizer)}
+    return {"tokens": len(tokenizer), "tokenizer": describe(tokenizer)}
 
 
 def _make_corpus(config: RunConfig, tokenizer: Path, directory: Path, block: int) -> dict[str, Any]:
@@ -378,39 +400,51 @@ def _make_corpus(config: RunConfig, tokenizer: Path, directory: Path, block: int
         shares=config.shares,
         workers=config.workers,
         seed=config.runtime.seed,
+        reading=config.reading,
     )
     return read_manifest(directory)
 
 
 def _evaluate(config: RunConfig, corpus: Path, models: dict[str, str]) -> dict[str, Any]:
-    device = start(config.runtime)
-    documents = load_documents(corpus, "test")
-    results: dict[str, Any] = {"scores": {}, "samples": []}
+    """Scores of the models and of an n-gram model of the same tokens, what the recycled one gains, and its samples."""
+    device, seed = start(config.runtime), config.runtime.seed
+    documents, train = load_documents(corpus, "test"), TokenBlocks(corpus, "train")
+    scores: dict[str, list[DocumentScore]] = {}
+    samples: list[str] = []
     for name, source in models.items():
         model, tokenizer = load_gpt2(source, device=device, frozen=True)
         with autocast(device, config.runtime.precision):
-            scores = score_documents(model, tokenizer, documents, progress=True)
-        found = summarise_by(scores, seed=config.runtime.seed)
-        print(table(name, found), flush=True)
-        results["scores"][name] = {group: asdict(summary) for group, summary in found.items()}
-        if name == "recycled":
-            with autocast(device, config.runtime.precision):
-                results["samples"] = sample(model, tokenizer, count=3, max_new_tokens=60, seed=config.runtime.seed)
+            scores[name] = score_documents(model, tokenizer, documents, progress=True)
+            if name == "recycled":
+                samples = sample(model, tokenizer, count=3, max_new_tokens=60, seed=seed)
+                scores[name_of(train)] = score_ngrams(fit_ngrams(train), tokenizer, documents)
+    results: dict[str, Any] = {"scores": {}, "differences": {}, "samples": samples}
+    for name, found in scores.items():
+        groups = summarise_by(found, seed=seed)
+        print(table(name, groups), flush=True)
+        results["scores"][name] = {group: asdict(summary) for group, summary in groups.items()}
+        if name != "recycled":
+            gained = shown(compare(scores["recycled"], found, seed=seed))
+            results["differences"][name] = gained
+            print(f"  recycled minus this, paired: {gained}", flush=True)
     return results
 
 
 def _make_lexicon(config: RunConfig, model: Path, directory: Path) -> dict[str, Any]:
     path = directory / "lexicon.tsv"
-    run_lexicon(
-        LexiconConfig(
-            model=model,
-            source=config.large or config.small,
-            out=path,
-            # What made the rows of focus would only be found in them again.
-            dictionary=None if config.rows.initialisation == "focus" else config.dictionary,
-            device=config.runtime.device,
-        )
+    lexicon = LexiconConfig(
+        model=model,
+        source=config.large or config.small,
+        out=path,
+        # What made the rows of focus would only be found in them again.
+        dictionary=None if config.rows.initialisation == "focus" else config.dictionary,
+        device=config.runtime.device,
     )
+    try:
+        run_lexicon(lexicon)
+    except UserError as error:  # the model is made: it is finished without
+        print(f"the lexicon is left out: {error}", flush=True)
+        return {"lexicon": None, "left_out": str(error)}
     return {"lexicon": str(path)}
 
 
@@ -430,9 +464,10 @@ def _finish(config: RunConfig, work: Path, current: Path, scores: dict[str, Any]
             small=_public(config.small),
             large=_public(config.large),
             corpus=read_done(work / "corpus"),
-            vocab_size=len(tokenizer),
+            vocabulary=f"{len(tokenizer):,} tokens, {describe(tokenizer)}",
             stages=records,
             scores=scores["scores"],
+            differences=scores.get("differences", {}),  # version 0.1 had none
             samples=scores["samples"],
             hardware=hardware(),
             versions=versions(),

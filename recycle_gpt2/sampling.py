@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -137,6 +138,14 @@ def run_sample(config: SampleConfig) -> int:
     model, tokenizer = load_gpt2(config.model, device=device, frozen=True)
     lines = []
     for number, prompt in enumerate(config.prompts or ("",)):
+        require_text("prompt", prompt)
+        room = positions(model.config) - len(with_end(tokenizer, prompt))
+        if 1 <= room < config.max_new_tokens:
+            print(
+                f"max_new_tokens is {config.max_new_tokens} but after the prompt the model has positions for {room}: "
+                f"texts end there.",
+                file=sys.stderr,
+            )
         with autocast(device, config.runtime.precision):
             texts = sample(
                 model,

@@ -21,10 +21,11 @@ import numpy as np
 
 from common.checks import UserError
 from common.files import whole_file, write_json, write_text
+from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, find_texts, read_with_positions, size_of
 from recycle_gpt2.records import MALFORMED
+from recycle_gpt2.splits import SPLITS, split_of, text_key
 
-SPLITS: tuple[str, ...] = ("train", "valid", "test")
 COUNTED: tuple[str, ...] = ("documents", "paragraphs", "bytes", "characters", "tokens")
 SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\.\d{6,}\..*\.tmp")
 """Names of what a corpus's directory of shards holds."""
@@ -43,14 +44,14 @@ class Selection:
 
     def take(self, document: Document) -> tuple[str, str] | None:
         """The split and the new paragraphs of a document, or None when nothing of it is new."""
-        whole = _hash(document.text)
+        whole = text_key(document.text)
         if whole in self._documents:
             self.duplicates += 1
             return None
         self._documents.add(whole)
         kept = []
         for paragraph in document.text.split("\n"):
-            digest = _hash(paragraph)
+            digest = text_key(paragraph)
             if digest in self._paragraphs:
                 self.repeated += 1
             else:
@@ -59,20 +60,11 @@ class Selection:
         if not kept:
             self.emptied += 1
             return None
-        place = _hash(f"{self.seed}\n{document.text}") / 2**64
-        if place < self.shares[1]:
-            split = "valid"
-        else:
-            split = "test" if place < self.shares[1] + self.shares[2] else "train"
-        return split, "\n".join(kept)
+        return split_of(document.text, self.shares, self.seed), "\n".join(kept)
 
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 _Row = tuple[str, str, str, str]
@@ -81,6 +73,7 @@ _Row = tuple[str, str, str, str]
 
 def write_shards(
     paths: Sequence[Path],
+    reading: TextOptions,
     selection: Selection,
     shards: Path,
     tokenizer: str,
@@ -124,7 +117,7 @@ def write_shards(
             bar.set_postfix_str(f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s", refresh=False)
             bar.update(position - bar.n)
 
-        for number, (rows, position) in enumerate(_chunks(paths, selection, chunk)):
+        for number, (rows, position) in enumerate(_chunks(paths, reading, selection, chunk)):
             known = [tokenizer, *setup[1:]]
             digest = _sha256([*known, rows])
             content = _sha256([*known, [row[:2] for row in rows]])
@@ -152,11 +145,13 @@ def write_shards(
     return metas
 
 
-def _chunks(paths: Sequence[Path], selection: Selection, chunk: int) -> Iterator[tuple[list[_Row], int]]:
+def _chunks(
+    paths: Sequence[Path], reading: TextOptions, selection: Selection, chunk: int
+) -> Iterator[tuple[list[_Row], int]]:
     """New documents in lists of at least `chunk` bytes of text, with the position in the files after each."""
     rows: list[_Row] = []
     size = position = 0
-    for document, position in read_with_positions(paths):
+    for document, position in read_with_positions(paths, reading):
         taken = selection.take(document)
         if taken is None:
             continue

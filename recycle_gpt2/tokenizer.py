@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer for the new language, as GPT-2's, trained on its text."""
+"""A byte-level tokenizer for the new language, trained on its text: BPE as GPT-2's, or Unigram, for any script."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from common import pretrained
 from common.checks import UserError, require_between, require_place, require_text
 from common.files import MARKER, require_own_directory, whole_directory
-from recycle_gpt2.documents import read_documents
+from common.words import mark_share
+from recycle_gpt2.bad_rows import TextOptions
+from recycle_gpt2.documents import Document, read_documents
+from recycle_gpt2.splits import SHARES, require_shares, split_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -23,18 +27,47 @@ END = "<|endoftext|>"
 NUM_BYTES = 256
 MOST_TOKENS = 1 << 24
 """Above, the training itself would ask for more memory than there is."""
+LOOKED_AT = 1 << 20
+"""Characters at the beginning of the text that tell "auto" how many combining marks there are."""
+MANY_MARKS = 0.02
+"""Share of combining marks above which "auto" keeps them with their letters."""
+_LETTERS = r"\p{L}\p{M}" + "\u200c\u200d"
+MARKS = rf"'(?:[sdmt]|ll|ve|re)| ?[{_LETTERS}]+| ?\p{{N}}+| ?[^\s\p{{N}}{_LETTERS}]+|\s+(?!\S)|\s+"
+"""GPT-2's pattern with combining marks and joiners among the letters."""
+LINES = r"\n+"
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """What kind of tokenizer is trained."""
+
+    pieces: Literal["bpe", "unigram"] = "bpe"
+    """bpe merges frequent pairs, as GPT-2's; unigram keeps the likeliest pieces (Kudo 2018). Both are of bytes."""
+    split_pattern: Literal["auto", "gpt2", "marks", "none"] = "auto"
+    """Where no token reaches over: gpt2 (words, cut at every combining mark), marks (words with their marks: Hindi,
+    Tamil, Thai, pointed Hebrew), none (ends of lines only), or auto: marks where the text has many, otherwise gpt2."""
+    nfc: bool = False
+    """Put text into Unicode's form NFC first: letters with accents become one character, and text in another form is
+    not given back as it was."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Train a byte-level BPE tokenizer on text."""
+    """Train a byte-level tokenizer on text."""
 
     text: tuple[Path, ...]
-    """Files or directories of text: .txt, .jsonl, .html (also .xz and .gz), or a Hugging Face dataset on disk."""
+    """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
+    Hugging Face dataset on disk, of which a split named test is left out."""
     out: Path
     """Directory that the tokenizer is saved in; AutoTokenizer loads it."""
     vocab_size: int = 40_000
     """Tokens, of which 256 are bytes and one is the end token (the paper: 40,000 for Dutch, 30,000 for Italian)."""
+    shares: tuple[float, float, float] = SHARES
+    """Shares of the documents in train, valid and test, as the corpus will have them: test documents are not read."""
+    seed: int = 0
+    """The corpus's: it decides which documents are test documents."""
+    options: TokenizerOptions = field(default_factory=TokenizerOptions)
+    reading: TextOptions = field(default_factory=TextOptions)
 
 
 def run(config: TokenizerConfig) -> None:
@@ -42,58 +75,128 @@ def run(config: TokenizerConfig) -> None:
     require_text("out", config.out)
     require_place(config.out, directory=True)
     require_own_directory(config.out, "tokenizer")
-    tokenizer = train_tokenizer(
-        (document.text for document in read_documents(config.text)), config.vocab_size, progress=True
-    )
+    require_shares(config.shares)
+    texts = texts_but_test(read_documents(config.text, config.reading), config.shares, config.seed)
+    tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
     with whole_directory(config.out, "tokenizer") as partial:
         tokenizer.save_pretrained(partial)
-    print(f"{len(tokenizer):,} tokens written to {config.out}")
+    print(f"{len(tokenizer):,} tokens ({describe(tokenizer)}) written to {config.out}")
+
+
+def texts_but_test(documents: Iterable[Document], shares: tuple[float, float, float], seed: int) -> Iterator[str]:
+    """The texts of the documents that a corpus of these shares and seed does not hold out for its test."""
+    return (document.text for document in documents if split_of(document.text, shares, seed) != "test")
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, end_token: str = END, progress: bool = False
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    end_token: str = END,
+    options: TokenizerOptions | None = None,
+    progress: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` tokens: every byte, `end_token` (id 0) and merges; any Unicode text survives it.
+    """A byte-level tokenizer of `vocab_size` tokens: every byte, `end_token` (id 0), and what `options` say.
+
+    Any Unicode text survives it, but for the form of text that `nfc` normalises.
 
     Args:
         texts: documents, read once and not kept.
         vocab_size: tokens, at least 257.
         end_token: stands between documents.
+        options: kind, split pattern and normalisation.
         progress: show how many documents have been read.
 
     Raises:
-        UserError: `vocab_size` is below 257, or more than what the texts support (a pair is merged if it occurs
+        UserError: `vocab_size` is below 257, or more than what the texts support (BPE merges a pair if it occurs
             twice).
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import GPT2TokenizerFast
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
     require_between("vocab_size", vocab_size, NUM_BYTES + 1, MOST_TOKENS)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
+    options = options or TokenizerOptions()
+    chosen, texts = _split_for(options.split_pattern, _counted(texts, progress))
+    common: dict[str, Any] = dict(
         vocab_size=vocab_size,
-        min_frequency=2,
         special_tokens=[end_token],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(_counted(texts, progress), trainer)
-    found = bpe.get_vocab_size()
+    trainer: Any
+    if options.pieces == "bpe":
+        backend, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(min_frequency=2, **common)
+    else:
+        backend, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(**common)
+    if options.nfc:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _pre_tokenizer(chosen)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.train_from_iterator(texts, trainer)
+    found = backend.get_vocab_size()
     if found < vocab_size:
         raise UserError(
             f"vocab_size is {vocab_size} but the text supports {found} tokens: use at most that, or give more text."
         )
+    # GPT-2's own class would come back from the disk with GPT-2's split pattern and no normalisation.
+    as_gpt2 = options.pieces == "bpe" and chosen == "gpt2" and not options.nfc
     # clean_up_tokenization_spaces would change what decode gives back.
-    return GPT2TokenizerFast(
-        tokenizer_object=bpe,
+    return (GPT2TokenizerFast if as_gpt2 else PreTrainedTokenizerFast)(
+        tokenizer_object=backend,
         bos_token=end_token,
         eos_token=end_token,
         unk_token=end_token,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _split_for(split: str, texts: Iterator[str]) -> tuple[str, Iterator[str]]:
+    """The split pattern's name, "auto" decided by the first of `texts`, and all of them."""
+    if split != "auto":
+        return split, texts
+    first: list[str] = []
+    size = 0
+    for text in texts:
+        first.append(text)
+        size += len(text)
+        if size >= LOOKED_AT:
+            break
+    marks = mark_share("".join(first)[:LOOKED_AT])
+    return "marks" if marks > MANY_MARKS else "gpt2", chain(first, texts)
+
+
+def _pre_tokenizer(split: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    if split == "gpt2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(MARKS if split == "marks" else LINES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def describe(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Kind, split pattern and normalisation of a tokenizer in a few words, for people."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind = {"BPE": "byte-level BPE", "Unigram": "byte-level Unigram"}.get(
+        state["model"]["type"], state["model"]["type"]
+    )
+    parts = (state["pre_tokenizer"] or {}).get("pretokenizers", [state["pre_tokenizer"]])
+    patterns = [part["pattern"].get("Regex") for part in parts if part and part["type"] == "Split"]
+    if not patterns and any(part and part["type"] == "ByteLevel" and part["use_regex"] for part in parts):
+        words = "GPT-2's split into words"
+    elif patterns == [MARKS]:
+        words = "split into words that keep their combining marks"
+    elif patterns == [LINES]:
+        words = "split at the ends of lines only"
+    else:
+        words = "a split of its own"
+    form = (state["normalizer"] or {}).get("type", "no normalisation")
+    return f"{kind}, {words}, {form}"
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
@@ -135,6 +238,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     added = [[token["content"], token["id"]] for token in state["added_tokens"]]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"].get("merges", [])]
     rules = [sorted(tokenizer.get_vocab().items()), merges, added, state["normalizer"], state["pre_tokenizer"]]
+    if state["model"]["type"] == "Unigram":
+        rules.append(state["model"]["vocab"])  # with each piece's log-probability
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
 

@@ -59,7 +59,10 @@ class EvaluateConfig:
     """Encoder of CLIPScore, with a text tower: photo, tiny, a Hugging Face id or directory, or
     open_clip:ARCH/TAG-or-path; empty leaves it out."""
     tokenizer: Literal["auto", "ptb", "words"] = "auto"
-    """ptb (needs Java, as the published scores), words (a plain rule), or auto: ptb where Java is installed."""
+    """ptb (English; needs Java, as the published scores), words (a plain rule for any script), or auto: ptb for English
+    where Java is installed."""
+    language: str = "en"
+    """Code of the captions' language, such as hi or zh; METEOR and SPICE are English's and left out for others."""
     metrics: tuple[MetricName, ...] = METRICS
     """Scores against references. METEOR and SPICE each start Java, and so does the tokenizer ptb."""
     resamples: int = 1000
@@ -245,6 +248,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         training=training,
         tokenizer=config.tokenizer,
         metrics=config.metrics,
+        language=config.language,
         resamples=config.resamples,
         seed=config.runtime.seed,
         progress=True,

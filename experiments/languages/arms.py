@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,8 +12,10 @@ import torch
 from common.gpt2 import load_gpt2, token_table
 from common.runtime import RuntimeConfig
 from recycle_gpt2.alignment import align
+from recycle_gpt2.baseline import fit_ngrams, score_ngrams
 from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.documents import Document
+from recycle_gpt2.evaluate import DocumentScore
 from recycle_gpt2.lexical import (
     INITIALISATIONS,
     initialise,
@@ -99,6 +102,12 @@ class Language:
     valid: TokenBlocks
     documents: dict[str, list[Document]]
     auxiliary: torch.Tensor
+
+    @cached_property
+    def ngram_scores(self) -> dict[str, list[DocumentScore]]:
+        """Of the Kneser-Ney model of the training tokens on each genre's documents."""
+        model = fit_ngrams(self.train)
+        return {split: score_ngrams(model, self.tokenizer, documents) for split, documents in self.documents.items()}
 
 
 def first_rows(

@@ -44,10 +44,11 @@ from experiments.languages.arms import (
 )
 from experiments.languages.text import held_out, write_texts
 from recycle_gpt2.alignment import align, choose_options, held_out_error, neighbour_overlap
+from recycle_gpt2.baseline import name_of, score_ngrams
 from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.corpus import build_corpus
 from recycle_gpt2.documents import read_documents
-from recycle_gpt2.evaluate import document_score, score_documents, summarise, with_end
+from recycle_gpt2.evaluate import compare, score_documents, summarise
 from recycle_gpt2.lexical import cooccurrence_embeddings, replace_lexical, train_only
 from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from recycle_gpt2.training import StageConfig, train_stage
@@ -106,11 +107,13 @@ def stage(config: Config, *, rate: float, tokens: int, whole: bool, validations:
 
 
 def score_held_out(model: GPT2LMHeadModel, tokenizer: Any, language: Language) -> dict[str, Any]:
-    """Summaries of both held-out genres."""
-    return {
-        split: asdict(summarise(score_documents(model, tokenizer, documents)))
-        for split, documents in language.documents.items()
-    }
+    """Summaries of both held-out genres, each with the difference from the Kneser-Ney model of the same tokens."""
+    found = {}
+    for split, documents in language.documents.items():
+        scores = score_documents(model, tokenizer, documents)
+        difference = compare(scores, language.ngram_scores[split])
+        found[split] = asdict(summarise(scores)) | {"minus_ngrams": asdict(difference)}
+    return found
 
 
 def finished(path: Path) -> dict[str, Any] | None:
@@ -273,15 +276,16 @@ def run_baselines(config: Config, language: Language) -> None:
         return
     ids = language.train.tokens(0, language.train.num_tokens)
     results: dict[str, Any] = {}
-    for order, name in ((2, "bigram (Witten-Bell)"), (3, "trigram (Witten-Bell)")):
-        model = WittenBell(ids, order=order, vocab_size=len(language.tokenizer))
-        results[name] = {}
-        for split, documents in language.documents.items():
-            scores = []
-            for document in documents:
-                nats = model.score(np.asarray(with_end(language.tokenizer, document.text)))[1:]
-                scores.append(document_score(document, float(nats.sum()), len(nats)))
-            results[name][split] = asdict(summarise(scores))
+    trigram = WittenBell(ids, order=3, vocab_size=len(language.tokenizer))
+    grams = {
+        "trigram (Witten-Bell)": {
+            split: score_ngrams(trigram, language.tokenizer, documents)
+            for split, documents in language.documents.items()
+        },
+        name_of(language.train): language.ngram_scores,
+    }
+    for name, scores in grams.items():
+        results[name] = {split: asdict(summarise(several)) for split, several in scores.items()}
     for name in ("tiny", "tiny-medium"):
         english, tokenizer = load_gpt2(name, frozen=True)
         results[f"untouched English ({name})"] = score_held_out(english, tokenizer, language)

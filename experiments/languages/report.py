@@ -62,8 +62,8 @@ def mean(values: list[float]) -> str:
 
 def interval(found: dict[str, Any]) -> str:
     """A 95% interval over documents."""
-    low, high = found["bits_per_byte_interval"]
-    return f"{low:.3f} to {high:.3f}"
+    ends = found["bits_per_byte_interval"]
+    return "–" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def main_table(directory: Path, runs: dict[str, dict[str, Any]]) -> list[str]:
@@ -125,6 +125,22 @@ def budget_table(runs: dict[str, dict[str, Any]]) -> list[str]:
             cells = [f"{bits(rows[b]):.3f}, {bits(rows[b], 'second'):.3f}" if b in rows else "–" for b in tokens]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
+
+
+def paired_table(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """Bits per byte of every run (one seed each) minus the Kneser-Ney model's, by paired bootstrap over documents."""
+    rows = []
+    for name, run in sorted(runs.items()):
+        found = run["held_out"] or {}
+        if all("minus_ngrams" in part for part in found.values()) and found:
+            cells = []
+            for split in ("test", "second"):
+                difference = found[split]["minus_ngrams"]
+                ends = difference["interval"]
+                between = "" if ends is None else f" ({ends[0]:+.3f} to {ends[1]:+.3f})"
+                cells.append(f"{difference['bits_per_byte']:+.3f}{between}")
+            rows.append(f"| {name} | {run['tokens']:,} | {' | '.join(cells)} |")
+    return rows and ["| run | tokens | same genre | second genre |", "|---|--:|---|---|", *rows]
 
 
 def initialisation_table(runs: dict[str, dict[str, Any]]) -> list[str]:
@@ -275,6 +291,7 @@ def main(config: Config) -> None:
         lines += [*main_table(directory, runs), ""]
         for heading, table in (
             ("Training tokens (bits per byte, same genre and second genre, seed 0)", budget_table(runs)),
+            ("Minus the Kneser-Ney 5-gram model, document by document (bits per byte, 95%)", paired_table(runs)),
             ("Alignment to the medium model (bits per byte, same genre)", alignment_table(directory)),
             ("Size of the text (bits per byte, same genre)", size_table(runs)),
             ("Initialisations (frozen English layers, seed 0, bits per byte)", initialisation_table(runs)),

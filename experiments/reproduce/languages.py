@@ -51,7 +51,7 @@ def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
         from common.gpt2 import load_gpt2
         from recycle_gpt2.alignment import AlignmentConfig
         from recycle_gpt2.corpus import load_documents
-        from recycle_gpt2.evaluate import score_documents, summarise
+        from recycle_gpt2.evaluate import interval, score_documents, summarise
         from recycle_gpt2.run import RunConfig, recycle
         from recycle_gpt2.stages import FinetuneConfig, finetune
         from recycle_gpt2.training import StageConfig
@@ -95,8 +95,8 @@ def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
                 continue
             model, tokenizer = load_gpt2(source, device=device, frozen=True)
             found = summarise(score_documents(model, tokenizer, documents, progress=True), seed=config.runtime.seed)
-            low, high = found.bits_per_byte_interval
-            figures = f"{found.bits_per_byte:.4f} | {low:.4f} to {high:.4f} | {found.perplexity:.2f}"
+            ends = interval(found.bits_per_byte_interval)
+            figures = f"{found.bits_per_byte:.4f} | {ends} | {found.perplexity:.2f}"
             lines.append(f"| {name} | {figures} |")
         lines += [
             "",

@@ -66,6 +66,28 @@ def test_words_without_java():
     assert found == {"1": ["a red-ish cube it is n't big"]} and name == "words"
 
 
+def test_captions_in_any_script_are_split_into_their_words(no_java):
+    found, name = tokenize(
+        {"1": ["एक छोटी बिल्ली।", "हिन्दी"], "2": ["一只猫。"], "3": ["L'homme «rouge»"]}, "auto", "hi"
+    )
+    assert name == "words"
+    assert found == {"1": ["एक छोटी बिल्ली", "हिन्दी"], "2": ["一 只 猫"], "3": ["l'homme rouge"]}
+    hindi = {"1": ["एक छोटी बिल्ली मेज़ पर है।"], "2": ["लाल घन के पास नीली गेंद है।"]}
+    scores, name, absent = measure({key: several[0] for key, several in hindi.items()}, hindi, language="hi")
+    assert name == "words" and scores["BLEU-4"].value == pytest.approx(1) and set(absent) == {"METEOR", "SPICE"}
+    assert absent["METEOR"] == "it is English's, the captions' language is 'hi'"
+    with pytest.raises(UserError, match="tokenizer is 'ptb', which is English's, but language is 'hi'"):
+        tokenize(hindi, "ptb", "hi")
+
+
+def test_a_chinese_caption_is_not_one_word():
+    given, references = {"1": "一只白色的小猫"}, {"1": ["一只黑色的小猫"]}
+    assert 0.5 < measure(given, references, tokenizer="words", language="zh")[0]["BLEU-1"].value < 1
+    assert diversity(["一只白色的小猫"], language="zh")["mean words"] == 7
+    value, signature = sacrebleu_score(["一只白色的小猫"], [["一只白色的小猫"]])
+    assert value == pytest.approx(1) and "tok:char" in signature
+
+
 def test_scores_are_pycocoevalcaps(no_java):
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider

@@ -91,7 +91,11 @@ def test_captions_fit_photographs_that_were_never_seen(photographs):
     names = list(photographs)
     others = dict(zip(names, (photographs[name] for name in names[7:] + names[:7]), strict=True))
     assert fitting > 0.2 and fitting > 2 * score_captions(captions, others, tokenizer="words").cider
-    for name, word in (("000000214753.jpg", "horse"), ("000000165518.jpg", "motorcycle"), ("000000129648.jpg", "skate")):
+    for name, word in (
+        ("000000214753.jpg", "horse"),
+        ("000000165518.jpg", "motorcycle"),
+        ("000000129648.jpg", "skate"),
+    ):
         assert word in captions[name]
 
 

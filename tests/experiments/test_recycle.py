@@ -92,6 +92,8 @@ def test_runs_are_made_once_and_the_tables_of_what_is_there(source, tmp_path, mo
     for part in (
         "frozen English",
         "trigram",
+        "5-gram (Kneser-Ney)",
+        "Minus the Kneser-Ney 5-gram model",
         "untouched English (tiny)",
         "least squares",
         "1% of the text",

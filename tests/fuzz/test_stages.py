@@ -78,7 +78,7 @@ def test_records_that_make_a_card(tmp_path):
     @given(bad_json(records))
     def check(data):
         with only_user_errors(), reading(tmp_path, "delete it"):
-            card = model_card(name="x", language="nld", small="gpt2", large="", vocab_size=3, hardware="a CPU",
+            card = model_card(name="x", language="nld", small="gpt2", large="", vocabulary="3 tokens", differences={}, hardware="a CPU",
                               versions={}, **json.loads(data))  # fmt: skip
             assert card.startswith("---")
 

@@ -13,10 +13,25 @@ from torch.nn import functional as F
 
 from common.checks import UserError
 from common.gpt2 import load_gpt2
+from recycle_gpt2.baseline import fit_ngrams, name_of, score_ngrams
+from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.cli import main
+from recycle_gpt2.corpus import load_documents
 from recycle_gpt2.documents import Document
-from recycle_gpt2.evaluate import DocumentScore, score, score_documents, summarise, summarise_by, with_end
+from recycle_gpt2.evaluate import (
+    DocumentScore,
+    compare,
+    interval,
+    score,
+    score_documents,
+    shown,
+    summarise,
+    summarise_by,
+    table,
+    with_end,
+)
 from recycle_gpt2.sampling import sample
+from recycle_gpt2.shards import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +106,28 @@ def test_summary_is_the_ratio_of_sums_with_an_interval():
     assert summarise(scores, resamples=500) == found
     same = summarise([item(70.0, 100)] * 9).bits_per_byte_interval
     assert same[0] == pytest.approx(same[1])
+
+
+def test_one_document_has_no_interval():
+    found = summarise([item(70.0, 100)])
+    assert found.bits_per_byte_interval is None and "none: one document" in table("x", {"all": found})
+    assert interval((1, 2)) == "1.0000 to 2.0000"
+
+
+def test_a_spelled_end_token_is_text_as_in_the_corpus(loaded):
+    tokenizer = loaded[1]
+    ids = with_end(tokenizer, "the cat<|endoftext|>sat")
+    assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(ids[1:]) == "the cat<|endoftext|>sat"
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, "uint16")
+    assert ids[1:] == encoder.tokenizer.encode("the cat<|endoftext|>sat", add_special_tokens=False).ids
+    assert tokenizer("<|endoftext|>").input_ids == [tokenizer.eos_token_id]  # what others ask it is as before
+
+
+def test_more_new_tokens_than_positions_is_said(gpt2_directory, capsys):
+    assert main(["sample", str(gpt2_directory), "--max-new-tokens", "500", "--device", "cpu"]) == 0
+    assert "max_new_tokens is 500 but after the prompt the model has positions for 31" in capsys.readouterr().err
+    assert main(["sample", str(gpt2_directory), "--max-new-tokens", "5", "--device", "cpu"]) == 0
+    assert "max_new_tokens" not in capsys.readouterr().err
 
 
 def test_bootstrap_does_not_hold_all_resamples():
@@ -172,7 +209,7 @@ def test_command_compares_models_by_genre(gpt2_directory, english_models, text, 
 def test_command_computes_in_bf16_and_reads_no_more_than_it_scores(gpt2_directory, text, tmp_path, monkeypatch):
     read = []
 
-    def documents(paths):
+    def documents(paths, *_, **__):
         for number in range(5):
             read.append(number)
             yield Document("the cat sat on the mat " * 3, "a.txt", "a")
@@ -237,3 +274,38 @@ def test_command_samples_to_a_file(gpt2_directory, tmp_path):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["the cat"] * 2 + ["the bat"] * 2
     assert all(line["text"].startswith(line["prompt"]) for line in lines)
+
+
+def test_paired_differences_are_narrower_than_the_documents_differ():
+    rng = np.random.default_rng(0)
+    size, hard = rng.integers(100, 400, 30), rng.uniform(0.5, 3, 30)
+    ours = [item(float(n * h), int(n)) for n, h in zip(size, hard, strict=True)]
+    theirs = [item(float(n * (h + 0.1)), int(n)) for n, h in zip(size, hard, strict=True)]
+    found = compare(ours, theirs, resamples=200)
+    one, two = summarise(ours), summarise(theirs)
+    assert found.bits_per_byte == pytest.approx(one.bits_per_byte - two.bits_per_byte)
+    assert found.interval == pytest.approx((-0.1 / math.log(2),) * 2)  # every document is better by as much
+    low, high = one.bits_per_byte_interval
+    assert high - low > 0.2
+    assert compare(theirs, ours, resamples=200).bits_per_byte == -found.bits_per_byte
+    assert compare(ours, ours).interval == (0, 0)
+    assert compare(ours[:1], theirs[:1]).interval is None and "none: one document" in shown(
+        compare(ours[:1], theirs[:1])
+    )
+    for others in (theirs[:-1], theirs[::-1], []):
+        with pytest.raises(UserError, match="compare those of the same ones"):
+            compare(ours, others)
+
+
+def test_the_ngram_baseline_reads_the_training_documents_alone(built, tokenizer):
+    train, documents = TokenBlocks(built, "train"), load_documents(built, "test")
+    model = fit_ngrams(train)
+    scores = score_ngrams(model, tokenizer, [*documents, Document("", "x", "y")])
+    assert [s.source for s in scores] == [d.source for d in documents]
+    ids = with_end(tokenizer, documents[0].text)
+    assert scores[0].tokens == len(ids) - 1
+    assert scores[0].nats == pytest.approx(-np.log(model.probabilities(np.array(ids))[1:]).sum())
+    # Words drawn evenly from 23: hardly more than log2(23) bits for each.
+    text = " ".join(d.text for d in documents)
+    assert summarise(scores).bits_per_byte < 1.3 * len(text.split()) * math.log2(23) / len(text)
+    assert name_of(train) == "5-gram (Kneser-Ney)"

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from common.checks import UserError
 from common.files import MARKER
+from recycle_gpt2.documents import read_documents
 from recycle_gpt2.tokenizer import (
     TokenizerConfig,
     load_tokenizer,
     run,
     save_tokenizer,
+    texts_but_test,
     tokenizer_hash,
     train_tokenizer,
 )
@@ -90,6 +92,19 @@ def test_run(text, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").glob(".*")] == [MARKER]
     run(TokenizerConfig(text=(text,), out=tmp_path / "out", vocab_size=290))
     assert len(load_tokenizer(tmp_path / "out")) == 290
+
+
+def test_the_documents_that_are_held_out_for_the_test_are_not_seen(text, tmp_path, tokenizer):
+    from recycle_gpt2.corpus import build_corpus, load_documents
+
+    shares = (0.6, 0.1, 0.3)
+    seen = list(texts_but_test(read_documents([text]), shares, 5))
+    corpus = build_corpus([text], tokenizer, tmp_path / "corpus", block=32, shares=shares, seed=5, progress=False)
+    held_out = {document.text for document in load_documents(corpus, "test")}
+    assert len(held_out) > 20 and held_out.isdisjoint(seen)
+    assert len(seen) + len(held_out) == len(list(read_documents([text])))
+    run(TokenizerConfig((text,), tmp_path / "out", vocab_size=300, shares=shares, seed=5))
+    assert tokenizer_hash(load_tokenizer(tmp_path / "out")) == tokenizer_hash(train_tokenizer(seen, 300))
 
 
 def test_what_lies_there_is_not_replaced_and_the_text_not_read(text, tmp_path, tokenizer, monkeypatch):
