@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -280,3 +280,9 @@ def alone(directory: str | os.PathLike[str]) -> Iterator[None]:
             print(f"waiting for another process that writes {directory}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a Markdown table; what a row lacks is a dash."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+    return lines + ["| " + " | ".join(str(row.get(column, "–")) for column in columns) + " |" for row in rows]

@@ -30,12 +30,11 @@ from clipcap.training.lora import add_lora, lora_targets, merge_lora
 from clipcap.training.module import CaptionTraining
 from common.batches import BatchOrder, ResumableLoader
 from common.checks import run_command
-from common.files import write_text
+from common.files import markdown_table, write_text
 from common.gpt2 import is_tied, load_gpt2, replace_token_table, token_tables
 from common.runtime import seed_everything
 from common.training import TrainerConfig, build_trainer, fit
 from experiments import from_command_line
-from experiments.captions.tables import markdown
 from recycle_gpt2.loss import next_token_loss
 from recycle_gpt2.tokenizer import train_tokenizer
 
@@ -280,14 +279,16 @@ def speed() -> list[str]:
         }
         for kind in kinds
     ]
-    return markdown(list(rows[0]), rows)
+    return markdown_table(list(rows[0]), rows)
 
 
 def main(config: Config) -> None:
     """Check the families and write the page."""
     torch.set_num_threads(1)
     found = list(rows(config.families))
-    write_text(config.out, PAGE.format(table="\n".join(markdown(list(found[0]), found)), speed="\n".join(speed())))
+    write_text(
+        config.out, PAGE.format(table="\n".join(markdown_table(list(found[0]), found)), speed="\n".join(speed()))
+    )
     print(f"written to {config.out}")
 
 

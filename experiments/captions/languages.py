@@ -33,12 +33,12 @@ from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
 from common.checks import UserError, require_at_least, require_one_of, require_same_settings, run_command
 from common.clip import load_clip
-from common.files import write_json, write_text
+from common.files import markdown_table, write_json, write_text
 from common.gpt2 import PACKAGED
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
 from experiments.captions.mapper_ablation import caption_images, score_scenes
-from experiments.captions.tables import VARIANTS, markdown
+from experiments.captions.tables import VARIANTS
 from experiments.languages.text import LANGUAGES
 from experiments.scenes.dataset import load_split, shard_files
 from experiments.scenes.karpathy import SAMPLES, captioned_in, packaged_records, save_images, write_dataset
@@ -378,7 +378,7 @@ def _section(runs: Sequence[dict[str, Any]]) -> list[str]:
             row["seeds"] = len({run["seed"] for run in of})
             rows.append(row)
         said = ", ".join(f"{share:.0%} is {counts[share]:,}" for share in shares)
-        lines += ["", f"GPT-2 {mode}; captions: {said}.", "", *markdown(list(rows[0]), rows)]
+        lines += ["", f"GPT-2 {mode}; captions: {said}.", "", *markdown_table(list(rows[0]), rows)]
     return lines
 
 

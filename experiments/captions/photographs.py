@@ -31,13 +31,13 @@ from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
 from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
-from common.files import write_json, write_text
+from common.files import markdown_table, write_json, write_text
 from common.probes import recall_at, retrieval_ranks
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
 from experiments.backbones import train_gpt2, train_photo_clip
 from experiments.captions.consensus import caption_vectors, consensus, neighbours
-from experiments.captions.tables import cell, markdown
+from experiments.captions.tables import cell
 
 ARMS: dict[str, dict[str, Any]] = {
     "mlp-frozen": {"mapper": "mlp"},
@@ -286,7 +286,7 @@ def main(config: Config) -> None:
     ]
     record = {"rows": rows, "recall": recall(items, clip, config), "config": config}
     write_json(config.out / "results.json", record | {"hardware": hardware(), "versions": versions()})
-    table = "\n".join(markdown(("captions", *METRICS, "distinct"), rows)) + "\n"
+    table = "\n".join(markdown_table(("captions", *METRICS, "distinct"), rows)) + "\n"
     print(table)
     if config.docs:
         write_text(config.docs, table)

@@ -14,7 +14,7 @@ from clipcap.evaluation.scores import Evaluation
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
 from common.checks import UserError
-from common.files import write_json, write_text
+from common.files import markdown_table, write_json, write_text
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig, hardware, versions
 
@@ -229,12 +229,6 @@ def not_measured(found: Evaluation, metrics: Sequence[str]) -> list[str]:
     return [f"{name} is not measured: {found.not_measured[name]}." for name in metrics if name in found.not_measured]
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines of a Markdown table; what a row lacks is a dash."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
-    return lines + ["| " + " | ".join(str(row.get(column, "–")) for column in columns) + " |" for row in rows]
-
-
 def write_table(
     setting: Setting,
     title: str,
@@ -254,7 +248,7 @@ def write_table(
         "",
         *text,
         "",
-        *markdown(columns, rows),
+        *markdown_table(columns, rows),
         "",
         f"`{command}{' --small' * config.small}{changed}` "
         f"(CLIP {Path(setting.clip).name}, GPT-2 {Path(setting.gpt2).name}, "
