@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from common.checks import UserError, require_file
@@ -19,43 +19,41 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG", ".JPEG", ".webp")
 
 
 def find_image(directory: Path, name: str) -> Path:
-    """The image of a frame, whose name may lack its suffix.
+    """The image of a frame, whose name may lack its suffix, or have the separators of Windows.
 
     Raises:
         UserError: there is none.
     """
-    path = directory / name
-    if path.suffix and path.is_file():
-        return path
-    for suffix in IMAGE_SUFFIXES:
-        if (candidate := path.parent / (path.name + suffix)).is_file():
-            return candidate
-    raise UserError(f"image {str(path)!r} does not exist: check file_path in the transforms file.")
+    for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
+        path = directory / spelling
+        if path.is_file():
+            return path
+        for suffix in IMAGE_SUFFIXES:
+            if (candidate := path.parent / (path.name + suffix)).is_file():
+                return candidate
+    raise UserError(
+        f"image {str(directory / name)!r} does not exist: check file_path in the transforms file, or leave out what is "
+        f"missing (--skip-missing)."
+    )
 
 
-def require_same_size(paths: Sequence[Path], what: str = "image", *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of all images (or masks, as `what` says), none of which is decoded.
+def read_size(
+    path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of an image (or mask, as `what` says) as it lies in its file, and turned upright by its EXIF tag;
+    it is not decoded.
 
     Raises:
-        UserError: one cannot be opened or has more than `max_pixels` pixels, or their sizes differ.
+        UserError: it cannot be opened or has more than `max_pixels` pixels.
     """
-    first: tuple[int, int] | None = None
-    for path in paths:
-        with open_image(require_file(path, what), f"{what} {str(path)!r}", max_pixels=max_pixels) as image:
-            size = image.size
-        first = first or size
-        if size != first:
-            raise UserError(
-                f"{what} {str(path)!r} is {size[0]}x{size[1]} but {str(paths[0])!r} is {first[0]}x{first[1]}: "
-                f"give all {what}s of a scene one size."
-            )
-    if first is None:
-        raise UserError("the scene has 0 images: give at least 2.")
-    return first
+    with open_image(require_file(path, what), f"{what} {str(path)!r}", max_pixels=max_pixels) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (width, height), (height, width) if turned else (width, height)
 
 
 def load_image(
-    path: Path, size: tuple[int, int], background: str, *, max_pixels: int = MAX_PIXELS
+    path: Path, size: tuple[int, int], background: str, *, upright: bool = True, max_pixels: int = MAX_PIXELS
 ) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"] | None]:
     """Colour over the background in [0, 1], and alpha where the image has it, averaged by area down to `size`.
 
@@ -63,12 +61,13 @@ def load_image(
         path: of an image of any mode.
         size: (width, height), at most the image's.
         background: "white" or "black", over which transparent pixels lie; "image" drops alpha.
+        upright: turn it by its EXIF tag.
         max_pixels: most pixels that are decoded.
 
     Raises:
         UserError: unreadable, cut short or too large.
     """
-    pixels = np.asarray(_decode(path, max_pixels))
+    pixels = np.asarray(_decode(path, max_pixels, upright=upright))
     with_alpha = pixels.shape[-1] == 4 and background != "image"
     behind = 1.0 if background == "white" else 0.0
 
@@ -98,13 +97,14 @@ def load_mask(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS
     return share > 0.999 * share.max()
 
 
-def _decode(path: Path, max_pixels: int, *, exact_grey: bool = False) -> Image.Image:
+def _decode(path: Path, max_pixels: int, *, upright: bool = True, exact_grey: bool = False) -> Image.Image:
     """An image as RGBA when it has alpha, else as RGB; `exact_grey` keeps grey of more than 8 bits as it is."""
     with open_image(path, f"image {str(path)!r}", max_pixels=max_pixels) as opened:
         opened.load()
-        if opened.mode.startswith(("I", "F")) and exact_grey:
-            return opened.copy()
-        image = grey_to_8_bit(opened)
+        turned = ImageOps.exif_transpose(opened) if upright else opened
+        if turned.mode.startswith(("I", "F")) and exact_grey:
+            return turned.copy()
+        image = grey_to_8_bit(turned)
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 

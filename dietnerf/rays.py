@@ -216,8 +216,7 @@ class FewViewDataManager(DataManager):
             cameras = cameras.to(self.device)
             bundle = None
             if images[..., 0].numel() <= CACHED_PIXELS:
-                parts = [cameras.generate_rays(camera_indices=i, keep_shape=True) for i in range(len(images))]
-                bundle = join_rays(parts)
+                bundle = join_rays([all_rays(cameras, i, *images.shape[1:3]) for i in range(len(images))])
             self._stages = {factor: (images.to(self.device), masks, bundle, cameras)}
         return self._stages[factor]
 
@@ -235,6 +234,14 @@ def shrink(cameras: Cameras, factor: int) -> Cameras:
         distortion_params=cameras.distortion_params,
         camera_type=cameras.camera_type,
     )
+
+
+def all_rays(cameras: Cameras, index: int, height: int, width: int) -> RayBundle:
+    """Rays (height, width) of one camera; beyond its image they go on as if it were larger."""
+    lines = (torch.arange(side, device=cameras.device) + 0.5 for side in (height, width))
+    coordinates = torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1)
+    views = torch.full((height, width, 1), index, device=cameras.device)
+    return cameras.generate_rays(camera_indices=views, coords=coordinates)
 
 
 def join_rays(bundles: Sequence[RayBundle]) -> RayBundle:

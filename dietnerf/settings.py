@@ -16,11 +16,11 @@ from common.commands import named
 from common.images import ImageLimit
 from common.runtime import RuntimeConfig
 from common.training import LogConfig, ScaleConfig, flat, settings_of
-from dietnerf.data import PROTOCOLS, ViewsConfig
 from dietnerf.grid import DietGridModelConfig
 from dietnerf.methods import FewViewTrainerConfig, method_config
 from dietnerf.regularizers import RegularizerConfig
 from dietnerf.semantic import SemanticConfig, check_semantic_config
+from dietnerf.views import PROTOCOLS, ViewsConfig
 
 METHODS = {
     "mlp": "dietnerf",

@@ -1,0 +1,237 @@
+"""Scenes as they really come: each fault that was met once, by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("nerfstudio")
+
+from common.checks import UserError
+from dietnerf.data import FewViewDataset, FewViewParserConfig
+from dietnerf.lenses import distortion
+from dietnerf.world import other_convention
+from tests.dietnerf.ball import look_at_origin, write_scene
+from tests.dietnerf.test_data import nerfstudio_scene
+
+TURN_LEFT = 6
+"""EXIF: the picture lies on its left side, as from a phone held upright."""
+
+
+def read(path: Path, split: str = "train", **settings) -> FewViewDataset:
+    return FewViewDataset(FewViewParserConfig(data=path, **settings).setup().get_dataparser_outputs(split))
+
+
+def edit(path: Path, change) -> None:
+    """Change a transforms file; what `change` returns is written, if it returns anything."""
+    meta = json.loads(path.read_text())
+    found = change(meta)
+    path.write_text(json.dumps(meta if found is None else found))
+
+
+def lay_on_its_side(path: Path) -> None:
+    """Write an image as a camera held sideways does: turned, with the tag that turns it back."""
+    with Image.open(path) as image:
+        upright = image.copy()
+    exif = Image.Exif()
+    exif[0x0112] = TURN_LEFT
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+
+
+def rays_of(views: FewViewDataset, index: int = 0) -> torch.Tensor:
+    return views.cameras.generate_rays(camera_indices=index, keep_shape=True).directions
+
+
+# Silently wrong
+
+
+def test_grey_of_sixteen_bits_is_not_white(tmp_path):
+    scene = write_scene(tmp_path, mode="L")
+    plain = read(scene).images
+    for path in (scene / "train").glob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(path)
+        assert Image.open(path).mode.startswith("I")
+    views = read(scene)
+    assert views.background == "image" and torch.allclose(views.images, plain, atol=1e-6)
+    assert np.allclose(views.get_numpy_image(0) / 255, plain[0].numpy(), atol=1e-6)  # what nerfstudio asks for
+
+
+def test_one_image_of_eight_without_alpha_is_named(tmp_path):
+    scene = write_scene(tmp_path, splits={"train": 8})
+    Image.open(scene / "train/r_5.png").convert("RGB").save(scene / "train/r_5.png")
+    with pytest.raises(UserError, match="r_5.png' has no alpha but .*r_0.png' has: cut it out as well") as caught:
+        read(scene)
+    assert "\n" not in str(caught.value)
+    assert read(scene, background="image").background == "image"
+    assert read(scene, view_ids=(0, 1, 2)).background == "white"
+
+
+@pytest.mark.parametrize("layout", ["square images", "Blender's layout"])
+def test_images_are_turned_upright_by_their_exif_tag(tmp_path, layout):
+    scene = nerfstudio_scene(tmp_path) if layout == "square images" else write_scene(tmp_path)
+    before = read(scene)
+    for path in before.image_filenames:
+        lay_on_its_side(path)
+    views = read(scene)
+    assert torch.equal(views.images, before.images) and torch.equal(rays_of(views), rays_of(before))
+
+
+def test_images_are_turned_where_their_camera_is_upright_and_left_where_it_is_not(tmp_path):
+    scene = nerfstudio_scene(tmp_path)
+    for i in range(4):
+        Image.fromarray(np.arange(16 * 12 * 3, dtype=np.uint8).reshape(16, 12, 3)).save(scene / f"f{i}.png")
+    sizes = {"upright": dict(w=12, h=16, cx=6.0, cy=8.0), "as it lies": dict(w=16, h=12, cx=8.0, cy=6.0)}
+    upright = np.asarray(Image.open(scene / "f0.png")) / 255
+    for i in range(4):
+        lay_on_its_side(scene / f"f{i}.png")
+    for name, size in sizes.items():
+        edit(scene / "transforms.json", lambda meta, size=size: meta.update(size))
+        found = read(scene).load(0)[0].numpy()
+        assert np.allclose(found, upright if name == "upright" else np.rot90(upright), atol=1e-6)
+
+
+def test_lenses_of_blenders_layout_are_read(tmp_path):
+    scene = write_scene(tmp_path)
+    lens = dict(fl_x=30.0, fl_y=31.0, cx=7.0, cy=9.0, k1=0.1)
+    edit(scene / "transforms_train.json", lambda meta: meta.update(lens))
+    cameras = read(scene).cameras
+    found = [float(value[1]) for value in (cameras.fx, cameras.fy, cameras.cx, cameras.cy)]
+    assert found == pytest.approx([30, 31, 7, 9]) and float(cameras.distortion_params[1, 0]) == pytest.approx(0.1)
+    edit(scene / "transforms_train.json", lambda meta: meta["frames"][2].update(fl_x=40.0))
+    assert read(scene).cameras.fx[:4, 0].tolist() == [30, 30, 40, 30]
+
+
+def test_a_frames_own_k1_is_read_beside_that_of_the_file(tmp_path):
+    scene = nerfstudio_scene(tmp_path)
+    edit(scene / "transforms.json", lambda meta: meta.update(k1=0.05) or meta["frames"][2].update(k1=0.2))
+    found = read(scene).cameras.distortion_params[:, 0]
+    assert found.tolist() == pytest.approx([0.05, 0.05, 0.2, 0.05])
+
+
+def convention(name: str, pose: np.ndarray) -> np.ndarray:
+    turned = np.diag([1.0, -1, -1, 1])
+    return {
+        "OpenCV's axes": pose @ turned,
+        "world-to-camera matrices:": np.linalg.inv(pose),
+        "world-to-camera matrices with OpenCV's axes": np.linalg.inv(pose @ turned),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["OpenCV's axes", "world-to-camera matrices:", "world-to-camera matrices with OpenCV"])
+@pytest.mark.parametrize("centre", [0.0, 7.0])
+def test_poses_of_another_convention_are_not_taken_in_silence(tmp_path, capsys, name, centre):
+    full = name + "'s axes" if name.endswith("OpenCV") else name
+
+    def spoil(meta):
+        for frame in meta["frames"]:
+            pose = np.array(frame["transform_matrix"])
+            pose[:3, 3] += centre
+            frame["transform_matrix"] = convention(full, pose).tolist()
+
+    cut_out = write_scene(tmp_path / "blender")
+    edit(cut_out / "transforms_train.json", spoil)
+    with pytest.raises(UserError, match="look away from the point that they have in common") as caught:
+        read(cut_out)
+    assert full.rstrip(":") in str(caught.value) and "\n" not in str(caught.value)
+    photographs = nerfstudio_scene(tmp_path / "nerfstudio", 5)
+    edit(photographs / "transforms.json", lambda meta: [*map(spoil, [meta])] and meta)
+    if name == "OpenCV's axes":
+        read(photographs)
+        said = capsys.readouterr().err
+        assert said.startswith("warning: the cameras of") and full in said and len(said.splitlines()) == 1
+
+
+def test_proper_poses_are_taken_without_a_word(tmp_path, capsys):
+    read(write_scene(tmp_path / "blender"))
+    read(nerfstudio_scene(tmp_path / "nerfstudio", 6))
+    assert capsys.readouterr().err == ""
+    generator = np.random.default_rng(0)
+    ahead = np.tile(np.eye(4)[:3], (12, 1, 1))  # side by side, as LLFF's
+    ahead[:, :2, 3] = generator.normal(size=(12, 2))
+    around = np.stack([look_at_origin(40 * i, 10 + 5 * i)[:3] for i in range(9)])
+    around[:, :, 3] += [30.0, -20.0, 3.0]
+    for poses in (ahead, around, around[:4]):
+        assert other_convention(poses) is None
+
+
+@pytest.mark.parametrize("times, shift", [(3.0, 0.0), (0.1, 0.0), (3.0, 1000.0), (1.0, 5e6)])
+def test_a_scene_of_another_size_or_place_is_brought_to_the_box(tmp_path, times, shift):
+    scene = write_scene(tmp_path)
+    before, held_out = read(scene), read(scene, "test")
+
+    def move(meta):
+        for frame in meta["frames"]:
+            pose = np.array(frame["transform_matrix"])
+            pose[:3, 3] = times * pose[:3, 3] + shift
+            frame["transform_matrix"] = pose.tolist()
+
+    for split in ("train", "val", "test"):
+        edit(scene / f"transforms_{split}.json", move)
+    for old, new in ((before, read(scene)), (held_out, read(scene, "test"))):
+        assert torch.allclose(new.cameras.camera_to_worlds, old.cameras.camera_to_worlds, atol=1e-4)
+    world = read(scene).metadata["world"]
+    assert world.scale == pytest.approx(1 / times, rel=1e-4)
+    assert np.allclose(world.transform[:, 3], -shift, atol=1e-3 * max(1, times))
+    kept = read(scene, scale_factor=2.0).cameras.camera_to_worlds[0, :, 3]  # who asks for a factor gets it alone
+    assert torch.allclose(kept, 2 * (times * before.cameras.camera_to_worlds[0, :, 3] + shift), rtol=1e-5)
+
+
+def test_scenes_of_the_usual_size_stay_where_they_are(ball_scene):
+    world = read(ball_scene).metadata["world"]
+    assert world.scale == 1 and np.array_equal(world.transform, np.eye(4)[:3])
+
+
+def test_coordinates_of_a_map_lose_nothing(tmp_path):
+    scene = nerfstudio_scene(tmp_path, 5)
+    before = read(scene)
+    shift = np.array([448251.25, 5411932.5, 240.0])
+
+    def move(meta):
+        for frame in meta["frames"]:
+            pose = np.array(frame["transform_matrix"])
+            pose[:3, 3] += shift
+            frame["transform_matrix"] = pose.tolist()
+
+    edit(scene / "transforms.json", move)
+    views = read(scene)
+    assert torch.allclose(views.cameras.camera_to_worlds, before.cameras.camera_to_worlds, atol=1e-6)
+    given = np.array(json.loads((scene / "transforms.json").read_text())["frames"][3]["transform_matrix"])[None, :3]
+    assert np.allclose(views.metadata["world"].place(given)[0], views.cameras.camera_to_worlds[3], atol=1e-6)
+
+
+def opencv_rays(lens: dict, size: int) -> np.ndarray:
+    """Where pixels look, (size^2, 2) at depth 1, by OpenCV's own undistortion."""
+    matrix = np.array([[lens["fl_x"], 0, lens["cx"]], [0, lens["fl_y"], lens["cy"]], [0, 0, 1]])
+    params = np.array([lens.get(key, 0.0) for key in ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")])
+    y, x = np.mgrid[:size, :size] + 0.5
+    pixels = np.stack((x, y), axis=-1).reshape(-1, 1, 2)
+    criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 200, 1e-12)
+    return cv2.undistortPointsIter(pixels, matrix, params, np.eye(3), np.eye(3), criteria)[:, 0]
+
+
+RATIONAL = dict(k1=0.32, k2=-0.11, k3=0.01, k4=0.25, k5=-0.08, k6=0.005, p1=1e-3, p2=-2e-3)
+
+
+@pytest.mark.parametrize("model", ["OPENCV", "FULL_OPENCV"])
+def test_opencv_with_k4_and_k5_looks_where_opencv_does(tmp_path, model):
+    scene = nerfstudio_scene(tmp_path)
+    lens = dict(fl_x=12.0, fl_y=12.0, cx=8.0, cy=8.0, camera_model=model, **RATIONAL)
+    edit(scene / "transforms.json", lambda meta: meta.update(lens))
+    views = read(scene)
+    local = rays_of(views).reshape(-1, 3).double() @ views.cameras.camera_to_worlds[0, :, :3].double()
+    found = torch.stack((local[:, 0], -local[:, 1]), dim=-1) / -local[:, 2:]
+    assert np.abs(found.numpy() - opencv_rays(lens, 16)).max() < 5e-4  # 0.03 degrees
+
+
+def test_distortion_that_no_polynomial_has_is_refused():
+    lens = dict(fl_x=8.0, fl_y=8.0, k4=-1.0)
+    with pytest.raises(UserError, match="k4, k5 and k6 of scene"):
+        distortion(lens, (16, 16), "scene")
+    fisheye = distortion(lens | dict(camera_model="OPENCV_FISHEYE"), (16, 16), "scene")
+    assert fisheye.tolist() == [0, 0, 0, -1, 0, 0]
