@@ -14,7 +14,7 @@ from nerfstudio.process_data.colmap_utils import parse_colmap_camera_params
 
 from common.checks import UserError, require_file
 from dietnerf.images import IMAGE_SUFFIXES, find_image
-from dietnerf.layouts import Kind, check_pose, colmap_model, find_scene, natural_order, read_frames
+from dietnerf.layouts import Kind, check_pose, find_scene, natural_order, read_frames
 from dietnerf.lenses import lens_of
 
 OTHER_SPLIT = {"test": "val", "val": "test"}
@@ -215,11 +215,11 @@ def _split(
     return list(ids), name
 
 
-def read_colmap(directory: Path, split: str, skip_missing: bool) -> Capture:
-    """The largest reconstruction of COLMAP in a directory, with its photographs in images."""
-    place = colmap_model(directory)
-    assert place is not None
-    model = directory / place
+def read_colmap(model: Path, split: str, skip_missing: bool) -> Capture:
+    """A reconstruction of COLMAP, with its photographs in the folder images of the scene that it lies in."""
+    directory = next((place for place in list(model.absolute().parents)[:3] if (place / "images").is_dir()), None)
+    if directory is None:
+        raise UserError(f"COLMAP's model {str(model)!r} has no folder images beside it: put the photographs there.")
     suffix = ".txt" if (model / "cameras.txt").is_file() else ".bin"
     kind = "text" if suffix == ".txt" else "binary"
     try:

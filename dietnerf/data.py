@@ -88,11 +88,13 @@ class FewViewParser(DataParser):
         paths = [frame.image for frame in frames]
         for frame, pose in zip(frames, poses[places], strict=True):
             check_pose(pose, f"camera of {str(frame.image)!r}")
-        images, upright = zip(*(self._measure(frame, capture.kind) for frame in frames), strict=True)
-        sizes = self._sizes(images)
+        measured = [self._measure(frame, capture.kind) for frame in frames]
+        sizes = self._sizes([size for size, _ in measured])
         names = [f"{str(frame.image)!r} in {str(capture.file)!r}" for frame in frames]
         lenses = [frame.lens for frame in frames]
-        cameras = build_cameras(torch.from_numpy(poses[places]).float(), lenses, images, sizes, names)
+        cameras = build_cameras(
+            torch.from_numpy(poses[places]).float(), lenses, [size for size, _ in measured], sizes, names
+        )
         background = self._background(paths, split)
         self._decided = background if split == "train" else self._decided
         colour = {"white": torch.ones(3), "black": torch.zeros(3), "image": None}[background]
@@ -116,7 +118,7 @@ class FewViewParser(DataParser):
                 "kind": capture.kind,
                 "size": sizes[0],
                 "sizes": sizes,
-                "upright": upright,
+                "upright": [turned for _, turned in measured],
                 "max_pixels": self._max_pixels,
                 "source": capture.source,
                 "planes": planes,
@@ -160,14 +162,13 @@ class FewViewParser(DataParser):
         raw, upright = read_size(frame.image, max_pixels=self._max_pixels)
         camera = lens_size(frame.lens, repr(str(frame.image)))
         sizes = [(upright, True), (raw, False)]
-        for size, turned in reversed(sizes) if kind == "colmap" else sizes:  # noqa: B007
-            if camera is None or fits(size, camera):
-                break
-        else:
+        fitting = [one for one in sizes if camera is None or fits(one[0], camera)]
+        if camera and not fitting:
             raise UserError(
                 f"image {str(frame.image)!r} is {upright[0]}x{upright[1]} but its camera's w and h are "
                 f"{camera[0]}x{camera[1]}: give it the camera of the whole image, without cropping or turning it."
             )
+        size, turned = fitting[-1 if kind == "colmap" else 0]
         if frame.mask and read_size(frame.mask, "mask", max_pixels=self._max_pixels)[1] != size:
             raise UserError(
                 f"mask {str(frame.mask)!r} has another size than its image: give it {size[0]}x{size[1]} pixels."
@@ -195,7 +196,8 @@ class FewViewParser(DataParser):
             wanted = self._training_background()
         if wanted == "image":
             return wanted
-        opaque, cut_out = [], []
+        opaque: list[Path] = []
+        cut_out: list[Path] = []
         for path in paths:
             with open_image(path, f"image {str(path)!r}", max_pixels=self._max_pixels) as image:
                 (cut_out if image.has_transparency_data else opaque).append(path)

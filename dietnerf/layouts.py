@@ -29,7 +29,7 @@ def scene_kind(path: Path) -> Kind:
 
 
 def find_scene(path: Path) -> tuple[Kind, Path]:
-    """The layout of a scene and its directory, of nerfstudio's the transforms file.
+    """The layout of a scene and its directory; of nerfstudio's the transforms file, of COLMAP's the model's folder.
 
     Args:
         path: the scene's directory, or one of the files or folders in it by which its layout is known.
@@ -54,9 +54,10 @@ def find_scene(path: Path) -> tuple[Kind, Path]:
         return "blender", path
     if (path / "transforms.json").is_file():
         return "nerfstudio", path / "transforms.json"
-    for directory in (path, *list(path.resolve().parents)[:3]):  # a model within a scene may be given as well
-        if colmap_model(directory) is not None and (directory == path or is_model(path)):
-            return "colmap", directory
+    if is_model(path):
+        return "colmap", path
+    if (model := colmap_model(path) or largest_model(path)) is not None:
+        return "colmap", path / model
     if (path / "poses_bounds.npy").is_file():
         return "llff", path
     raise UserError(
@@ -73,11 +74,18 @@ def is_model(path: Path) -> bool:
 def colmap_model(path: Path) -> Path | None:
     """Where COLMAP's reconstruction lies within a scene; of several, the one with the most images."""
     for place in MODELS:
-        inside = sorted((path / place).glob("*"), key=lambda found: natural_order(found.name))
-        models = [found for found in (*inside, path / place) if is_model(found)]
-        if models:
-            return max(models, key=model_images).relative_to(path)  # the first one of the largest
+        if is_model(path / place):
+            return Path(place)
+        if (model := largest_model(path / place)) is not None:
+            return place / model
     return None
+
+
+def largest_model(path: Path) -> Path | None:
+    """Of the reconstructions in a folder, the one with the most images: the first such one."""
+    inside = sorted(path.glob("*"), key=lambda found: natural_order(found.name))
+    models = [found for found in inside if is_model(found)]
+    return max(models, key=model_images).relative_to(path) if models else None
 
 
 def model_images(model: Path) -> int:

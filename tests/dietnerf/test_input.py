@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 pytest.importorskip("nerfstudio")
 
 from common.checks import UserError
 from dietnerf.data import FewViewDataset, FewViewParserConfig
+from dietnerf.layouts import colmap_model, find_scene
 from dietnerf.lenses import distortion
+from dietnerf.rays import FewViewDataManagerConfig
+from dietnerf.views import select_views
 from dietnerf.world import other_convention
-from tests.dietnerf.ball import look_at_origin, write_scene
+from tests.dietnerf.ball import draw_ball, look_at_origin, write_scene
 from tests.dietnerf.test_data import nerfstudio_scene
 
 TURN_LEFT = 6
@@ -235,3 +239,234 @@ def test_distortion_that_no_polynomial_has_is_refused():
         distortion(lens, (16, 16), "scene")
     fisheye = distortion(lens | dict(camera_model="OPENCV_FISHEYE"), (16, 16), "scene")
     assert fisheye.tolist() == [0, 0, 0, -1, 0, 0]
+
+
+# Refused or poorly worded
+
+
+def test_separators_of_windows(tmp_path):
+    photographs, cut_out = nerfstudio_scene(tmp_path / "a"), write_scene(tmp_path / "b")
+    (photographs / "images").mkdir()
+    for i in range(4):
+        (photographs / f"f{i}.png").rename(photographs / f"images/f{i}.png")
+
+    def spell(meta, folder):
+        for frame in meta["frames"]:
+            frame["file_path"] = ".\\" + folder + "\\" + Path(frame["file_path"]).name
+
+    edit(photographs / "transforms.json", lambda meta: spell(meta, "images"))
+    edit(cut_out / "transforms_train.json", lambda meta: spell(meta, "train"))
+    assert len(read(photographs).images) == 4 and len(read(cut_out).images) == 6
+
+
+def test_names_without_suffix_are_found_and_kept(tmp_path):
+    scene = nerfstudio_scene(tmp_path, 5)
+
+    def cut(meta):
+        for frame in meta["frames"]:
+            frame["file_path"] = frame["file_path"].removesuffix(".png")
+        return meta | {"train_filenames": ["f0", "f1", "f4"], "test_filenames": ["f2.png", "f3"]}
+
+    edit(scene / "transforms.json", cut)
+    assert [path.name for path in read(scene).image_filenames] == ["f0.png", "f1.png", "f4.png"]
+    assert [path.name for path in read(scene, "test").image_filenames] == ["f2.png", "f3.png"]
+    assert read(scene).images.shape == (3, 16, 16, 3)
+    (scene / "f0.png").rename(scene / "f0")  # a file that has none either
+    assert read(scene).image_filenames[0].name == "f0"
+
+
+def test_camera_angle_x_alone_in_transforms_json(tmp_path):
+    scene = nerfstudio_scene(tmp_path)
+    edit(scene / "transforms.json", lambda meta: {"camera_angle_x": 0.7, "frames": meta["frames"]})
+    camera = read(scene).cameras[0]
+    assert float(camera.fx) == float(camera.fy) == pytest.approx(8 / np.tan(0.35))
+    assert (float(camera.cx), float(camera.cy), int(camera.width)) == (8, 8, 16)
+    edit(scene / "transforms.json", lambda meta: {"frames": meta["frames"]})
+    with pytest.raises(UserError, match="camera_angle_x of .* is None: give the horizontal angle in radians, or fl_x"):
+        read(scene)
+
+
+def colmap_scene(path: Path, count: int, camera: str = "1 PINHOLE 16 16 20 20 8 8", model: str = "0") -> Path:
+    """A COLMAP scene of cameras around the ball; images f0.png, f1.png, ..., which COLMAP numbers the other way."""
+    sparse = path / "sparse" / model
+    sparse.mkdir(parents=True)
+    (path / "images").mkdir(exist_ok=True)
+    (sparse / "cameras.txt").write_text(f"# cameras\n{camera}\n")
+    lines = []
+    for i in range(count):
+        pose = look_at_origin(36 * i, 20)
+        Image.fromarray(draw_ball(pose, 16, 0.7)).convert("RGB").save(path / f"images/f{i}.png")
+        view = np.linalg.inv(pose @ np.diag([1, -1, -1, 1]))
+        x, y, z, w = Rotation.from_matrix(view[:3, :3]).as_quat()
+        lines += [f"{count - i} {w} {x} {y} {z} {' '.join(map(str, view[:3, 3]))} 1 f{i}.png", ""]
+    (sparse / "images.txt").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_file_instead_of_its_folder(tmp_path):
+    cut_out, photographs = write_scene(tmp_path / "a"), nerfstudio_scene(tmp_path / "b")
+    posed = colmap_scene(tmp_path / "c", 10)
+    for given, kind, scene in [
+        (cut_out / "transforms_train.json", "blender", cut_out),
+        (cut_out / "transforms_test.json", "blender", cut_out),
+        (photographs / "transforms.json", "nerfstudio", photographs),
+        (posed / "sparse/0/images.txt", "colmap", posed),
+        (posed / "sparse/0", "colmap", posed),
+        (posed / "sparse", "colmap", posed),
+    ]:
+        assert find_scene(given)[0] == kind
+        assert read(given).image_filenames == read(scene).image_filenames
+    assert len(read(colmap_scene(posed, 9, model="1") / "sparse/1")) == 7  # not the largest, but the one that is named
+    with pytest.raises(UserError, match="is a .png file: give a directory"):
+        read(photographs / "f0.png")
+
+
+def test_full_opencv_of_colmap(tmp_path):
+    order = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")
+    values = " ".join(str(RATIONAL[key]) for key in order)
+    views = read(colmap_scene(tmp_path, 10, f"1 FULL_OPENCV 16 16 12 12 8 8 {values}"))
+    lens = dict(fl_x=12.0, fl_y=12.0, cx=8.0, cy=8.0, **RATIONAL)
+    local = rays_of(views).reshape(-1, 3).double() @ views.cameras.camera_to_worlds[0, :, :3].double()
+    found = torch.stack((local[:, 0], -local[:, 1]), dim=-1) / -local[:, 2:]
+    assert np.abs(found.numpy() - opencv_rays(lens, 16)).max() < 5e-4
+
+
+def test_of_several_colmap_models_the_largest(tmp_path):
+    for count, model in ((9, "0"), (20, "1"), (11, "2")):
+        colmap_scene(tmp_path, count, model=model)
+    assert colmap_model(tmp_path) == Path("sparse/1")
+    assert len(read(tmp_path)) + len(read(tmp_path, "test")) == 20
+    binary = tmp_path / "sparse/10"
+    binary.mkdir()
+    (binary / "cameras.bin").write_bytes(b"")
+    (binary / "images.bin").write_bytes((21).to_bytes(8, "little"))
+    assert colmap_model(tmp_path) == Path("sparse/10")
+
+
+def test_a_byte_order_mark(tmp_path):
+    scene = write_scene(tmp_path)
+    path = scene / "transforms_train.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read(scene)) == 6
+
+
+def test_missing_images_may_be_left_out(tmp_path):
+    photographs, cut_out, posed = nerfstudio_scene(tmp_path / "a", 5), write_scene(tmp_path / "b"), tmp_path / "c"
+    listed = {"train_filenames": [f"f{i}.png" for i in range(4)], "test_filenames": ["f4.png"]}
+    edit(photographs / "transforms.json", lambda meta: meta | listed)
+    colmap_scene(posed, 10)
+    for path in (photographs / "f2.png", cut_out / "train/r_3.png", posed / "images/f3.png"):
+        path.unlink()
+    for scene, left in ((photographs, 3), (cut_out, 5), (posed, 7)):
+        with pytest.raises(UserError, match=r"does not exist: .*or leave out what is missing \(--skip-missing\)"):
+            read(scene)
+        assert len(read(scene, skip_missing=True).images) == left
+
+
+def test_natural_order(tmp_path):
+    scene = nerfstudio_scene(tmp_path / "a", 12)
+    assert [path.name for path in read(scene).image_filenames] == [
+        f"f{i}.png" for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11)
+    ]
+    posed = colmap_scene(tmp_path / "b", 12)
+    assert [path.name for path in read(posed, "test").image_filenames] == ["f0.png", "f8.png"]
+
+
+def test_view_ids_by_file_name(tmp_path):
+    scene = write_scene(tmp_path)
+    for ids in (("r_4", "r_1"), ("r_4.png", 1), ("train/r_4", "./train/r_1.png"), ("train\\r_4", "r_1")):
+        assert read(scene, view_ids=ids).view_ids == (4, 1)
+    with pytest.raises(
+        UserError, match="view id 'r_9' is no training view's file: this scene has 6, such as 'r_0.png'"
+    ):
+        read(scene, view_ids=("r_9",))
+    with pytest.raises(UserError, match="name a view twice"):
+        read(scene, view_ids=("r_1", 1))
+    (scene / "more").mkdir()
+    (scene / "train/r_5.png").rename(scene / "more/r_4.png")
+    edit(scene / "transforms_train.json", lambda meta: meta["frames"][5].update(file_path="more/r_4"))
+    with pytest.raises(UserError, match="view id 'r_4' is the name of 2 images: give the folder"):
+        read(scene, view_ids=("r_4",))
+    assert read(scene, view_ids=("more/r_4",)).view_ids == (5,)
+
+
+def test_views_are_never_chosen_twice(tmp_path):
+    """Four positions with two directions each: every camera once, positions first."""
+    poses = torch.from_numpy(np.stack([look_at_origin(90 * (i // 2), 20)[:3] for i in range(8)]))
+    poses[1::2, :, :3] = poses[1::2, :, :3] @ torch.diag(torch.tensor([-1.0, 1, -1], dtype=torch.float64))
+    chosen = select_views(poses, number=6)
+    assert len(set(chosen)) == 6 and len({i // 2 for i in select_views(poses, number=4)}) >= 3
+    assert set(select_views(poses, number=8)) == set(range(8))
+    turning = torch.from_numpy(np.stack([look_at_origin(45 * i, 0)[:3] for i in range(8)]))
+    turning[:, :, 3] = 0  # on a tripod: the directions decide
+    assert set(select_views(turning, number=4)) == {0, 2, 4, 6}
+    assert len(set(select_views(torch.eye(4)[:3].repeat(3, 1, 1), number=3))) == 3
+
+
+def test_views_on_a_sphere_are_those_farthest_from_each_other():
+    poses = torch.from_numpy(np.stack([look_at_origin(77 * i, (31 * i) % 80)[:3] for i in range(20)]))
+    places = poses[:, :, 3]
+    chosen = [0]
+    while len(chosen) < 8:  # by position alone
+        nearest = torch.cdist(places, places[chosen]).amin(dim=1)
+        chosen.append(int(nearest.argmax()))
+    assert select_views(poses, number=8) == tuple(chosen)
+
+
+@pytest.fixture
+def mixed_scene(tmp_path) -> Path:
+    """Photographs of three sizes, one of them upright, each with its own lens."""
+    scene, sizes = nerfstudio_scene(tmp_path / "mixed", 5), [(16, 12), (12, 16), (16, 12), (8, 6), (16, 12)]
+
+    def give(meta):
+        for i, (frame, (width, height)) in enumerate(zip(meta["frames"], sizes, strict=True)):
+            values = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(values).save(scene / f"f{i}.png")
+            frame.update(w=width, h=height, fl_x=20.0, fl_y=20.0, cx=width / 2, cy=height / 2)
+
+    edit(scene / "transforms.json", give)
+    return scene
+
+
+def test_landscape_and_portrait_mixed(mixed_scene):
+    views = read(mixed_scene)
+    assert views.cameras.width[:, 0].tolist() == [16, 12, 16, 8, 16] and not views.same_size
+    assert views.images.shape == (5, 16, 16, 3) and views.masks.sum(dim=(1, 2, 3)).tolist() == [192, 192, 192, 48, 192]
+    for i, path in enumerate(views.image_filenames):
+        pixels = np.asarray(Image.open(path)) / 255
+        assert np.allclose(views.load(i)[0].numpy(), pixels, atol=1e-6)
+        assert np.allclose(views.images[i, : pixels.shape[0], : pixels.shape[1]].numpy(), pixels, atol=1e-6)
+    assert views.squeezed.shape == (5, 3, 12, 16)
+    small = read(mixed_scene, image_size=8)  # the longer side of each; what is smaller stays
+    assert list(zip(small.cameras.width[:, 0].tolist(), small.cameras.height[:, 0].tolist(), strict=True)) == [
+        (8, 6), (6, 8), (8, 6), (8, 6), (8, 6),
+    ]  # fmt: skip
+    assert small.cameras.fx[:, 0].tolist() == [10, 10, 10, 20, 10]
+    with pytest.raises(UserError, match="image_size is 17 but the images are 16"):
+        read(mixed_scene, image_size=17)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("step", [0, 1])
+def test_rays_of_mixed_sizes(mixed_scene, monkeypatch, cached, step):
+    if not cached:
+        monkeypatch.setattr("dietnerf.rays.CACHED_PIXELS", 0)
+    config = FewViewDataManagerConfig(
+        train_num_rays_per_batch=20_000, crop_steps=0, rays_from="all", pyramid=(2,), pyramid_steps=(1,)
+    )
+    config.dataparser = FewViewParserConfig(data=mixed_scene)
+    manager = config.setup(device="cpu")
+    rays, batch = manager.next_train(step)
+    factor, views = 2 - step, manager.train_dataset
+    drawn = set(map(tuple, batch["indices"].tolist()))
+    sizes = zip(views.cameras.width[:, 0].tolist(), views.cameras.height[:, 0].tolist(), strict=True)
+    assert drawn == {
+        (i, y, x) for i, (w, h) in enumerate(sizes) for y in range(h // factor) for x in range(w // factor)
+    }
+    for number in range(0, 2000, 97):
+        view, row, column = batch["indices"][number].tolist()
+        block = views.load(view)[0][factor * row :, factor * column :][:factor, :factor]
+        assert torch.allclose(batch["image"][number], block.mean(dim=(0, 1)), atol=1e-5)
+        middle = torch.tensor([[factor * (row + 0.5), factor * (column + 0.5)]])
+        expected = views.cameras.generate_rays(camera_indices=torch.tensor([[view]]), coords=middle)
+        assert torch.allclose(rays.directions[number], expected.directions[0], atol=1e-5)
