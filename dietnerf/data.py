@@ -51,6 +51,15 @@ class FewViewParserConfig(DataParserConfig, ViewsConfig):
     """Largest image that is read, in millions of pixels."""
 
 
+class FewViewOutputs(DataparserOutputs):
+    """What `FewViewParser` finds; its transform is float64, since coordinates of a map have no room in float32."""
+
+    def transform_poses_to_original_space(
+        self, poses: Float[Tensor, "n 3 4"], camera_convention: Literal["opengl", "opencv"] = "opencv"
+    ) -> Float[Tensor, "n 3 4"]:
+        return super().transform_poses_to_original_space(poses.double(), camera_convention)
+
+
 @dataclass
 class FewViewParser(DataParser):
     """Reads a scene's cameras and the paths of its images; the training split holds the chosen views alone."""
@@ -104,14 +113,14 @@ class FewViewParser(DataParser):
             planes = 0.9 * capture.bounds[0] * world.scale, 1.1 * capture.bounds[1] * world.scale
             side = max(1.0, planes[1])  # these scenes lie before the cameras, not between them
         original = world.after(capture.applied, capture.applied_scale)
-        return DataparserOutputs(
+        return FewViewOutputs(
             image_filenames=paths,
             cameras=cameras,
             alpha_color=colour,
             mask_filenames=[frame.mask for frame in frames if frame.mask] or None,
             scene_box=SceneBox(aabb=torch.tensor([[-side] * 3, [side] * 3])),
             dataparser_scale=original.scale,
-            dataparser_transform=torch.from_numpy(original.transform).float(),
+            dataparser_transform=torch.from_numpy(original.transform),
             metadata={
                 "view_ids": ids,
                 "background": background,
@@ -122,7 +131,7 @@ class FewViewParser(DataParser):
                 "max_pixels": self._max_pixels,
                 "source": capture.source,
                 "planes": planes,
-                "world": world,
+                "world": original if capture.kind == "colmap" else world,
             },
         )
 

@@ -190,6 +190,9 @@ def _train(config: TrainConfig, run: FewViewTrainerConfig) -> Path:
     looks = list(range(0, held_out, stride))[: config.val_views]
     steps = run.max_num_iterations
     write_text(config.out / "config.yml", yaml.dump(run))
+    module.pipeline.datamanager.train_dataparser_outputs.save_dataparser_transform(
+        config.out / "dataparser_transforms.json"
+    )
     scale = config.scale
     if scale.world > 1 and scale.strategy in ("auto", "ddp"):  # a grid's other levels have no gradient
         scale = replace(scale, strategy="ddp_find_unused_parameters_true")
