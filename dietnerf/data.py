@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import MAX_AUTO_RESOLUTION
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
@@ -192,7 +193,10 @@ class FewViewParser(DataParser):
             raise UserError(
                 f"image_size is {wanted} but the images are {max(sides)} pixels wide: use at most {max(sides)}."
             )
-        scales = [min(1.0, wanted / side) if wanted else 1.0 for side in sides]
+        scales = [
+            min(1.0, wanted / side if wanted else MAX_AUTO_RESOLUTION / max(image))
+            for image, side in zip(images, sides, strict=True)
+        ]
         return [
             (max(1, round(width * scale)), max(1, round(height * scale)))
             for (width, height), scale in zip(images, scales, strict=True)
@@ -260,11 +264,11 @@ class FewViewDataset(InputDataset):
         return self.load(image_idx)[0]
 
     def get_image_uint8(self, image_idx: int) -> Tensor:
-        return (self.load(image_idx)[0] * 255 + 0.5).to(torch.uint8)
+        return _eight_bit(self.load(image_idx)[0], None)
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
         colour, alpha = self.load(image_idx)
-        image = colour if image_type == "float32" else (colour * 255 + 0.5).to(torch.uint8)
+        image = colour if image_type == "float32" else _eight_bit(colour, None)
         found = {"image": image, "alpha": alpha, "mask": self.mask(image_idx)}
         return {"image_idx": image_idx} | {name: value for name, value in found.items() if value is not None}
 
@@ -295,9 +299,14 @@ class FewViewDataset(InputDataset):
         return len(set(self._dataparser_outputs.metadata["sizes"])) == 1
 
     @cached_property
+    def pixels(self) -> UInt8[Tensor, "n h w c"]:
+        """All views in 8 bit, with alpha as a fourth channel where it is used; kept from the first use on."""
+        return _stack([_eight_bit(*self.load(i)) for i in range(len(self))])
+
+    @property
     def images(self) -> Float[Tensor, "n h w 3"]:
-        """All views, kept from the first use on."""
-        return _stack([self.load(i)[0] for i in range(len(self))])
+        """The colours of all views, made anew from `pixels`."""
+        return self.pixels[..., :3].float() / 255
 
     @cached_property
     def masks(self) -> Bool[Tensor, "n h w 1"] | None:
@@ -309,11 +318,10 @@ class FewViewDataset(InputDataset):
         whole = [torch.ones(height, width, 1, dtype=torch.bool) for width, height in sizes]
         return _stack([there if mask is None else mask for mask, there in zip(found, whole, strict=True)])
 
-    @cached_property
+    @property
     def alphas(self) -> Float[Tensor, "n h w 1"]:
         """Their opacity; only for a scene whose images have alpha."""
-        found = [self.load(i)[1] for i in range(len(self))]
-        return _stack([alpha for alpha in found if alpha is not None])
+        return self.pixels[..., 3:].float() / 255
 
     @property
     def squeezed(self) -> Float[Tensor, "n 3 h w"]:
@@ -323,6 +331,10 @@ class FewViewDataset(InputDataset):
         width, height = self._dataparser_outputs.metadata["size"]
         views = (self.load(i)[0].permute(2, 0, 1)[None] for i in range(len(self)))
         return torch.cat([torch.nn.functional.interpolate(view, (height, width), mode="area") for view in views])
+
+
+def _eight_bit(colour: Float[Tensor, "h w 3"], alpha: Float[Tensor, "h w 1"] | None) -> UInt8[Tensor, "h w c"]:
+    return ((colour if alpha is None else torch.cat((colour, alpha), dim=-1)) * 255 + 0.5).to(torch.uint8)
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:

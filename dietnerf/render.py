@@ -131,7 +131,7 @@ def frames_of(renderings: Iterable[Rendering], *, depth: bool = True) -> list[UI
     return [np.concatenate(pair, axis=1) for pair in zip(one_size(colours), one_size(pictures), strict=True)]
 
 
-def one_size(pictures: Sequence[UInt8[np.ndarray, "h w 3"]]) -> list[UInt8[np.ndarray, "h w 3"]]:
+def one_size(pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[UInt8[np.ndarray, "h w 3"]]:
     """Pictures of several sizes in the middle of white ones of the largest width and height."""
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     found = []

@@ -44,7 +44,7 @@ class ViewsConfig:
     """How num_views are chosen: far from each other, the first ones, or by chance."""
     image_size: int = 0
     """Width of the images in pixels, averaged down by area, or the longer side of each where they have several sizes;
-    0 keeps theirs."""
+    0 keeps theirs, up to 1,600 pixels for the longer side."""
     skip_missing: bool = False
     """Leave out the cameras whose image is missing, instead of refusing the scene."""
 

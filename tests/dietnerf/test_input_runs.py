@@ -14,8 +14,9 @@ pytest.importorskip("nerfstudio")
 
 from common.checks import UserError
 from dietnerf.cli import main
-from dietnerf.data import FewViewParserConfig
+from dietnerf.data import FewViewDataset, FewViewParserConfig
 from dietnerf.poses import estimate_ranges, orbit_path
+from dietnerf.rays import FewViewDataManagerConfig
 from dietnerf.scene import Scene
 from tests.dietnerf.ball import look_at_origin, write_scene
 from tests.dietnerf.test_data import nerfstudio_scene
@@ -111,3 +112,34 @@ def test_the_way_back_through_nerfstudio(tmp_path):
     assert np.allclose(back[0].numpy(), look_at_origin(36, 20)[:3], atol=1e-5)  # f1: f0 is held out
     place = posed.metadata["world"].place(look_at_origin(36, 20)[None, :3])
     assert np.allclose(place[0], posed.cameras.camera_to_worlds[0], atol=1e-5)
+
+
+def test_images_stay_8_bit_in_memory(tmp_path):
+    scene = write_scene(tmp_path)
+    views = FewViewDataset(FewViewParserConfig(data=scene).setup().get_dataparser_outputs("train"))
+    assert views.pixels.dtype == torch.uint8 and views.pixels.shape == (6, 16, 16, 4)
+    assert torch.allclose(views.images[3], views.load(3)[0], atol=0.51 / 255)
+    assert torch.allclose(views.alphas[3], views.load(3)[1], atol=1e-6)
+    for alpha in (False, True):
+        manager = FewViewDataManagerConfig(dataparser=FewViewParserConfig(data=scene), crop_steps=0).setup(device="cpu")
+        manager.with_alpha = alpha
+        batch = manager.next_train(0)[1]
+        assert manager._stage(1)[0].dtype == torch.uint8 and batch["image"].dtype == torch.float32
+        assert ("alpha" in batch) == alpha
+
+
+def test_twelve_megapixel_photographs_get_a_sensible_size(tmp_path):
+    scene = nerfstudio_scene(tmp_path, 2)
+    for i in range(2):
+        Image.new("RGB", (4000, 3000)).save(scene / f"f{i}.png", compress_level=1)
+    edit(
+        scene / "transforms.json",
+        lambda meta: meta.update(w=4000, h=3000, fl_x=3000.0, fl_y=3000.0, cx=2000.0, cy=1500.0),
+    )
+
+    def size(**settings) -> tuple[int, int, float]:
+        found = FewViewParserConfig(data=scene, **settings).setup().get_dataparser_outputs("train").cameras
+        return int(found.width[0]), int(found.height[0]), float(found.fx[0])
+
+    assert size() == (1600, 1200, 1200.0)
+    assert size(image_size=4000) == (4000, 3000, 3000.0)  # who asks for more gets it
