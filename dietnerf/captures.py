@@ -107,6 +107,11 @@ def _frames(
         pose = check_pose(entry["transform_matrix"], f"frame {number}")
         lens = lens_of(meta, entry)
         found.append(Frame(image, pose, lens, _mask(directory, mask) if mask else None))
+    masks = [frame.mask is not None for frame in found]
+    if any(masks) and not all(masks):
+        raise UserError(
+            f"image {str(found[masks.index(False)].image)!r} has no mask_path but others have: give all one, or none."
+        )
     return found
 
 
@@ -139,11 +144,6 @@ def read_nerfstudio(file: Path, split: str, skip_missing: bool) -> Capture:
         )
     entries = sorted(meta["frames"], key=lambda frame: natural_order(frame["file_path"]))
     frames = _frames(file.parent, entries, meta, skip_missing)
-    masks = [frame.mask is not None for frame in frames]
-    if any(masks) and not all(masks):
-        raise UserError(
-            f"image {str(frames[masks.index(False)].image)!r} has no mask_path but others have: give all one, or none."
-        )
     listed = {
         name: _listed(
             meta[f"{name}_filenames"], file.parent, frames, f"{name}_filenames of {str(file)!r}", skip_missing

@@ -114,17 +114,20 @@ class Scene:
         matrix = torch.as_tensor(check_pose(torch.as_tensor(pose).tolist(), "pose"), dtype=torch.float32)
         first = self.training_views.cameras[0]
         width, height = int(first.width), int(first.height)
-        scale = (size or width) / width
-        return Cameras(
+        camera = Cameras(
             camera_to_worlds=matrix[None],
-            fx=float(first.fx) * scale,
-            fy=float(first.fy) * scale,
-            cx=float(first.cx) * scale,
-            cy=float(first.cy) * scale,
-            width=round(width * scale),
-            height=max(1, round(height * scale)),
+            fx=float(first.fx),
+            fy=float(first.fy),
+            cx=float(first.cx),
+            cy=float(first.cy),
+            width=width,
+            height=height,
             camera_type=CameraType.PERSPECTIVE,
         )
+        if size:
+            camera.rescale_output_resolution(size / width, scale_rounding_mode="round")
+            camera.height.clamp_(min=1)
+        return camera
 
     def pose_from_input(self, pose: Float[Tensor, "r 4"]) -> Float[Tensor, "3 4"]:
         """A camera-to-world pose of the coordinates that the scene's files have, in those of the field.

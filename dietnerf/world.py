@@ -48,7 +48,7 @@ def photographs_world(poses: Float[np.ndarray, "n 3 4"], orientation: str = "up"
     camera alone looks at the centre from a distance of 1.
 
     Raises:
-        UserError: all cameras stand at one place.
+        UserError: several cameras, all at one place.
     """
     centre = poses[:, :, 3].mean(axis=0) - (poses[0, :, 2] if len(poses) == 1 else 0.0)
     moved = np.tile(np.eye(4), (len(poses), 1, 1))
@@ -56,7 +56,10 @@ def photographs_world(poses: Float[np.ndarray, "n 3 4"], orientation: str = "up"
     moved[:, :3, 3] -= centre
     reach = float(np.abs(moved[:, :3, 3]).max())
     if reach <= 1e-9 * max(1.0, float(np.abs(centre).max())):
-        raise UserError("its cameras all stand at one place: check the camera matrices, or photograph it from more.")
+        raise UserError(
+            "its cameras all stand at one place, as world-to-camera matrices of cameras around a thing do: check the "
+            "camera matrices, or photograph it from more places."
+        )
     unit = moved.copy()
     unit[:, :3, 3] /= reach
     method: str = orientation if len(poses) > 1 else "up"
