@@ -85,7 +85,9 @@ def largest_model(path: Path) -> Path | None:
     """Of the reconstructions in a folder, the one with the most images: the first such one."""
     inside = sorted(path.glob("*"), key=lambda found: natural_order(found.name))
     models = [found for found in inside if is_model(found)]
-    return max(models, key=model_images).relative_to(path) if models else None
+    if len(models) > 1:
+        models = [max(models, key=model_images)]
+    return models[0].relative_to(path) if models else None
 
 
 def model_images(model: Path) -> int:
