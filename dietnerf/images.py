@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from common.checks import UserError, require_file
-from common.images import MAX_PIXELS, bands, grey_to_8_bit, open_image
+from common.images import MAX_PIXELS, grey_to_8_bit, open_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG", ".JPEG", ".webp")
 
@@ -68,19 +68,17 @@ def load_image(
         UserError: unreadable, cut short or too large.
     """
     pixels = np.asarray(_decode(path, max_pixels, upright=upright))
-    with_alpha = pixels.shape[-1] == 4 and background != "image"
-    behind = 1.0 if background == "white" else 0.0
-
-    def part(top: int, bottom: int) -> np.ndarray:
-        values = pixels[top:bottom].astype(np.float32) / 255
-        colour = values[..., :3]
-        if not with_alpha:
-            return colour
-        alpha = values[..., 3:]
-        return np.concatenate((colour * alpha + (1 - alpha) * behind, alpha), axis=-1)
-
-    found = _area(pixels.shape[:2], part, size)
-    return (found[..., :3].contiguous(), found[..., 3:].contiguous()) if with_alpha else (found, None)
+    if pixels.shape[-1] == 3 or background == "image":
+        return _join([_area(_unit(pixels[..., i]), size) for i in range(3)]), None
+    behind = np.float32(background == "white")
+    alpha, colours = _unit(pixels[..., 3]), []
+    for i in range(3):
+        channel = _unit(pixels[..., i])
+        channel -= behind
+        channel *= alpha
+        channel += behind
+        colours.append(_area(channel, size))
+    return _join(colours), _join([_area(alpha, size)])
 
 
 def load_mask(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> Bool[Tensor, "h w 1"]:
@@ -90,8 +88,8 @@ def load_mask(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS
         UserError: unreadable, cut short, too large, or black all over.
     """
     image = _decode(path, max_pixels, exact_grey=True)
-    usable = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"))[..., None] > 0
-    share = _area(usable.shape[:2], lambda top, bottom: usable[top:bottom].astype(np.float32), size)
+    usable = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L")) > 0
+    share = _join([_area(usable.astype(np.float32), size)])
     if not share.any():
         raise UserError(f"mask {str(path)!r} is black all over: make white what may be used, or leave its view out.")
     return share > 0.999 * share.max()
@@ -118,32 +116,14 @@ def is_opaque(path: Path, *, max_pixels: int = MAX_PIXELS) -> bool:
     return image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
 
 
-def _area(
-    shape: tuple[int, ...], part: Callable[[int, int], np.ndarray], size: tuple[int, int]
-) -> Float[Tensor, "h w c"]:
-    """Each channel averaged over the area of each smaller pixel.
-
-    Args:
-        shape: (height, width) of the image.
-        part: gives its rows from one to another, as (rows, width, channels).
-        size: (width, height) of the result.
-    """
-    (height, width), (new_width, new_height) = shape, size
-    if (width, height) == size:
-        return torch.cat([torch.from_numpy(part(*rows)) for rows in bands(width, height)])
-    rows, columns = area_weights(height, new_height), area_weights(width, new_width)
-    found = []
-    with torch.autocast("cpu", enabled=False):  # the first step, which may be in bfloat16, asks for the images
-        for first, end in bands(math.ceil(width * height / new_height), new_height):
-            top, bottom = first * height // new_height, math.ceil(end * height / new_height)
-            values = torch.from_numpy(np.ascontiguousarray(part(top, bottom)))
-            found.append(torch.einsum("yh,hwc,xw->yxc", rows[first:end, top:bottom], values, columns))
-    return torch.cat(found)
+def _unit(channel: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "h w"]:
+    return np.multiply(channel, np.float32(1 / 255), dtype=np.float32)
 
 
-def area_weights(old: int, new: int) -> Float[Tensor, "new old"]:
-    """How much of each of `old` pixels lies in each of `new` larger ones, in rows that sum to 1."""
-    begins, ends = torch.arange(old, dtype=torch.float64), torch.arange(1, old + 1, dtype=torch.float64)
-    edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
-    overlap = torch.minimum(ends, edges[1:, None]) - torch.maximum(begins, edges[:-1, None])
-    return (overlap.clamp(min=0) * (new / old)).float()
+def _area(channel: Float32[np.ndarray, "_ _"], size: tuple[int, int]) -> Float32[np.ndarray, "_ _"]:
+    """A channel averaged over the area of each smaller pixel: OpenCV's, one channel at a time, to need less memory."""
+    return channel if channel.shape[::-1] == size else cv2.resize(channel, size, interpolation=cv2.INTER_AREA)
+
+
+def _join(channels: Sequence[Float32[np.ndarray, "h w"]]) -> Float[Tensor, "h w c"]:
+    return torch.from_numpy(np.stack(channels, axis=-1))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common import images as opening
 from common.checks import UserError
 from dietnerf.data import FewViewDataset, FewViewParserConfig
 from dietnerf.images import load_image, load_mask
@@ -402,14 +401,24 @@ def test_grey_of_sixteen_bits_and_palettes(tmp_path):
     assert (colour == 1).all() and (alpha == 0).all()
 
 
-@pytest.mark.parametrize("size", [(40, 30), (13, 7), (20, 15), (1, 1)])
-def test_images_are_converted_in_parts(tmp_path, monkeypatch, size):
+def area_weights(old: int, new: int) -> np.ndarray:
+    """How much of each of `old` pixels lies in each of `new` larger ones, in rows that sum to 1."""
+    edges = np.arange(new + 1) * (old / new)
+    overlap = np.minimum(np.arange(1, old + 1), edges[1:, None]) - np.maximum(np.arange(old), edges[:-1, None])
+    return overlap.clip(0) * (new / old)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (13, 7), (20, 15), (40, 15), (1, 1)])
+def test_images_are_averaged_by_area_over_their_background(tmp_path, size):
     values = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
-    whole = load_image(tmp_path / "a.png", size, "white"), load_mask(tmp_path / "a.png", size)
-    monkeypatch.setattr(opening, "BAND_PIXELS", 170)
-    parts = load_image(tmp_path / "a.png", size, "white"), load_mask(tmp_path / "a.png", size)
-    for one, other in zip(whole[0], parts[0], strict=True):
-        assert one.shape == other.shape == (size[1], size[0], one.shape[-1])
-        assert torch.allclose(one, other, atol=1e-6)
-    assert torch.equal(whole[1], parts[1])
+    rows, columns = area_weights(30, size[1]), area_weights(40, size[0])
+    alpha = values[..., 3:] / 255
+    for background, behind in (("white", 1.0), ("black", 0.0)):
+        found = load_image(tmp_path / "a.png", size, background)
+        over = values[..., :3] / 255 * alpha + behind * (1 - alpha)
+        for part, whole in zip(found, (over, alpha), strict=True):
+            assert part.dtype == torch.float32
+            assert np.allclose(part.numpy(), np.einsum("yh,hwc,xw->yxc", rows, whole, columns), atol=1e-4)
+    plain = load_image(tmp_path / "a.png", size, "image")[0].numpy()
+    assert np.allclose(plain, np.einsum("yh,hwc,xw->yxc", rows, values[..., :3] / 255, columns), atol=1e-4)
