@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,110 +11,26 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
-from nerfstudio.cameras.camera_utils import auto_orient_and_center_poses
-from nerfstudio.cameras.cameras import Cameras, CameraType
+from jaxtyping import Bool, Float, UInt8
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
-from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import MAX_AUTO_RESOLUTION
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
 
-from common.checks import UserError, require_at_least, require_file, require_one_of
+from common.checks import UserError, require_at_least
 from common.images import ImageLimit, open_image
-from dietnerf.images import IMAGE_SUFFIXES, find_image, is_opaque, load_image, load_mask, require_same_size
-from dietnerf.layouts import check_pose, colmap_model, read_frames, scene_kind
-
-PAPER_VIEWS = (26, 86, 2, 55, 75, 93, 16, 73)
-"""The eight training views of DietNeRF's Blender protocol (Jain et al. 2021, appendix)."""
+from dietnerf.captures import Capture, Frame, read_capture
+from dietnerf.images import is_opaque, load_image, load_mask, read_size
+from dietnerf.layouts import check_pose
+from dietnerf.lenses import Size, build_cameras, fits, lens_size
+from dietnerf.views import ViewsConfig, places_of, select_views
+from dietnerf.world import World, object_world, other_convention, photographs_world
 
 BLENDER_PLANES = (2.0, 6.0)
 """Near and far of NeRF's synthetic scenes."""
 UNBOUNDED_PLANES = (0.05, 4.0)
-"""Near and far of scenes whose cameras nerfstudio's parsers scale into [-1, 1]."""
-OTHER_SPLIT = {"test": "val", "val": "test"}
-"""Held-out views that stand in for those that a scene lacks."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """A named way to train and score, so that numbers can be compared."""
-
-    view_ids: tuple[int, ...]
-    """Training views; empty leaves the choice to the command."""
-    image_size: int
-    """Width of the images in pixels, by area averaging; 0 keeps theirs."""
-    eval_every: int
-    """Every how manieth held-out view is scored."""
-
-
-PROTOCOLS = {"paper": Protocol(PAPER_VIEWS, 400, 8), "standard": Protocol((), 0, 1)}
-
-
-def select_views(
-    positions: Float[Tensor, "n 3"],
-    *,
-    number: int = 0,
-    ids: Sequence[int] = (),
-    order: str = "farthest",
-    seed: int = 0,
-) -> tuple[int, ...]:
-    """Ids of the views to train on.
-
-    Args:
-        positions: of all cameras.
-        number: how many; 0 takes all.
-        ids: exactly these; then `number` must be 0 or their count.
-        order: "farthest" (each next camera is the one farthest from those chosen, from the first on), "first", or
-            "random" by `seed`.
-
-    Raises:
-        UserError: more views than there are, ids that do not exist or occur twice, or fewer than two views.
-    """
-    total = len(positions)
-    if ids:
-        outside = [i for i in ids if not 0 <= i < total]
-        if outside:
-            raise UserError(f"view id {outside[0]} is out of range: this scene has training views 0 to {total - 1}.")
-        if len(set(ids)) < len(ids):
-            raise UserError(f"view ids {tuple(ids)} name a view twice: name each once.")
-        if number not in (0, len(ids)):
-            raise UserError(f"num_views is {number} but {len(ids)} view ids are given: leave one of them out.")
-        chosen = list(ids)
-    elif number == 0:
-        chosen = list(range(total))
-    else:
-        if not 0 < number <= total:
-            raise UserError(f"num_views is {number}: this scene has {total} training views.")
-        require_one_of("view_order", order, ("farthest", "first", "random"))
-        if order == "first":
-            chosen = list(range(number))
-        elif order == "random":
-            chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:number].tolist()
-        else:
-            chosen = [0]
-            nearest = (positions - positions[0]).norm(dim=-1)
-            while len(chosen) < number:
-                chosen.append(int(nearest.argmax()))
-                nearest = torch.minimum(nearest, (positions - positions[chosen[-1]]).norm(dim=-1))
-    if len(chosen) < 2:
-        raise UserError("the scene has one training view: novel views need at least 2.")
-    return tuple(chosen)
-
-
-@dataclass
-class ViewsConfig:
-    """Views that are trained on."""
-
-    num_views: int = 0
-    """Training views; 0 takes all."""
-    view_ids: tuple[int, ...] = ()
-    """Exactly these training views, by their place in the training split."""
-    view_order: Literal["farthest", "first", "random"] = "farthest"
-    """How num_views are chosen: far from each other, the first ones, or by chance."""
-    image_size: int = 0
-    """Width of the images in pixels, averaged down by area; 0 keeps theirs."""
+"""Near and far of scenes whose cameras are scaled into [-1, 1]."""
 
 
 @dataclass
@@ -124,7 +39,7 @@ class FewViewParserConfig(DataParserConfig, ViewsConfig):
 
     _target: type = field(default_factory=lambda: FewViewParser)
     data: Path = Path("scene")
-    """Directory of the scene, or its transforms.json."""
+    """Directory of the scene, or the file in it that has the cameras."""
     view_seed: int = 0
     """Seed of view_order random."""
     background: Literal["auto", "white", "black", "image"] = "auto"
@@ -135,6 +50,15 @@ class FewViewParserConfig(DataParserConfig, ViewsConfig):
     """Factor on the cameras' positions."""
     max_megapixels: float = ImageLimit.max_megapixels
     """Largest image that is read, in millions of pixels."""
+
+
+class FewViewOutputs(DataparserOutputs):
+    """What `FewViewParser` finds; its transform is float64, since coordinates of a map have no room in float32."""
+
+    def transform_poses_to_original_space(
+        self, poses: Float[Tensor, "n 3 4"], camera_convention: Literal["opengl", "opencv"] = "opencv"
+    ) -> Float[Tensor, "n 3 4"]:
+        return super().transform_poses_to_original_space(poses.double(), camera_convention)
 
 
 @dataclass
@@ -149,69 +73,134 @@ class FewViewParser(DataParser):
         return ImageLimit(self.config.max_megapixels).max_pixels
 
     def _generate_dataparser_outputs(self, split: str = "train", **_: Any) -> DataparserOutputs:
-        require_at_least("image_size", self.config.image_size, 0)
-        require_at_least("eval_every", self.config.eval_every, 1)
-        kind = scene_kind(Path(self.config.data))
-        found = {
-            "blender": self._blender,
-            "nerfstudio": self._nerfstudio,
-            "colmap": self._colmap,
-            "llff": self._llff,
-        }[kind](split)
-        cameras, paths = found.cameras, list(found.image_filenames)
-        if not paths:
-            raise UserError(f"scene {str(self.config.data)!r} has no {split} views: give it some.")
-        ids = tuple(range(len(paths)))
-        if split == "train" or found.metadata.get("from_training"):
+        config = self.config
+        require_at_least("image_size", config.image_size, 0)
+        require_at_least("eval_every", config.eval_every, 1)
+        capture = read_capture(Path(config.data), split, skip_missing=config.skip_missing)
+        poses, world = self._place(capture)
+        if split == "train":
+            self._check_convention(capture)
+        ids = tuple(range(len(capture.ids)))
+        if split == "train" or capture.from_training:
+            images = [capture.frames[i].image for i in capture.ids]
             chosen = select_views(
-                cameras.camera_to_worlds[:, :3, 3],
-                number=self.config.num_views,
-                ids=self.config.view_ids,
-                order=self.config.view_order,
-                seed=self.config.view_seed,
+                torch.from_numpy(poses[capture.ids]),
+                number=config.num_views,
+                ids=places_of(config.view_ids, images),
+                order=config.view_order,
+                seed=config.view_seed,
             )
             ids = chosen if split == "train" else tuple(i for i in ids if i not in chosen) or chosen
         if split != "train":
-            ids = ids[:: self.config.eval_every]
-        paths = [paths[i] for i in ids]
-        cameras = cameras[torch.tensor(ids)]
-        width, height = require_same_size(paths, max_pixels=self._max_pixels)
-        for i in range(len(cameras)):
-            check_pose(cameras.camera_to_worlds[i].tolist(), f"camera of {str(paths[i])!r}")
-        masks = [found.mask_filenames[i] for i in ids] if found.mask_filenames else None
-        if masks and require_same_size(masks, "mask", max_pixels=self._max_pixels) != (width, height):
-            raise UserError(f"mask {str(masks[0])!r} has another size than its image: give it {width}x{height} pixels.")
-        size = self._size(width, height)
-        _fit_cameras(cameras, paths[0], (width, height), size)
+            ids = ids[:: config.eval_every]
+        places = [capture.ids[i] for i in ids]
+        frames = [capture.frames[i] for i in places]
+        paths = [frame.image for frame in frames]
+        for frame, pose in zip(frames, poses[places], strict=True):
+            check_pose(pose, f"camera of {str(frame.image)!r}")
+        measured = [self._measure(frame, capture.kind) for frame in frames]
+        sizes = self._sizes([size for size, _ in measured])
+        names = [f"{str(frame.image)!r} in {str(capture.file)!r}" for frame in frames]
+        lenses = [frame.lens for frame in frames]
+        cameras = build_cameras(
+            torch.from_numpy(poses[places]).float(), lenses, [size for size, _ in measured], sizes, names
+        )
         background = self._background(paths, split)
         self._decided = background if split == "train" else self._decided
         colour = {"white": torch.ones(3), "black": torch.zeros(3), "image": None}[background]
-        return DataparserOutputs(
+        planes = BLENDER_PLANES if capture.kind == "blender" else UNBOUNDED_PLANES
+        side = 1.5 if capture.kind == "blender" else 1.0
+        if capture.bounds:
+            planes = 0.9 * capture.bounds[0] * world.scale, 1.1 * capture.bounds[1] * world.scale
+            side = max(1.0, planes[1])  # these scenes lie before the cameras, not between them
+        original = world.after(capture.applied, capture.applied_scale)
+        return FewViewOutputs(
             image_filenames=paths,
             cameras=cameras,
             alpha_color=colour,
-            mask_filenames=masks,
-            scene_box=found.scene_box,
-            dataparser_scale=found.dataparser_scale,
-            dataparser_transform=found.dataparser_transform,
+            mask_filenames=[frame.mask for frame in frames if frame.mask] or None,
+            scene_box=SceneBox(aabb=torch.tensor([[-side] * 3, [side] * 3])),
+            dataparser_scale=original.scale,
+            dataparser_transform=torch.from_numpy(original.transform),
             metadata={
                 "view_ids": ids,
                 "background": background,
-                "kind": kind,
-                "size": size,
+                "kind": capture.kind,
+                "size": sizes[0],
+                "sizes": sizes,
+                "upright": [turned for _, turned in measured],
                 "max_pixels": self._max_pixels,
-                "source": found.metadata.get("source", split),
-                "planes": found.metadata.get("planes", BLENDER_PLANES if kind == "blender" else UNBOUNDED_PLANES),
+                "source": capture.source,
+                "planes": planes,
+                "world": original if capture.kind == "colmap" else world,
             },
         )
 
-    def _size(self, width: int, height: int) -> tuple[int, int]:
+    def _place(self, capture: Capture) -> tuple[np.ndarray, World]:
+        """Poses (n, 3, 4) of all frames in the field's coordinates."""
+        known = np.stack([frame.pose for frame in capture.frames])
+        factor = self.config.scale_factor
+        if capture.kind != "blender":
+            try:
+                found = photographs_world(known, capture.orientation)
+            except UserError as error:
+                raise UserError(f"scene {str(self.config.data)!r}: {error}") from error
+        elif factor == 1:
+            found = object_world(known if capture.poses is None else capture.poses)
+        else:
+            found = World(np.eye(4)[:3], 1.0)
+        world = World(found.transform, found.scale * factor)
+        return world.place(known), world
+
+    def _check_convention(self, capture: Capture) -> None:
+        """Poses of another convention: refused where no camera could see the object, else said."""
+        cure = None
+        if capture.kind in ("blender", "nerfstudio"):
+            cure = other_convention(np.stack([frame.pose for frame in capture.frames]))
+        if cure is None:
+            return
+        said = f"the cameras of {str(capture.file)!r} look away from the point that they have in common"
+        if capture.kind == "blender":
+            raise UserError(f"{said}: {cure}.")
+        print(f"warning: {said}. If they were to look at it, {cure}.", file=sys.stderr, flush=True)
+
+    def _measure(self, frame: Frame, kind: str) -> tuple[Size, bool]:
+        """The size of a frame's image, and whether it is that of the image turned upright by its EXIF tag.
+
+        It is turned where its camera has room for it so; COLMAP poses images as they lie in the file.
+        """
+        raw, upright = read_size(frame.image, max_pixels=self._max_pixels)
+        camera = lens_size(frame.lens, repr(str(frame.image)))
+        sizes = [(upright, True), (raw, False)]
+        fitting = [one for one in sizes if camera is None or fits(one[0], camera)]
+        if camera and not fitting:
+            raise UserError(
+                f"image {str(frame.image)!r} is {upright[0]}x{upright[1]} but its camera's w and h are "
+                f"{camera[0]}x{camera[1]}: give it the camera of the whole image, without cropping or turning it."
+            )
+        size, turned = fitting[-1 if kind == "colmap" else 0]
+        if frame.mask and read_size(frame.mask, "mask", max_pixels=self._max_pixels)[1] != size:
+            raise UserError(
+                f"mask {str(frame.mask)!r} has another size than its image: give it {size[0]}x{size[1]} pixels."
+            )
+        return size, turned
+
+    def _sizes(self, images: Sequence[Size]) -> list[Size]:
+        """To which size each image is averaged down."""
         wanted = self.config.image_size
-        if wanted > width:
-            raise UserError(f"image_size is {wanted} but the images are {width} pixels wide: use at most {width}.")
-        if not wanted or wanted == width:
-            return width, height
-        return wanted, max(1, round(height * wanted / width))
+        sides = [width for width, _ in images] if len(set(images)) == 1 else [max(size) for size in images]
+        if wanted > max(sides):
+            raise UserError(
+                f"image_size is {wanted} but the images are {max(sides)} pixels wide: use at most {max(sides)}."
+            )
+        scales = [
+            min(1.0, wanted / side if wanted else MAX_AUTO_RESOLUTION / max(image))
+            for image, side in zip(images, sides, strict=True)
+        ]
+        return [
+            (max(1, round(width * scale)), max(1, round(height * scale)))
+            for (width, height), scale in zip(images, scales, strict=True)
+        ]
 
     def _background(self, paths: Sequence[Path], split: str) -> str:
         """What is behind the scene, after a look at whether the images have alpha; the training views decide."""
@@ -220,13 +209,18 @@ class FewViewParser(DataParser):
             wanted = self._training_background()
         if wanted == "image":
             return wanted
-        opaque = []
+        opaque: list[Path] = []
+        cut_out: list[Path] = []
         for path in paths:
             with open_image(path, f"image {str(path)!r}", max_pixels=self._max_pixels) as image:
-                if not image.has_transparency_data:
-                    opaque.append(path)
-        if split == "train" and not opaque and all(is_opaque(path, max_pixels=self._max_pixels) for path in paths):
-            opaque = list(paths)
+                (cut_out if image.has_transparency_data else opaque).append(path)
+        if split == "train" and all(is_opaque(path, max_pixels=self._max_pixels) for path in cut_out):
+            opaque, cut_out = list(paths), []  # alpha that hides nothing is none
+        if wanted == "auto" and opaque and cut_out:
+            raise UserError(
+                f"image {str(opaque[0])!r} has no alpha but {str(cut_out[0])!r} has: cut it out as well, leave it out, "
+                f"or use background image, which shows what is transparent as it lies in the file."
+            )
         if wanted == "auto":
             return "image" if opaque else "white"
         if opaque:
@@ -241,162 +235,6 @@ class FewViewParser(DataParser):
             self._decided = self.get_dataparser_outputs("train").metadata["background"]
         return self._decided
 
-    def _blender(self, split: str) -> DataparserOutputs:
-        directory = Path(self.config.data)
-        path = directory / f"transforms_{split}.json"
-        from_training = False
-        if not path.is_file() and split != "train":  # a scene may come with one held-out split only
-            path = directory / f"transforms_{OTHER_SPLIT[split]}.json"
-            if from_training := not path.is_file():
-                path = directory / "transforms_train.json"
-        meta = read_frames(path)
-        angle = meta.get("camera_angle_x")
-        if not isinstance(angle, (int, float)) or not 0 < angle < math.pi:
-            raise UserError(f"camera_angle_x of {str(path)!r} is {angle!r}: give the horizontal angle in radians.")
-        paths = [find_image(directory, frame["file_path"]) for frame in meta["frames"]]
-        poses = np.stack([check_pose(frame["transform_matrix"], "frame") for frame in meta["frames"]])
-        poses[:, :, 3] *= self.config.scale_factor
-        width, height = require_same_size(paths[:1], max_pixels=self._max_pixels)
-        focal = 0.5 * width / math.tan(0.5 * angle)
-        return DataparserOutputs(
-            image_filenames=paths,
-            cameras=_cameras(torch.from_numpy(poses).float(), focal, width, height),
-            scene_box=SceneBox(aabb=torch.tensor([[-1.5] * 3, [1.5] * 3])),
-            dataparser_scale=self.config.scale_factor,
-            metadata={"source": path.name, "from_training": from_training},
-        )
-
-    def _nerfstudio(self, split: str) -> DataparserOutputs:
-        path = Path(self.config.data)
-        file = path if path.is_file() else path / "transforms.json"
-        meta = read_frames(file)
-        for frame in meta["frames"]:
-            find_image(file.parent, frame["file_path"])
-        if "fisheye_crop_radius" in meta and "FISHEYE" in str(meta.get("camera_model")):
-            raise UserError(
-                f"transforms file {str(file)!r} has fisheye_crop_radius {meta['fisheye_crop_radius']}, which cannot be "
-                f"used: undistort the photographs, or leave it out to train on whole images."
-            )
-        parser = NerfstudioDataParserConfig(data=path, scale_factor=self.config.scale_factor, downscale_factor=1)
-        return self._through(parser, split)
-
-    def _colmap(self, split: str) -> DataparserOutputs:
-        place = colmap_model(Path(self.config.data))
-        assert place is not None
-        parser = ColmapDataParserConfig(
-            data=Path(self.config.data),
-            colmap_path=place,
-            scale_factor=self.config.scale_factor,
-            downscale_factor=1,
-            load_3D_points=False,
-        )
-        return self._through(parser, split)
-
-    def _through(self, parser: DataParserConfig, split: str) -> DataparserOutputs:
-        """What nerfstudio's own parser reads, its failures as one line.
-
-        A scene may list one held-out split only, or have too few images to hold any out.
-        """
-        try:
-            for name in ("train",) if split == "train" else (split, OTHER_SPLIT[split], "train"):
-                try:
-                    found = parser.setup().get_dataparser_outputs(name)
-                except RuntimeError as error:
-                    if name == "train" or "list of filenames" not in str(error):
-                        raise
-                    continue
-                if found.image_filenames:
-                    break
-            found.metadata = {"source": name, "from_training": name == "train"}
-            return found
-        except ArithmeticError as error:
-            raise UserError(
-                f"scene {str(self.config.data)!r} cannot be read ({error}): its cameras all stand at one place, or a "
-                f"number is out of range; check the camera matrices."
-            ) from error
-        except (
-            AssertionError, AttributeError, RuntimeError, ValueError, KeyError, IndexError, TypeError, EOFError,
-            struct.error,
-        ) as error:  # fmt: skip
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"scene {str(self.config.data)!r} cannot be read: {reason}") from error
-
-    def _llff(self, split: str) -> DataparserOutputs:
-        directory = Path(self.config.data)
-        path = require_file(directory / "poses_bounds.npy", "poses file")
-        try:
-            table = np.asarray(np.load(path), dtype=np.float64)
-        except Exception as error:  # numpy reads the head as Python, which has errors of its own
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(f"poses file {str(path)!r} cannot be read ({reason}): write it again.") from error
-        if table.ndim != 2 or table.shape[1] != 17 or not np.isfinite(table).all():
-            raise UserError(
-                f"poses file of {str(directory)!r} has shape {table.shape}: give (images, 17), without NaN."
-            )
-        paths = sorted(p for p in (directory / "images").glob("*") if p.suffix in IMAGE_SUFFIXES)
-        if len(paths) != len(table):
-            raise UserError(f"{str(directory)!r} has {len(paths)} images for {len(table)} poses: make them match.")
-        raw = table[:, :15].reshape(-1, 3, 5)
-        rotation = np.stack((raw[..., 1], -raw[..., 0], raw[..., 2]), axis=-1)  # down, right, back -> right, up, back
-        poses = np.concatenate((rotation, raw[..., 3:4]), axis=-1)
-        for i in range(len(poses)):
-            check_pose(poses[i], f"pose {i} of {str(directory)!r}")
-        oriented, transform = auto_orient_and_center_poses(
-            torch.from_numpy(np.concatenate((poses, np.tile([[[0, 0, 0, 1]]], (len(poses), 1, 1))), axis=1)).float(),
-            method="up",
-            center_method="poses",
-        )
-        scale = self.config.scale_factor / float(oriented[:, :3, 3].abs().max().clamp(min=1e-9))
-        oriented[:, :3, 3] *= scale
-        width, height = require_same_size(paths, max_pixels=self._max_pixels)
-        held_out = np.arange(0, len(paths), 8)
-        chosen = np.setdiff1d(np.arange(len(paths)), held_out) if split == "train" else held_out
-        factor = width / float(raw[0, 1, 4])
-        near, far = (float(v) * scale for v in (0.9 * table[:, 15].min(), 1.1 * table[:, 16].max()))
-        side = max(1.0, far)  # these scenes lie before the cameras, not between them
-        return DataparserOutputs(
-            image_filenames=[paths[i] for i in chosen],
-            cameras=_cameras(oriented[chosen, :3], float(raw[0, 2, 4]) * factor, width, height),
-            scene_box=SceneBox(aabb=torch.tensor([[-side] * 3, [side] * 3])),
-            dataparser_scale=scale,
-            dataparser_transform=transform,
-            metadata={"planes": (near, far)},
-        )
-
-
-def _cameras(poses: Float[Tensor, "n 3 4"], focal: float, width: int, height: int) -> Cameras:
-    return Cameras(
-        camera_to_worlds=poses,
-        fx=focal,
-        fy=focal,
-        cx=width / 2,
-        cy=height / 2,
-        width=width,
-        height=height,
-        camera_type=CameraType.PERSPECTIVE,
-    )
-
-
-def _fit_cameras(cameras: Cameras, path: Path, images: tuple[int, int], size: tuple[int, int]) -> None:
-    """Scale cameras to images of `size`; they may have been estimated on larger ones than those of size `images`.
-
-    Raises:
-        UserError: on ones of another shape than `images`, of which `path` is one.
-    """
-    width, height = cameras.width.double(), cameras.height.double()
-    off = torch.minimum((height * images[0] / width - images[1]).abs(), (width * images[1] / height - images[0]).abs())
-    if float(off.max()) > 1:  # one side may have been rounded
-        theirs = f"{int(width[off.argmax()])}x{int(height[off.argmax()])}"
-        raise UserError(
-            f"image {str(path)!r} is {images[0]}x{images[1]} but its camera's w and h are {theirs}: give it the camera "
-            f"of the whole image, without cropping or turning it."
-        )
-    across, down = (size[0] / width).to(cameras.fx), (size[1] / height).to(cameras.fy)
-    cameras.fx, cameras.cx = cameras.fx * across, cameras.cx * across
-    cameras.fy, cameras.cy = cameras.fy * down, cameras.cy * down
-    cameras.width = torch.full_like(cameras.fx, size[0]).long()
-    cameras.height = torch.full_like(cameras.fy, size[1]).long()
-
 
 class FewViewDataset(InputDataset):
     """The images that `FewViewParser` names: over the background, scaled by area, with their alpha."""
@@ -406,22 +244,31 @@ class FewViewDataset(InputDataset):
     def load(self, index: int) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"] | None]:
         """Colour and alpha of one view."""
         meta = self._dataparser_outputs.metadata
-        return load_image(self.image_filenames[index], meta["size"], meta["background"], max_pixels=meta["max_pixels"])
+        return load_image(
+            self.image_filenames[index],
+            meta["sizes"][index],
+            meta["background"],
+            upright=meta["upright"][index],
+            max_pixels=meta["max_pixels"],
+        )
 
     def mask(self, index: int) -> Bool[Tensor, "h w 1"] | None:
         """Which pixels of a view may be used; None: all."""
         names, meta = self._dataparser_outputs.mask_filenames, self._dataparser_outputs.metadata
-        return load_mask(names[index], meta["size"], max_pixels=meta["max_pixels"]) if names else None
+        return load_mask(names[index], meta["sizes"][index], max_pixels=meta["max_pixels"]) if names else None
+
+    def get_numpy_image(self, image_idx: int) -> np.ndarray:
+        return self.get_image_uint8(image_idx).numpy()
 
     def get_image_float32(self, image_idx: int) -> Float[Tensor, "h w 3"]:
         return self.load(image_idx)[0]
 
     def get_image_uint8(self, image_idx: int) -> Tensor:
-        return (self.load(image_idx)[0] * 255 + 0.5).to(torch.uint8)
+        return _eight_bit(self.load(image_idx)[0], None)
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
         colour, alpha = self.load(image_idx)
-        image = colour if image_type == "float32" else (colour * 255 + 0.5).to(torch.uint8)
+        image = colour if image_type == "float32" else _eight_bit(colour, None)
         found = {"image": image, "alpha": alpha, "mask": self.mask(image_idx)}
         return {"image_idx": image_idx} | {name: value for name, value in found.items() if value is not None}
 
@@ -446,19 +293,54 @@ class FewViewDataset(InputDataset):
         """Whether the images have alpha, and it is used."""
         return self.background != "image"
 
+    @property
+    def same_size(self) -> bool:
+        """Whether all images have one size; else they fill the upper left of `images`, and `masks` says where."""
+        return len(set(self._dataparser_outputs.metadata["sizes"])) == 1
+
     @cached_property
+    def pixels(self) -> UInt8[Tensor, "n h w c"]:
+        """All views in 8 bit, with alpha as a fourth channel where it is used; kept from the first use on."""
+        return _stack([_eight_bit(*self.load(i)) for i in range(len(self))])
+
+    @property
     def images(self) -> Float[Tensor, "n h w 3"]:
-        """All views, kept from the first use on."""
-        return torch.stack([self.load(i)[0] for i in range(len(self))])
+        """The colours of all views, made anew from `pixels`."""
+        return self.pixels[..., :3].float() / 255
 
     @cached_property
     def masks(self) -> Bool[Tensor, "n h w 1"] | None:
         """Which pixels of all views may be used; None: all."""
-        found = [mask for i in range(len(self)) if (mask := self.mask(i)) is not None]
-        return torch.stack(found) if found else None
+        found = [self.mask(i) for i in range(len(self))]
+        if self.same_size and found[0] is None:
+            return None
+        sizes = self._dataparser_outputs.metadata["sizes"]
+        whole = [torch.ones(height, width, 1, dtype=torch.bool) for width, height in sizes]
+        return _stack([there if mask is None else mask for mask, there in zip(found, whole, strict=True)])
 
-    @cached_property
+    @property
     def alphas(self) -> Float[Tensor, "n h w 1"]:
         """Their opacity; only for a scene whose images have alpha."""
-        found = [self.load(i)[1] for i in range(len(self))]
-        return torch.stack([alpha for alpha in found if alpha is not None])
+        return self.pixels[..., 3:].float() / 255
+
+    @property
+    def squeezed(self) -> Float[Tensor, "n 3 h w"]:
+        """All views at the first one's size, as an encoder may see them, which squeezes them anyway."""
+        if self.same_size:
+            return self.images.permute(0, 3, 1, 2)
+        width, height = self._dataparser_outputs.metadata["size"]
+        views = (self.load(i)[0].permute(2, 0, 1)[None] for i in range(len(self)))
+        return torch.cat([torch.nn.functional.interpolate(view, (height, width), mode="area") for view in views])
+
+
+def _eight_bit(colour: Float[Tensor, "h w 3"], alpha: Float[Tensor, "h w 1"] | None) -> UInt8[Tensor, "h w c"]:
+    return ((colour if alpha is None else torch.cat((colour, alpha), dim=-1)) * 255 + 0.5).to(torch.uint8)
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """Images (h, w, c) in the upper left of (n, most h, most w, c), with zeros in the rest."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    found = images[0].new_zeros(len(images), height, width, images[0].shape[-1])
+    for place, image in zip(found, images, strict=True):
+        place[: image.shape[0], : image.shape[1]] = image
+    return found

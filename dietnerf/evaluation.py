@@ -14,9 +14,9 @@ from common.checks import UserError, require_at_least, require_file, require_pla
 from common.files import write_json
 from common.report import Page, contact_sheet
 from common.runtime import hardware, versions
-from dietnerf.data import PROTOCOLS
 from dietnerf.metrics import MetricsConfig, Scores, score_views
 from dietnerf.scene import Rendering, Scene
+from dietnerf.views import PROTOCOLS
 
 NAMES = {
     "psnr": "PSNR",

@@ -2,60 +2,58 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
-from PIL import Image
+from jaxtyping import Bool, Float, Float32, UInt8
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from common.checks import UserError, require_file
-from common.images import MAX_PIXELS, bands, grey_to_8_bit, open_image
+from common.images import MAX_PIXELS, grey_to_8_bit, open_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG", ".JPEG", ".webp")
 
 
 def find_image(directory: Path, name: str) -> Path:
-    """The image of a frame, whose name may lack its suffix.
+    """The image of a frame, whose name may lack its suffix, or have the separators of Windows.
 
     Raises:
         UserError: there is none.
     """
-    path = directory / name
-    if path.suffix and path.is_file():
-        return path
-    for suffix in IMAGE_SUFFIXES:
-        if (candidate := path.parent / (path.name + suffix)).is_file():
-            return candidate
-    raise UserError(f"image {str(path)!r} does not exist: check file_path in the transforms file.")
+    for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
+        path = directory / spelling
+        if path.is_file():
+            return path
+        for suffix in IMAGE_SUFFIXES:
+            if (candidate := path.parent / (path.name + suffix)).is_file():
+                return candidate
+    raise UserError(
+        f"image {str(directory / name)!r} does not exist: check file_path in the transforms file, or leave out what is "
+        f"missing (--skip-missing)."
+    )
 
 
-def require_same_size(paths: Sequence[Path], what: str = "image", *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of all images (or masks, as `what` says), none of which is decoded.
+def read_size(
+    path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of an image (or mask, as `what` says) as it lies in its file, and turned upright by its EXIF tag;
+    it is not decoded.
 
     Raises:
-        UserError: one cannot be opened or has more than `max_pixels` pixels, or their sizes differ.
+        UserError: it cannot be opened or has more than `max_pixels` pixels.
     """
-    first: tuple[int, int] | None = None
-    for path in paths:
-        with open_image(require_file(path, what), f"{what} {str(path)!r}", max_pixels=max_pixels) as image:
-            size = image.size
-        first = first or size
-        if size != first:
-            raise UserError(
-                f"{what} {str(path)!r} is {size[0]}x{size[1]} but {str(paths[0])!r} is {first[0]}x{first[1]}: "
-                f"give all {what}s of a scene one size."
-            )
-    if first is None:
-        raise UserError("the scene has 0 images: give at least 2.")
-    return first
+    with open_image(require_file(path, what), f"{what} {str(path)!r}", max_pixels=max_pixels) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (width, height), (height, width) if turned else (width, height)
 
 
 def load_image(
-    path: Path, size: tuple[int, int], background: str, *, max_pixels: int = MAX_PIXELS
+    path: Path, size: tuple[int, int], background: str, *, upright: bool = True, max_pixels: int = MAX_PIXELS
 ) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"] | None]:
     """Colour over the background in [0, 1], and alpha where the image has it, averaged by area down to `size`.
 
@@ -63,25 +61,24 @@ def load_image(
         path: of an image of any mode.
         size: (width, height), at most the image's.
         background: "white" or "black", over which transparent pixels lie; "image" drops alpha.
+        upright: turn it by its EXIF tag.
         max_pixels: most pixels that are decoded.
 
     Raises:
         UserError: unreadable, cut short or too large.
     """
-    pixels = np.asarray(_decode(path, max_pixels))
-    with_alpha = pixels.shape[-1] == 4 and background != "image"
-    behind = 1.0 if background == "white" else 0.0
-
-    def part(top: int, bottom: int) -> np.ndarray:
-        values = pixels[top:bottom].astype(np.float32) / 255
-        colour = values[..., :3]
-        if not with_alpha:
-            return colour
-        alpha = values[..., 3:]
-        return np.concatenate((colour * alpha + (1 - alpha) * behind, alpha), axis=-1)
-
-    found = _area(pixels.shape[:2], part, size)
-    return (found[..., :3].contiguous(), found[..., 3:].contiguous()) if with_alpha else (found, None)
+    pixels = np.asarray(_decode(path, max_pixels, upright=upright))
+    if pixels.shape[-1] == 3 or background == "image":
+        return _join([_area(_unit(pixels[..., i]), size) for i in range(3)]), None
+    behind = np.float32(background == "white")
+    alpha, colours = _unit(pixels[..., 3]), []
+    for i in range(3):
+        channel = _unit(pixels[..., i])
+        channel -= behind
+        channel *= alpha
+        channel += behind
+        colours.append(_area(channel, size))
+    return _join(colours), _join([_area(alpha, size)])
 
 
 def load_mask(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> Bool[Tensor, "h w 1"]:
@@ -91,20 +88,21 @@ def load_mask(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS
         UserError: unreadable, cut short, too large, or black all over.
     """
     image = _decode(path, max_pixels, exact_grey=True)
-    usable = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"))[..., None] > 0
-    share = _area(usable.shape[:2], lambda top, bottom: usable[top:bottom].astype(np.float32), size)
+    usable = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L")) > 0
+    share = _join([_area(usable.astype(np.float32), size)])
     if not share.any():
         raise UserError(f"mask {str(path)!r} is black all over: make white what may be used, or leave its view out.")
     return share > 0.999 * share.max()
 
 
-def _decode(path: Path, max_pixels: int, *, exact_grey: bool = False) -> Image.Image:
+def _decode(path: Path, max_pixels: int, *, upright: bool = True, exact_grey: bool = False) -> Image.Image:
     """An image as RGBA when it has alpha, else as RGB; `exact_grey` keeps grey of more than 8 bits as it is."""
     with open_image(path, f"image {str(path)!r}", max_pixels=max_pixels) as opened:
         opened.load()
-        if opened.mode.startswith(("I", "F")) and exact_grey:
-            return opened.copy()
-        image = grey_to_8_bit(opened)
+        turned = ImageOps.exif_transpose(opened) if upright else opened
+        if turned.mode.startswith(("I", "F")) and exact_grey:
+            return turned.copy()
+        image = grey_to_8_bit(turned)
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
@@ -118,32 +116,14 @@ def is_opaque(path: Path, *, max_pixels: int = MAX_PIXELS) -> bool:
     return image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
 
 
-def _area(
-    shape: tuple[int, ...], part: Callable[[int, int], np.ndarray], size: tuple[int, int]
-) -> Float[Tensor, "h w c"]:
-    """Each channel averaged over the area of each smaller pixel.
-
-    Args:
-        shape: (height, width) of the image.
-        part: gives its rows from one to another, as (rows, width, channels).
-        size: (width, height) of the result.
-    """
-    (height, width), (new_width, new_height) = shape, size
-    if (width, height) == size:
-        return torch.cat([torch.from_numpy(part(*rows)) for rows in bands(width, height)])
-    rows, columns = area_weights(height, new_height), area_weights(width, new_width)
-    found = []
-    with torch.autocast("cpu", enabled=False):  # the first step, which may be in bfloat16, asks for the images
-        for first, end in bands(math.ceil(width * height / new_height), new_height):
-            top, bottom = first * height // new_height, math.ceil(end * height / new_height)
-            values = torch.from_numpy(np.ascontiguousarray(part(top, bottom)))
-            found.append(torch.einsum("yh,hwc,xw->yxc", rows[first:end, top:bottom], values, columns))
-    return torch.cat(found)
+def _unit(channel: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "h w"]:
+    return np.multiply(channel, np.float32(1 / 255), dtype=np.float32)
 
 
-def area_weights(old: int, new: int) -> Float[Tensor, "new old"]:
-    """How much of each of `old` pixels lies in each of `new` larger ones, in rows that sum to 1."""
-    begins, ends = torch.arange(old, dtype=torch.float64), torch.arange(1, old + 1, dtype=torch.float64)
-    edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
-    overlap = torch.minimum(ends, edges[1:, None]) - torch.maximum(begins, edges[:-1, None])
-    return (overlap.clamp(min=0) * (new / old)).float()
+def _area(channel: Float32[np.ndarray, "_ _"], size: tuple[int, int]) -> Float32[np.ndarray, "_ _"]:
+    """A channel averaged over the area of each smaller pixel: OpenCV's, one channel at a time, to need less memory."""
+    return channel if channel.shape[::-1] == size else cv2.resize(channel, size, interpolation=cv2.INTER_AREA)
+
+
+def _join(channels: Sequence[Float32[np.ndarray, "h w"]]) -> Float[Tensor, "h w c"]:
+    return torch.from_numpy(np.stack(channels, axis=-1))

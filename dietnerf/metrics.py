@@ -119,14 +119,14 @@ def encoder_similarity(encoder: Any, images: Sequence[Tensor], truths: Sequence[
 
 
 def score_views(
-    images: Sequence[Float[Tensor, "h w 3"]],
-    truths: Sequence[Float[Tensor, "h w 3"]],
-    alphas: Sequence[Float[Tensor, "h w 1"] | None],
+    images: Sequence[Float[Tensor, "_ _ 3"]],
+    truths: Sequence[Float[Tensor, "_ _ 3"]],
+    alphas: Sequence[Float[Tensor, "_ _ 1"] | None],
     held_out_positions: Float[Tensor, "n 3"],
     training_positions: Float[Tensor, "m 3"],
     *,
     convention: str = "standard",
-    masks: Sequence[Bool[Tensor, "h w 1"] | None] = (),
+    masks: Sequence[Bool[Tensor, "_ _ 1"] | None] = (),
     config: MetricsConfig | None = None,
     loss_encoder: str = "",
 ) -> Scores:

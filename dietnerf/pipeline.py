@@ -102,8 +102,7 @@ class FewViewPipeline(VanillaPipeline):
         """Embed the training views and set up random poses, once, when the semantic loss is on."""
         model: FewViewModel = self.model
         if self._sampler is None and model.config.semantic.weight:
-            images = self.datamanager.train_dataset.images.permute(0, 3, 1, 2)
-            model.set_semantic_targets(images.to(self.device))
+            model.set_semantic_targets(self.datamanager.train_dataset.squeezed.to(self.device))
             assert model.semantic_loss is not None
             dataset, semantic = self.datamanager.train_dataset, model.config.semantic
             if semantic.poses == "published" and dataset.metadata["kind"] != "blender":

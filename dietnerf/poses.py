@@ -103,21 +103,20 @@ def sample_interpolated(
 def estimate_ranges(camera_to_worlds: Float[Tensor, "n r 4"]) -> PoseRanges:
     """The ranges that the training cameras span: centre of attention, distance, elevation and azimuth.
 
-    The centre is the point nearest to all optical axes; for cameras that look in parallel, the point in front of their
-    mean at twice their spread. Elevations reach half of their span beyond the cameras (at least 10 degrees, within
-    -90 and 90, and not below the horizon when no camera is), distances 10 percent, azimuths a tenth of their span,
-    or all around once the cameras span 240 degrees.
+    The centre is that of `centre_of_attention`. Elevations reach half of their span beyond the cameras (at least 10
+    degrees, within -90 and 90, and not below the horizon when no camera is), distances 10 percent, azimuths a tenth of
+    their span, or all around once the cameras span 240 degrees.
 
     Raises:
-        UserError: fewer than two cameras, or values that are not finite.
+        UserError: no camera, or values that are not finite.
     """
     poses = camera_to_worlds[:, :3].detach().cpu().double()
-    if len(poses) < 2:
-        raise UserError(f"{len(poses)} training pose: ranges need at least 2; use published poses, or more views.")
+    if not len(poses):
+        raise UserError("0 training poses: ranges need at least 1.")
     if not torch.isfinite(poses).all():
         raise UserError("camera poses hold NaN or infinity: check the transforms file.")
     positions, forward = poses[:, :, 3], -poses[:, :, 2]
-    centre = _centre_of_attention(positions, forward)
+    centre = centre_of_attention(positions, forward)
     offsets = positions - centre
     radius = offsets.norm(dim=1).clamp(min=1e-6)
     elevation = torch.rad2deg(torch.asin((offsets[:, 2] / radius).clamp(-1, 1)))
@@ -164,15 +163,33 @@ def _interpolate_pair(first: Float[Tensor, "3 4"], second: Float[Tensor, "3 4"],
     return torch.cat([torch.from_numpy(rotation), position[:, None]], dim=1).float()
 
 
-def _centre_of_attention(positions: Float[Tensor, "n 3"], forward: Float[Tensor, "n 3"]) -> Float[Tensor, " 3"]:
-    """The point with the least squared distance from all optical axes: (sum of P) c = sum of P o, P = I - d dᵀ."""
+def axes_meet(forward: Float[Tensor, "n 3"]) -> bool:
+    """Whether optical axes have a point nearest to all of them: those that are parallel have none."""
     projections = torch.eye(3, dtype=forward.dtype) - forward[:, :, None] * forward[:, None, :]  # (n, 3, 3)
-    total = projections.sum(dim=0)
+    return bool(torch.linalg.eigvalsh(projections.sum(dim=0))[0] >= 1e-3 * len(forward))
+
+
+def centre_of_attention(positions: Float[Tensor, "n 3"], forward: Float[Tensor, "n 3"]) -> Float[Tensor, " 3"]:
+    """The point nearest to all optical axes (nerfstudio's `focus_of_attention`), if it is in front of all cameras.
+
+    Else, the point in front of their mean at twice their spread; of one camera, the point of its axis that is nearest
+    to the origin, if that is in front of it, or one unit ahead.
+    """
+    from nerfstudio.cameras.camera_utils import focus_of_attention
+
+    if len(positions) == 1:
+        along = -(positions[0] @ forward[0])
+        return positions[0] + forward[0] * (along if along > 1e-6 else 1.0)
     spread = (positions - positions.mean(dim=0)).norm(dim=1).max().clamp(min=1e-6)
     ahead = positions.mean(dim=0) + 2 * spread * torch.nn.functional.normalize(forward.mean(dim=0), dim=0)
-    if torch.linalg.eigvalsh(total)[0] < 1e-3 * len(positions):  # parallel axes meet nowhere
+    if not axes_meet(forward):
         return ahead
-    centre = torch.linalg.solve(total, (projections @ positions[:, :, None]).sum(dim=0)[:, 0])
+    poses = torch.zeros(len(positions), 3, 4, dtype=positions.dtype)
+    poses[:, :, 2], poses[:, :, 3] = -forward, positions
+    try:
+        centre = focus_of_attention(poses, ahead)
+    except torch.linalg.LinAlgError:  # of those that it keeps, the axes are parallel
+        return ahead
     in_front = ((centre - positions) * forward).sum(dim=1) > 0
     return centre if in_front.all() else ahead
 

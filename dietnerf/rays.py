@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import DataManager, VanillaDataManagerConfig
@@ -159,7 +159,9 @@ class FewViewDataManager(DataManager):
         else:
             coordinates = torch.stack((row, column), dim=-1) + 0.5
             rays = cameras.generate_rays(camera_indices=view[:, None], coords=coordinates)
-        colour, alpha = images[view, row, column].split((3, images.shape[-1] - 3), dim=-1)
+        values = images[view, row, column]
+        values = values if values.is_floating_point() else values.float() / 255
+        colour, alpha = values.split((3, values.shape[-1] - 3), dim=-1)
         return rays, {"image": colour, "indices": indices} | ({"alpha": alpha} if self.with_alpha else {})
 
     def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
@@ -198,17 +200,16 @@ class FewViewDataManager(DataManager):
 
     def _stage(
         self, factor: int
-    ) -> tuple[Float[Tensor, "n h w c"], Bool[Tensor, "n h w 1"] | None, RayBundle | None, Cameras]:
-        """Images (with alpha as a fourth channel where it is asked for), masks, rays (n, h, w) and cameras of a stage
-        of the pyramid; only the last one is kept."""
+    ) -> tuple[Shaped[Tensor, "n h w c"], Bool[Tensor, "n h w 1"] | None, RayBundle | None, Cameras]:
+        """Images (8 bit at full size, else float; with alpha as a fourth channel where it is asked for), masks, rays
+        (n, h, w) and cameras of a stage of the pyramid; only the last one is kept."""
         if factor not in self._stages:
-            images, cameras = self.train_dataset.images, self.train_dataset.cameras.to("cpu")
+            images, cameras = self.train_dataset.pixels, self.train_dataset.cameras.to("cpu")
             masks = self.train_dataset.masks
-            if self.with_alpha:
-                images = torch.cat([images, self.train_dataset.alphas], dim=-1)
+            if not self.with_alpha:
+                images = images[..., :3]
             if factor > 1:
-                channels_first = images.permute(0, 3, 1, 2)
-                images = torch.nn.functional.avg_pool2d(channels_first, factor).permute(0, 2, 3, 1).contiguous()
+                images = torch.stack([mean_of_blocks(image, factor) for image in images])
                 if masks is not None:
                     share = torch.nn.functional.avg_pool2d(masks[..., 0].float(), factor)[..., None]
                     masks = share > 0.999 * share.amax(dim=(1, 2), keepdim=True)
@@ -216,10 +217,15 @@ class FewViewDataManager(DataManager):
             cameras = cameras.to(self.device)
             bundle = None
             if images[..., 0].numel() <= CACHED_PIXELS:
-                parts = [cameras.generate_rays(camera_indices=i, keep_shape=True) for i in range(len(images))]
-                bundle = join_rays(parts)
+                bundle = join_rays([all_rays(cameras, i, *images.shape[1:3]) for i in range(len(images))])
             self._stages = {factor: (images.to(self.device), masks, bundle, cameras)}
         return self._stages[factor]
+
+
+def mean_of_blocks(image: UInt8[Tensor, "h w c"], factor: int) -> Float[Tensor, "rows columns c"]:
+    """An image in [0, 1], `factor` times smaller, with the rest of each side cut off."""
+    channels_first = image.permute(2, 0, 1)[None].float() / 255
+    return torch.nn.functional.avg_pool2d(channels_first, factor)[0].permute(1, 2, 0).contiguous()
 
 
 def shrink(cameras: Cameras, factor: int) -> Cameras:
@@ -235,6 +241,14 @@ def shrink(cameras: Cameras, factor: int) -> Cameras:
         distortion_params=cameras.distortion_params,
         camera_type=cameras.camera_type,
     )
+
+
+def all_rays(cameras: Cameras, index: int, height: int, width: int) -> RayBundle:
+    """Rays (height, width) of one camera; beyond its image they go on as if it were larger."""
+    lines = (torch.arange(side, device=cameras.device) + 0.5 for side in (height, width))
+    coordinates = torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1)
+    views = torch.full((height, width, 1), index, device=cameras.device)
+    return cameras.generate_rays(camera_indices=views, coords=coordinates)
 
 
 def join_rays(bundles: Sequence[RayBundle]) -> RayBundle:

@@ -125,9 +125,21 @@ def frames_of(renderings: Iterable[Rendering], *, depth: bool = True) -> list[UI
             no_colour = torch.empty(1).expand(*rendering.depth.shape[:2], 3)
             depths.append(Rendering(no_colour, rendering.depth.half(), rendering.accumulation.half()))
     if not depth:
-        return colours
+        return one_size(colours)
     near, far = depth_range(depths)
-    return [np.concatenate((c, depth_picture(d, near, far)), axis=1) for c, d in zip(colours, depths, strict=True)]
+    pictures = [depth_picture(d, near, far) for d in depths]
+    return [np.concatenate(pair, axis=1) for pair in zip(one_size(colours), one_size(pictures), strict=True)]
+
+
+def one_size(pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """Pictures of several sizes in the middle of white ones of the largest width and height."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    found = []
+    for picture in pictures:
+        down, across = height - picture.shape[0], width - picture.shape[1]
+        edges = ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0))
+        found.append(np.pad(picture, edges, constant_values=255) if down or across else picture)
+    return found
 
 
 def write_gif(path: Path, frames: Sequence[UInt8[np.ndarray, "h w 3"]], fps: int) -> Path:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
-from common.checks import UserError, require_file
+from common.checks import UserError, require_file, require_one_of
 from common.pretrained import require_finite
 from common.runtime import resolve_device
 from dietnerf.data import FewViewDataset
@@ -114,28 +114,51 @@ class Scene:
         matrix = torch.as_tensor(check_pose(torch.as_tensor(pose).tolist(), "pose"), dtype=torch.float32)
         first = self.training_views.cameras[0]
         width, height = int(first.width), int(first.height)
-        scale = (size or width) / width
-        return Cameras(
+        camera = Cameras(
             camera_to_worlds=matrix[None],
-            fx=float(first.fx) * scale,
-            fy=float(first.fy) * scale,
-            cx=float(first.cx) * scale,
-            cy=float(first.cy) * scale,
-            width=round(width * scale),
-            height=max(1, round(height * scale)),
+            fx=float(first.fx),
+            fy=float(first.fy),
+            cx=float(first.cx),
+            cy=float(first.cy),
+            width=width,
+            height=height,
             camera_type=CameraType.PERSPECTIVE,
         )
+        if size:
+            camera.rescale_output_resolution(size / width, scale_rounding_mode="round")
+            camera.height.clamp_(min=1)
+        return camera
 
-    def render(self, pose: Float[Tensor, "r 4"], *, size: int = 0, chunk: int = 0) -> Rendering:
+    def pose_from_input(self, pose: Float[Tensor, "r 4"]) -> Float[Tensor, "3 4"]:
+        """A camera-to-world pose of the coordinates that the scene's files have, in those of the field.
+
+        The run's dataparser_transforms.json has the same transform, as nerfstudio writes it.
+        """
+        matrix = check_pose(torch.as_tensor(pose).tolist(), "pose")
+        return torch.from_numpy(self.training_views.metadata["world"].place(matrix[None])[0]).float()
+
+    def render(
+        self,
+        pose: Float[Tensor, "r 4"],
+        *,
+        size: int = 0,
+        chunk: int = 0,
+        frame: Literal["field", "input"] = "field",
+    ) -> Rendering:
         """Render a camera-to-world pose (3 or 4, 4): x right, y up, looking along -z.
 
         Args:
+            pose: float64 where its coordinates are large.
             size: width of the picture in pixels; 0 is the training images'.
             chunk: rays at once; 0 is the run's own number.
+            frame: whose coordinates it has: the field's, as `training_views.cameras` have, or those of the scene's
+                files. They are the same for a Blender scene of the usual size.
 
         Raises:
             UserError: not a pose, or no memory for the chunk.
         """
+        require_one_of("frame", frame, ("field", "input"))
+        pose = self.pose_from_input(pose) if frame == "input" else pose
         return self.render_camera(self.camera(pose, size=size), chunk=chunk)
 
     def render_camera(self, camera: Cameras, *, chunk: int = 0) -> Rendering:

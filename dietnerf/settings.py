@@ -16,11 +16,11 @@ from common.commands import named
 from common.images import ImageLimit
 from common.runtime import RuntimeConfig
 from common.training import LogConfig, ScaleConfig, flat, settings_of
-from dietnerf.data import PROTOCOLS, ViewsConfig
 from dietnerf.grid import DietGridModelConfig
 from dietnerf.methods import FewViewTrainerConfig, method_config
 from dietnerf.regularizers import RegularizerConfig
 from dietnerf.semantic import SemanticConfig, check_semantic_config
+from dietnerf.views import PROTOCOLS, ViewsConfig
 
 METHODS = {
     "mlp": "dietnerf",
@@ -57,11 +57,11 @@ class TrainConfig:
     """Train a radiance field on a few posed photographs.
 
     SCENE is a directory in Blender's (transforms_train.json), nerfstudio's (transforms.json), COLMAP's (sparse/0) or
-    LLFF's (poses_bounds.npy) layout.
+    LLFF's (poses_bounds.npy) layout, or the file in it that has the cameras.
     """
 
     scene: Annotated[Path, tyro.conf.Positional]
-    """Directory of the scene."""
+    """Directory of the scene, or its file of cameras."""
     out: Path = Path("out/dietnerf")
     """Where the run goes; give it to dietnerf render and evaluate, or OUT/config.yml to the ns- commands."""
     method: Literal["mlp", "mlp-small", "simplified", "nerfacto", "grid"] = "grid"
@@ -87,7 +87,8 @@ class TrainConfig:
     """Of the grid, how many training cameras must see what is not empty, where images have alpha; left out, the
     method's own."""
     near: float = 0.0
-    """Where rays start, in training and in renders; 0 suits the layout of the scene."""
+    """Where rays start, in training and in renders; 0 suits the layout of the scene. Cameras of photographs reach to 1
+    from the centre; Blender's that are not about 4 units from it are scaled to be."""
     far: float = 0.0
     """Where rays end, likewise; 0 suits the layout of the scene."""
     val_views: int = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,9 @@ def _train(config: TrainConfig, run: FewViewTrainerConfig) -> Path:
     if config.resume:
         require_same_run(config.out, settings, unset=True)
     module = FewViewTraining(run)
+    meta = module.pipeline.datamanager.train_dataset.metadata
+    if config.far and meta["kind"] == "blender" and (scale := meta["world"].scale) != 1:
+        print(f"near and far are taken in the field's units: the scene is scaled by {scale:.3g}.", file=sys.stderr)
     silhouette = config.regularizers.silhouette
     asked = silhouette and silhouette != preset(config.method).pipeline.model.regularizers.silhouette
     if asked and not module.pipeline.datamanager.train_dataset.has_alpha:
@@ -190,6 +194,9 @@ def _train(config: TrainConfig, run: FewViewTrainerConfig) -> Path:
     looks = list(range(0, held_out, stride))[: config.val_views]
     steps = run.max_num_iterations
     write_text(config.out / "config.yml", yaml.dump(run))
+    module.pipeline.datamanager.train_dataparser_outputs.save_dataparser_transform(
+        config.out / "dataparser_transforms.json"
+    )
     scale = config.scale
     if scale.world > 1 and scale.strategy in ("auto", "ddp"):  # a grid's other levels have no gradient
         scale = replace(scale, strategy="ddp_find_unused_parameters_true")

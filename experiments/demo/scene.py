@@ -15,7 +15,7 @@ from common.report import Page
 from common.runtime import RuntimeConfig, resolve_device
 from dietnerf.consistency import Similarities, embed_scene, pair_similarities, plot_similarities, summary
 from dietnerf.evaluation import NAMES, score_scene
-from dietnerf.images import load_image, require_same_size
+from dietnerf.images import load_image, read_size
 from dietnerf.render import frames_of, path_poses, write_gif
 from dietnerf.scene import Scene
 from dietnerf.semantic import load_encoder
@@ -123,7 +123,7 @@ def scene_section(
 def embed_pictures(directory: Path, encoder: Any, *, count: int = 24) -> torch.Tensor:
     """Embeddings (n, e) of pictures of other scenes."""
     paths = sorted(directory.glob("**/*.jpg"))[:: max(1, len(list(directory.glob("**/*.jpg"))) // count)][:count]
-    size = require_same_size(paths)
+    size = read_size(paths[0])[1]
     with torch.no_grad():
         return torch.cat(
             [encoder(load_image(path, size, "image")[0].permute(2, 0, 1)[None])["class_token"].cpu() for path in paths]

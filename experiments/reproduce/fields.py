@@ -68,7 +68,7 @@ FIELD_ARMS = {
 
 def published_options(config: Config, out: Path, **changes: Any) -> dict[str, Any]:
     """Options of `experiments.fields.synthetic` for the paper's protocol."""
-    from dietnerf.data import PAPER_VIEWS
+    from dietnerf.views import PAPER_VIEWS
 
     return {
         "scenes": tuple(config.data / "nerf_synthetic" / scene for scene in config.scenes),

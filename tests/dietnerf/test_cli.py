@@ -80,7 +80,6 @@ def test_scores_of_training_views_are_called_so(tmp_path, capsys):
         (["render", "RUN", "--frames", "0"], "frames is 0: use at least 1"),
         (["train", "nothing"], "nothing' does not exist"),
         (["train", "SCENE", "--num-views", "9"], "num_views is 9: this scene has 6"),
-        (["train", "SCENE", "--num-views", "1"], "one training view"),
         (["train", "SCENE", "--view-ids", "0", "99"], "view id 99 is out of range"),
         (["train", "SCENE", "--steps", "-1"], "steps is -1"),
         (["train", "SCENE", "--protocol", "paper"], "out of range"),

@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import images as opening
 from common.checks import UserError
-from dietnerf.data import PAPER_VIEWS, PROTOCOLS, FewViewDataset, FewViewParserConfig, select_views
+from dietnerf.data import FewViewDataset, FewViewParserConfig
 from dietnerf.images import load_image, load_mask
 from dietnerf.layouts import scene_kind
-from dietnerf.rays import FewViewDataManagerConfig, draw_pixels
+from dietnerf.views import PAPER_VIEWS, PROTOCOLS, select_views
 from tests.dietnerf.ball import draw_ball, look_at_origin, write_scene
 
 
@@ -67,7 +66,8 @@ def test_scaling_is_the_mean_over_the_area(ball_scene):
 
 
 def test_select_views():
-    positions = torch.tensor([[0.0, 0, 0], [1, 0, 0], [10, 0, 0], [5, 0, 0]])
+    positions = torch.eye(4)[:3].repeat(4, 1, 1)
+    positions[:, 0, 3] = torch.tensor([0.0, 1, 10, 5])
     assert select_views(positions, number=3) == (0, 2, 3)
     assert select_views(positions, number=2, order="first") == (0, 1)
     assert select_views(positions, ids=(3, 1)) == (3, 1)
@@ -80,8 +80,6 @@ def test_select_views():
         (dict(ids=(1, 1)), "name a view twice"),
         (dict(ids=(0, 1), number=3), "num_views is 3 but 2 view ids"),
         (dict(number=5), "num_views is 5"),
-        (dict(number=1), "one training view"),
-        (dict(ids=(2,)), "one training view"),
         (dict(number=2, order="best"), "view_order is 'best'"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -280,7 +278,6 @@ def test_llff_layout(tmp_path):
         (lambda m: m["frames"][1].update(transform_matrix=np.diag([-1.0, 1, 1, 1]).tolist()), "mirrors"),
         (lambda m: m["frames"][1].update(file_path="./train/nothing"), "does not exist"),
         (lambda m: m.pop("camera_angle_x"), "camera_angle_x of .* is None"),
-        (lambda m: m.update(frames=m["frames"][:1]), "one training view"),
     ],
 )
 def test_broken_transforms(tmp_path, change, message):
@@ -304,7 +301,7 @@ def test_broken_images(tmp_path):
     with pytest.raises(UserError, match="is not an image"):
         read(scene)
     Image.new("RGBA", (8, 16)).save(path)
-    with pytest.raises(UserError, match="8x16 but .* is 16x16"):
+    with pytest.raises(UserError, match="is 8x16 but .* is 16x16, with one camera_angle_x: give each"):
         read(scene)
     path.unlink()
     with pytest.raises(UserError, match="does not exist"):
@@ -357,118 +354,6 @@ def test_sixteen_by_nine_image_keeps_its_shape(tmp_path):
     assert colour.shape == (9, 16, 3) and alpha is None and torch.allclose(colour, torch.full((9, 16, 3), 128 / 255))
 
 
-def test_draw_pixels():
-    generator = torch.Generator().manual_seed(0)
-    pixels = draw_pixels(5, 10, 20, number=4000, generator=generator)
-    assert pixels.amin(0).tolist() == [0, 0, 0] and pixels.amax(0).tolist() == [4, 9, 19]
-    centre = draw_pixels(5, 10, 20, number=4000, one_image=True, crop=0.5, generator=generator)
-    assert len(centre[:, 0].unique()) == 1
-    assert centre[:, 1].min() == 2 and centre[:, 1].max() == 6 and centre[:, 2].min() == 5 and centre[:, 2].max() == 14
-
-
-@pytest.mark.parametrize("one_image, crop", [(False, 1.0), (True, 1.0), (False, 0.5), (True, 0.5)])
-def test_what_masks_hide_is_never_drawn_and_the_rest_evenly(one_image, crop):
-    masks = torch.ones(3, 10, 20, 1, dtype=torch.bool)
-    masks[:, :, :8] = masks[1, :6] = False
-    pixels = draw_pixels(
-        3, 10, 20, number=8000, one_image=one_image, crop=crop, masks=masks, generator=torch.Generator().manual_seed(0)
-    )
-    view, row, column = pixels.unbind(-1)
-    assert masks[view, row, column].all() and len(view.unique()) == (1 if one_image else 3)
-    allowed = masks[..., 0].clone()
-    if crop < 1:
-        allowed[:, [0, 1, 7, 8, 9]] = allowed[:, :, [*range(5), *range(15, 20)]] = False
-    counts = torch.zeros(3, 10, 20)
-    counts.index_put_((view, row, column), torch.ones(len(view)), accumulate=True)
-    found = counts[view.unique()][allowed[view.unique()]]
-    assert found.sum() == 8000 and (found - found.mean()).abs().max() < 6 * found.mean().sqrt()
-
-
-@pytest.mark.parametrize("one_image", [False, True])
-def test_a_mask_that_hides_the_centre_leaves_the_rest(one_image):
-    masks = torch.zeros(3, 10, 20, 1, dtype=torch.bool)
-    for view in range(3):
-        masks[view, view, :2] = True
-    seen = set()
-    for seed in range(8):
-        generator = torch.Generator().manual_seed(seed)
-        pixels = draw_pixels(
-            3, 10, 20, number=50, one_image=one_image, crop=0.5, masks=masks, generator=generator
-        ).tolist()
-        assert len({view for view, _, _ in pixels}) == (1 if one_image else 3)
-        seen |= set(map(tuple, pixels))
-    assert seen == {(view, view, column) for view in range(3) for column in (0, 1)}
-
-
-def test_rays_see_nothing_that_is_masked(tmp_path):
-    mask = np.full((16, 16), 255, np.uint8)
-    mask[2:9, 3:9] = 0
-    config = FewViewDataManagerConfig(
-        train_num_rays_per_batch=600, crop_steps=0, pyramid=(4,), pyramid_steps=(1,), rays_from="all"
-    )
-    config.dataparser = FewViewParserConfig(data=masked_scene(tmp_path, mask))
-    manager = config.setup(device="cpu")
-    _, row, column = manager.next_train(1)[1]["indices"].unbind(-1)
-    assert mask[row, column].all() and len(set(zip(row.tolist(), column.tolist(), strict=True))) > 150
-    _, row, column = manager.next_train(0)[1]["indices"].unbind(-1)
-    assert sorted(set(zip(row.tolist(), column.tolist(), strict=True))) == [
-        (r, c) for r in range(4) for c in range(4) if mask[4 * r : 4 * r + 4, 4 * c : 4 * c + 4].all()
-    ]
-    _, row, column = manager.next_eval(0)[1]["indices"].unbind(-1)
-    assert mask[row, column].all()
-
-
-def test_rays_follow_from_seed_rank_and_step(ball_scene, monkeypatch):
-    def manager(**settings):
-        config = FewViewDataManagerConfig(train_num_rays_per_batch=64, rays_from="all", crop_steps=0, **settings)
-        config.dataparser = FewViewParserConfig(data=ball_scene, num_views=3)
-        return config.setup(device="cpu")
-
-    one, again = manager(), manager()
-    again.next_train(3)  # what was asked for before does not matter
-    (rays, batch), (same, other) = one.next_train(7), again.next_train(7)
-    assert torch.equal(batch["indices"], other["indices"]) and torch.equal(rays.directions, same.directions)
-    again.local_rank = 1
-    assert not torch.equal(again.next_train(7)[1]["indices"], batch["indices"])
-    # colours and rays belong to each other
-    view, row, column = batch["indices"][5].tolist()
-    assert torch.equal(batch["image"][5], one.train_dataset.images[view, row, column])
-    expected = one.train_dataset.cameras.generate_rays(
-        camera_indices=torch.tensor([[view]]), coords=torch.tensor([[row + 0.5, column + 0.5]])
-    )
-    assert torch.allclose(rays.directions[5], expected.directions[0]) and torch.allclose(
-        rays.origins[5], expected.origins[0]
-    )
-    # too many pixels to keep: the same rays, made when drawn
-    monkeypatch.setattr("dietnerf.rays.CACHED_PIXELS", 0)
-    drawn, _ = manager().next_train(7)
-    assert torch.allclose(drawn.directions, rays.directions) and drawn.shape == rays.shape
-    assert torch.equal(drawn.camera_indices, rays.camera_indices)
-
-
-def test_pyramid_of_sizes(ball_scene):
-    config = FewViewDataManagerConfig(
-        train_num_rays_per_batch=500, crop_steps=0, pyramid=(4, 2), pyramid_steps=(10, 20), rays_from="all"
-    )
-    config.dataparser = FewViewParserConfig(data=ball_scene)
-    manager = config.setup(device="cpu")
-    assert [manager.factor(step) for step in (0, 9, 10, 19, 20, 99)] == [4, 4, 2, 2, 1, 1]
-    rays, batch = manager.next_train(0)
-    assert int(batch["indices"][:, 1:].max()) == 3
-    view, row, column = batch["indices"][0].tolist()
-    block = manager.train_dataset.images[view, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-    assert torch.allclose(batch["image"][0], block.mean(dim=(0, 1)), atol=1e-6)
-    # a coarse pixel's ray goes through the middle of its block
-    fine = manager.train_dataset.cameras.generate_rays(
-        camera_indices=torch.tensor([[view]]), coords=torch.tensor([[4.0 * row + 2, 4.0 * column + 2]])
-    )
-    assert torch.allclose(rays.directions[0], fine.directions[0], atol=1e-6)
-    with pytest.raises(UserError, match="pyramid has 2 stages but pyramid_steps 1"):
-        FewViewDataManagerConfig(
-            dataparser=FewViewParserConfig(data=ball_scene), pyramid=(4, 2), pyramid_steps=(10,)
-        ).setup(device="cpu")
-
-
 @pytest.mark.parametrize("opaque", ["train", "test"])
 def test_the_training_views_decide_what_is_behind_all_views(tmp_path, opaque):
     """Views that fill the frame in one split alone: field and truth must not lie over different backgrounds."""
@@ -516,14 +401,24 @@ def test_grey_of_sixteen_bits_and_palettes(tmp_path):
     assert (colour == 1).all() and (alpha == 0).all()
 
 
-@pytest.mark.parametrize("size", [(40, 30), (13, 7), (20, 15), (1, 1)])
-def test_images_are_converted_in_parts(tmp_path, monkeypatch, size):
+def area_weights(old: int, new: int) -> np.ndarray:
+    """How much of each of `old` pixels lies in each of `new` larger ones, in rows that sum to 1."""
+    edges = np.arange(new + 1) * (old / new)
+    overlap = np.minimum(np.arange(1, old + 1), edges[1:, None]) - np.maximum(np.arange(old), edges[:-1, None])
+    return overlap.clip(0) * (new / old)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (13, 7), (20, 15), (40, 15), (1, 1)])
+def test_images_are_averaged_by_area_over_their_background(tmp_path, size):
     values = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
-    whole = load_image(tmp_path / "a.png", size, "white"), load_mask(tmp_path / "a.png", size)
-    monkeypatch.setattr(opening, "BAND_PIXELS", 170)
-    parts = load_image(tmp_path / "a.png", size, "white"), load_mask(tmp_path / "a.png", size)
-    for one, other in zip(whole[0], parts[0], strict=True):
-        assert one.shape == other.shape == (size[1], size[0], one.shape[-1])
-        assert torch.allclose(one, other, atol=1e-6)
-    assert torch.equal(whole[1], parts[1])
+    rows, columns = area_weights(30, size[1]), area_weights(40, size[0])
+    alpha = values[..., 3:] / 255
+    for background, behind in (("white", 1.0), ("black", 0.0)):
+        found = load_image(tmp_path / "a.png", size, background)
+        over = values[..., :3] / 255 * alpha + behind * (1 - alpha)
+        for part, whole in zip(found, (over, alpha), strict=True):
+            assert part.dtype == torch.float32
+            assert np.allclose(part.numpy(), np.einsum("yh,hwc,xw->yxc", rows, whole, columns), atol=1e-4)
+    plain = load_image(tmp_path / "a.png", size, "image")[0].numpy()
+    assert np.allclose(plain, np.einsum("yh,hwc,xw->yxc", rows, values[..., :3] / 255, columns), atol=1e-4)

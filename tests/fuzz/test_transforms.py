@@ -24,9 +24,11 @@ FRAMES = [
     {"file_path": f"./train/r_{number}", "transform_matrix": [[1, 0, 0, number], *POSE[1:]]} for number in range(3)
 ]
 SCENES = {
-    "transforms_train.json": {"camera_angle_x": 0.7, "frames": FRAMES},
+    "transforms_train.json": {"camera_angle_x": 0.7, "cx": 2.0, "k1": 0.01, "frames": FRAMES},
     "transforms.json": {
         "fl_x": 6.0, "fl_y": 6.0, "cx": 2.0, "cy": 2.0, "w": 4, "h": 4, "camera_model": "OPENCV",
+        "k1": 0.1, "k4": 0.1, "k5": 0.01, "p1": 1e-3, "applied_transform": POSE, "applied_scale": 2.0,
+        "orientation_override": "up", "train_filenames": ["train/r_0.png", "train/r_1"], "val_filenames": ["train/r_2"],
         "frames": [frame | {"file_path": f"{frame['file_path']}.png"} for frame in FRAMES],
     },
 }  # fmt: skip
