@@ -301,7 +301,8 @@ def package_photographs(directory: Path) -> None:
         title="captioner-photo: ClipCap for photographs",
         what=f"The mapper ({model.config.mapper}) reads the 7x7 patches of clip-photo and writes a prefix of "
         f"{model.config.prefix_length} for a GPT-2 of 3 layers of width 192 with 3,000 tokens of its own, trained with "
-        "it, first on the captions, then on CIDEr itself (self-critical training, Rennie et al. 2017).",
+        "it, first on the captions, then on CIDEr itself (self-critical training, Rennie et al. 2017); the weights are "
+        "the mean of those before and after the second.",
         parameters=sum(p.numel() for p in model.parameters()),
         data="Flickr8k's training photographs, five captions each, with random views of each; scores (beam search, 5 "
         "beams) on its held-out test photographs",

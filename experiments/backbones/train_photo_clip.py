@@ -67,9 +67,9 @@ class Config:
     """Directory of the images, when they are not beside the file."""
     out: Path = Path("out/photo-clip")
     """Where the features, the run and the model go."""
-    views: int = 4
+    views: int = 3
     """Views of each photograph: itself, and random crops, mirrored, smaller or recompressed."""
-    steps: int = 900
+    steps: int = 700
     """Optimizer steps."""
     batch_size: int = 384
     """Photographs, each with one of its captions, in a batch."""
@@ -83,9 +83,9 @@ class Config:
     """Tokens of the text tower's BPE."""
     lr: float = 1e-3
     """AdamW's peak rate."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.2
     """Weight decay of matrices."""
-    dropout: float = 0.1
+    dropout: float = 0.3
     """Share of the image features and of the words of a caption that are dropped in training."""
     val_every: int = 100
     """Steps between validations."""

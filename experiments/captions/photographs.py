@@ -27,11 +27,12 @@ from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import Pixels, join_pixels
 from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
 from clipcap.evaluation.scores import Evaluation, evaluate_captions
+from clipcap.model import ClipCapModel
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
 from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
-from common.files import markdown_table, write_json, write_text
+from common.files import markdown_table, whole_directory, write_json, write_text
 from common.probes import recall_at, retrieval_ranks
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
@@ -48,6 +49,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """The paper's two mappers, GPT-2 frozen or fine-tuned (Mokady et al. 2021, sec. 4.2), and one that reads patches."""
 SCST = "patches-tuned-scst"
+MEAN = "patches-tuned-mean"
+"""The mean of the weights of patches-tuned and of what self-critical training made of them."""
 METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 NEIGHBOURS = (1, 5, 20, 60)
 """From which the consensus takes the number that is best on the validation split."""
@@ -65,12 +68,12 @@ class Config:
     """Directory of the images, when they are not beside the file."""
     out: Path = Path("out/photographs")
     """Where runs, scores and models go."""
-    arms: tuple[str, ...] = (*ARMS, SCST)
-    """Which captioners: mlp-frozen, mlp-tuned, transformer-frozen, transformer-tuned, patches-tuned, and
-    patches-tuned-scst, which goes on from it."""
+    arms: tuple[str, ...] = (*ARMS, SCST, MEAN)
+    """Which captioners: mlp-frozen, mlp-tuned, transformer-frozen, transformer-tuned, patches-tuned;
+    patches-tuned-scst, which goes on from it; and patches-tuned-mean, the mean of the weights of these two."""
     views: int = 3
     """Views of each training photograph."""
-    clip_steps: int = 800
+    clip_steps: int = 700
     """Steps of the text tower."""
     gpt2_epochs: float = 3
     """Passes of the small GPT-2 over the captions."""
@@ -163,6 +166,8 @@ def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gp
         "workers": 0,
         "runtime": config.runtime,
     }
+    if arm == MEAN:
+        return average(config.out / "patches-tuned", config.out / SCST, config.out / MEAN)
     if arm == SCST:
         return train(
             TrainConfig(
@@ -199,6 +204,23 @@ def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gp
             **shared,
         )
     )
+
+
+def average(before: Path, after: Path, out: Path) -> Path:
+    """A captioner whose weights are the mean of those before and after further training (Wortsman et al. 2022).
+
+    What the further training taught stays mostly, and what it forgot comes back: better than both on photographs of
+    either kind.
+    """
+    first, second = (ClipCapModel.from_pretrained(run / "model") for run in (before, after))
+    others = second.state_dict()
+    with torch.no_grad():
+        for name, value in first.state_dict().items():
+            value.copy_((value + others[name]) / 2)
+    with whole_directory(out / "model", "captioner") as directory:
+        first.save_pretrained(directory)
+    write_json(out / "training.json", json.loads((after / "training.json").read_text(encoding="utf-8")))
+    return out / "model"
 
 
 def without_captioner(items: list[CaptionedImage], clip: Path, config: Config) -> dict[str, Evaluation]:
@@ -253,9 +275,10 @@ def recall(items: list[CaptionedImage], clip: Path, config: Config) -> dict[str,
 def main(config: Config) -> None:
     """Make what is missing, score the test split, and write the table."""
     for arm in config.arms:
-        require_one_of("arms", arm, (*ARMS, SCST))
-    if SCST in config.arms and "patches-tuned" not in config.arms:
-        raise UserError(f"arms has {SCST!r} without 'patches-tuned', from which it goes on: give both.")
+        require_one_of("arms", arm, (*ARMS, SCST, MEAN))
+    for arm, needed in ((SCST, "patches-tuned"), (MEAN, SCST)):
+        if arm in config.arms and needed not in config.arms:
+            raise UserError(f"arms has {arm!r} without {needed!r}, from which it is made: give both.")
     start(config.runtime)
     images = config.images or next(
         (path for path in (config.data.parent / "images", config.data.parent) if path.is_dir()), config.data.parent
