@@ -118,7 +118,7 @@ def test_packaged_backbones_are_small(root):
 
     weights = [folder / "model.safetensors" for folder in (*PACKAGED.values(), *gpt2.PACKAGED.values())]
     size = sum(path.stat().st_size for path in weights)
-    assert size < 15e6, {path.name: path.stat().st_size for path in weights}
+    assert size < 30e6, {path.name: path.stat().st_size for path in weights}
 
 
 def test_every_packaged_file_is_in_the_wheel(root, project):

@@ -117,7 +117,7 @@ def self_critical_loss(
 
 def rewarded_samples(
     model: ClipCapModel,
-    embeddings: Float[Tensor, "b e"],
+    embeddings: Float[Tensor, "b ..."],
     references: Sequence[Sequence[str]],
     cider: CorpusCider,
     *,
@@ -146,7 +146,7 @@ def rewarded_samples(
 
 
 def token_log_probs(
-    model: ClipCapModel, embeddings: Float[Tensor, "n e"], ids: Int[Tensor, "n t"], labels: Int[Tensor, "n t"]
+    model: ClipCapModel, embeddings: Float[Tensor, "n ..."], ids: Int[Tensor, "n t"], labels: Int[Tensor, "n t"]
 ) -> Float[Tensor, "n t"]:
     """Log-probability of each token, with its gradient; 0 where labels are IGNORE."""
     logits = model(embeddings, ids).logits

@@ -66,7 +66,9 @@ def convert(gguf: Path, out: Path) -> None:
     # The weights are plain by now, but the model would say that they are quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, None)
     with whole_directory(out, "model") as directory:
         model.half().save_pretrained(directory)
         tokenizer.save_pretrained(directory)

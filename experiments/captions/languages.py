@@ -238,6 +238,7 @@ def run(job: Run, config: Config, scenes: Scenes) -> dict[str, Any]:
             images=scenes.images,
             out=directory,
             embeddings=config.out / "embeddings",
+            clip="tiny",
             gpt2=job.gpt2,
             mapper_layers=4,
             mapper_heads=4,

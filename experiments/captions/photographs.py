@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import Pixels, join_pixels
 from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
+from clipcap.evaluation.metrics import METRICS as METRICS_OF_EVALUATE
 from clipcap.evaluation.scores import Evaluation, evaluate_captions
 from clipcap.model import ClipCapModel
 from clipcap.training.settings import TrainConfig
@@ -75,6 +77,8 @@ class Config:
     """Views of each training photograph."""
     clip_steps: int = 700
     """Steps of the text tower."""
+    vocab_size: int = 3000
+    """Tokens of the small GPT-2."""
     gpt2_epochs: float = 3
     """Passes of the small GPT-2 over the captions."""
     steps: int = 4500
@@ -144,7 +148,7 @@ def make_gpt2(config: Config, items: list[CaptionedImage]) -> Path:
                 corpus=out / "text",
                 size="captions",
                 out=out,
-                vocab_size=3000,
+                vocab_size=config.vocab_size,
                 block=64,
                 batch_size=32,
                 epochs=config.gpt2_epochs,
@@ -214,9 +218,7 @@ def average(before: Path, after: Path, out: Path) -> Path:
     """
     first, second = (ClipCapModel.from_pretrained(run / "model") for run in (before, after))
     others = second.state_dict()
-    with torch.no_grad():
-        for name, value in first.state_dict().items():
-            value.copy_((value + others[name]) / 2)
+    first.load_state_dict({name: (value + others[name]) / 2 for name, value in first.state_dict().items()})
     with whole_directory(out / "model", "captioner") as directory:
         first.save_pretrained(directory)
     write_json(out / "training.json", json.loads((after / "training.json").read_text(encoding="utf-8")))
@@ -239,15 +241,17 @@ def without_captioner(items: list[CaptionedImage], clip: Path, config: Config) -
     vectors = caption_vectors(texts, owners.tolist())
     rows: list[list[int]] = [np.flatnonzero(owners == image).tolist() for image in range(len(splits["train"]))]
 
-    def scored(split: str, chosen: list[int]) -> Evaluation:
+    def scored(split: str, chosen: list[int], metrics: Sequence[str] = METRICS_OF_EVALUATE) -> Evaluation:
         captions = {item.image_id: texts[row] for item, row in zip(splits[split], chosen, strict=True)}
-        return evaluate_captions(captions, splits[split], resamples=config.resamples, seed=config.runtime.seed)
+        return evaluate_captions(
+            captions, splits[split], metrics=metrics, resamples=config.resamples, seed=config.runtime.seed
+        )
 
     def of_neighbours(split: str, count: int) -> list[int]:
         found = neighbours(features[split], features["train"], count)
         return [consensus(vectors, [row for image in near for row in rows[image]]) for near in found.tolist()]
 
-    best = max(NEIGHBOURS[1:], key=lambda count: scored("val", of_neighbours("val", count)).scores["CIDEr"])
+    best = max(NEIGHBOURS[1:], key=lambda count: scored("val", of_neighbours("val", count), ("CIDEr",)).scores["CIDEr"])
     most_typical = consensus(vectors, list(range(0, len(texts), 5)))
     return {
         "one caption for all": scored("test", [most_typical] * len(splits["test"])),

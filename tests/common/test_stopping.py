@@ -147,7 +147,7 @@ def test_a_run_killed_at_any_of_its_writes_ends_the_same(forks, tmp_path, exhaus
 
 
 FULL = """
-import resource, sys
+import io, resource, sys
 from pathlib import Path
 from common.checks import run_command
 from tests.common.regression import train
@@ -156,7 +156,11 @@ def fill(step):
     if step == 5:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
 
-raise SystemExit(run_command(lambda: train(Path(sys.argv[1]), 18, fill, val_every=4) and 0))
+sys.stderr = io.StringIO()  # the real one is a file with the same limit
+code = run_command(lambda: train(Path(sys.argv[1]), 18, fill, val_every=4) and 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+sys.__stderr__.write(sys.stderr.getvalue())
+raise SystemExit(code)
 """
 
 

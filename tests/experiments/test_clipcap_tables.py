@@ -8,7 +8,7 @@ import pytest
 from common.checks import UserError
 from common.files import write_json
 from common.runtime import RuntimeConfig
-from experiments.captions import coco, conceptual, nocaps, photographs, prefix_length
+from experiments.captions import coco, conceptual, nocaps, prefix_length
 from experiments.captions.tables import SCENES, small_data
 
 WHICH = shutil.which
@@ -92,13 +92,6 @@ def test_prefix_length(options, tmp_path):
         assert model["prefix_length"] == model["clip_length"] == length
     assert (tmp_path / "docs" / "clipcap_prefix_length_small.png").stat().st_size > 5000
     assert "clipcap_prefix_length_small.png" in (tmp_path / "docs" / "clipcap_prefix_length_small.md").read_text()
-
-
-def test_photographs(data, tmp_path):
-    config = photographs.Config(data=data, out=tmp_path / "out", steps=2, clip_score="", resamples=10, runtime=CPU)
-    photographs.main(config)
-    assert json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())["images"] == 4
-    assert (tmp_path / "out" / "evaluation" / "index.html").read_text().count('class="card"') == 4
 
 
 def test_missing_data_is_said_first(tmp_path):

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import io
 import resource
+import shutil
 import signal
 import traceback
 import types
@@ -77,7 +78,7 @@ class Place:
 
     def __init__(self, root: Path, gpt2: Path, clip: Path) -> None:
         import torch
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, GPT2LMHeadModel
 
         from clipcap import ClipCapConfig, ClipCapModel
         from recycle_gpt2.cli import main as recycle
@@ -102,6 +103,10 @@ class Place:
         torch.manual_seed(0)
         config = ClipCapConfig(clip_width=12, prefix_length=2, gpt2=str(gpt2), clip=str(clip))
         ClipCapModel.from_backbones(config).save_pretrained(self.inside / "captioner")
+        sized = GPT2LMHeadModel.from_pretrained(gpt2)
+        sized.resize_token_embeddings(512, mean_resizing=False)  # as the checkpoint that is converted
+        shutil.copytree(gpt2, self.inside / "gpt2-512")
+        sized.save_pretrained(self.inside / "gpt2-512")
         (self.inside / "given.csv").write_text("image,rank,caption,score\nd.png,1,the mat,-1\n")
         (self.inside / "urls.tsv").write_text("a cat\thttp://127.0.0.1:1/a.png\n")
         (self.inside / "few.txt").write_text("\n\n".join(invent("dutch", 3)))
@@ -141,8 +146,9 @@ class Place:
             ("clipcap", "interpret"): [f"{at['photos']}/a.png", "--model", at["captioner"]],
             ("clipcap", "embed"): [at["photos"], "--clip", str(self.clip), "--workers", "0"],
             ("clipcap", "download"): [at["urls.tsv"], "--retries", "0", "--workers", "1"],
-            ("clipcap", "convert"): [str(Path(__file__).parent.parent / "golden/clipcap_mlp.pt"), "OUT", "--gpt2", gpt2,
+            ("clipcap", "convert"): [str(Path(__file__).parent.parent / "golden/clipcap_mlp.pt"), "OUT", "--gpt2", at["gpt2-512"],
                                      "--clip", str(self.clip), "--n-head", "4", "--stop", ""],
+            ("clipcap", "bundle"): [at["captioner"], "OUT"],
             ("clip-probe", "zero-shot"): [at["classes"], *probe],
             ("clip-probe", "retrieve"): [at["photos"], *probe, "--queries", "a cat", "--captions",
                                          f"{at['photos']}/captions.csv"],

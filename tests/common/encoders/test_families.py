@@ -246,9 +246,7 @@ def test_families_that_cannot_be_used_are_refused_by_name(refused):
     assert "adapter" in refused("ViT", lambda path: (path / "adapter_config.json").write_text("{}"))
     pair = "vision-text-dual-encoder (ViT, BERT)"
     assert "text_config: model_type is 'gpt2'" in refused(pair, edited(text_config__model_type="gpt2"))
-    assert "vision_config: model_type is 'timm_wrapper'" in refused(
-        pair, edited(vision_config__model_type="timm_wrapper")
-    )
+    assert "vision_config: model_type is 'gpt2'" in refused(pair, edited(vision_config__model_type="gpt2"))
 
 
 def test_code_that_comes_with_a_known_family_is_not_run(saved, tmp_path):

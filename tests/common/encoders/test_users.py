@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from clipcap.backbones import absolute
 from clipcap.captioner import Captioner
-from clipcap.config import ClipCapConfig, absolute
+from clipcap.config import ClipCapConfig
 from clipcap.data.embeddings import build_store
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
