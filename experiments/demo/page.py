@@ -35,6 +35,7 @@ from experiments.scenes.captions import looks, names_all, parse
 from experiments.scenes.karpathy import SAMPLES, captioned_in, packaged_records
 from experiments.scenes.wording import DUTCH
 
+PHOTOGRAPHS = ASSETS / "samples" / "photographs"
 SHOWN = 12
 """Captioned images on the page."""
 TEXT = "The user can select a file in the dialog and press the button to open the document."
@@ -94,7 +95,7 @@ def introduce(page: Page) -> None:
                 "application": "`clipcap`",
                 "what it does": "Turns CLIP's embedding of an image into a short prefix that GPT-2 continues as a "
                 "caption. Only a small mapping network has to be trained, or GPT-2 with it.",
-                "weights here": "captioner-tiny and captioner-tiny-nld, trained in advance",
+                "weights here": "captioner-photo, captioner-tiny and captioner-tiny-nld, trained in advance",
             },
             {
                 "application": "`dietnerf`",
@@ -112,7 +113,8 @@ def introduce(page: Page) -> None:
         ]
     )
     page.note(
-        "The packaged backbones are tiny and know only rendered scenes and software manuals. Real weights "
+        "The packaged backbones are small: those for photographs know what Flickr8k shows, the tiny ones only rendered "
+        "scenes and software manuals. Real weights "
         "(`openai/clip-vit-base-patch32`, `gpt2`) go through the same code: see the README."
     )
 
@@ -121,6 +123,24 @@ def spread(counts: dict[str, int], shown: int) -> list[str]:
     """Some of the images, evenly spread when they are sorted by the number of objects."""
     order = sorted(counts, key=lambda key: counts[key])
     return order[:: max(1, -(-len(order) // shown))]
+
+
+def photographs_section(page: Page, device: torch.device, images: int = 0) -> dict[str, str]:
+    """Captions of photographs that the packaged captioner has never seen, beside people's; returns them."""
+    items = read_dataset(PHOTOGRAPHS / "dataset.json")[: images or None]
+    captioner = Captioner.from_pretrained("photo", device=device)
+    captions = dict(
+        zip([item.image_id for item in items], captioner.caption([item.path for item in items]), strict=True)
+    )
+    page.section(
+        "Captions of photographs",
+        "COCO's photographs, with credits in common/assets/samples/photographs/README.md; none was trained on. The "
+        "captioner learned on 7,689 photographs of people, dogs, sports and streets, and takes other things for these: "
+        "docs/photographs.md has its scores.",
+    )
+    page.gallery([(item.path, captions[item.image_id], [f"a person: {item.captions[0]}"]) for item in items])
+    page.command("clipcap caption common/assets/samples/photographs")
+    return captions
 
 
 def dutch_section(page: Page, paths: dict[str, Path], shown: list[str], device: torch.device) -> dict[str, Any]:
@@ -176,7 +196,8 @@ def write_demo(
     with_scene = importlib.util.find_spec("nerfstudio") is not None
     steps = Steps(
         [
-            "load the backbones and the captioner",
+            "caption photographs",
+            "load the backbones and the captioner of scenes",
             "caption the sample scenes with beam search",
             "caption them again by greedy decoding and sampling",
             "read prefixes as words",
@@ -188,6 +209,11 @@ def write_demo(
             "write the page",
         ]
     )
+    page = Page("CLIP and GPT-2 at work", "What the toolkit does with its packaged backbones, on this machine")
+    introduce(page)
+    steps.next()
+    photographs = photographs_section(page, device, images)
+
     steps.next()
     captioner = Captioner.from_pretrained("tiny", device=device)
     items = [item for item in read_dataset(SAMPLES / "dataset.json") if item.split == "test"][: images or None]
@@ -228,11 +254,9 @@ def write_demo(
     steps.next()
     found_scores = evaluate_captions(captions, items, clip=captioner.clip, resamples=300)
 
-    page = Page("CLIP and GPT-2 at work", "What the toolkit does with its packaged tiny backbones, on this machine")
-    introduce(page)
     page.section(
-        "Captions",
-        "The scenes below were rendered for this project and held out from all training. "
+        "Captions of rendered scenes",
+        "What can be measured exactly. The scenes below were rendered for this project and held out from all training. "
         f"Here are {len(shown)} of {len(items)}, with one to three objects; all captions are in `results.json`.",
     )
     page.table(table, caption=f"{len(items)} held-out scenes")
@@ -323,6 +347,7 @@ def write_demo(
     write_json(
         config.out / "results.json",
         {
+            "photographs": photographs,
             "captions": captions,
             "decoding": table,
             "caption_scores": found_scores.scores,

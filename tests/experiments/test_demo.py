@@ -44,6 +44,8 @@ def test_the_page_has_every_part_and_says_what_was_run(page):
     text = page.read_text()
     for heading in (
         "Three applications",
+        "Captions of photographs",
+        "Captions of rendered scenes",
         "Captions in Dutch",
         "What a prefix says",
         "recycled for Dutch",
@@ -52,8 +54,10 @@ def test_the_page_has_every_part_and_says_what_was_run(page):
         assert heading in text, heading
     assert "clipcap caption common/assets/samples/scenes/test_000.jpg --language nld" in text
     results = json.loads((page.parent / "results.json").read_text())
+    shown = html.unescape(text)
+    assert len(results["photographs"]) == 6 and all(said in shown for said in results["photographs"].values())
     assert set(results["captions"]) == set(results["dutch"]["captions"]) and len(results["captions"]) == 6
-    assert [step["seconds"] >= 0 for step in results["steps"]] and results["steps"][5][
+    assert [step["seconds"] >= 0 for step in results["steps"]] and results["steps"][6][
         "step"
     ] == "caption them in Dutch"
     assert all(step["step"] in text for step in results["steps"])
