@@ -341,9 +341,9 @@ clipcap train --data photos --gpt2 out/smollm2 --mapper mlp --steps 300
 ```
 
 The first writes a plain directory, which every command then takes, and compares the loss with the library's own (3.9791
-and 3.9791 nats a token on a sentence). On the first 40,000 bytes of the English held-out text that `build_corpus` makes it
-needs 0.942 bits a byte (0.883 to 1.023), the packaged tiny-medium 1.240. A few steps of a frozen captioner on it take 10
-seconds each with 4 captions (one thread of an Intel Xeon, busy).
+and 3.9791 nats a token on a sentence). On the first 40,000 bytes of the English held-out text that `build_corpus` makes
+it needs 0.942 bits a byte (0.883 to 1.023), the packaged tiny-medium 1.240. A step of a frozen captioner on it takes 10
+seconds with 4 captions (one thread of a busy Intel Xeon).
 """
 
 
