@@ -125,7 +125,7 @@ def place(root, tmp_path_factory):
 def test_shell_blocks_of_the_pages(place):
     out = place / "out"
     lines = (out / "captions.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(list((place / "common/assets/samples/scenes").glob("*.jpg")))
+    assert len(lines) == 1 + len(list((place / "common/assets/samples/photographs").glob("*.jpg")))
     assert (out / "readme" / "model" / "model.safetensors").is_file()
     assert (out / "mine" / "scores" / "index.html").is_file() and (out / "gpt2-sample" / "README.md").is_file()
     if has_nerfstudio():
