@@ -34,7 +34,7 @@ demo: $(STAMP) ## Run the main job on the packaged backbones and write out/demo/
 test: lint ## Run the whole gate: ruff, import layers, types, pytest (ARGS=--exhaustive tries every point)
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
-quick: lint ## Run lint and the fast tests, in two minutes (every mark but `slow`)
+quick: lint ## Run lint and the fast tests (every mark but `slow`), in about four minutes
 	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 lint: $(STAMP) ## Run ruff, import-linter and mypy
