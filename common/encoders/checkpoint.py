@@ -1,4 +1,4 @@
-"""A classifier's weights from a file, without running any code that it may hold."""
+"""Weights from a file or a directory, without running any code that it may hold, held against what a model needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from common.checks import UserError, require_file
@@ -90,3 +91,25 @@ def put_in(network: nn.Module, state: dict[str, Tensor], place: str, *, spared: 
     if extra:
         raise UserError(f"{place} holds {extra[0]!r} and {len(extra) - 1} more too many: they do not fit, {fix}")
     network.load_state_dict({key: state[key] for key in needed.keys() & state.keys()}, strict=False)
+
+
+def load_weights(kind: Any, source: str, config: Any, what: str) -> tuple[Any, list[str]]:
+    """A model of transformers in float32, and the names of weights that `source` lacks, sorted.
+
+    Raises:
+        UserError: a weight has another shape than `config` asks for.
+    """
+    model, report = kind.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+    )
+    for key, found, needed in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"{what} {source!r}: {key} has shape {tuple(found)} but its config.json asks for {tuple(needed)}: "
+            f"use the config.json that the weights were saved with."
+        )
+    return model, sorted(report["missing_keys"])

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.checks import UserError
+from common.encoders.checkpoint import load_weights
 from common.encoders.folded import folded
 from common.encoders.interface import Backbone, ImageFeatures, from_map
 from common.encoders.preprocess import Preprocess
@@ -159,22 +160,10 @@ def load_family(source: str, kind: str) -> tuple[Backbone, Preprocess]:
         trial = _VisionOnly(build().eval()) if kind not in DUAL else _trial_pair(build().eval())
     features = _try(source, trial, preprocess.size)
     require_room(source, WHAT, build)
-    model, report = AutoModel.from_pretrained(
-        source,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        trust_remote_code=False,
-    )
-    for key, found, needed in sorted(report["mismatched_keys"]):
-        raise UserError(
-            f"{WHAT} {source!r}: {key} has shape {tuple(found)} but its config.json asks for {tuple(needed)}: "
-            f"use the config.json that the weights were saved with."
-        )
+    model, missing = load_weights(AutoModel, source, config, WHAT)
     # A classifier was saved without the pooling layer that it does not use: its class token is the embedding.
-    unpooled = kind not in DUAL and any(key.startswith("pooler.") for key in report["missing_keys"])
-    for key in sorted(report["missing_keys"]):
+    unpooled = kind not in DUAL and any(key.startswith("pooler.") for key in missing)
+    for key in missing:
         if not (unpooled and key.startswith("pooler.")):
             raise UserError(f"{WHAT} {source!r} lacks weights that its config.json asks for, such as {key!r}.")
     if unpooled:

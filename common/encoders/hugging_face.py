@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.checks import UserError
+from common.encoders.checkpoint import load_weights
 from common.encoders.families import load_family, require_words
 from common.encoders.interface import PACKAGED, Backbone, ImageFeatures
 from common.encoders.preprocess import LARGEST, Preprocess
@@ -86,20 +87,8 @@ def _load_clip(source: str) -> tuple[Backbone, Preprocess]:
     if found := read_fields(source):  # old directories have none: OpenAI's
         preprocess = to_preprocess(found[1], f"{found[0]} of {source!r}", "CLIP", size)
     require_room(source, "CLIP", lambda: CLIPModel(config))
-    model, report = CLIPModel.from_pretrained(
-        source,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        trust_remote_code=False,
-    )
-    for key, found, needed in sorted(report["mismatched_keys"]):
-        raise UserError(
-            f"CLIP {source!r}: {key} has shape {tuple(found)} but its config.json asks for {tuple(needed)}: "
-            f"use the config.json that the weights were saved with."
-        )
-    for key in sorted(report["missing_keys"]):
+    model, missing = load_weights(CLIPModel, source, config, "CLIP")
+    for key in missing:
         raise UserError(f"CLIP {source!r} lacks weights that its config.json asks for, such as {key!r}.")
     require_finite(model.state_dict(), f"CLIP {source!r}")
     tokenizer = load_tokenizer(source, config)
