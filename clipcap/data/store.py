@@ -170,11 +170,11 @@ class StoreWriter:
             return
         self.state = _read_manifest(finished if self.finished else begun)
         for name, value in key.items():
-            if self.state["key"].get(name) != value:
+            if (held := self.state["key"].get(name)) != value:
+                theirs, ours = _difference(held, value)
                 raise UserError(
                     f"embedding store {str(directory)!r} holds embeddings of {self.state['clip']!r} with other {name} "
-                    f"({_short(self.state['key'].get(name))} instead of {_short(value)} of {clip!r}): give another "
-                    f"directory, or delete this one."
+                    f"({theirs} instead of {ours} of {clip!r}): give another directory, or delete this one."
                 )
         if dtype is not None and dtype != self.state["dtype"]:
             raise UserError(
@@ -336,8 +336,12 @@ def file_hash(path: Path) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _short(value: Any) -> str:
-    return json.dumps(value)[:80]
+def _difference(first: Any, second: Any) -> tuple[str, str]:
+    """Two values as short text; of two mappings, only the fields in which they differ."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+        first, second = ({name: fields.get(name) for name in names} for fields in (first, second))
+    return json.dumps(first)[:80], json.dumps(second)[:80]
 
 
 def _shard(directory: Path, number: int) -> Path:

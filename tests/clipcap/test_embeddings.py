@@ -125,7 +125,7 @@ def test_a_mismatch_is_an_error_and_never_a_silent_one(items, clip, clip_directo
     with pytest.raises(UserError, match="is float16, not float32"):
         build_store(items, clip, store, dtype="float32")
     monkeypatch.setattr(clip, "preprocess", replace(clip.preprocess, interpolation="bilinear"))
-    with pytest.raises(UserError, match="other preprocessing"):
+    with pytest.raises(UserError, match=r"other preprocessing \(\{\"interpolation\": \"bicubic\"\} instead of \{\"interpolation\": \"bilinear\"\}"):
         build_store(items, clip, store)
     monkeypatch.undo()
     items[0].path.write_bytes(items[6].path.read_bytes())
