@@ -1,4 +1,4 @@
-# Every target sets up .venv by itself: Python 3.10 to 3.12 and make are all that has to be there.
+# Every target sets up .venv by itself: Python 3.10 to 3.12 and make are all you need.
 # Another Python: make PYTHON=/path/to/python3.12 demo. Only one kind of test: make test ARGS="-k report".
 
 SHELL := /bin/sh
@@ -34,7 +34,7 @@ demo: $(STAMP) ## Run the main job on the packaged backbones and write out/demo/
 test: lint ## Run the whole gate: ruff, import layers, types, pytest (ARGS=--exhaustive tries every point)
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
-quick: lint ## Run lint and the fast tests (every mark but `slow`), in about four minutes
+quick: lint ## Run lint and the fast tests (every mark but `slow`), in about two minutes
 	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 lint: $(STAMP) ## Run ruff, import-linter and mypy

@@ -38,7 +38,7 @@ class CaptionConfig:
     """Caption images.
 
     Files that cannot be read are skipped and named at the end; the exit code is then 2 if none could be read. With
-    --out, or sidecar files, an interrupted run goes on where it stopped when the same command is given again.
+    --out, or sidecar files, an interrupted run resumes where it stopped when the same command is given again.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -50,7 +50,7 @@ class CaptionConfig:
     """Language of the captions, in place of --model: eng, nld (Dutch) or ita (Italian), each packaged."""
     format: Literal["auto", "text", "json", "jsonl", "csv", "sidecar"] = "auto"
     """Output format; auto goes by the ending of OUT, else text. sidecar writes photo.txt beside photo.jpg, or at the
-    same place under the directory OUT; one that is there already is kept and its image left alone."""
+    same place under the directory OUT; one that exists already is kept and its image left alone."""
     out: Path | None = None
     """File to write instead of standard output (sidecar: directory)."""
     sheet: Path | None = None
@@ -131,7 +131,7 @@ def caption(config: CaptionConfig) -> int:
     remaining = [p for p in paths if _key(p) not in done and not (p in places and os.path.exists(places[p]))]
     kept = len(paths) - len(remaining)
     if kept:
-        what = "sidecar files that are there" if places else "images done before"
+        what = "sidecar files that exist" if places else "images done before"
         print(f"going on after {kept} of {len(paths)} {what}", file=sys.stderr)
 
     def results() -> Iterator[tuple[str, Row]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from common.checks import UserError
+from common.files import move_into
 
 if TYPE_CHECKING:
     from clipcap.config import ClipCapConfig
@@ -40,16 +40,10 @@ def take_places(source: Path, target: Path) -> None:
 
     Weights of an earlier captioner that would be loaded instead of the new ones, or never, go.
     """
-    new = {file.name for file in source.iterdir()}
     for file in target.iterdir():
-        if OLD_WEIGHTS.fullmatch(file.name) and file.name not in new:
+        if OLD_WEIGHTS.fullmatch(file.name) and not (source / file.name).exists():
             file.unlink()
-    for name in sorted(new, key=lambda name: (name == "config.json", name)):
-        if (source / name).is_dir():  # a bundled backbone
-            shutil.rmtree(target / name, ignore_errors=True)
-        else:
-            (source / name).chmod(0o644)  # safetensors makes files that nobody else may read
-        os.replace(source / name, target / name)
+    move_into(source, target, last="config.json")
 
 
 def local_file(source: str, name: str, hub: dict[str, Any]) -> Path:

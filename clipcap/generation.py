@@ -62,7 +62,7 @@ def decode_options(asked: Mapping[str, Any], saved: GenerationConfig, prompt: in
     """Options of `decode` for those of transformers' `generate`, or of `decode` itself.
 
     `num_return_sequences` is `num_captions`; `do_sample` chooses strategy "sample", and one beam "greedy". What is not
-    asked is taken from `generation_config`, and what is not there from the captioner's own. Of these two, options that
+    asked is taken from `generation_config`, and what is missing from the captioner's own. Of these two, options that
     the strategy has no use for are left out, as transformers does.
 
     Args:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILE = "datastore.safetensors"
 """Name of the datastore in a captioner's directory."""
 PART = 65536
-"""Captions that are compared at once, so that a datastore of half precision is never converted as a whole."""
+"""Captions that are compared at once, so that a datastore of half precision is never converted in full."""
 LONGEST = 40
 """Tokens of a caption that are kept."""
 

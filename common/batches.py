@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.checks import UserError, require_at_least, require_same_settings
 
-SAME_BATCHES = "go on with as many, or begin anew"
+SAME_BATCHES = "go on with as many, or start over"
 
 
 class BatchOrder(Sampler[list[int]]):
-    """Batches of indices whose order is a function of (seed, epoch) alone, so that a run can go on where it stopped.
+    """Batches of indices whose order is a function of (seed, epoch) alone, so that a run can resume where it stopped.
 
     Every index occurs exactly once per epoch over all processes, which all get as many batches; the last batches of an
     epoch may be short, or longer by one where the rest is not enough for every process. What the processes take
@@ -179,5 +179,5 @@ class ResumableLoader(DataLoader):  # type: ignore[type-arg]
                     return
         raise UserError(
             f"the checkpoint was written at {str(state)[:150]}, which is no place in epochs of {len(self.order)} "
-            f"batches: use the data it was written with, or begin anew."
+            f"batches: use the data it was written with, or start over."
         )

@@ -258,7 +258,7 @@ class KeepSettings(Callback):
 class MetricsFile(Logger):
     """`metrics.csv`: a row each time that something is logged, appended as it comes.
 
-    A new column has the file written again, as a whole. A run that goes on keeps the rows that were there when its
+    A new column has the file written again in full. A resumed run keeps the rows that were there when its
     checkpoint was written; Lightning's own logger deletes the file.
     """
 
@@ -295,7 +295,7 @@ class MetricsFile(Logger):
 
 
 class KeepMetrics(Callback):
-    """Lets a run that goes on keep the rows of its metrics, numbered by steps."""
+    """Lets a resumed run keep the rows of its metrics, numbered by steps."""
 
     def __init__(self, table: MetricsFile) -> None:
         self.table = table

@@ -67,7 +67,7 @@ def require_directory(path: str | os.PathLike[str], what: str) -> Path:
 
 
 def _status(path: str | os.PathLike[str], what: str) -> os.stat_result:
-    """What the system knows of a file that is there."""
+    """What the system knows of a file that exists."""
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

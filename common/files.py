@@ -20,7 +20,7 @@ from typing import IO, Any
 from common.checks import UserError
 
 MARKER = ".written-by-clip-gpt-toolkit.json"
-"""Names, in a directory that was written as a whole, what was put there."""
+"""Names, in a directory that was written in one piece, what was put there."""
 LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 """Name of a file that `whole_file` had begun when it was killed."""
 LOCK = ".lock"
@@ -173,6 +173,19 @@ def whole_directory(path: str | os.PathLike[str], what: str = "model") -> Iterat
     shutil.rmtree(before, ignore_errors=True)
 
 
+def move_into(source: Path, target: Path, last: str) -> None:
+    """Move all that `source` holds into the directory `target`, over what has the same names there.
+
+    A stop leaves old or new files, each complete; `last` moves last, so it should be what readers look for.
+    """
+    for name in sorted({entry.name for entry in source.iterdir()} - {MARKER}, key=lambda name: (name == last, name)):
+        if (source / name).is_dir():
+            shutil.rmtree(target / name, ignore_errors=True)
+        else:
+            (source / name).chmod(0o644)  # safetensors makes files that nobody else may read
+        os.replace(source / name, target / name)
+
+
 def _take_up(target: Path, before: Path) -> None:
     """Finish or undo a swap that a kill stopped between its two steps."""
     if not (before / MARKER).is_file():
@@ -186,7 +199,7 @@ def _take_up(target: Path, before: Path) -> None:
 def require_own_directory(path: str | os.PathLike[str], what: str = "model") -> Path:
     """Return `path`, its symlinks followed, when `whole_directory` may write there: ask before any long work.
 
-    It may where nothing is, where the directory is empty, and where it wrote all that is there.
+    It may where nothing is, where the directory is empty, and where it wrote all that exists.
 
     Raises:
         UserError: something else lies there.

@@ -125,7 +125,7 @@ class TrainerConfig(ScaleConfig, GradientConfig, LogConfig):
     patience: int = 0
     """Validations without improvement that end the run; 0 never ends it early."""
     save_minutes: float = 10.0
-    """Longest time between two checkpoints to go on from, after which one is written before the next step."""
+    """Longest time between two checkpoints to resume from, after which one is written before the next step."""
 
     def check(self) -> None:
         if self.max_steps < 0 and self.max_epochs < 0:
@@ -153,7 +153,7 @@ def build_trainer(
         directory: where everything goes.
         monitor: what the best is the best in, at a validation.
         mode: "min" or "max".
-        settings: what another run in the same directory must have been asked for to be gone on with.
+        settings: what another run in the same directory must have been asked for to be resumed.
         callbacks: further ones.
     """
     config.check()
@@ -307,7 +307,7 @@ def require_same_run(directory: Path, settings: Mapping[str, Any], *, unset: boo
         before = _read_checkpoint(last).get("settings", settings)  # older ones have none
         if unset:
             before = {**settings, **{name: value for name, value in before.items() if value is not None}}
-        cure = "use the same again, --no-resume to begin anew, or another --out"
+        cure = "use the same again, --no-resume to start over, or another --out"
         require_same_settings(directory, before, settings, cure)
 
 
@@ -354,14 +354,14 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever unpickling a broken file comes upon
         raise UserError(
             f"checkpoint {str(path)!r} is damaged or holds more than tensors and plain values "
-            f"({type(error).__name__}): delete it to begin anew, or put an intact one in its place."
+            f"({type(error).__name__}): delete it to start over, or put an intact one in its place."
         ) from error
 
 
 def _does_not_fit(path: Path, error: Exception) -> UserError:
     return UserError(
         f"checkpoint {str(path)!r} is damaged or does not fit this run ({' '.join(str(error).split())[:200]}): use the "
-        f"settings it was written with, delete it to begin anew, or give another output directory."
+        f"settings it was written with, delete it to start over, or give another output directory."
     )
 
 

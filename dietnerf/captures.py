@@ -120,7 +120,7 @@ def _mask(directory: Path, name: str) -> Path:
 
 
 def read_blender(directory: Path, split: str, skip_missing: bool) -> Capture:
-    """transforms_train.json and, where they are there, transforms_val.json and transforms_test.json."""
+    """transforms_train.json and, if they exist, transforms_val.json and transforms_test.json."""
     path = directory / f"transforms_{split}.json"
     from_training = False
     if not path.is_file() and split != "train":  # a scene may come with one held-out split only

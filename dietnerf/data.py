@@ -305,7 +305,7 @@ class FewViewDataset(InputDataset):
 
     @property
     def images(self) -> Float[Tensor, "n h w 3"]:
-        """The colours of all views, made anew from `pixels`."""
+        """The colours of all views, recomputed from `pixels`."""
         return self.pixels[..., :3].float() / 255
 
     @cached_property

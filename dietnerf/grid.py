@@ -197,7 +197,7 @@ class VoxelGrid(nn.Module):
 
     @torch.no_grad()
     def update_occupancy(self, *, settled: bool = True) -> None:
-        """Look anew which cells hold something.
+        """Look again which cells hold something.
 
         Args:
             settled: False takes everything that cameras see for occupied, as densities say nothing yet.

@@ -43,7 +43,7 @@ class FewViewModelConfig(ModelConfig):
 
     _target: type = field(default_factory=lambda: FewViewModel)
     background_color: Literal["white", "black", "random"] = "white"
-    """Behind the scene. random trains over colours drawn anew for each ray, which teaches the field opacity and needs
+    """Behind the scene. random trains over colours redrawn for each ray, which teaches the field opacity and needs
     images with alpha; it renders over the scene's own background."""
     near: float | None = None
     """Where rays start, in training and in renders, in the scene's units (bounded fields: never before their box). Left

@@ -40,9 +40,9 @@ class FewViewPipelineConfig(VanillaPipelineConfig):
     blank_check: int = 500
     """Every how many steps to look whether the render is blank; 0 never looks."""
     max_restarts: int = 3
-    """How often a field that stays blank begins anew from another seed."""
+    """How often a field that stays blank starts over from another seed."""
     seed: int = 0
-    """Seed of random views, and with the number of the restart of fields that begin anew."""
+    """Seed of random views, and with the number of the restart of fields that start over."""
 
 
 class FewViewPipeline(VanillaPipeline):
@@ -153,7 +153,7 @@ class FewViewPipeline(VanillaPipeline):
         return super().load_state_dict(state_dict, strict=True)
 
     def get_training_callbacks(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
-        """Also forgets nerfstudio's optimizer state when the field begins anew."""
+        """Also forgets nerfstudio's optimizer state when the field starts over."""
         optimizers: Any = attributes.optimizers
 
         def forget() -> None:
@@ -186,7 +186,7 @@ class FewViewPipeline(VanillaPipeline):
             )
         self.restarts += 1
         seed = self.config.seed + self.restarts
-        print(f"the render is blank at step {step}: beginning anew from seed {seed}.", file=sys.stderr, flush=True)
+        print(f"the render is blank at step {step}: starting over from seed {seed}.", file=sys.stderr, flush=True)
         with fork_generators(seed):
             fresh = self.config.model.setup(**self._model_arguments)
         fresh.to(self.device)

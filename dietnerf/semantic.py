@@ -147,7 +147,7 @@ def load_encoder(name: str, *, random_weights: bool = False, device: str | torch
     """The encoder of `SemanticConfig.encoder`.
 
     Args:
-        random_weights: the same architecture, its weights drawn anew (from a fixed seed) at the trained ones' scale.
+        random_weights: the same architecture, its weights redrawn (from a fixed seed) at the trained ones' scale.
 
     Raises:
         UserError: an unknown name, or weights that are missing, corrupt or of another architecture.

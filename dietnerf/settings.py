@@ -33,7 +33,7 @@ FREE = (
     "steps", "out", "chunk", "val_views", "val_every", "devices", "num_nodes", "strategy", "resume", "tensorboard",
     "progress",
 )  # fmt: skip
-"""Options that may be others when a run is gone on with."""
+"""Options that may be others when a run is resumed."""
 MOST_STEPS = 10_000_000
 GROW_AFTER = 100
 """A grid's level lasts at least so many steps, however short the run."""
@@ -71,7 +71,7 @@ class TrainConfig:
     """paper: the 8 training views, image size and test views of the publication."""
     background: Literal["auto", "white", "black", "image", "random"] = "auto"
     """Behind transparent pixels; image leaves photographs as they are; auto is white where there is alpha; random is
-    white, but trains over colours drawn anew for each ray, which teaches the field what is empty."""
+    white, but trains over colours redrawn for each ray, which teaches the field what is empty."""
     steps: int = 0
     """Training steps; 0 is the method's own number. The schedule stretches with it."""
     lr: float = 0.0
@@ -96,8 +96,8 @@ class TrainConfig:
     val_every: int = 0
     """Steps between looks; 0 is a tenth of the run."""
     resume: bool = True
-    """Go on from last.ckpt in OUT when there is one, which must be of a run with the same settings; --no-resume begins
-    anew."""
+    """Resume from last.ckpt in OUT when there is one, which must be of a run with the same settings; --no-resume starts
+    over."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
     semantic: Annotated[SemanticConfig, named(SemanticConfig, SEMANTIC)] = OWN
     regularizers: Annotated[RegularizerConfig, named(RegularizerConfig)] = OWN
@@ -145,7 +145,7 @@ def without_effect(config: TrainConfig) -> set[str]:
 
 
 def settings_of_run(config: TrainConfig) -> dict[str, Any]:
-    """What a run that goes on must have in common with its beginning."""
+    """What a resumed run must have in common with its beginning."""
     found = settings_of(options_of(config), {*FREE, *without_effect(config)})
     return found | {"scene": str(config.scene.resolve())}
 

@@ -164,7 +164,7 @@ class NerfstudioCheckpoint(Callback):
 def train(config: TrainConfig) -> Path:
     """Train a field and return the directory of the run.
 
-    An interrupted run goes on from its last checkpoint, exactly.
+    An interrupted run resumes from its last checkpoint, exactly.
 
     Raises:
         UserError: anything in the scene or the settings that cannot work, with its cure; another run uses OUT.

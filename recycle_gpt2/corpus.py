@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
-REBUILD = "delete the directory of the corpus and build it again; what was trained on it goes on"
+REBUILD = "delete the directory of the corpus and build it again; what was trained on it resumes"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CorpusConfig:
     tokenizer: Path
     """Directory of the tokenizer (`recycle-gpt2 tokenizer`)."""
     out: Path
-    """Directory that the corpus is written to; an interrupted build goes on there."""
+    """Directory that the corpus is written to; an interrupted build resumes there."""
     block: int = 1024
     """Tokens in a block: the model's positions."""
     shares: tuple[float, float, float] = SHARES
@@ -89,7 +89,7 @@ def build_corpus(
 
     Documents and paragraphs that have occurred before (byte for byte, white space at the ends aside) are dropped. The
     split of a document depends on its text and `seed` alone. After every document comes an end token. The files do not
-    depend on `workers`; a call that was stopped goes on where it was and ends in the same bytes; a finished corpus of
+    depend on `workers`; a stopped call resumes and ends in the same bytes; a finished corpus of
     the same files and settings is used again.
 
     Args:

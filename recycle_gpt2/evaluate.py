@@ -157,7 +157,7 @@ def score_documents(
 
 
 def summarise(scores: Sequence[DocumentScore], *, resamples: int = 1000, seed: int = 0) -> Summary:
-    """Sums over documents, and the interval of their ratio when the documents are drawn anew with replacement.
+    """Sums over documents, and the interval of their ratio when the documents are redrawn with replacement.
 
     Raises:
         UserError: no document.

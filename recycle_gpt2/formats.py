@@ -173,7 +173,7 @@ def _read_jsonl(path: Path, genre: str, column: str, bad: BadRows) -> Iterator[t
 
 
 def _read_json(path: Path, genre: str, column: str, bad: BadRows) -> Iterator[tuple[Document, int]]:
-    """A list of objects, or an object with one list of them, held in memory as a whole."""
+    """A list of objects, or an object with one list of them, held in memory in full."""
     text, position = [], 0
     for line, _, position in _lines(path, bad):  # noqa: B007
         text.append(line)

@@ -73,7 +73,7 @@ class RunConfig:
     """Make a GPT-2 of a new language from an English one.
 
     The stages are tokenizer, corpus, relearn, align, relearn-large, finetune, evaluate, lexicon and card. Each has a
-    directory in OUT.stages; a run that was stopped goes on where it was when the same command is given again. A stage
+    directory in OUT.stages; a run that was stopped resumes when the same command is given again. A stage
     that was deleted, or whose text has changed, is made again with all that was made of it; earlier training is kept
     beside it. OUT is an ordinary Hugging Face directory with the tokenizer and a card.
     """
@@ -176,7 +176,7 @@ def upload(directory: Path, repository: str) -> str:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{str(directory)!r} could not be uploaded to {repository!r} ({reason}): log in with `hf auth login` and "
-            f"give the same command again; nothing is trained anew."
+            f"give the same command again; nothing is trained again."
         ) from error
 
 
@@ -312,7 +312,7 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
 
 
 def _text(paths: Sequence[Path]) -> str | None:
-    """The text's hash, the same to every process; None where it is not there any more."""
+    """The text's hash, the same to every process; None where it is gone."""
     try:
         return text_hash(paths, progress=is_first_process())
     except UserError:  # the stage that reads it complains, if it is not done
@@ -349,7 +349,7 @@ def _take_over(config: RunConfig, work: Path, text: str) -> None:
                 write_json(stage / SETTINGS, {**settings, "inputs": {**settings["inputs"], "text": text}})
                 taken = True
     if taken:
-        print(f"{work} was begun by version 0.1 with the same text: it goes on.", flush=True)
+        print(f"{work} was begun by version 0.1 with the same text: it resumes.", flush=True)
 
 
 def _sampled_hash(paths: Sequence[Path]) -> str:

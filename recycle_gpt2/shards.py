@@ -82,7 +82,7 @@ def write_shards(
     chunk: int,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """Write the shards that are not there yet; returns what is known of each, in order.
+    """Write the shards that are missing; returns what is known of each, in order.
 
     The documents are read and chosen here, in one process; the workers tokenize and write. At most two chunks for each
     worker wait, so that memory does not grow with the corpus.
@@ -92,7 +92,7 @@ def write_shards(
     from tqdm import tqdm
 
     metas: list[dict[str, Any]] = []
-    waiting: deque[tuple[int, int, Future[None] | None]] = deque()  # None: it is there already
+    waiting: deque[tuple[int, int, Future[None] | None]] = deque()  # None: it exists already
     encoder = Encoder(*setup)
     begun, tokens = time.monotonic(), 0
     # Started afresh and not forked: a fork would copy the threads' locks of torch and of the tokenizer.

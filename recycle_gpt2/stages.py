@@ -178,7 +178,7 @@ def _once(
         _require_same(directory, settings, before, known)
     if is_first_process():
         if changed := changed_inputs(before, known):
-            begin_anew(directory, changed)
+            start_over(directory, changed)
         known = before.get("inputs", {}) | known
         if before.get("inputs") != known or not done.exists():
             directory.mkdir(parents=True, exist_ok=True)
@@ -249,7 +249,7 @@ def changed_inputs(before: Mapping[str, Any], inputs: Mapping[str, str]) -> list
     return [name for name, value in inputs.items() if before.get("inputs", {}).get(name, value) != value]
 
 
-def begin_anew(directory: Path, changed: Sequence[str]) -> None:
+def start_over(directory: Path, changed: Sequence[str]) -> None:
     """Make room for a stage whose inputs have changed: its training and its model are kept beside it."""
     what = f"{directory} was made of another {' and '.join(changed)}: it is made again"
     if not any((directory / name).exists() for name in (TRAINING, MODEL)):
@@ -268,7 +268,7 @@ def begin_anew(directory: Path, changed: Sequence[str]) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, card: str = "") -> Path:
-    """Write a Hugging Face directory with its tokenizer, whole or not at all; one of ours that is there is replaced.
+    """Write a Hugging Face directory with its tokenizer, whole or not at all; one of ours that exists is replaced.
 
     Raises:
         UserError: something else lies there, or the disk takes no more.

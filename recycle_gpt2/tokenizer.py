@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common import pretrained
 from common.checks import UserError, require_between, require_place, require_text
-from common.files import MARKER, require_own_directory, whole_directory
+from common.files import move_into, require_own_directory, whole_directory
 from common.words import mark_share
 from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, read_documents
@@ -205,10 +204,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
     with whole_directory(directory / ".new-tokenizer", "tokenizer") as new:
         tokenizer.save_pretrained(new)
     new = directory / ".new-tokenizer"
-    # tokenizer.json last: it is what tells that a tokenizer is there.
-    names = sorted({file.name for file in new.iterdir()} - {MARKER}, key=lambda name: name == "tokenizer.json")
-    for name in names:
-        os.replace(new / name, directory / name)
+    move_into(new, directory, last="tokenizer.json")
     shutil.rmtree(new)
     return directory
 

@@ -299,7 +299,7 @@ def train_stage(
 ) -> StageRecord:
     """Train the tensors of `model` that ask for a gradient and leave the best weights in it.
 
-    An interrupted stage goes on from `last.ckpt` in `directory`, exactly; one that is finished only loads its weights.
+    An interrupted stage resumes from `last.ckpt` in `directory`, exactly; one that is finished only loads its weights.
 
     Args:
         model: GPT-2, with `requires_grad` set as the stage wants it (see `recycle_gpt2.lexical.train_only`).

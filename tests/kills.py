@@ -1,4 +1,4 @@
-"""Kills a scenario at its writes, has it go on, and compares the end with that of a run that was let alone.
+"""Kills a scenario at its writes, resumes it, and compares the end with that of a run that was let alone.
 
 A scenario is a function of a directory that writes there, may be called again after a kill, and returns what must be the
 same in the end, such as a hash of weights. `kill_everywhere(forks, "tests.common.test_stopping:killed_run", place)`

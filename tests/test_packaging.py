@@ -62,6 +62,7 @@ print(time.process_time(), *sorted({name.split('.')[0] for name in sys.modules} 
     assert min(seconds) < 3, seconds
 
 
+@pytest.mark.slow
 @cold
 def test_public_names_are_light_too(root):
     """Naming the backbones loads neither library; using one of open_clip's does."""

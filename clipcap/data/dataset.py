@@ -38,7 +38,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         tokenizer: of GPT-2.
         max_tokens: longest caption, its end token included.
         cache: directory where token ids are kept, memory-mapped, for the next run with this tokenizer and these
-            captions; None tokenizes anew.
+            captions; None tokenizes again.
 
     Raises:
         UserError: no item is in the store.

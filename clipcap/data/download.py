@@ -32,7 +32,7 @@ LONGEST_WAIT = 30.0
 class DownloadConfig:
     """Download the images of a Conceptual Captions file.
 
-    TSV has a caption and a URL in each line, in either order. Started again, the download goes on where it stopped.
+    TSV has a caption and a URL in each line, in either order. Started again, the download resumes where it stopped.
     Afterwards OUT is a data set by itself: `clipcap train --data OUT`.
     """
 
@@ -65,7 +65,7 @@ RANGES = {
 
 
 def image_suffix(data: bytes) -> str:
-    """The file suffix of an image, which is decoded as a whole.
+    """The file suffix of an image, which is decoded in full.
 
     Raises:
         Dropped: it is none, is cut short, or has too many pixels.
@@ -81,10 +81,10 @@ def image_suffix(data: bytes) -> str:
 
 
 def download(config: DownloadConfig) -> dict[str, object]:
-    """Download what is not there yet and return the report, which is also in `report.json`.
+    """Download what is missing and return the report, which is also in `report.json`.
 
     The directory then holds `images/`, named by `url_key`; `captions.jsonl`, which `read_dataset` reads; and
-    `journal.jsonl`, from which a stopped run goes on. What failed for good is not tried again; what may work another
+    `journal.jsonl`, from which a stopped run resumes. What failed for good is not tried again; what may work another
     time (a busy server, a timeout) is.
 
     Raises:
@@ -193,7 +193,7 @@ def _save(url: str, key: str, config: DownloadConfig, stop: threading.Event) -> 
 
 
 def _conclude(config: DownloadConfig, rows: int, journal: dict[str, Entry]) -> dict[str, object]:
-    """Write the captions of what is there and the report."""
+    """Write the captions of what exists and the report."""
     captions = 0
     with whole_file(config.out / "captions.jsonl", "w", encoding="utf-8") as file:
         for _, caption, url in conceptual_rows(config.tsv):

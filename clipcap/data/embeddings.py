@@ -41,7 +41,7 @@ Inputs = Literal["embedding", "patches"]
 class EmbedConfig:
     """Encode every image once with CLIP, for `clipcap train --embeddings OUT`.
 
-    Started again, it goes on where it stopped; images that are new since are added. DATA is anything that
+    Started again, it resumes where it stopped; images that are new since are added. DATA is anything that
     `clipcap train` reads; the original project's pickle needs no images: its embeddings are taken over.
     """
 
@@ -95,7 +95,7 @@ def build_store(
 ) -> EmbeddingStore:
     """Encode every image that is not in the store yet, once, and return the store.
 
-    An interrupted call goes on where it stopped; what is there for other images stays. An image that cannot be read
+    An interrupted call resumes where it stopped; what exists for other images stays. An image that cannot be read
     is left out, listed in `EmbeddingStore.skipped`, and tried again by the next call. Items of the original project's
     pickle bring their embeddings with them. Several processes may call this for one directory: one works, the others
     wait.

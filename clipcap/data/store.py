@@ -138,7 +138,7 @@ class StoreWriter:
         directory: of the store; what an earlier writer left there is kept when it fits.
         key: what must be equal for two embeddings to belong in one store.
         clip: the backbone's name, for people.
-        dtype: of the numbers; None takes what is there, or float16.
+        dtype: of the numbers; None takes what exists, or float16.
         precision: in which the rows of a new store are computed.
         rows_per_shard: rows in each file of a new store.
 

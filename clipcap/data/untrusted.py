@@ -146,7 +146,7 @@ class _Bounded(io.BufferedIOBase):
         return data
 
     def content(self, member: tarfile.TarInfo) -> bytes:
-        """A member as a whole."""
+        """A complete member."""
         self.seek(member.offset_data)
         data = self.file.read(member.size)
         if len(data) < member.size:

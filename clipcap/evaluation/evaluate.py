@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class EvaluateConfig:
     """Score a captioner, or captions already made, against reference captions.
 
-    Writes to OUT: captions.jsonl (each caption as soon as it is made; an interrupted run goes on from there),
+    Writes to OUT: captions.jsonl (each caption as soon as it is made; an interrupted run resumes from there),
     results.json, per_image.json, and index.html with the images, captions, references and scores.
     """
 

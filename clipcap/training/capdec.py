@@ -98,7 +98,7 @@ def build_text_store(
     batch_size: int = 256,
     progress: Callable[[int], object] = lambda done: None,
 ) -> TextStore:
-    """Encode the first caption of each item, or go on where an interrupted call stopped.
+    """Encode the first caption of each item, or resume an interrupted call.
 
     Several processes may call this for one directory: one works, the others wait.
 

@@ -20,7 +20,7 @@ FREE = (
     "data", "images", "out", "embeddings", "format", "skip_missing", "workers", "epochs", "steps", "val_every",
     "val_captions", "val_beams", "monitor", "patience", "resume", "bundle", "devices", "num_nodes", "strategy",
 )  # fmt: skip
-"""Settings that may be others when a run is gone on with; its captions must be the same wherever they are."""
+"""Settings that may be others when a run is resumed; its captions must be the same wherever they are."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TrainConfig:
     other layouts that --format names.
 
     The captions of images that are held out are written to OUT/samples.html while it trains, the losses and scores to
-    OUT/metrics.csv and OUT/tensorboard. The same command goes on with a run that was interrupted.
+    OUT/metrics.csv and OUT/tensorboard. The same command resumes a run that was interrupted.
     """
 
     data: Path
@@ -50,7 +50,7 @@ class TrainConfig:
     workers: int = 2
     """Processes that read images; 0 reads them in this one."""
     init: Path | None = None
-    """Trained captioner to go on from; its sizes, CLIP and GPT-2, frozen or not, are then used."""
+    """Trained captioner to continue from; its sizes, CLIP and GPT-2, frozen or not, are then used."""
     clip: str = "photo"
     """Image encoder: photo or tiny (packaged, of photographs and of rendered scenes), a Hugging Face id or directory,
     open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or torchvision:NAME[/PATH]."""
@@ -115,7 +115,7 @@ class TrainConfig:
     retrieval: int = 0
     """Captions of similar images (from the training captions, by CLIP) put as text before each caption; 0 for none."""
     resume: bool = True
-    """Go on from last.ckpt in OUT when there is one; --no-resume begins anew."""
+    """Resume from last.ckpt in OUT when there is one; --no-resume starts over."""
     gradients: GradientConfig = field(default_factory=GradientConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     limit: ImageLimit = field(default_factory=ImageLimit)
@@ -123,7 +123,7 @@ class TrainConfig:
 
 
 def settings_of_run(config: TrainConfig, items: list[CaptionedImage]) -> dict[str, Any]:
-    """What a run that goes on must have in common with its beginning."""
+    """What a resumed run must have in common with its beginning."""
     texts = "\0".join(text for item in items for text in (item.image_id, *item.captions))
     digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass"))
     captions = f"{sum(len(item.captions) for item in items)} with hash {digest.hexdigest()[:12]}"
@@ -210,7 +210,7 @@ def check(config: TrainConfig) -> None:
         way = "text_only" if config.text_only else "retrieval"
         raise UserError(f"views is {config.views} with {way}, which has no views of images: use 1.")
     if config.scst and config.init is None:
-        raise UserError("scst is given without --init: name a trained captioner to go on from.")
+        raise UserError("scst is given without --init: name a trained captioner to continue from.")
     if config.retrieval and config.init is not None:
         raise UserError("retrieval is given with --init: a captioner with retrieval is trained from the start.")
     if config.lora and config.tune_gpt2:

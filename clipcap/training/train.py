@@ -69,7 +69,7 @@ def build_model(config: TrainConfig, material: Material) -> ClipCapModel:
     else:
         model = ClipCapModel.from_pretrained(config.init)
         if model.config.retrieval:
-            raise UserError(f"init {str(config.init)!r} retrieves captions: train it anew, without --init.")
+            raise UserError(f"init {str(config.init)!r} retrieves captions: train it again, without --init.")
         if model.config.clip_width != material.width:
             raise UserError(
                 f"init {str(config.init)!r} reads {model.config.inputs} of width {model.config.clip_width} but the "
@@ -89,7 +89,7 @@ def build_model(config: TrainConfig, material: Material) -> ClipCapModel:
 def train(config: TrainConfig) -> Path:
     """Train a captioner and return the directory of the model that was the best in validation.
 
-    Steps: read the captions, encode each image once, train the mapper (and GPT-2), save. An interrupted run goes on
+    Steps: read the captions, encode each image once, train the mapper (and GPT-2), save. An interrupted run resumes
     from its last checkpoint, exactly. With several processes, all of them call this, and the first one writes.
 
     Raises:

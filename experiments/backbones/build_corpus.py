@@ -4,7 +4,7 @@
 
 Needs a Debian or Ubuntu machine with a package index (`apt-get update`); nothing is installed. Writes LANG.train.txt.xz
 and LANG.valid.txt.xz, one paragraph a line and documents separated by an empty line; corpus.json with the packages'
-versions and the sizes; LICENSES.md. The same packages always give the same files. A run that was stopped goes on with
+versions and the sizes; LICENSES.md. The same packages always give the same files. A run that was stopped resumes with
 the packages that it has.
 """
 
@@ -89,7 +89,7 @@ class Config:
 
 
 def download(package: str, directory: Path) -> Path:
-    """The .deb file of `package` in `directory`, downloaded if it is not there yet."""
+    """The .deb file of `package` in `directory`, downloaded if it is missing."""
     present = sorted(directory.glob(f"{package}_*.deb"))
     if present:
         return present[-1]

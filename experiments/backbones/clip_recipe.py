@@ -4,7 +4,7 @@
 
 First everything at once, which teaches colours, materials and sizes; then single objects with phrases that differ in
 the shape alone, large and then of every size, where shapes are learned in a few hundred steps; then everything again.
-A stage that is finished is not run again, and one that was stopped goes on.
+A stage that is finished is not run again, and one that was stopped resumes.
 """
 
 from __future__ import annotations

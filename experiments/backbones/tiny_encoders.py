@@ -174,7 +174,7 @@ def save_encoder(family: str, directory: Path) -> Path:
 
     Args:
         family: of `DUAL` or `VISION`.
-        directory: made, when it is not there.
+        directory: made, when it is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

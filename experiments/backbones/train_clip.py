@@ -55,7 +55,7 @@ class Config:
     out: Path = Path("out/clip")
     """Where the run and the model go."""
     init: Path | None = None
-    """Trained model to go on from, instead of random weights."""
+    """Trained model to continue from, instead of random weights."""
     steps: int = 1300
     """Optimizer steps."""
     families: int = 16
@@ -147,7 +147,7 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 class Families(Dataset[dict[str, Any]]):
     """One item per family: images (8, 96, 96, 3) uint8, a caption for each, captions with one attribute wrong, looks.
 
-    Captions are drawn anew in every epoch, from a seed that is a function of (seed, item, draw).
+    Captions are redrawn in every epoch, from a seed that is a function of (seed, item, draw).
     """
 
     def __init__(

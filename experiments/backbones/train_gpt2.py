@@ -142,7 +142,7 @@ class Pretraining(LightningModule):
 
 
 def main(config: Config) -> None:
-    """Train the tokenizer if it is not there yet, then the model; write it with its scores."""
+    """Train the tokenizer if it is missing, then the model; write it with its scores."""
     start(config.runtime)
     train_documents, valid_documents = (read_documents(config.corpus, split) for split in ("train", "valid"))
     tokenizer_directory = config.out / "tokenizer"

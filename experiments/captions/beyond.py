@@ -4,7 +4,7 @@
 
 Trains each with the tiny backbones on rendered scenes beside the plain captioner, with the same mapper, frozen or
 fine-tuned GPT-2, steps and seed, and scores them on held-out scenes as experiments/captions/mapper_ablation.py does.
-"scst" goes on from the plain captioner of the same seed.
+"scst" continues from the plain captioner of the same seed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def settings(name: str, config: Config, data: Path) -> TrainConfig:
     if name == "scst":
         init = run_directory("plain", config) / "model"
         if not init.is_dir():
-            raise UserError(f"scst goes on from {str(init)!r}, which is not there: add the variant plain.")
+            raise UserError(f"scst continues from {str(init)!r}, which is missing: add the variant plain.")
         changes = {"steps": config.scst_steps, "lr": config.scst_lr, "batch_size": config.scst_batch_size}
         return TrainConfig(**common | changes | {"init": init, "scst": True, "val_every": 50, "warmup": 20})
     common |= {

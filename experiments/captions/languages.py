@@ -5,8 +5,8 @@
 Captioners of rendered scenes in Dutch or Italian, on GPT-2s recycled for the language by
 experiments/languages/recycle.py, trained from scratch on the same text, and English ones; on 1%, 10% and 100% of the
 captions; with GPT-2 frozen (Transformer mapper) and fine-tuned (MLP), the paper's two variants. Every run writes a
-JSON file when it is finished and is not made again; one that was stopped goes on from its checkpoint. Those that say
-most come first, and the page is written anew after each.
+JSON file when it is finished and is not made again; one that was stopped resumes from its checkpoint. Those that say
+most come first, and the page is rewritten after each.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Config:
     gpt2: tuple[str, ...] = ()
     """Further GPT-2s, or others of the same name, as name=directory."""
     models: tuple[str, ...] = ()
-    """Names of the GPT-2s to run; all that are there when not given."""
+    """Names of the GPT-2s to run; all that exist when not given."""
     shares: tuple[float, ...] = SHARES
     """Shares of the captions to train on."""
     modes: tuple[str, ...] = tuple(MODES)
@@ -78,7 +78,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds, each with its own choice of the captions."""
     scenes: Path = Path("out/scenes")
-    """Directory written by experiments/scenes/render.py; the few packaged scenes when it is not there."""
+    """Directory written by experiments/scenes/render.py; the few packaged scenes when it is missing."""
     images: int = 4800
     """Training images that are 100%, five captions each."""
     steps: int = 300
@@ -96,7 +96,7 @@ class Config:
     docs: Path = Path("docs")
     """Where the page and its figures go."""
     report: bool = False
-    """Only write the page of the runs that are there."""
+    """Only write the page of the runs that exist."""
     runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(device="cpu", precision="bf16", threads=1))
 
 
@@ -128,10 +128,10 @@ class Scenes:
 
 
 def find_models(config: Config) -> dict[str, str]:
-    """Name of each GPT-2 that is there -> packaged name or directory; of an arm, what was trained longest.
+    """Name of each GPT-2 that exists -> packaged name or directory; of an arm, what was trained longest.
 
     Raises:
-        UserError: one that is asked for is not there, or is not written as name=directory.
+        UserError: one that is asked for is missing, or is not written as name=directory.
     """
     root = config.recycled or Path("out/recycle") / config.language
     found: dict[str, str] = {}
@@ -151,7 +151,7 @@ def find_models(config: Config) -> dict[str, str]:
     for name in config.models:
         if name not in found:
             raise UserError(
-                f"model {name!r} is not there: choose of {', '.join(found)}, give --gpt2 {name!r}=DIRECTORY, or make "
+                f"model {name!r} is missing: choose of {', '.join(found)}, give --gpt2 {name!r}=DIRECTORY, or make "
                 f"it: python -m experiments.languages.recycle --language {config.language} --parts main medium budgets."
             )
     return {name: place for name, place in found.items() if not config.models or name in config.models}
@@ -201,7 +201,7 @@ def take_share(records: dict[str, ViewRecord], share: float, seed: int) -> dict[
 
 
 def run(job: Run, config: Config, scenes: Scenes) -> dict[str, Any]:
-    """Train and score one captioner, unless its result is there.
+    """Train and score one captioner, unless its result exists.
 
     Raises:
         UserError: it was begun with other settings or weights.

@@ -78,7 +78,7 @@ def main(config: Config) -> None:
         raise UserError(f"{len(config.models)} models for {len(config.variants)} variants: give one for each.")
     if not config.small and (config.nocaps is None or not config.nocaps.exists()):
         raise UserError(
-            f"nocaps file {str(config.nocaps) if config.nocaps else '(none)'!r} is not there: give --nocaps "
+            f"nocaps file {str(config.nocaps) if config.nocaps else '(none)'!r} is missing: give --nocaps "
             f"nocaps_val_4500_captions.json and --nocaps-images, or --small."
         )
     if config.models and not config.small and config.data is None:

@@ -72,7 +72,7 @@ class Config:
     """Where runs, scores and models go."""
     arms: tuple[str, ...] = (*ARMS, SCST, MEAN)
     """Which captioners: mlp-frozen, mlp-tuned, transformer-frozen, transformer-tuned, patches-tuned;
-    patches-tuned-scst, which goes on from it; and patches-tuned-mean, the mean of the weights of these two."""
+    patches-tuned-scst, which continues from it; and patches-tuned-mean, the mean of the weights of these two."""
     views: int = 3
     """Views of each training photograph."""
     clip_steps: int = 700
@@ -161,7 +161,7 @@ def make_gpt2(config: Config, items: list[CaptionedImage]) -> Path:
 
 
 def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gpt2: Path) -> Path:
-    """The directory of a captioner, trained or gone on with."""
+    """The directory of a captioner, trained or resumed."""
     shared: dict[str, Any] = {
         "data": data,
         "images": images,

@@ -41,7 +41,7 @@ class TableConfig:
     gpt2: str | None = None
     """GPT-2, gpt2 when not given (tiny with --small)."""
     small: bool = False
-    """The packaged tiny backbones and rendered scenes (--scenes when it is there, else the packaged samples)."""
+    """The packaged tiny backbones and rendered scenes (--scenes if it exists, else the packaged samples)."""
     scenes: Path = Path("out/scenes")
     """Scenes written by experiments/scenes/render.py, for --small."""
     out: Path | None = None
@@ -115,7 +115,7 @@ def prepare(name: str, config: TableConfig, *, epochs: int, layout: str) -> Sett
 
 
 def small_data(scenes: Path, out: Path, scored_images: int = 0) -> tuple[Path, Path | None]:
-    """Captioned scenes with the splits train, val and test: the rendered ones when they are there, or the samples."""
+    """Captioned scenes with the splits train, val and test: the rendered ones if they exist, or the samples."""
     if not all(any(scenes.glob(f"{split}-*.npy")) for split in ("train", "val", "test", "test_unseen")):
         return SCENES, None
     from experiments.scenes.karpathy import export
@@ -132,7 +132,7 @@ def small_data(scenes: Path, out: Path, scored_images: int = 0) -> tuple[Path, P
 
 
 def run_captioner(setting: Setting, name: str, **changes: Any) -> Path:
-    """Train one captioner, or go on with it, and return its directory."""
+    """Train one captioner, or resume it, and return its directory."""
     return train(
         TrainConfig(
             data=setting.data,

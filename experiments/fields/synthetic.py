@@ -2,8 +2,8 @@
 
     python -m experiments.fields.synthetic --scenes common/assets/samples/multiview --arms grid grid-clip grid-random
 
-Each run leaves one JSON file in OUT/runs; a run that is there is not made again, and the tables, curves and contact
-sheets are made of whatever is there. --budget ends the work early, between runs.
+Each run leaves one JSON file in OUT/runs; a run that exists is not made again, and the tables, curves and contact
+sheets are made of whatever exists. --budget ends the work early, between runs.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ SCORES = ("psnr", "psnr_farthest", "psnr_foreground", "ssim", "similarity")
 
 @dataclass(frozen=True)
 class Config:
-    """Run the experiments that are missing, and write the tables of all that are there."""
+    """Run the experiments that are missing, and write the tables of all that exist."""
 
     scenes: tuple[Path, ...] = (ASSETS / "samples" / "multiview",)
     """Directories of scenes."""
@@ -212,7 +212,7 @@ def scoring(config: Config) -> dict[str, Any]:
 
 
 def read_runs(out: Path) -> list[dict[str, Any]]:
-    """Records of all runs that are there."""
+    """Records of all runs that exist."""
     return [json.loads(path.read_text()) for path in sorted((out / "runs").glob("**/*.json"))]
 
 

@@ -4,7 +4,7 @@
         --parts baselines tune main seeds alignment medium data_size budgets initialisations
 
 DIR holds LANG.train.txt(.xz) and LANG.valid.txt(.xz), made by experiments/backbones/build_corpus.py. Every run writes a
-JSON file when it is finished and is not made again; one that was stopped goes on from its checkpoint. Tables are made
+JSON file when it is finished and is not made again; one that was stopped resumes from its checkpoint. Tables are made
 of the runs that exist, by experiments/languages/report.py.
 """
 
@@ -135,7 +135,7 @@ def run_arm(
     report: bool = True,
     keep: bool = False,
 ) -> dict[str, Any]:
-    """Train and score one arm, unless its result is there.
+    """Train and score one arm, unless its result exists.
 
     Args:
         name: of the run's folder.

@@ -107,7 +107,7 @@ def nocaps_needs(config: Config) -> list[Need]:
 
 
 def trained_captioners(config: Config) -> tuple[str, ...]:
-    """The captioners of clipcap-coco, when both are there."""
+    """The captioners of clipcap-coco, if both exist."""
     from experiments.captions.tables import VARIANTS
 
     models = [config.place.parent / "clipcap-coco" / name / "model" for name in VARIANTS]
@@ -116,7 +116,7 @@ def trained_captioners(config: Config) -> tuple[str, ...]:
 
 
 def nocaps_costs(config: Config) -> list[Cost]:
-    """Those of COCO's captioners too, unless they are there."""
+    """Those of COCO's captioners too, unless they exist."""
     if not trained_captioners(config):
         return captioner_costs(123_287 + 4_500, 566_747, 4_500)
     return [cost for cost in captioner_costs(4_500, 0, 4_500) if cost.flops]
@@ -155,7 +155,7 @@ def run_conceptual(config: Config, weights: dict[str, str]) -> None:
 
 
 def run_nocaps(config: Config, weights: dict[str, str]) -> None:
-    """Scores the captioners of clipcap-coco when they are there, or trains them."""
+    """Scores the captioners of clipcap-coco if they exist, or trains them."""
     from experiments.captions import nocaps as clipcap_nocaps
 
     coco, place, trained = config.data / "coco", config.data / "nocaps", trained_captioners(config)

@@ -20,7 +20,7 @@ class Config:
     """Reproduce one published table.
 
     First it says what is missing and where it goes, and what the run costs on this machine; a run that was stopped goes
-    on. With --dry-run nothing has to be there.
+    on. With --dry-run nothing need be present.
     """
 
     name: tyro.conf.Positional[

@@ -50,7 +50,7 @@ def scene_needs(config: Config) -> list[Need]:
 
 
 def wrong_with(transforms: Path) -> str:
-    """What is wrong with a transforms file that is there, or with its images."""
+    """What is wrong with a transforms file that exists, or with its images."""
     if not transforms.is_file():
         return ""
     try:

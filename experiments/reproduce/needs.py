@@ -1,4 +1,4 @@
-"""What has to be there before a published table can be made: data sets and weights."""
+"""What must be present before a published table can be made: data sets and weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.pretrained import require_reachable
 
 @dataclass(frozen=True)
 class Need:
-    """Something that has to be there before a table can be made."""
+    """Something that must be present before a table can be made."""
 
     path: Path
     what: str
@@ -20,7 +20,7 @@ class Need:
     wrong: str = ""
     """What is wrong with what is there."""
     optional: str = ""
-    """What goes without it, where it does not have to be there."""
+    """What goes without it, where it need not be present."""
 
     @property
     def met(self) -> bool:
@@ -78,7 +78,7 @@ def missing_weights(directory: Path, name: str) -> Need:
 
 
 def without_images(paths: Iterable[Path]) -> str:
-    """How many of these images, whose names may lack the suffix, are not there, and one of them; nothing when all are.
+    """How many of these images, whose names may lack the suffix, are missing, and one of them; nothing when all are.
 
     Each directory is listed once.
     """
@@ -94,4 +94,4 @@ def without_images(paths: Iterable[Path]) -> str:
         count += 1
         if path.name not in listed[folder]:
             absent.append(path.name)
-    return f"{len(absent):,} of {count:,} images are not there, such as {absent[0]}" if absent else ""
+    return f"{len(absent):,} of {count:,} images are missing, such as {absent[0]}" if absent else ""

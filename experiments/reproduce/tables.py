@@ -4,7 +4,7 @@
     python -m experiments.reproduce recycle-dutch --dry-run      # full size, random weights, two steps of each phase
 
 The work is that of the other scripts of this directory with the papers' settings; each resumes, so the same command
-goes on with a run that was stopped. docs/reproduce.md has the list of data and weights.
+resumes a run that was stopped. docs/reproduce.md has the list of data and weights.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def main(config: Config) -> None:
         return
     if missing:
         raise UserError(
-            f"{missing} of what {config.name} needs is not there: put it where the list above says, or give "
+            f"{missing} of what {config.name} needs is missing: put it where the list above says, or give "
             f"--data and --weights (--dry-run needs none of it)."
         )
     table.run(config, weights)

@@ -38,7 +38,7 @@ def export(scenes: Path, out: Path, splits: Iterable[str] = ("train", "val")) ->
 
 
 def save_images(images: np.ndarray, records: Iterable[ViewRecord], directory: Path) -> dict[str, ViewRecord]:
-    """Write images (n, height, width, 3) as PNG files that are not there yet; returns the records by file name."""
+    """Write images (n, height, width, 3) as PNG files that are missing; returns the records by file name."""
     directory.mkdir(parents=True, exist_ok=True)
     named = {filename(record): record for record in records}
     for name, image in zip(named, images, strict=True):

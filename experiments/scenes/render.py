@@ -83,7 +83,7 @@ def _run_workers(options: argparse.Namespace) -> None:
     workers = [subprocess.Popen([*command, "--worker", str(i)]) for i in range(options.workers)]
     failed = sum([worker.wait() != 0 for worker in workers])
     if failed:
-        raise SystemExit(f"{failed} of {options.workers} workers failed: run the same command again to go on.")
+        raise SystemExit(f"{failed} of {options.workers} workers failed: run the same command again to resume.")
 
 
 def _render_shards(shards: list[tuple[str, int]], options: argparse.Namespace) -> None:

@@ -145,7 +145,7 @@ def test_captions_of_a_layout_need_no_images(tmp_path, photos, clip_directory, l
     assert texts[0] == ("the cat and the hat" if layout == "karpathy" else "a cat on mat 0")
     assert len(texts) == 16 if layout == "karpathy" else 20 < len(texts) < 30
     assert material.width == 12 and len(material.stores["train"]) >= len(texts)
-    with pytest.raises(UserError, match="that are not there"):
+    with pytest.raises(UserError, match="missing images"):
         read_items(replace(config, text_only=False))
 
 

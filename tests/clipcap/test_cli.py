@@ -66,6 +66,7 @@ def test_animated_and_16_bit_images(capsys, tmp_path, model):
     assert code == 0 and len(out.splitlines()) == 2 and "skipped" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -135,6 +136,7 @@ def test_packaged_weights_of_a_changed_size_are_an_error(capsys, photos, model):
     assert code == 2 and "shape" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["nld", "ita"])
 def test_captions_in_another_language(capsys, language):
     from common.pretrained import ASSETS
@@ -288,6 +290,7 @@ def test_names_and_captions_cannot_write_to_the_terminal(capsys, photos, model, 
     assert row["image"] == str(photos / name) and row["captions"] == ["a\x1b[31m cat\n"]
 
 
+@pytest.mark.slow
 def test_csv_for_a_spreadsheet_has_no_formula(capsys, photos, model, monkeypatch, tmp_path):
     from clipcap.captioner import Captioner
 
@@ -308,6 +311,7 @@ def test_csv_for_a_spreadsheet_has_no_formula(capsys, photos, model, monkeypatch
         assert safe["caption"] == (text if text in texts[-2:] else f"'{text}") and safe["score"] == exact["score"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line", [b"5", b"[]", b"{}", b'["k", null]', b'["k", {"image": "x", "captions": []}]', b"[" * 99999]
 )

@@ -88,6 +88,7 @@ def test_two_processes(forks, photos, clip_directory, gpt2_directory, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun(forks, tmp_path):
     data, embeddings = ASSETS / "samples" / "scenes" / "dataset.json", tmp_path / "embeddings"
     arguments = [

@@ -81,6 +81,7 @@ def test_greedy_equals_the_loop_without_cache(model, embeddings):
     assert ids(found) == [[naive_greedy(model, x, 12)] for x in embeddings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_original_beam_equals_the_loop_without_cache(model, embeddings, width):
     found = decode(model, embeddings, strategy="beam_original", num_beams=width, num_captions=width, max_new_tokens=12)
@@ -123,6 +124,7 @@ def test_greedy_equals_generate_of_transformers(model, embeddings):
         assert row[: len(caption.token_ids)] == caption.token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["beam", "beam_original", "greedy"])
 def test_batched_equals_one_by_one(model, embeddings, strategy):
     count = 1 if strategy == "greedy" else 3
@@ -132,6 +134,7 @@ def test_batched_equals_one_by_one(model, embeddings, strategy):
     assert len({len(captions[0].token_ids) for captions in together}) > 1  # images that end at different steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["beam", "beam_original", "greedy", "sample"])
 def test_score_is_the_mean_log_probability(model, embeddings, strategy):
     count = 1 if strategy == "greedy" else 3
@@ -144,6 +147,7 @@ def test_score_is_the_mean_log_probability(model, embeddings, strategy):
             assert caption.score == pytest.approx(naive_score(model, x, caption.token_ids), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["beam", "beam_original", "greedy", "sample"])
 def test_captions_end_at_end_token(model, embeddings, strategy):
     """The end token, once, last: the original's "." also ends captions, and without one it ran on to 67 tokens."""

@@ -88,7 +88,7 @@ def test_new_images_are_added_and_the_old_are_not_encoded_again(items, clip, tmp
     assert encoded(items[:6])[0] == [6]  # nothing was encoded
     calls, store = encoded([*items, *items])  # each image once, however often it is named
     assert len(store) == 12 and calls[-1] == 24
-    calls, store = encoded(items[3:5])  # a part of what is there
+    calls, store = encoded(items[3:5])  # a part of what exists
     assert calls == [2] and len(store) == 12
     shutil.copytree(items[0].path.parent, tmp_path / "copy")
     moved = [replace(item, path=tmp_path / "copy" / item.path.name) for item in items]
@@ -125,7 +125,10 @@ def test_a_mismatch_is_an_error_and_never_a_silent_one(items, clip, clip_directo
     with pytest.raises(UserError, match="is float16, not float32"):
         build_store(items, clip, store, dtype="float32")
     monkeypatch.setattr(clip, "preprocess", replace(clip.preprocess, interpolation="bilinear"))
-    with pytest.raises(UserError, match=r"other preprocessing \(\{\"interpolation\": \"bicubic\"\} instead of \{\"interpolation\": \"bilinear\"\}"):
+    with pytest.raises(
+        UserError,
+        match=r"other preprocessing \(\{\"interpolation\": \"bicubic\"\} instead of \{\"interpolation\": \"bilinear\"\}",
+    ):
         build_store(items, clip, store)
     monkeypatch.undo()
     items[0].path.write_bytes(items[6].path.read_bytes())
@@ -248,6 +251,7 @@ SILLY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", SILLY, ids=str)
 def test_a_manifest_that_does_not_fit_its_files_is_refused(items, clip, tmp_path, change):
     build_store(items, clip, tmp_path / "store")
@@ -258,7 +262,7 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused(items, clip, tmp_path
     with pytest.raises(UserError) as caught:
         EmbeddingStore(path.parent)
     assert len(str(caught.value).splitlines()) == 1
-    with contextlib.suppress(UserError):  # nor does a writer spoil what is there
+    with contextlib.suppress(UserError):  # nor does a writer spoil what exists
         store_module.StoreWriter(path.parent, manifest["key"], "clip").close()
     assert {file.name: file.read_bytes() for file in path.parent.glob("*.bin")} == before
 

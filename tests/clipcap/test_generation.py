@@ -71,6 +71,7 @@ BEAM_OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [[], [5, 8, 5]], ids=["no prompt", "prompt"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_greedy_is_the_library_s(model, embeddings, options, prompt):
@@ -82,6 +83,7 @@ def test_greedy_is_the_library_s(model, embeddings, options, prompt):
     assert len({tuple(row) for row in theirs}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [[], [5, 8, 5]], ids=["no prompt", "prompt"])
 @pytest.mark.parametrize("options", [*OPTIONS, *BEAM_OPTIONS], ids=str)
 def test_beams_are_the_library_s(model, embeddings, options, prompt):

@@ -246,6 +246,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (im
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGBA", "RGB", "I;16", "LA", "1"])
 def test_the_memory_that_a_large_picture_takes(mode, tmp_path):
     """At most 12 bytes a pixel, as the help of --max-megapixels says."""

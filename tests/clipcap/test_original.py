@@ -50,6 +50,7 @@ def test_sizes_prefix_logits_and_loss_equal_the_original(kind):
     torch.testing.assert_close(original_loss(logits, io["tokens"]), io["loss"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("at_once", [6, 1])
 def test_captions_equal_the_original(kind, at_once):

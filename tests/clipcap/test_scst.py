@@ -100,6 +100,7 @@ def test_sampled_captions_get_better(model):
     assert np.mean(rates[-5:]) > np.mean(rates[:5]) + 0.3, rates
 
 
+@pytest.mark.slow
 def test_run(photos, clip_directory, gpt2_directory, tmp_path):
     plain = TrainConfig(
         data=photos / "dataset.json",

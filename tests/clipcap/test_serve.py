@@ -118,6 +118,7 @@ def test_gradio_that_is_not_there_is_one_line(monkeypatch, capsys):
     assert "clip-gpt-toolkit[serve]" in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_small_soak_of_good_and_bad_files(address):
     from benchmarks.serve_soak import kinds, soak
 

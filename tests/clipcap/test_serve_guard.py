@@ -387,6 +387,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(address):
     assert "pixels" in found["detail"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_command_and_deletes_what_was_uploaded(captioner, tmp_path, monkeypatch, capfd, number):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -54,6 +54,7 @@ def weights(directory):
     return load_file(directory / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapper", ["mlp", "transformer"])
 @pytest.mark.parametrize("tune", [False, True])
 def test_trains_saves_and_captions(config, mapper, tune, photos):
@@ -90,7 +91,7 @@ def test_images_are_read_by_workers(config, monkeypatch):
     build = material.build_store
     monkeypatch.setattr(material, "build_store", lambda *a, **k: given.append(k["workers"]) or build(*a, **k))
     train(replace(config, steps=1))
-    train(replace(config, steps=2, workers=0))  # a run goes on with others
+    train(replace(config, steps=2, workers=0))  # a run resumes with others
     assert given == [2, 0]
 
 
@@ -131,6 +132,7 @@ def test_resume_is_exact(config, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_overfits_a_caption(config, photos):
     """The whole path learns: after enough steps every caption is one of the training captions."""
     data = json.loads((photos / "dataset.json").read_text())
@@ -144,6 +146,7 @@ def test_overfits_a_caption(config, photos):
     assert set(captions) == {"the cat sat on the mat"}  # and it stopped at the end token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

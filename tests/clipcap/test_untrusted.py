@@ -97,7 +97,7 @@ def test_a_tar_that_is_cut_short_is_one_line(tmp_path):
 
 
 def headers(name, size, kind=tarfile.REGTYPE):
-    """A member's header, whose content is not there."""
+    """A member's header, whose content is missing."""
     member = tarfile.TarInfo(name)
     member.size, member.type = size, kind
     return member.tobuf(tarfile.GNU_FORMAT)

@@ -161,6 +161,7 @@ def test_both_libraries_agree_on_a_full_size_vit_b_32(tmp_path, tokenizer):
         shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_both_libraries_agree_on_a_tiny_vit(tiny, tmp_path, suffix):
     state = as_open_clip(CLIPModel.from_pretrained(tiny))
@@ -184,6 +185,7 @@ def test_features_are_those_before_the_projection(tiny):
     torch.testing.assert_close(model.get_image_features(pixels).pooler_output, clip.encode_images(pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size", "width", "patch_width"), [("tiny-resnet", 64, 12, 256), ("RN50", 224, 1024, 2048)]
 )

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere goes on with the rows that it had finished."""
+"""A run that is stopped anywhere resumes with the rows that it had finished."""
 
 import json
 

@@ -110,6 +110,7 @@ def test_better_than_witten_bell_on_text_like_counts():
     assert kneser_ney < WittenBell(train, order=3, vocab_size=400).score(test).mean()
 
 
+@pytest.mark.slow
 def test_a_million_tokens_take_seconds():
     train = np.random.default_rng(0).zipf(1.3, 1_000_000) % 8192
     begun = time.process_time()

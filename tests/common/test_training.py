@@ -20,6 +20,7 @@ from common.training import TrainerConfig, build_trainer, fit, require_same_run,
 from tests.common.regression import Regression, same, train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(5,), (4,), (7,), (3, 8, 14), (14,)])
 def test_resume_is_exact(tmp_path, whole, stops):
     """Stopped within an epoch, at its end and in later ones, at and between validations: the same weights exactly."""
@@ -150,7 +151,7 @@ def test_batches_of_an_epoch_stay_what_they_are(tmp_path):
     assert len(list(again)) == 4
 
 
-def test_beginning_anew_forgets_the_run_before(tmp_path):
+def test_starting_over_forgets_the_run_before(tmp_path):
     train(tmp_path, 4)
     data = TensorDataset(torch.zeros(6, 4), torch.zeros(6, 1))
     config = TrainerConfig(max_steps=4, val_every=4, device="cpu", progress=False, tensorboard=False)
@@ -213,6 +214,7 @@ def test_without_validation_a_killed_run_goes_on_from_its_last_checkpoint(tmp_pa
     assert resumed.seen == whole.seen[8:] and same(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("at", [1, 3, 4, 6, 7, 8])  # within and between epochs and validations, and just after one
 def test_a_run_goes_on_from_a_checkpoint_that_was_due_by_time(tmp_path, accumulate, at):

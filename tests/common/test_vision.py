@@ -66,7 +66,7 @@ def test_bf16_is_as_close_as_the_models_own():
     assert (packed_half - exact).norm() / exact.norm() < 1.2 * error
 
 
-def test_changed_weights_are_packed_anew_and_models_stay_copyable():
+def test_changed_weights_are_packed_again_and_models_stay_copyable():
     model, pixels = random_tower(), torch.randn(1, 3, 24, 24)
     before = packed_vision(model, torch.float32)(pixels)[1]
     assert torch.equal(packed_vision(copy.deepcopy(model), torch.float32)(pixels)[1], before)

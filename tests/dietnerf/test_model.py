@@ -235,7 +235,7 @@ def test_a_render_with_jitter_survives_checkpointing(name):
 
 
 def test_checkpointing_knows_the_device_whose_random_state_it_restores(monkeypatch):
-    """Jitter that were drawn anew in the backward pass would give other samples: torch looks at tensors alone."""
+    """Jitter that were redrawn in the backward pass would give other samples: torch looks at tensors alone."""
     from torch.utils.checkpoint import get_device_states
 
     seen = []
@@ -284,6 +284,7 @@ def test_state_goes_through_a_checkpoint(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_field_learns_a_red_ball(name):
     torch.manual_seed(0)

@@ -108,6 +108,7 @@ def test_random_background_and_patches_reach_the_losses(ball_scene, monkeypatch)
         photographs.pipeline.setup(device="cpu", test_mode="val")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "lr"), [("grid", 0.1), ("nerfacto", 1e-2), ("mlp", 5e-4), ("mlp-small", 3e-3)])
 def test_every_field_learns_given_rays(ball_scene, method, lr):
     pipeline = tiny_pipeline(ball_scene, method=method, semantic_weight=1e-3, semantic_resolution=4, semantic_every=5)
@@ -127,7 +128,7 @@ def test_every_field_learns_given_rays(ball_scene, method, lr):
     assert sum(errors[-3:]) < sum(errors[:3])
 
 
-def test_blank_field_begins_anew_and_says_so(ball_scene, capsys):
+def test_blank_field_starts_over_and_says_so(ball_scene, capsys):
     pipeline = tiny_pipeline(ball_scene)
     pipeline.config.blank_check = 2
     forgotten = []
@@ -141,7 +142,7 @@ def test_blank_field_begins_anew_and_says_so(ball_scene, capsys):
     assert pipeline.restarts == 0
     pipeline.get_train_loss_dict(2)
     assert pipeline.restarts == 1 and forgotten == [True]
-    assert "the render is blank at step 2: beginning anew from seed 1" in capsys.readouterr().err
+    assert "the render is blank at step 2: starting over from seed 1" in capsys.readouterr().err
     assert not any(torch.equal(a, b) for a, b in zip(before, pipeline.model.field.density_tables, strict=True))
     pipeline.config.max_restarts = 1
     with torch.no_grad():
@@ -151,7 +152,7 @@ def test_blank_field_begins_anew_and_says_so(ball_scene, capsys):
         pipeline.get_train_loss_dict(4)
 
 
-def test_a_field_that_begins_anew_late_learns(ball_scene, capsys):
+def test_a_field_that_starts_over_late_learns(ball_scene, capsys):
     """At the default check the old field would count as settled, and a fresh one as empty."""
     pipeline = tiny_pipeline(ball_scene)
     model = pipeline.model
@@ -214,6 +215,7 @@ def test_background_and_planes_follow_the_scene(ball_scene, tmp_path):
         config.pipeline.setup(device="cpu", test_mode="val", world_size=2)
 
 
+@pytest.mark.slow
 def test_the_silhouette_is_learnt_where_images_have_alpha(ball_scene, tmp_path):
     """On by default for the grid; photographs have none, and asking for it there is an error."""
     from tests.dietnerf.test_data import nerfstudio_scene

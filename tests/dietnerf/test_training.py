@@ -143,6 +143,7 @@ def test_a_training_killed_at_any_of_its_writes_ends_the_same(forks, tmp_path, e
     kill_everywhere(forks, "tests.dietnerf.test_training:small_field", tmp_path, points=points)
 
 
+@pytest.mark.slow
 def test_another_run_does_not_go_on_from_this_one(ball_scene, tmp_path, small_grid, monkeypatch):
     base = settings(ball_scene, tmp_path / "run", val_views=0)
     run = train(base)

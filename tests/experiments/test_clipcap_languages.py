@@ -71,6 +71,7 @@ def test_summary_of_seeds():
     assert [summarise([], 2), summarise([0.5], 2), summarise([1.0, 2.0, 3.0], 2)] == ["–", "0.50", "2.00 ± 1.00"]
 
 
+@pytest.mark.slow
 def test_two_languages_to_the_page(tmp_path, monkeypatch, capsys):
     options = dict(
         recycled=tmp_path, gpt2=(f"recycled={GPT2}",), models=("recycled",), seeds=(0,), scenes=tmp_path / "none",

@@ -53,6 +53,7 @@ def rows(out):
     return json.loads((out / "table.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_coco(options, tmp_path, capsys):
     coco.main(coco.Config(**options))
     table = (tmp_path / "docs" / "clipcap_coco_small.md").read_text()
@@ -64,6 +65,7 @@ def test_coco(options, tmp_path, capsys):
     assert "METEOR" in result["not_measured"] and rows(tmp_path / "out")[1]["METEOR"] == "–"
 
 
+@pytest.mark.slow
 def test_conceptual_has_one_caption_each(options, tmp_path):
     conceptual.main(conceptual.Config(**options, variants=("mlp-tuned",)))
     images = json.loads((tmp_path / "out" / "data" / "one_caption.json").read_text())["images"]
@@ -83,6 +85,7 @@ def test_nocaps_by_domain(options, tmp_path):
     assert not (tmp_path / "out" / "mlp-tuned" / "training.json").exists()  # the given captioner was scored
 
 
+@pytest.mark.slow
 def test_prefix_length(options, tmp_path):
     config = prefix_length.Config(**options, lengths=(3, 2), variants=("transformer-frozen",))
     prefix_length.main(config)

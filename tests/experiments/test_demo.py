@@ -40,6 +40,7 @@ def page(tmp_path_factory):
         )
 
 
+@pytest.mark.slow
 def test_the_page_has_every_part_and_says_what_was_run(page):
     text = page.read_text()
     for heading in (

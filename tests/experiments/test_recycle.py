@@ -118,6 +118,7 @@ def test_shuffled_layers_hold_the_same_values_elsewhere(source, tmp_path):
     assert token_table(english).equal(token_table(shuffled))
 
 
+@pytest.mark.slow
 def test_demo_section_on_the_packaged_sample(tmp_path):
     size = sum(path.stat().st_size for path in (ASSETS / "samples" / "dutch").iterdir())
     assert size < 2e6
@@ -131,6 +132,7 @@ def test_demo_section_on_the_packaged_sample(tmp_path):
     assert "English recycled for Dutch" in page.html()
 
 
+@pytest.mark.slow
 def test_the_captioner_takes_a_recycled_model(tmp_path, english_recycled):
     """`clipcap train --gpt2 DIRECTORY` on two pictures."""
     from clipcap.cli import main

@@ -39,7 +39,7 @@ NAMES = [needs_nerfstudio(name) for name in TABLES if name not in ("clipcap-conc
 def test_everything_that_is_missing_is_named_at_once(name, tmp_path, capsys):
     config = Config(name, data=tmp_path / "d", weights=tmp_path / "w", matrix_rate=100, runtime=CPU)
     needs = [need for need in TABLES[name].needs(config) if not need.optional]
-    with pytest.raises(UserError, match=f"^{len(needs) + len(TABLES[name].weights)} of what {name} needs is not there"):
+    with pytest.raises(UserError, match=f"^{len(needs) + len(TABLES[name].weights)} of what {name} needs is missing"):
         main(config)
     said = capsys.readouterr().out
     assert all(f"  {need.path}\n" in said and need.what in said for need in needs)
@@ -60,7 +60,7 @@ def test_everything_that_is_missing_is_named_at_once(name, tmp_path, capsys):
 
 
 def wrongs(name, config):
-    """What is wrong with each thing that is there, by its path below the data."""
+    """What is wrong with each thing that exists, by its path below the data."""
     needs = TABLES[name].needs(config)
     return {str(need.path.relative_to(config.data)): need.wrong for need in needs if need.wrong and not need.met}
 
@@ -99,8 +99,8 @@ def test_images_that_are_named_have_to_be_there(tmp_path):
     (tmp_path / "coco" / "train2014" / "b.jpg").unlink()
     (tmp_path / "nocaps" / "images" / "x.jpg").rename(tmp_path / "nocaps" / "images" / "y.jpg")
     assert wrongs("clipcap-nocaps", config) == {
-        "coco/train2014": "1 of 2 images are not there, such as b.jpg",
-        "nocaps/images": "1 of 1 images are not there, such as x.jpg",
+        "coco/train2014": "1 of 2 images are missing, such as b.jpg",
+        "nocaps/images": "1 of 1 images are missing, such as x.jpg",
     }
     nocaps.write_text("{}")
     assert "has none of the JSON layouts" in wrongs("clipcap-nocaps", config)[f"nocaps/{nocaps.name}"]
@@ -123,7 +123,7 @@ def test_scenes_have_to_have_their_images(tmp_path):
     (scene / "transforms_train.json").write_text("{}")
     assert wrongs("dietnerf-synthetic", config) == {
         "nerf_synthetic/lego/transforms_train.json": "it names no images",
-        "nerf_synthetic/lego/transforms_test.json": "1 of 3 images are not there, such as r_1",
+        "nerf_synthetic/lego/transforms_test.json": "1 of 3 images are missing, such as r_1",
     }
 
 
@@ -290,6 +290,7 @@ def weights(tmp_path):
     return place
 
 
+@pytest.mark.slow
 def test_captioning_tables_run_and_nocaps_takes_the_captioners(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "java" else WHICH(name))
     coco = tmp_path / "data" / "coco"
@@ -327,6 +328,7 @@ def test_captioning_tables_run_and_nocaps_takes_the_captioners(weights, tmp_path
     assert model.stat().st_mtime_ns == made and not (tmp_path / "clipcap-nocaps" / "mlp-tuned" / "model").exists()
 
 
+@pytest.mark.slow
 def test_conceptual_runs(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "java" else WHICH(name))
     write_conceptual(tmp_path / "data")
@@ -373,6 +375,7 @@ def small_fields(tmp_path, monkeypatch):
     return dict(data=tmp_path / "data", scenes=("lego",), steps=2, matrix_rate=100, runtime=CPU)
 
 
+@pytest.mark.slow
 def test_fields_run_and_runs_of_several_machines_make_one_table(small_fields, weights, tmp_path, monkeypatch, capsys):
     from experiments.fields import synthetic as dietnerf_synthetic
 
@@ -417,6 +420,7 @@ def test_encoders_run(small_fields, tmp_path):
     assert table.count("| mean of 1 | ") == 3 and "The paper's figures of the other encoders" in table
 
 
+@pytest.mark.slow
 def test_recycling_runs_and_goes_on(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(languages.LANGUAGES["nld"], "vocab_size", 600)
     text = tmp_path / "data" / "text" / "nld"

@@ -148,6 +148,7 @@ def test_relations_agree_with_the_image():
                     assert found[0] != "behind" or depth > depth2
 
 
+@pytest.mark.slow
 def test_captions_parse_back_to_the_scene():
     checked = 0
     for split in graph.SPLITS:

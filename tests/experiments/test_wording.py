@@ -25,6 +25,7 @@ def all_captions(wording, *looks, detail="full"):
     return {caption(scene(*looks), CAMERA, random.Random(i), detail=detail, wording=wording) for i in range(200)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", WORDINGS)
 @pytest.mark.parametrize("detail", ["some", "full"])
 def test_captions_read_back_to_the_scene(language, detail):

@@ -67,6 +67,7 @@ def read(path, **options):
     assert {name for name in files_below(around) if not name.startswith("inside")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", JSON)
 def test_json(layout, place):
     @FUZZ
@@ -153,7 +154,7 @@ def test_journal_of_downloads(place, data):
 
 
 @pytest.mark.parametrize("data, message", [
-    (b'{"images": [{"filename": "a.png", "filepath": 5, "sentences": [{"raw": "a cat"}]}]}', "not there"),
+    (b'{"images": [{"filename": "a.png", "filepath": 5, "sentences": [{"raw": "a cat"}]}]}', "missing"),
     (b'{"images": ' + b"9" * 5000 + b"}", "not JSON"),
 ])  # fmt: skip
 def test_found_by_this(place, data, message):

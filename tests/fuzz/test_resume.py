@@ -115,5 +115,5 @@ def test_found_by_this(tmp_path, change):
     loader = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
     (loader if change.keys() & loader.keys() else checkpoint).update(change)
     torch.save(checkpoint, tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match="begin anew"):
+    with pytest.raises(UserError, match="start over"):
         train(tmp_path, 4)

@@ -1,4 +1,4 @@
-"""The processor time of each test, with its subprocesses: reported beside the mark `slow`."""
+"""The processor time of each test function, with its subprocesses: reported beside the mark `slow`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-SLOW = 3.0
-"""Seconds of processor time, of set-up and call, from which a test should be marked slow: `make quick` leaves it out."""
+SLOW = 2.0
+"""Seconds of processor time, of set-up and call of all its cases together, from which a test should be marked slow:
+`make quick` leaves it out."""
 SHOWN = 15
 elsewhere = 0.0
 """Seconds of processes that are no children of this one, which who starts them adds."""
@@ -46,10 +47,11 @@ class Costs:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = report.nodeid.split("[")[0]  # of the function, whatever its parameters
         if report.when != "teardown":
-            self.costs[report.nodeid] += report.cost
+            self.costs[name] += report.cost
         if report.slow:
-            self.slow.add(report.nodeid)
+            self.slow.add(name)
 
     def unmarked(self, seconds: float) -> list[str]:
         """Tests that cost that much without the mark, most expensive first."""

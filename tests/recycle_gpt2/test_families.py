@@ -71,6 +71,7 @@ def part(config: RunConfig, stage: str) -> Path:
     return found[0].parent
 
 
+@pytest.mark.slow
 def test_the_result_is_a_llama_with_two_dutch_tables(run):
     config, _ = run
     model, tokenizer = load_gpt2(config.out)

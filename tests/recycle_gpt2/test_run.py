@@ -175,7 +175,7 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_named(runs, monkey
     assert (config.out / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="begun with stage.lr 0.003, now it is 0.01"):
         recycle(replace(config, stage=replace(config.stage, lr=0.01)))
-    # Where and with how many processes a run goes on is free.
+    # Where and with how many processes a run resumes is free.
     with pytest.raises(UserError, match="align.* was begun with choose True, now it is False"):
         recycle(replace(config, alignment=AlignmentConfig(choose=False)))
     recycle(replace(config, workers=2, runtime=RuntimeConfig(device="cpu", seed=3, threads=1)))
@@ -193,7 +193,7 @@ def test_what_was_made_of_a_deleted_stage_or_of_other_text_is_made_again(tmp_pat
         return found | {"out": (config.out / "model.safetensors").stat().st_mtime_ns}
 
     def again(config: RunConfig) -> set[str]:
-        """What the same command makes anew."""
+        """What the same command makes again."""
         before = made()
         recycle(config)
         after = made()
@@ -243,7 +243,7 @@ def test_a_model_is_uploaded_with_its_card(monkeypatch, tmp_path):
     assert upload(tmp_path, "me/gpt2-nld") == "address"
     assert calls == ["me/gpt2-nld", (tmp_path, "me/gpt2-nld", [MARKER])]
     monkeypatch.setattr(Hub, "create_repo", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(UserError, match="nothing is trained anew"):
+    with pytest.raises(UserError, match="nothing is trained again"):
         upload(tmp_path, "me/gpt2-nld")
 
 
@@ -295,6 +295,7 @@ def test_the_dictionary_of_focus_does_not_measure_the_lexicon(tmp_path, monkeypa
     assert [config.dictionary for config in given] == [tmp_path / "words.tsv", None]
 
 
+@pytest.mark.slow
 def test_alignment_is_on_the_device_and_scores_are_in_the_precision_asked_for(
     tmp_path, text, tokenizer, english_models, monkeypatch
 ):
@@ -343,7 +344,7 @@ def test_a_run_of_version_0_1_goes_on_with_the_text_that_it_had(tmp_path, text, 
         text_now = text_hash([Path("text")])
         run_module._take_over(config, work, text_now)
         printed = capsys.readouterr().out
-        assert ("begun by version 0.1 with the same text: it goes on" in printed) is same
+        assert ("begun by version 0.1 with the same text: it resumes" in printed) is same
         inputs = json.loads((work / "corpus" / "settings.json").read_text())["inputs"]
         assert (inputs["text"] == text_now) is same
     (tmp_path / "out").mkdir()

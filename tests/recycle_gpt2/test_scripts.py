@@ -36,6 +36,7 @@ def documents(script: str, number: int = 60) -> list[str]:
     return ["\n".join(space.join(rng.sample(sentences(script), 2)) for _ in range(2)) for _ in range(number)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", CODES)
 def test_the_whole_run(script, tmp_path, english_models, capsys):
     (tmp_path / "text.txt").write_text("\n\n".join(documents(script)), encoding="utf-8")

@@ -43,7 +43,7 @@ def test_a_stage_of_other_inputs_is_made_again_and_its_training_kept(tmp_path, c
     stage = tmp_path / "stage"
     assert once(stage, Settings(), work, inputs={"text": "a"}) == {"number": 1}
     assert once(stage, Settings(), work, inputs={"text": "a"})["number"] == 1
-    assert once(stage, Settings(), work, inputs={"text": None})["number"] == 1  # the text is not there any more
+    assert once(stage, Settings(), work, inputs={"text": None})["number"] == 1  # the text is gone
     assert not capsys.readouterr().out
     assert once(stage, Settings(), work, inputs={"text": "b"})["number"] == 2
     assert capsys.readouterr().out == f"{stage} was made of another text: it is made again.\n"

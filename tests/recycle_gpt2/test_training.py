@@ -205,6 +205,7 @@ def test_stages_of_another_order_see_other_blocks_first(model, tmp_path, monkeyp
     assert len(seen[0]) == len(seen[1]) == 3 and seen[0] != seen[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer, schedule", [("amsgrad", "plateau"), ("adamw", "cosine"), ("muon", "cosine")])
 def test_resume_ends_in_the_same_weights(model, tmp_path, monkeypatch, optimizer, schedule):
     train_only(model, layers="all")

@@ -83,7 +83,7 @@ def read_dataset(
         source: the file or the folder.
         images: directory of the images, when it is not beside `source`.
         val_share: share of the images held out for validation where the source names no splits (by a hash of the id).
-        skip_missing: leave out captions whose image is not there, and images without a caption, instead of an error;
+        skip_missing: leave out captions whose image is missing, and images without a caption, instead of an error;
             standard error says how many have none.
         format: the layout, where it should not be guessed.
         need_images: False reads captions whose images were never there, too; an item's `path` may then be nowhere.
@@ -113,7 +113,7 @@ def read_dataset(
     missing = [item for item in found if not item.path.is_file()] if need_images else []
     if missing and not skip_missing:
         raise UserError(
-            f"{str(source)!r} names {len(missing)} images that are not there, the first {str(missing[0].path)!r}: "
+            f"{str(source)!r} names {len(missing)} missing images, the first {str(missing[0].path)!r}: "
             f"give their directory with --images, or leave them out with --skip-missing."
         )
     if len(missing) == len(found):

@@ -123,7 +123,7 @@ def _captions_of_json(data: bytes, where: str) -> list[Any]:
 
 
 def write_image(root: Path, name: str, data: bytes) -> None:
-    """Write a file below `root`, all at once, unless it is there with this content.
+    """Write a file below `root`, all at once, unless it exists with this content.
 
     Raises:
         UserError: a link leads elsewhere, or another file lies there that was not written so.

@@ -17,7 +17,7 @@ from clipcap.data.untrusted import read_pickle
 from common.checks import UserError
 
 LARGEST_JSON = 2 << 30
-"""Bytes of a JSON file, which is in memory as a whole."""
+"""Bytes of a JSON file, which is in memory in full."""
 
 
 def load_json(path: Path) -> Any:

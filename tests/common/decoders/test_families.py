@@ -69,6 +69,7 @@ def test_loss_and_gradients_are_the_library_s(saved, family):
     assert table.loss_difference(saved(family)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_captions_are_those_of_generate(saved, family, num_beams):
@@ -97,6 +98,7 @@ def test_new_tables_survive_saving(saved, family, tmp_path):
     assert table.table_survives(saved(family), tmp_path / "replaced")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EVERY)
 def test_a_captioner_is_saved_and_loaded_exactly(saved, family, tmp_path):
     assert table.captioner_reloads(saved(family), tmp_path)
@@ -107,6 +109,7 @@ def test_lora_is_merged_into_a_plain_decoder(saved, family, tmp_path):
     assert table.lora_merges(saved(family), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SOME)
 def test_two_steps_help_and_resume_is_exact(saved, family, tmp_path):
     losses, exact = table.resumes_exactly(saved(family), tmp_path)

@@ -49,6 +49,7 @@ def library(directory, family: str):
     return model, output, processor.from_pretrained(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*DUAL, *VISION])
 def test_embeddings_are_the_librarys(saved, family):
     directory = saved(family)
@@ -68,6 +69,7 @@ def test_embeddings_are_the_librarys(saved, family):
         torch.testing.assert_close(clip.encode_images(ours, packed=True), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*DUAL, *VISION])
 def test_tensors_embed_as_in_the_library_and_have_gradients(saved, family):
     directory = saved(family)
@@ -87,6 +89,7 @@ def test_tensors_embed_as_in_the_library_and_have_gradients(saved, family):
     assert all(weight.grad is None for weight in clip.backbone.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*DUAL, *VISION])
 def test_patches_are_the_cells_of_the_grid(saved, family):
     directory = saved(family)

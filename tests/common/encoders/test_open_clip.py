@@ -76,6 +76,7 @@ def assert_same_images(clip, model) -> None:
     assert (image.grad != 0).float().mean() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", TOWERS)
 def test_towers_of_timm(load, tower):
     size = timm.get_pretrained_cfg(tower).input_size[-1]
@@ -139,6 +140,7 @@ def towers() -> dict[str, str]:
     return {arch: tower for tower, arch in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", towers())
 def test_every_architecture_gives_features(arch):
     config = open_clip.get_model_config(arch)

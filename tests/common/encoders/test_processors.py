@@ -60,6 +60,7 @@ def assert_equal(kind: str, settings: dict) -> None:
     assert Preprocess.from_dict(ours.to_dict()) == ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("kind", [kind for kind in PROCESSORS if kind != "ConvNext"])
 def test_pixels_equal_the_processors(kind, settings):

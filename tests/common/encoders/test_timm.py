@@ -40,6 +40,7 @@ def saved(name: str, path, **options):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_embeddings_are_timms(name, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -78,6 +79,7 @@ def test_feature_maps_are_what_is_pooled(name):
     torch.testing.assert_close(found.class_token, features.mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENS)
 def test_tokens_that_are_no_patches_are_left_out(name):
     with torch.device("meta"):  # shapes alone
