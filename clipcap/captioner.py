@@ -170,9 +170,9 @@ class Captioner:
         asked = {name: value for name, value in options.items() if name not in STREAM_OPTIONS}
         many = self._options(asked, prompt).get("num_captions", 1) > 1
         if progress:
-            from tqdm import tqdm
+            from common.progress import Progress
 
-            found = tqdm(found, total=len(several) if hasattr(several, "__len__") else None, unit=" images")
+            found = Progress(found, total=len(several) if hasattr(several, "__len__") else None, unit=" images")
         texts = [item.captions if many else item.captions[0] for item in found]
         return texts[0] if one else texts
 

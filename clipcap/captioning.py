@@ -84,10 +84,9 @@ class CaptionConfig:
 
 def caption(config: CaptionConfig) -> int:
     """Caption images and print or write the result. Returns an exit code."""
-    from tqdm import tqdm
-
     from clipcap.data.images import ImageError, find_images
     from clipcap.decoding import ignored_options, require_options
+    from common.progress import Progress
     from common.runtime import resolve_dtype, start
 
     require_at_least("batch_size", config.batch_size, 0)
@@ -148,7 +147,7 @@ def caption(config: CaptionConfig) -> int:
             max_pixels=config.limit.max_pixels,
             **options,
         )
-        for item in tqdm(found, total=len(remaining), unit=" images", disable=len(remaining) < 2):
+        for item in Progress(found, total=len(remaining), unit=" images", disable=len(remaining) < 2):
             row = {
                 "image": str(item.image), "captions": item.captions, "scores": [round(s, 4) for s in item.scores]
             }  # fmt: skip

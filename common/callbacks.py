@@ -6,6 +6,7 @@ import contextlib
 import csv
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, distributed
 
 from common.checks import UserError
 from common.files import whole_file
+from common.progress import Progress
 from common.signals import Stopped, StopRequest
 
 
@@ -376,7 +378,32 @@ class StopEarly(EarlyStopping):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's, without the name of the logger's directory."""
+    """Lightning's, without the name of the logger's directory, and in lines where there is no terminal."""
+
+    def init_train_tqdm(self) -> Any:
+        return Progress(
+            desc=self.train_description,
+            disable=self.is_disabled,
+            leave=True,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )
+
+    def init_validation_tqdm(self) -> Any:
+        return Progress(
+            desc=self.validation_description,
+            position=1,
+            disable=self.is_disabled,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            bar_format=self.BAR_FORMAT,
+        )
+
+    def init_sanity_tqdm(self) -> Any:
+        return self.init_validation_tqdm()
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}

@@ -11,11 +11,11 @@ import torch
 import tyro
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from common.checks import UserError, require_at_least, require_place
 from common.files import write_json
 from common.images import ImageLimit
+from common.progress import Progress
 from common.report import Page
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from dietnerf.data import FewViewDataset, FewViewParserConfig
@@ -118,7 +118,7 @@ def measure(config: ConsistencyConfig) -> dict[str, Any]:
     device = start(config.runtime)
     encoder = load_encoder(config.encoder, device=device)
     embeddings: dict[str, Tensor] = {}
-    for path in tqdm(config.scenes, desc=f"embedding with {config.encoder}", unit=" scenes"):
+    for path in Progress(config.scenes, desc=f"embedding with {config.encoder}", unit=" scenes"):
         name = path.name if path.name not in embeddings else str(path)
         if name in embeddings:
             raise UserError(f"scene {str(path)!r} is given twice: name each once.")

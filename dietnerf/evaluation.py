@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from common.checks import UserError, require_at_least, require_file, require_place
 from common.files import write_json
+from common.progress import Progress
 from common.report import Page, contact_sheet
 from common.runtime import hardware, versions
 from dietnerf.metrics import MetricsConfig, Scores, score_views
@@ -95,7 +95,7 @@ def score_scene(
     if not ids:
         raise UserError(f"first is {first}, but there are {len(views)} {kind_of(scene)}: use less.")
     renderings, truths, alphas, masks = [], [], [], []
-    for i in tqdm(ids, desc=f"rendering {kind_of(scene)}", unit=" views", disable=not progress):
+    for i in Progress(ids, desc=f"rendering {kind_of(scene)}", unit=" views", disable=not progress):
         renderings.append(scene.render_camera(views.cameras[i : i + 1], chunk=chunk))
         colour, alpha = views.load(i)
         truths.append(colour)

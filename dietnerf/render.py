@@ -16,10 +16,10 @@ from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from common.checks import UserError, require_at_least, require_place
 from common.files import whole_file
+from common.progress import Progress
 from common.runtime import require_memory
 from dietnerf.poses import estimate_ranges, interpolate_poses, orbit_path
 from dietnerf.scene import Rendering, Scene
@@ -210,7 +210,7 @@ def render(config: RenderConfig) -> Path:
     cameras = path_cameras(scene, config.path, config.frames, config.elevation, size=config.size)
     shown = (
         scene.render_camera(camera, chunk=config.chunk)
-        for camera in tqdm(cameras, desc=f"rendering {config.path}", unit=" frames")
+        for camera in Progress(cameras, desc=f"rendering {config.path}", unit=" frames")
     )
     frames = frames_of(shown, depth=config.depth)
     suffix = "" if config.format == "png" else f".{config.format}"

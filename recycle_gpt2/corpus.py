@@ -188,11 +188,11 @@ def text_hash(paths: Sequence[Path], *, progress: bool = False) -> str:
     Raises:
         UserError: what `find_texts` raises.
     """
-    from tqdm import tqdm
+    from common.progress import Progress
 
     texts = [path for path, _ in find_texts(paths)]
     total, digest = sum(map(size_of, texts)), hashlib.sha256()
-    with tqdm(total=total, desc="text", unit="B", unit_scale=True, disable=not progress or total < 1 << 30) as bar:
+    with Progress(total=total, desc="text", unit="B", unit_scale=True, disable=not progress or total < 1 << 30) as bar:
         for path in texts:
             if not path.is_dir():
                 require_file(path, "text file")

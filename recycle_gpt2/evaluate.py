@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from common.checks import UserError, printable, require_at_least, require_between, require_one_of, require_place
 from common.decoders.families import positions
 from common.files import write_json
 from common.language import MOST_RESAMPLES, score
+from common.progress import Progress
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.corpus import load_documents
@@ -145,7 +145,7 @@ def score_documents(
     block = min(block, positions(model.config))
     stride = min(stride, max(1, block // 2))
     scores = []
-    with tqdm(desc="scoring", unit=" tokens", disable=not progress, leave=False) as bar:
+    with Progress(desc="scoring", unit=" tokens", disable=not progress, leave=False) as bar:
         for document in documents:
             ids = with_end(tokenizer, document.text)
             if len(ids) < 2:

@@ -89,7 +89,7 @@ def write_shards(
     """
     import multiprocessing
 
-    from tqdm import tqdm
+    from common.progress import Progress
 
     metas: list[dict[str, Any]] = []
     waiting: deque[tuple[int, int, Future[None] | None]] = deque()  # None: it exists already
@@ -102,7 +102,7 @@ def write_shards(
         else None
     )
     size = sum(size_of(path) for path, _ in find_texts(paths))
-    bar = tqdm(total=size, desc="corpus", unit="B", unit_scale=True, disable=not progress)
+    bar = Progress(total=size, desc="corpus", unit="B", unit_scale=True, disable=not progress)
     try:
 
         def finish() -> None:

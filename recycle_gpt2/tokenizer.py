@@ -240,10 +240,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _counted(texts: Iterable[str], progress: bool) -> Iterator[str]:
-    from tqdm import tqdm
+    from common.progress import Progress
 
     empty = True
-    for text in tqdm(texts, desc="tokenizer", unit="document", disable=not progress):
+    for text in Progress(texts, desc="tokenizer", unit="document", disable=not progress):
         empty = False
         yield text
     if empty:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
 from clipcap.data.journal import JOURNAL, SUFFIXES, TEMPORARY, Entry, place_of, read_journal, url_key
 from clipcap.data.net import Dropped, fetch
@@ -21,6 +20,7 @@ from clipcap.data.readers.conceptual import conceptual_rows
 from common.checks import UserError, printable, require_at_least, require_file
 from common.files import claimed, whole_file, write_json
 from common.images import ImageTooLarge, open_image
+from common.progress import Progress
 
 MAX_PIXELS = 40_000_000
 """Of an image from a server that nobody chose."""
@@ -129,7 +129,7 @@ def _download(config: DownloadConfig, rows: int) -> dict[str, object]:
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(config.workers) as executor:
         file.write("\n")  # the last line of a killed run may have no end
         running: dict[Future[Entry], str] = {}
-        with tqdm(total=rows, desc="downloading", unit=" rows") as bar:
+        with Progress(total=rows, desc="downloading", unit=" rows") as bar:
 
             def finish(least: int) -> None:
                 while len(running) > least:
@@ -152,7 +152,7 @@ def _download(config: DownloadConfig, rows: int) -> dict[str, object]:
     return _conclude(config, rows, journal)
 
 
-def _distinct(config: DownloadConfig, bar: tqdm | None = None) -> Iterator[tuple[str, str]]:
+def _distinct(config: DownloadConfig, bar: Progress | None = None) -> Iterator[tuple[str, str]]:
     """Every URL once, as (key, URL), up to the limit."""
     seen: set[str] = set()
     for _, _, url in conceptual_rows(config.tsv):

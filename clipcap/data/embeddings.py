@@ -281,14 +281,13 @@ def join_pixels(batch: list[Any]) -> tuple[Tensor | None, list[tuple[str, Source
 
 def run(config: EmbedConfig) -> int:
     """`clipcap embed`: build the store and say what is in it."""
-    from tqdm import tqdm
-
     from common.clip import load_clip
+    from common.progress import Progress
 
     device = start(config.runtime)
     items = read_dataset(config.data, images=config.images, skip_missing=config.skip_missing, format=config.format)
     clip = load_clip(config.clip, device=device)
-    with tqdm(total=len(items), desc=f"embedding images with CLIP {config.clip}", unit=" images") as bar:
+    with Progress(total=len(items), desc=f"embedding images with CLIP {config.clip}", unit=" images") as bar:
         store = build_store(
             items,
             clip,

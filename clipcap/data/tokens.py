@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from common.files import whole_file
+from common.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +75,9 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Capti
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     parts, lengths = [np.empty(0, dtype)], [np.zeros(1, np.int64)]
     # The bar shows where it takes more than a moment.
-    for begin in tqdm(range(0, len(texts), CHUNK), desc="tokenizing captions", unit_scale=CHUNK, delay=2, leave=False):
+    for begin in Progress(
+        range(0, len(texts), CHUNK), desc="tokenizing captions", unit_scale=CHUNK, delay=2, leave=False
+    ):
         part = tokenizer(list(texts[begin : begin + CHUNK]), add_special_tokens=False, verbose=False)["input_ids"]
         lengths.append(np.fromiter(map(len, part), np.int64, len(part)))
         parts.append(np.fromiter((token for ids in part for token in ids), dtype, int(lengths[-1].sum())))

@@ -117,10 +117,9 @@ def caption_items(
     Raises:
         UserError: the file holds captions of another captioner or decoding.
     """
-    from tqdm import tqdm
-
     from clipcap.captioner import Captioner
     from clipcap.data.images import ImageError
+    from common.progress import Progress
     from common.runtime import resolve_dtype
 
     assert config.model is not None
@@ -152,7 +151,7 @@ def caption_items(
         captioner = Captioner.from_pretrained(
             config.model, device=config.runtime.device, dtype=resolve_dtype(config.runtime.precision), clip=clip
         )
-        with tqdm(total=len(items), initial=len(found), desc="captioning", unit=" images") as bar:
+        with Progress(total=len(items), initial=len(found), desc="captioning", unit=" images") as bar:
             for result in captioner.stream(
                 list(waiting),
                 on_error=skip,

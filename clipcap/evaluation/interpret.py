@@ -196,12 +196,11 @@ class InterpretConfig:
 
 def run(config: InterpretConfig) -> int:
     """`clipcap interpret`: read prefixes as words and print or write them."""
-    from tqdm import tqdm
-
     from clipcap.captioner import Captioner
     from clipcap.captioning import write_out
     from clipcap.data.images import find_images
     from common.files import write_json, write_text
+    from common.progress import Progress
 
     require_at_least("top", config.top, 1)
     require_at_least("batch_size", config.batch_size, 1)
@@ -213,7 +212,7 @@ def run(config: InterpretConfig) -> int:
     paths = find_images(config.images)
     captioner = Captioner.from_pretrained(config.model, device=device, dtype=resolve_dtype(config.runtime.precision))
     skipped: list[ImageError] = []
-    with tqdm(total=len(paths), unit=" images", disable=len(paths) < 2) as bar:
+    with Progress(total=len(paths), unit=" images", disable=len(paths) < 2) as bar:
         found = interpret(
             captioner,
             paths,

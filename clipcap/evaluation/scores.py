@@ -110,7 +110,7 @@ def evaluate_captions(
     Raises:
         UserError: no caption, no reference, no metric.
     """
-    from tqdm import tqdm
+    from common.progress import Progress
 
     require_at_least("resamples", resamples, 0)
     items = list(items)
@@ -118,7 +118,7 @@ def evaluate_captions(
     unread: dict[str, str] = {}
     given = {item.image_id: captions[item.image_id] for item in kept}
     references = {item.image_id: list(item.captions) for item in kept}
-    with tqdm(total=len(kept), desc="scoring", unit=" captions", disable=not progress) as bar:
+    with Progress(total=len(kept), desc="scoring", unit=" captions", disable=not progress) as bar:
         measured, name, absent = measure(
             given,
             references,
@@ -133,7 +133,7 @@ def evaluate_captions(
         absent["CLIPScore"] = absent["RefCLIPScore"] = "no CLIP was chosen (clip_score)"
     else:
         details["CLIPScore's CLIP"] = clip.name
-        with tqdm(total=len(kept), desc="CLIPScore", unit=" images", disable=not progress) as bar:
+        with Progress(total=len(kept), desc="CLIPScore", unit=" images", disable=not progress) as bar:
             by_clip = measure_clip(
                 clip,
                 [item.path for item in kept],

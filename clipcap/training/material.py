@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.embeddings import build_store
@@ -23,6 +22,7 @@ from common.clip import FrozenCLIP
 from common.decoders.families import positions
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process
+from common.progress import Progress
 
 
 def embed_with_progress(
@@ -48,7 +48,7 @@ def embed_with_progress(
 
 
 def progress_bar(total: int, what: str, unit: str) -> Any:
-    return tqdm(total=total, desc=what, unit=unit, disable=not is_first_process())
+    return Progress(total=total, desc=what, unit=unit, disable=not is_first_process())
 
 
 def _embed_texts(items: list[CaptionedImage], clip: FrozenCLIP, directory: Path) -> TextStore:

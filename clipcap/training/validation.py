@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from tqdm import tqdm
 
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.images import ImageError, read_image
@@ -22,6 +21,7 @@ from clipcap.decoding import decode
 from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapModel
 from common.images import MAX_PIXELS
+from common.progress import Progress
 from common.report import Page
 
 COLLAPSED = 0.9
@@ -139,7 +139,7 @@ class CaptionValidation(Callback):
         variety = measure_variety(captions)
         collapse = explain_collapse(captions, [item.captions for item in items])
         if collapse and not self.explained:
-            tqdm.write(collapse, file=sys.stderr)
+            Progress.write(collapse, file=sys.stderr)
             self.explained = True
         page = Page(
             "Captions while training",

@@ -72,12 +72,12 @@ def embed_images(
     Raises:
         UserError: none can be read, or the encoder gives NaN.
     """
-    from tqdm import tqdm
+    from common.progress import Progress
 
     parts: list[Tensor] = []
     kept: list[int] = []
     skipped: dict[str, str] = {}
-    with tqdm(total=len(paths), desc=f"embedding images with {printable(clip.name)}", unit=" images") as bar:
+    with Progress(total=len(paths), desc=f"embedding images with {printable(clip.name)}", unit=" images") as bar:
         for begin in range(0, len(paths), config.batch_size):
             images = []
             for row, path in enumerate(paths[begin : begin + config.batch_size], start=begin):
@@ -116,10 +116,10 @@ def embed_texts(clip: FrozenCLIP, texts: Sequence[str]) -> Float[Tensor, "t e"]:
     Raises:
         UserError: no texts, or an encoder without a text tower.
     """
-    from tqdm import tqdm
+    from common.progress import Progress
 
     parts = []
-    with tqdm(total=len(texts), desc="embedding texts", unit=" texts", disable=len(texts) <= TEXTS) as bar:
+    with Progress(total=len(texts), desc="embedding texts", unit=" texts", disable=len(texts) <= TEXTS) as bar:
         for begin in range(0, max(1, len(texts)), TEXTS):
             some = texts[begin : begin + TEXTS]
             parts.append(F.normalize(clip.encode_texts(some).float(), dim=-1).cpu())

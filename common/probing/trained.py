@@ -97,7 +97,7 @@ def _embed(
 
 def linear(config: LinearConfig) -> int:
     """`clip-probe linear`: train, print scores and write the page."""
-    from tqdm import tqdm
+    from common.progress import Progress
 
     require_place(config.out, directory=True)
     require_at_least("pictures", config.pictures, 0)
@@ -106,7 +106,7 @@ def linear(config: LinearConfig) -> int:
     clip = load(config.encoder)
     (train, val, test), skipped = _embed(clip, splits, config.encoder, config.features)
     classes = test.data.classes
-    with tqdm(total=FITS, desc="fitting", unit=" fits") as bar:
+    with Progress(total=FITS, desc="fitting", unit=" fits") as bar:
         probe = linear_probe(train.pair, val.pair, test.features, len(classes), progress=bar.update)
     scores = score(probe.guesses, test.data.targets, known=train.data.targets)
     print_scores("linear probe", scores)
@@ -142,7 +142,7 @@ def linear(config: LinearConfig) -> int:
 
 def few_shot(config: FewShotConfig) -> int:
     """`clip-probe few-shot`: train on ever more shots, print scores and write the page."""
-    from tqdm import tqdm
+    from common.progress import Progress
 
     require_place(config.out, directory=True)
     seed = config.encoder.runtime.seed
@@ -161,7 +161,7 @@ def few_shot(config: FewShotConfig) -> int:
     _require_shots(train.data, max(config.shots))
     classes, labels = test.data.classes, test.data.targets
     found: dict[int, list[Scores]] = {}
-    with tqdm(total=FITS * len(set(config.shots)) * config.repeats, desc="fitting", unit=" fits") as bar:
+    with Progress(total=FITS * len(set(config.shots)) * config.repeats, desc="fitting", unit=" fits") as bar:
         for shots in sorted(set(config.shots)):
             for repeat in range(config.repeats):
                 probe = few_shot_probe(

@@ -28,7 +28,6 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -46,6 +45,7 @@ from common.checks import UserError, require_file, run_command
 from common.clip import FrozenCLIP, load_clip
 from common.files import whole_file
 from common.optimizers import scheduled, warmup_cosine
+from common.progress import Progress
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import TrainerConfig, build_trainer, fit
 from experiments.backbones.train_clip import train_tokenizer
@@ -141,7 +141,7 @@ def pooled_features(items: Sequence[CaptionedImage], clip: FrozenCLIP, path: Pat
         )
     rows = []
     loader = DataLoader(Pixels(items, clip.preprocess), batch_size=16, collate_fn=join_pixels)
-    for pixels, _ in tqdm(loader, desc="image features", unit=" batches"):
+    for pixels, _ in Progress(loader, desc="image features", unit=" batches"):
         with torch.no_grad():
             rows.append(clip.encode_image_features(pixels, packed=True).class_token)
     features = torch.cat(rows)
