@@ -267,6 +267,8 @@ def run(config: CalibrateConfig) -> int:
     from clipcap.model import PACKAGED
     from common.pretrained import saving
 
+    if config.split == "train":
+        raise UserError("split is 'train', whose images the captioner knows: choose val or test.")
     place = Path(PACKAGED.get(config.model, Path(config.model).expanduser()))
     if not place.is_dir():
         raise UserError(f"model {config.model!r} is no directory here, where {FILE} could be written: give one.")
@@ -280,8 +282,6 @@ def run(config: CalibrateConfig) -> int:
         several = splits[name]
         if not several or any(item.embedding_row is not None for item in several):
             raise UserError(f"{str(config.data)!r} has no images of split {name!r} with captions: give some.")
-    if config.split == "train":
-        raise UserError("split is 'train', whose images the captioner knows: choose val or test.")
     others = []
     if config.others is not None:
         more = read_dataset(config.others, images=config.others_images, skip_missing=config.skip_missing)
