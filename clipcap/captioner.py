@@ -15,21 +15,22 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from clipcap.backbones import absolute
 from clipcap.checkpoint import one_dtype
-from clipcap.data.embeddings import encode
+from clipcap.confidence import Calibration, Judgement
+from clipcap.data.embeddings import mapper_input
 from clipcap.data.images import ImageError, ImageSource, read_image
 from clipcap.decoding import bytes_of, decode, require_options
 from clipcap.generation import prompt_tokens
 from clipcap.model import ClipCapModel
 from clipcap.packing import require_int8
+from clipcap.scoring import caption_nats
 from clipcap.search import Caption
 from common.checks import UserError, require_at_least
 from common.clip import FrozenCLIP, load_clip
-from common.decoders.heads import output_head
+from common.encoders.interface import ImageFeatures
 from common.images import MAX_PIXELS
 from common.packing import can_pack
 from common.runtime import free_memory, require_memory, require_seed, resolve_device
@@ -41,7 +42,7 @@ OPTIONS = (
     *BATCH_OPTIONS, "top_k", "top_p", "temperature", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens",
     "length_penalty", "early_stopping",
 )  # fmt: skip
-STREAM_OPTIONS = ("on_error", "seed", "max_pixels")
+STREAM_OPTIONS = ("on_error", "seed", "max_pixels", "confidence")
 MEMORY_SHARE = 0.25
 """Share of the memory that is free which a batch may take."""
 
@@ -58,6 +59,10 @@ class ImageCaptions:
     """Mean log-probability of each caption's tokens, in nats."""
     embedding: Float[Tensor, " e"] | None = field(default=None, compare=False, repr=False)
     """CLIP's embedding of it, on the CPU; None of a captioner that reads patches."""
+    confidences: list[float] = field(default_factory=list)
+    """Probability of each caption to be right; empty where not asked for."""
+    far: bool = False
+    """Whether, as far as asked for, the image is unlike any in training, so that the captions may mean nothing."""
 
 
 class Captioner:
@@ -185,6 +190,7 @@ class Captioner:
         seed: int = 0,
         max_pixels: int = MAX_PIXELS,
         prompt: str | None = None,
+        confidence: bool = False,
         **options: Any,
     ) -> Iterator[ImageCaptions]:
         """Captions of images one after the other, reading `batch_size` at a time.
@@ -197,9 +203,12 @@ class Captioner:
             seed: of strategy "sample".
             max_pixels: of an image (see `clipcap.data.images.read_image`).
             prompt: text that all captions begin with.
+            confidence: also tell how sure the captions are, which the captioner must be calibrated for.
             options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...; or those of
                 transformers' `generate`.
         """
+        if confidence:
+            self.require_calibration()
         options = self._options(options, prompt)
         length = len(options.get("prompt_ids", ()))
         require_options(self.model, prompt_length=length, **{k: options[k] for k in OPTIONS if k in options})
@@ -234,15 +243,50 @@ class Captioner:
                             raise
                         on_error(error)
                 if readable:
-                    embeddings = self._encode(torch.cat([pixels for _, pixels in readable]))
+                    features = self.features(torch.cat([pixels for _, pixels in readable]))
+                    embeddings = mapper_input(features, self.model.config.inputs)
                     found = decode(self.model, embeddings, **options)
+                    judged = self.judge(features, found) if confidence else [Judgement([], 0.0)] * len(found)
                     rows = embeddings.cpu() if embeddings.ndim == 2 else [None] * len(found)
-                    for (source, _), captions, row in zip(readable, found, rows, strict=True):
+                    for (source, _), captions, row, sure in zip(readable, found, rows, judged, strict=True):
                         texts = [self.text(caption) for caption in captions]
-                        yield ImageCaptions(source, texts, [caption.score for caption in captions], row)
+                        scores = [caption.score for caption in captions]
+                        yield ImageCaptions(source, texts, scores, row, sure.confidences, sure.far)
                 batch = following or begin()
         finally:
             reader.shutdown(cancel_futures=True)
+
+    @torch.inference_mode()
+    def features(self, pixels: Float[Tensor, "b 3 s s"]) -> ImageFeatures:
+        """What CLIP makes of preprocessed images, on the captioner's device."""
+        features = self.clip.encode_image_features(pixels, packed=True)
+        return ImageFeatures(*(part.to(self.model.device) for part in features))
+
+    @torch.inference_mode()
+    def judge(self, features: ImageFeatures, captions: Sequence[Sequence[Caption]]) -> list[Judgement]:
+        """How sure the captions of each image are.
+
+        Args:
+            features: of the images.
+            captions: of each image, as `clipcap.decoding.decode` gives them.
+
+        Raises:
+            UserError: the captioner is not calibrated.
+        """
+        prefixes = self.model.prefix(mapper_input(features, self.model.config.inputs))
+        return self.require_calibration().judge(self, features, prefixes, captions)
+
+    def require_calibration(self) -> Calibration:
+        """The model's calibration.
+
+        Raises:
+            UserError: it has none.
+        """
+        if self.model.calibration is None:
+            raise UserError(
+                "the captioner cannot tell how sure it is: calibrate it (clipcap calibrate), or do not ask."
+            )
+        return self.model.calibration
 
     def _options(self, asked: dict[str, Any], prompt: str | None) -> dict[str, Any]:
         """`decode`'s options for those that were asked."""
@@ -328,16 +372,10 @@ class Captioner:
         found = [0.0] * len(pairs)
         for begin in range(0, len(order), batch_size):
             batch = order[begin : begin + batch_size]
-            ids = torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(pairs[i][1]) for i in batch], batch_first=True, padding_value=-1
-            ).to(self.model.device)
-            kept = ids >= 0
             embeddings = torch.stack([rows[pairs[i][0]] for i in batch])
-            hidden = self.model.hidden(embeddings, ids.clamp(min=0))[kept]
-            logits = output_head(self.model.gpt2).logits(hidden).float()
-            nats = torch.zeros(ids.shape, device=ids.device)
-            nats[kept] = -F.cross_entropy(logits, ids[kept], reduction="none")
-            totals = nats.sum(1) / (kept.sum(1) if mean else 1)
+            totals = caption_nats(self.model, self.model.prefix(embeddings), [pairs[i][1] for i in batch])
+            if mean:
+                totals = totals / torch.tensor([len(pairs[i][1]) for i in batch], device=totals.device)
             for i, total in zip(batch, totals.tolist(), strict=True):
                 found[i] = total
         values = iter(found)
@@ -357,11 +395,7 @@ class Captioner:
 
     def embed(self, images: list[Image.Image]) -> Float[Tensor, "b e"] | Float[Tensor, "b n e"]:
         """What the captioner reads of images: CLIP's embeddings, or its patches."""
-        return self._encode(self.clip.preprocess(images))
-
-    @torch.inference_mode()
-    def _encode(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"] | Float[Tensor, "b n e"]:
-        return encode(self.clip, pixels, self.model.config.inputs).to(self.model.device)  # type: ignore[arg-type]
+        return mapper_input(self.features(self.clip.preprocess(images)), self.model.config.inputs)
 
     def text(self, caption: Caption) -> str:
         """A caption's text, without the end token."""

@@ -19,6 +19,7 @@ from common.checks import (
     UserError,
     printable,
     require_at_least,
+    require_between,
     require_one_of,
     require_place,
 )
@@ -29,6 +30,8 @@ from common.runtime import RuntimeConfig
 
 SHEET_MOST = 100
 """Images on a contact sheet."""
+NAMED = 3
+"""Pictures named in a line."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What a cell begins with that a spreadsheet computes."""
 
@@ -71,6 +74,11 @@ class CaptionConfig:
     """Sample among the likeliest tokens that hold this much probability (nucleus)."""
     temperature: float | None = None
     """Temperature of sampling; 1 where not given."""
+    confidence: Literal["auto", "off"] = "auto"
+    """auto: where the captioner is calibrated (photo and tiny are; see `clipcap calibrate`), the probability that a
+    caption is right stands behind it, and pictures unlike any in training are named."""
+    min_confidence: float = 0.0
+    """Give only captions of at least this confidence, from 0 to 1; an image may be left without any."""
     batch_size: int = 0
     """Images captioned at once; 0 lets the memory decide."""
     int8: bool = False
@@ -90,6 +98,9 @@ def caption(config: CaptionConfig) -> int:
     from common.runtime import resolve_dtype, start
 
     require_at_least("batch_size", config.batch_size, 0)
+    require_between("min_confidence", config.min_confidence, 0.0, 1.0)
+    if config.min_confidence and config.confidence == "off":
+        raise UserError(f"min_confidence is {config.min_confidence} with confidence 'off': leave one of them out.")
     kind = _format(config)
     if config.sheet:
         if config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -125,6 +136,7 @@ def caption(config: CaptionConfig) -> int:
     journal = None
     if config.out and kind != "sidecar":
         settings = options | {"model": model, "precision": config.runtime.precision, "int8": config.int8}
+        settings |= {"confidence": config.confidence}
         journal = Journal(config.out.with_name(config.out.name + ".partial"), settings, _is_row)
     done: dict[str, Row] = journal.rows if journal else {}
     remaining = [p for p in paths if _key(p) not in done and not (p in places and os.path.exists(places[p]))]
@@ -140,8 +152,11 @@ def caption(config: CaptionConfig) -> int:
 
         dtype: Any = "int8" if config.int8 else resolve_dtype(config.runtime.precision)
         captioner = Captioner.from_pretrained(model, device=device, dtype=dtype)
+        if config.min_confidence:
+            captioner.require_calibration()
         found = captioner.stream(
             remaining,
+            confidence=config.confidence == "auto" and captioner.model.calibration is not None,
             on_error=skip,
             batch_size=config.batch_size or None,
             max_pixels=config.limit.max_pixels,
@@ -151,10 +166,13 @@ def caption(config: CaptionConfig) -> int:
             row = {
                 "image": str(item.image), "captions": item.captions, "scores": [round(s, 4) for s in item.scores]
             }  # fmt: skip
-            if item.image in places:
-                _write_sidecar(places[item.image], item.captions)
+            if item.confidences:
+                row |= {"confidences": [round(p, 4) for p in item.confidences], "far": item.far}
+            sure = surest(row, config.min_confidence)
+            if item.image in places and sure["captions"]:
+                _write_sidecar(places[item.image], sure["captions"])
             if kind == "text" and not config.out:
-                write_out(_as_text([row]))
+                write_out(_as_text([sure]))
             yield _key(item.image), row
 
     with closing(journal or io.StringIO()):
@@ -166,7 +184,8 @@ def caption(config: CaptionConfig) -> int:
         for path in (p for p in paths if _key(p) not in done and os.path.isfile(places[p])):
             lines = places[path].read_text(encoding="utf-8", errors="replace").splitlines()
             done[_key(path)] = {"image": str(path), "captions": lines or [""], "scores": []}
-    rows = [done[key] for key in map(_key, paths) if key in done]
+    everything = [done[key] for key in map(_key, paths) if key in done]
+    rows = [row for row in (surest(row, config.min_confidence) for row in everything) if row["captions"]]
     if kind in FORMATS and (config.out or kind != "text"):
         text = _as_csv(rows, spreadsheet=True) if config.spreadsheet else FORMATS[kind](rows)
         if config.out and journal:
@@ -178,19 +197,35 @@ def caption(config: CaptionConfig) -> int:
             write_out(text)
     if config.sheet and rows:
         _write_sheet(config.sheet, rows, config.limit.max_pixels)
+    if far := [printable(row["image"]) for row in everything if row.get("far")]:
+        named = ", ".join(far[:NAMED]) + (f" and {len(far) - NAMED} more" if len(far) > NAMED else "")
+        print(f"unlike anything captioner {model!r} was trained on, captions may be made up: {named}", file=sys.stderr)
+    if unsure := len(everything) - len(rows):
+        least = f"confidence {config.min_confidence:g} or more"
+        print(f"{unsure} of {len(everything)} images have no caption of {least}", file=sys.stderr)
     if skipped:
         print(f"skipped {len(skipped)} of {len(paths)} images:", file=sys.stderr)
         for message in skipped:
             print(f"  {printable(message)}", file=sys.stderr)
-    return 0 if rows else 2
+    return 0 if everything else 2
 
 
 def _is_row(row: Row) -> bool:
     """Whether a line of a journal holds what `clipcap caption` writes for an image."""
     match row:
         case {"image": str(), "captions": [_, *_] as captions, "scores": [*scores]}:
-            return all(isinstance(text, str) for text in captions) and len(scores) == len(captions)
+            sure = row.get("confidences", scores)
+            same = isinstance(sure, list) and len(sure) == len(scores) == len(captions)
+            return same and all(isinstance(text, str) for text in captions)
     return False
+
+
+def surest(row: Row, least: float) -> Row:
+    """A row with only those of its captions that are at least so sure; one without confidences as it is."""
+    if "confidences" not in row or not least:
+        return row
+    kept = [number for number, sure in enumerate(row["confidences"]) if sure >= least]
+    return row | {name: [row[name][number] for number in kept] for name in ("captions", "scores", "confidences")}
 
 
 def _model(config: CaptionConfig) -> str:
@@ -266,7 +301,8 @@ def _write_sheet(path: Path, rows: list[Row], max_pixels: int) -> None:
             continue
         picture.thumbnail((384, 384))
         pictures.append(picture)
-        texts.append(row["captions"][0])
+        sure = f" ({row['confidences'][0]:.2f})" if "confidences" in row else ""
+        texts.append(row["captions"][0] + sure)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     contact_sheet(pictures, texts, columns=min(6, max(2, round(len(pictures) ** 0.5)))).save(temporary)
@@ -285,7 +321,12 @@ def _escape(text: str, encoding: str) -> str:
 
 
 def _as_text(rows: list[Row]) -> str:
-    return "".join(f"{printable(row['image'])}\t{printable(text)}\n" for row in rows for text in row["captions"])
+    lines = []
+    for row in rows:
+        ends = [f"\t{sure:.2f}" for sure in row.get("confidences", [])] or [""] * len(row["captions"])
+        for text, end in zip(row["captions"], ends, strict=True):
+            lines.append(f"{printable(row['image'])}\t{printable(text)}{end}\n")
+    return "".join(lines)
 
 
 def _as_json(rows: list[Row]) -> str:
@@ -302,10 +343,13 @@ def _as_csv(rows: list[Row], *, spreadsheet: bool = False) -> str:
 
     buffer = io.StringIO()
     table = csv.writer(buffer)
-    table.writerow(["image", "rank", "caption", "score"])
+    sure = any("confidences" in row for row in rows)
+    table.writerow(["image", "rank", "caption", "score", *(["confidence", "far"] if sure else [])])
     for row in rows:
-        for rank, (text, score) in enumerate(zip(row["captions"], row["scores"], strict=True), 1):
-            table.writerow([cell(row["image"]), rank, cell(text), score])
+        confidences = row.get("confidences", [""] * len(row["captions"]))
+        for rank, (text, score, p) in enumerate(zip(row["captions"], row["scores"], confidences, strict=True), 1):
+            more = [p, str(row.get("far", "")).lower()] if sure else []
+            table.writerow([cell(row["image"]), rank, cell(text), score, *more])
     return buffer.getvalue()
 
 

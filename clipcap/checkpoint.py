@@ -19,8 +19,8 @@ from common.files import move_into
 if TYPE_CHECKING:
     from clipcap.config import ClipCapConfig
 
-OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-"""Of an earlier captioner."""
+OLD_WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?|confidence)\.safetensors")
+"""Of an earlier captioner, with what was calibrated for it."""
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def no_progress_bar() -> Iterator[None]:
 def take_places(source: Path, target: Path) -> None:
     """Move all files of `source` to `target`, config.json last, without which nothing is loaded from there.
 
-    Weights of an earlier captioner that would be loaded instead of the new ones, or never, go.
+    Weights of an earlier captioner that would be loaded instead of the new ones or beside them, or never, go.
     """
     for file in target.iterdir():
         if OLD_WEIGHTS.fullmatch(file.name) and not (source / file.name).exists():

@@ -11,6 +11,9 @@ SUBCOMMANDS = {
     "evaluate": Subcommand(
         "clipcap.evaluation.evaluate", "EvaluateConfig", "run", "score captions, and show best and worst"
     ),
+    "calibrate": Subcommand(
+        "clipcap.calibrate", "CalibrateConfig", "run", "learn when a captioner is right, for its confidence"
+    ),
     "interpret": Subcommand(
         "clipcap.evaluation.interpret", "InterpretConfig", "run", "read a captioner's prefixes as words"
     ),

@@ -33,6 +33,8 @@ from clipcap.checkpoint import (
     resolve_dtype,
     take_places,
 )
+from clipcap.confidence import FILE as CALIBRATION
+from clipcap.confidence import Calibration
 from clipcap.config import ClipCapConfig, end_tokens, require_prefix_fits
 from clipcap.decoding import decode, room_for_captions
 from clipcap.generation import FILE as GENERATION
@@ -79,6 +81,7 @@ class ClipCapModel(PreTrainedModel):
         gpt2: GPT-2 with its language modelling head.
         tokenizer: GPT-2's, or None where none is known.
         datastore: captions to retrieve, when the config's `retrieval` is not 0.
+        calibration: what tells how sure a caption is, where `clipcap calibrate` has made it.
         generation_config: what `generate` does where it is not told otherwise; saved with the captioner.
     """
 
@@ -97,6 +100,7 @@ class ClipCapModel(PreTrainedModel):
         gpt2_config = config.build_gpt2_config()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.datastore: Datastore | None = None
+        self.calibration: Calibration | None = None
         self.mapper = build_mapper(
             config.mapper,
             clip_width=config.clip_width,
@@ -207,25 +211,11 @@ class ClipCapModel(PreTrainedModel):
             model.generation_config = read_generation(saved)
         if config.retrieval:
             model.datastore = Datastore.load(local_file(source, FILE, hub))
-            model._require_datastore_fits(source)
+            model.datastore.require_fits(config, model.gpt2.config.vocab_size, source)
+        if saved := optional_file(source, CALIBRATION, hub):
+            model.calibration = Calibration.load(saved, (config.prefix_length, width(model.gpt2.config)))
         model.to(device).eval()
         return (model, info) if want_info else model  # type: ignore[return-value]
-
-    def _require_datastore_fits(self, source: str) -> None:
-        """Raise UserError when the datastore was not made for this captioner."""
-        assert self.datastore is not None
-        length, width, largest = (
-            self.datastore.prompt_length(self.config.retrieval),
-            self.datastore.embeddings.shape[1],
-            int(self.datastore.tokens.max()),
-        )
-        vocabulary = self.gpt2.config.vocab_size
-        if (length, width) != (self.config.retrieval_tokens, self.config.clip_width) or largest >= vocabulary:
-            raise UserError(
-                f"captioner {source!r}: its {FILE} has prompts of {length} tokens up to {largest} and embeddings of "
-                f"width {width}, but its config asks for {self.config.retrieval_tokens} tokens below {vocabulary} and "
-                f"width {self.config.clip_width}: copy the whole captioner again."
-            )
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, bundle: bool = False, **kwargs: Any
@@ -274,6 +264,8 @@ class ClipCapModel(PreTrainedModel):
         """Write all that belongs to the captioner, with these names of its backbones."""
         if self.datastore is not None:
             self.datastore.save(directory / FILE)
+        if self.calibration is not None:
+            self.calibration.save(directory / CALIBRATION)
         config = self.config
         self.config = copy.copy(config)
         for name, value in names.items():
@@ -384,12 +376,15 @@ class ClipCapModel(PreTrainedModel):
     ) -> Float[Tensor, "b t d"]:
         """GPT-2's last hidden states where they predict the caption: K-1 .. K+t-2 of prefix and caption together."""
         with _attention(self.device):
-            return self._hidden(clip_embeddings, input_ids, attention_mask, prompts)
+            return self.hidden_after(self.prefix(clip_embeddings, prompts), input_ids, attention_mask)
 
-    def _hidden(
-        self, clip_embeddings: Tensor, input_ids: Tensor, attention_mask: Tensor | None, prompts: Tensor | None
-    ) -> Tensor:
-        prefix = self.prefix(clip_embeddings, prompts)
+    def hidden_after(
+        self,
+        prefix: Float[Tensor, "b K d"],
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Shaped[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """`hidden` for a prefix that is made already."""
         length, places = prefix.shape[1], positions(self.gpt2.config)
         if length + input_ids.shape[1] > places:
             raise UserError(

@@ -23,6 +23,8 @@ from common.pretrained import require_finite, saving
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from clipcap.config import ClipCapConfig
+
 FILE = "datastore.safetensors"
 """Name of the datastore in a captioner's directory."""
 PART = 65536
@@ -80,6 +82,17 @@ class Datastore:
     def prompt_length(self, count: int) -> int:
         """Tokens of a prompt of `count` captions, padding included."""
         return count * self.tokens.shape[1]
+
+    def require_fits(self, config: ClipCapConfig, vocabulary: int, source: str) -> None:
+        """Raise UserError when this was not made for the captioner at `source` with this config."""
+        length, width = self.prompt_length(config.retrieval), self.embeddings.shape[1]
+        largest = int(self.tokens.max())
+        if (length, width) != (config.retrieval_tokens, config.clip_width) or largest >= vocabulary:
+            raise UserError(
+                f"captioner {source!r}: its {FILE} has prompts of {length} tokens up to {largest} and embeddings of "
+                f"width {width}, but its config asks for {config.retrieval_tokens} tokens below {vocabulary} and "
+                f"width {config.clip_width}: copy the whole captioner again."
+            )
 
     def nearest(
         self, queries: Float[Tensor, "b e"], count: int, own: Int[Tensor, " b"] | None = None

@@ -22,9 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from clipcap.captioner import Captioner
+from clipcap.confidence import Judgement
+from clipcap.data.embeddings import mapper_input
 from clipcap.data.images import ImageError, read_image
 from clipcap.decoding import decode, room_for_captions
 from clipcap.evaluation.interpret import Tokens, nearest_tokens, unit_tokens
+from clipcap.references import Ranked, Reference, label_reference, neighbour_reference
 from common.checks import UserError, require_at_least, require_between, require_one_of, require_text
 from common.runtime import RuntimeConfig, resolve_dtype, start
 
@@ -50,6 +53,7 @@ MOST_CAPTIONS = 5
 MOST_BEAMS = 10
 MOST_PIXELS = 40_000_000
 """Of an image: decoded, it takes three to eight times as many bytes."""
+FAR = "⚠ This image is unlike anything the captioner was trained on: its captions may be made up."
 SESSIONS = 64
 """Visits that gradio keeps a state of, 40 kB each, of which the page uses nothing; its own choice is 10,000."""
 ANSWERS = 256
@@ -83,6 +87,16 @@ class ServeConfig:
     """Largest image file, in megabytes."""
     max_new_tokens: int | None = None
     """Longest caption in tokens; left out, 67, or as many as the captioner has room for."""
+    labels: str = ""
+    """Names of things to look for in the image: "dog,cat,horse", or a text file with one on each line; left out, 100
+    everyday nouns (of tiny, its shapes). They need a captioner whose CLIP has a text tower."""
+    neighbours: Path | None = None
+    """Captioned images, in any layout that `clipcap train` reads: the page shows the captions of those most like the
+    image. They are encoded when the server starts."""
+    neighbours_images: Path | None = None
+    """Directory of their images, when they are not beside the captions."""
+    neighbours_store: Path = Path("out/neighbours")
+    """Directory where their embeddings are kept, for the next start."""
     int8: bool = False
     """Compute GPT-2 in 8-bit integers (CPU only)."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -144,6 +158,27 @@ class Answer(NamedTuple):
     """Mean log-probability of a token, in nats."""
     tokens: Tokens
     """Nearest to each position of the prefix."""
+    sure: Judgement | None
+    """How sure the captions are; None of a captioner that is not calibrated."""
+    labels: Ranked
+    neighbours: Ranked
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """What `/caption` answers."""
+        confidences = [{"confidence": round(p, 4)} for p in self.sure.confidences] if self.sure else []
+        confidences = confidences or [{}] * len(self.captions)
+        captions = zip(self.captions, self.scores, confidences, strict=True)
+        found: dict[str, Any] = {
+            "captions": [{"caption": text, "score": round(score, 4)} | more for text, score, more in captions]
+        }
+        if self.sure:
+            found["far"] = self.sure.far
+        if self.labels:
+            found["labels"] = [{"label": name, "similarity": round(value, 4)} for name, value in self.labels]
+        if self.neighbours:
+            found["neighbours"] = [{"caption": text, "similarity": round(value, 4)} for text, value in self.neighbours]
+        return found
 
 
 class Worker:
@@ -152,8 +187,15 @@ class Worker:
     One thread for all requests: each of several would keep the memory of its largest image for itself.
     """
 
-    def __init__(self, captioner: Captioner, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        captioner: Captioner,
+        max_new_tokens: int,
+        labels: Reference | None = None,
+        neighbours: Reference | None = None,
+    ) -> None:
         self.captioner, self.max_new_tokens = captioner, max_new_tokens
+        self.labels, self.neighbours = labels, neighbours
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="caption")
         self.table = unit_tokens(captioner.model)
 
@@ -167,7 +209,8 @@ class Worker:
         options: dict[str, Any] = settings.options | {"generator": generator, "int8": captioner.int8}
         try:
             image = read_image(path, max_pixels=MOST_PIXELS, side=captioner.clip.preprocess.size)
-            embedding = captioner.embed([image])
+            features = captioner.features(captioner.clip.preprocess([image]))
+            embedding = mapper_input(features, captioner.model.config.inputs)
             with torch.inference_mode():
                 prefix = captioner.model.prefix(embedding)[0]
             found = decode(captioner.model, embedding, max_new_tokens=self.max_new_tokens, **options)[0]
@@ -179,6 +222,8 @@ class Worker:
             [captioner.text(caption) for caption in found],
             [caption.score for caption in found],
             nearest_tokens(captioner.model, prefix, k=5, table=self.table),
+            captioner.judge(features, [found])[0] if captioner.model.calibration else None,
+            *(known.nearest(features.embedding[0]) if known else [] for known in (self.labels, self.neighbours)),
         )
 
 
@@ -191,14 +236,15 @@ def build_page(worker: Worker, uploads: Uploads, name: str) -> gradio.Blocks:
     """The page, whose one function is also the endpoint `/caption` of gradio_client.
 
     `/caption` takes an image file, a strategy's label, the number of captions, beams, nucleus, temperature and seed; it
-    returns the best caption, a table of captions with scores, and a table of the prefix's tokens.
+    returns the best caption, a table of captions with scores (and confidence), what is to be said of the image itself,
+    a table of the prefix's tokens, and tables of labels and of neighbours' captions where there are any.
     """
     gr = _gradio()
     from clipcap.guard import NOT_UPLOADED
 
     def caption(
         path: str | None, strategy: str, count: float, beams: float, top_p: float, temperature: float, seed: float
-    ) -> tuple[str, list[list[Any]], list[list[Any]]]:
+    ) -> tuple[Any, ...]:
         if path is None:
             raise gr.Error("Choose an image first.", print_exception=False)
         if path not in uploads:
@@ -214,15 +260,27 @@ def build_page(worker: Worker, uploads: Uploads, name: str) -> gradio.Blocks:
             found = worker.submit(path, settings, name=os.path.basename(path)).result()
         except UserError as error:
             raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
-        rows = [[rank, text, f"{score:.3f}"] for rank, (text, score) in
-                enumerate(zip(found.captions, found.scores, strict=True), 1)]  # fmt: skip
+        sure = [f"{p:.0%}" for p in found.sure.confidences] if found.sure else []
+        rows = [
+            [rank, text, *sure[rank - 1 : rank], f"{score:.3f}"]
+            for rank, (text, score) in enumerate(zip(found.captions, found.scores, strict=True), 1)
+        ]
         words = [
             [position, " · ".join(f"{token!r} {value:.2f}" for token, value in row)]
             for position, row in enumerate(found.tokens, 1)
         ]
-        return found.captions[0], rows, words
+        tables = [
+            [[name, f"{value:.2f}"] for name, value in several]
+            for known, several in ((worker.labels, found.labels), (worker.neighbours, found.neighbours))
+            if known
+        ]
+        warning = FAR if found.sure and found.sure.far else ""
+        return found.captions[0], rows, gr.Markdown(warning, visible=bool(warning)), words, *tables
 
     default = Settings()
+    sure = worker.captioner.model.calibration is not None
+    about = "the probability that each is right, and its log-probability" if sure else "their log-probability"
+    about += " in nats a token"
     with gr.Blocks(title="clipcap", analytics_enabled=False) as page:
         gr.Markdown(
             f"# clipcap\nDrop an image and see what the captioner **{as_markdown(name)}** says of it.", elem_id="title"
@@ -242,18 +300,30 @@ def build_page(worker: Worker, uploads: Uploads, name: str) -> gradio.Blocks:
                 button = gr.Button("Caption", variant="primary", elem_id="caption")
             with gr.Column(scale=6):
                 best = gr.Textbox(label="Caption", elem_id="best", lines=2, interactive=False)
+                warning = gr.Markdown(visible=False, elem_id="far")
                 table = gr.Dataframe(
-                    headers=["", "caption", "score"], interactive=False, wrap=True, buttons=[], elem_id="captions",
-                    label="Captions, best first, with their log-probability in nats a token",
-                    column_widths=["10%", "72%", "18%"],
+                    headers=["", "caption", *(["confidence"] if sure else []), "score"], interactive=False, wrap=True,
+                    buttons=[], elem_id="captions", label="Captions, best first, with " + about,
+                    column_widths=["8%", "56%", "20%", "16%"] if sure else ["10%", "72%", "18%"],
                 )  # fmt: skip
+                found = [
+                    gr.Dataframe(
+                        headers=[head, "similarity"], interactive=False, wrap=True, buttons=[], elem_id=name,
+                        label=label, column_widths=["76%", "24%"],
+                    )
+                    for known, name, head, label in (
+                        (worker.labels, "labels", "label", "Zero-shot labels, by CLIP's similarity"),
+                        (worker.neighbours, "neighbours", "caption", "Captions of the most similar known images"),
+                    )
+                    if known
+                ]  # fmt: skip
                 with gr.Accordion("The prefix, as its nearest tokens", open=False):
                     prefix = gr.Dataframe(
                         headers=["", "tokens with cosine similarity"], show_label=False, interactive=False, wrap=True,
                         buttons=[], column_widths=["10%", "90%"], elem_id="prefix",
                     )  # fmt: skip
         inputs = [image, strategy, count, beams, top_p, temperature, seed]
-        button.click(caption, inputs, [best, table, prefix], api_name="caption", concurrency_limit=1)
+        button.click(caption, inputs, [best, table, warning, prefix, *found], api_name="caption", concurrency_limit=1)
     page.queue(max_size=32, default_concurrency_limit=1)
     return page
 
@@ -281,7 +351,14 @@ def serving(captioner: Captioner, config: ServeConfig) -> Iterator[str]:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clipcap-serve-", ignore_cleanup_errors=True))
         uploads = Uploads(Path(folder))
         stack.enter_context(_variable("GRADIO_TEMP_DIR", folder))
-        worker = Worker(captioner, config.max_new_tokens or min(67, room_for_captions(captioner.model)))
+        worker = Worker(
+            captioner,
+            config.max_new_tokens or min(67, room_for_captions(captioner.model)),
+            label_reference(captioner.clip, config.labels),
+            neighbour_reference(captioner.clip, config.neighbours, config.neighbours_images, config.neighbours_store)
+            if config.neighbours
+            else None,
+        )
         stack.callback(worker.thread.shutdown, cancel_futures=True)
         page = build_page(worker, uploads, config.model)
 
@@ -312,7 +389,7 @@ def serving(captioner: Captioner, config: ServeConfig) -> Iterator[str]:
 
 
 def _add_endpoint(app: Any, worker: Worker, uploads: Uploads) -> None:
-    """`POST /caption`: an image as the body, `Settings` as the query; captions and scores as JSON."""
+    """`POST /caption`: an image as the body, `Settings` as the query; `Answer.json` comes back."""
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -331,8 +408,7 @@ def _add_endpoint(app: Any, worker: Worker, uploads: Uploads) -> None:
             return JSONResponse({"detail": str(error)}, 400)
         finally:
             path.unlink(missing_ok=True)
-        pairs = zip(found.captions, found.scores, strict=True)
-        return JSONResponse({"captions": [{"caption": text, "score": round(score, 4)} for text, score in pairs]})
+        return JSONResponse(found.json)
 
     app.router.routes.append(Route("/caption", caption, methods=["POST"]))
 

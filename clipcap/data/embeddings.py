@@ -31,6 +31,7 @@ from common.runtime import RuntimeConfig, autocast, start
 
 if TYPE_CHECKING:
     from common.clip import FrozenCLIP
+    from common.encoders.interface import ImageFeatures
     from common.encoders.preprocess import Preprocess
 
 
@@ -75,7 +76,11 @@ def encode(clip: FrozenCLIP, pixels: Float[Tensor, "b 3 s s"], inputs: Inputs) -
 
     No gradients flow; on a CPU the encoder is packed (`FrozenCLIP.encode_image_features`).
     """
-    features = clip.encode_image_features(pixels, packed=True)
+    return mapper_input(clip.encode_image_features(pixels, packed=True), inputs)
+
+
+def mapper_input(features: ImageFeatures, inputs: Inputs) -> Float[Tensor, "b ..."]:
+    """What a mapper reads of an image's features: the embedding (b, e) or the patches (b, p, w)."""
     return features.patches if inputs == "patches" else features.embedding
 
 

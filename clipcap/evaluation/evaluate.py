@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipcap.confidence import FILE as CALIBRATION
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.readers import Format
 from clipcap.decoding import require_options
@@ -88,7 +89,8 @@ def captioner_fingerprint(model: str) -> str:
     directory = Path(PACKAGED.get(model, Path(model).expanduser()))
     if not directory.is_dir():
         return model
-    return _hash([*sorted(directory.glob("*.safetensors")), require_file(directory / "config.json", "captioner")])
+    weights = sorted(file for file in directory.glob("*.safetensors") if file.name != CALIBRATION)
+    return _hash([*weights, require_file(directory / "config.json", "captioner")])
 
 
 def _hash(files: Sequence[Path]) -> str:

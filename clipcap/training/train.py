@@ -68,6 +68,7 @@ def build_model(config: TrainConfig, material: Material) -> ClipCapModel:
         model.datastore = store
     else:
         model = ClipCapModel.from_pretrained(config.init)
+        model.calibration = None  # the new captioner will be right about other pictures
         if model.config.retrieval:
             raise UserError(f"init {str(config.init)!r} retrieves captions: train it again, without --init.")
         if model.config.clip_width != material.width:

@@ -50,6 +50,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "patches-tuned": {"mapper": "transformer", "tune_gpt2": True, "inputs": "patches"},
 }
 """The paper's two mappers, GPT-2 frozen or fine-tuned (Mokady et al. 2021, sec. 4.2), and one that reads patches."""
+BEYOND: dict[str, dict[str, Any]] = {
+    "mlp-text-only": {"mapper": "mlp", "tune_gpt2": True, "text_only": True},
+    "mlp-retrieval": {"mapper": "mlp", "tune_gpt2": True, "retrieval": 2},
+}
+"""To be compared with mlp-tuned: trained on the captions alone (CapDec), and with two retrieved captions (SmallCap)."""
 SCST = "patches-tuned-scst"
 MEAN = "patches-tuned-mean"
 """The mean of the weights of patches-tuned and of what self-critical training made of them."""
@@ -72,7 +77,8 @@ class Config:
     """Where runs, scores and models go."""
     arms: tuple[str, ...] = (*ARMS, SCST, MEAN)
     """Which captioners: mlp-frozen, mlp-tuned, transformer-frozen, transformer-tuned, patches-tuned;
-    patches-tuned-scst, which continues from it; and patches-tuned-mean, the mean of the weights of these two."""
+    patches-tuned-scst, which continues from it; patches-tuned-mean, the mean of the weights of these two; and, beside
+    mlp-tuned, mlp-text-only and mlp-retrieval."""
     views: int = 3
     """Views of each training photograph."""
     clip_steps: int = 700
@@ -187,7 +193,8 @@ def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gp
                 **shared,
             )
         )
-    inputs = ARMS[arm].get("inputs", "embedding")
+    options = (ARMS | BEYOND)[arm]
+    inputs = "texts" if options.get("text_only") else options.get("inputs", "embedding")
     return train(
         TrainConfig(
             clip=str(clip),
@@ -197,14 +204,14 @@ def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gp
             prefix_length=4,
             clip_length=4,
             embeddings=config.out / f"embeddings-{inputs}",
-            views=config.views,
+            views=1 if arm in BEYOND else config.views,
             batch_size=config.batch_size,
             steps=config.steps,
             lr=config.lr,
             warmup=300,
             weight_decay=0.05,
             val_every=max(1, config.steps // 10),
-            **ARMS[arm],
+            **options,
             **shared,
         )
     )
@@ -279,7 +286,7 @@ def recall(items: list[CaptionedImage], clip: Path, config: Config) -> dict[str,
 def main(config: Config) -> None:
     """Make what is missing, score the test split, and write the table."""
     for arm in config.arms:
-        require_one_of("arms", arm, (*ARMS, SCST, MEAN))
+        require_one_of("arms", arm, (*ARMS, SCST, MEAN, *BEYOND))
     for arm, needed in ((SCST, "patches-tuned"), (MEAN, SCST)):
         if arm in config.arms and needed not in config.arms:
             raise UserError(f"arms has {arm!r} without {needed!r}, from which it is made: give both.")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs beside Blender, where nothing is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs beside Blender, where nothing is installed
 
 from experiments.scenes.records import family_records, record_to_json
 

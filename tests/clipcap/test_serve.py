@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -12,11 +14,12 @@ import pytest
 
 from clipcap import Captioner
 from clipcap.cli import main
-from clipcap.serve import STRATEGIES, ServeConfig, serving
+from clipcap.serve import STRATEGIES, ServeConfig, Settings, Worker, serving
 from common.pretrained import ASSETS
 
 pytest.importorskip("gradio", reason="gradio (extra [serve]) is not installed")
 SCENE = ASSETS / "samples" / "scenes" / "test_000.jpg"
+PHOTOGRAPH = ASSETS / "samples" / "photographs" / "000000214753.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +28,17 @@ def captioner():
 
 
 @pytest.fixture(scope="module")
-def address(captioner):
-    with serving(captioner, ServeConfig(port=0, max_upload=1, max_new_tokens=30)) as running:
+def address(captioner, tmp_path_factory):
+    known = {"neighbours": SCENE.parent / "dataset.json", "neighbours_store": tmp_path_factory.mktemp("store")}
+    with serving(captioner, ServeConfig(port=0, max_upload=1, max_new_tokens=30, **known)) as running:
         yield running
+
+
+def post(address, image, query=""):
+    """What `/caption` answers."""
+    request = urllib.request.Request(f"{address}/caption{query}", data=image.read_bytes(), method="POST")
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
 
 
 def test_a_browser_captions_a_file_and_is_told_of_a_bad_one(address, captioner, tmp_path):
@@ -51,6 +62,9 @@ def test_a_browser_captions_a_file_and_is_told_of_a_bad_one(address, captioner, 
         best = page.locator("#best textarea")
         sync_api.expect(best).to_have_value(expected[0], timeout=60_000)
         sync_api.expect(page.locator("#captions")).to_contain_text(expected[2])
+        sync_api.expect(page.locator("#captions")).to_contain_text("%")
+        for name in ("#labels", "#neighbours"):
+            sync_api.expect(page.locator(name)).to_contain_text("0.")
         page.get_by_text("The prefix, as its nearest tokens").click()
         sync_api.expect(page.locator("#prefix")).to_contain_text("'")
         page.screenshot(path=tmp_path / "page.png", full_page=True)
@@ -85,10 +99,12 @@ def test_the_client_can_ask_several_times_at_once(address, captioner):
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, STRATEGIES))
-    for (best, table, prefix), kind in zip(answers, STRATEGIES.values(), strict=True):
+    for (best, table, warning, prefix, labels, neighbours), kind in zip(answers, STRATEGIES.values(), strict=True):
         several = 1 if kind == "greedy" else 2
         assert len(table["data"]) == several and table["data"][0][1] == best
         assert len(prefix["data"]) == captioner.model.config.prefix_length
+        assert len(table["data"][0]) == 4 and table["data"][0][2].endswith("%")
+        assert len(labels["data"]) == len(neighbours["data"]) == 5 and "unlike" not in str(warning)
     assert answers[0][0] == captioner.caption(SCENE, num_beams=3, num_captions=2, max_new_tokens=30)[0]
     with pytest.raises(Exception, match="Guess is not in the list of choices"):
         ask("Guess")
@@ -101,6 +117,29 @@ def test_files_above_the_limit_are_refused(address, tmp_path):
     client = client_api.Client(address, verbose=False, analytics_enabled=False)
     with pytest.raises(Exception, match="(?i)size|413|large"):
         client.predict(client_api.handle_file(large), "Greedy", 1, 1, 0.9, 1.0, 0, api_name="/caption")
+
+
+def test_programs_get_confidence_labels_and_neighbours(address, captioner):
+    found = post(address, SCENE, "?captions=2")
+    [expected] = captioner.stream([SCENE], num_captions=2, num_beams=5, max_new_tokens=30, confidence=True)
+    assert [one["caption"] for one in found["captions"]] == expected.captions
+    assert [one["confidence"] for one in found["captions"]] == pytest.approx(expected.confidences, abs=1e-3)
+    assert found["far"] is False and found["neighbours"][0]["similarity"] > 0.999  # the scene itself is among them
+    similarities = [one["similarity"] for one in found["labels"]]
+    assert len(similarities) == 5 and similarities == sorted(similarities, reverse=True)
+    shape = found["labels"][0]["label"].split()[1]
+    assert any(shape in text for text in (*expected.captions, found["neighbours"][0]["caption"]))
+    assert post(address, PHOTOGRAPH)["far"] is True
+
+
+def test_the_page_of_a_captioner_without_more_is_as_before(captioner, monkeypatch):
+    monkeypatch.setattr(captioner.model, "calibration", None)
+    worker = Worker(captioner, 30)
+    try:
+        found = worker.submit(str(SCENE), Settings(captions=1), name="x").result()
+    finally:
+        worker.thread.shutdown()
+    assert set(found.json) == {"captions"} and set(found.json["captions"][0]) == {"caption", "score"}
 
 
 def test_a_port_in_use_is_one_line(capsys):

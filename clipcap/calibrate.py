@@ -1,0 +1,317 @@
+"""The command `clipcap calibrate`: learn from captioned images when a captioner is right (`clipcap.confidence`)."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clipcap.confidence import FILE, SCORES, Calibration, Ground, caption_scores, whole_picture
+from clipcap.data.dataset import CaptionedImage, read_dataset
+from clipcap.data.embeddings import mapper_input
+from clipcap.data.images import ImageError, read_image
+from clipcap.data.readers import Format
+from clipcap.evaluation.metrics import tokenize
+from common.checks import UserError, printable, require_at_least
+from common.images import MAX_PIXELS, ImageLimit
+from common.runtime import RuntimeConfig, start
+
+if TYPE_CHECKING:
+    from clipcap.captioner import Captioner
+    from common.encoders.interface import ImageFeatures
+
+RIGHT = 0.5
+"""Share of what a caption says, by rarity of its words, that people said too, from which on it counts as right."""
+LEAST = 10
+"""Captions that are right, and that are not, at least."""
+STRENGTH = 0.1
+"""C of the logistic regression on standardised scores: few captions, so a strong penalty."""
+FOLDS = 5
+CAPTIONS = 3
+"""Of each image that are learned from, so that a second and third caption's confidence is calibrated too."""
+TRAINING = 2000
+"""Training images, at most, that say what is known."""
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Learn when a captioner is right, from images with captions that it was not trained on.
+
+    Captions of the split are compared with the people's; what they have in common teaches how sure a caption is. Writes
+    confidence.safetensors beside the captioner's weights. `clipcap caption`, `clipcap serve` and `Captioner.stream`
+    then give the probability that a caption is right, and name pictures unlike any in training.
+    """
+
+    data: Path
+    """Captioned images that the captioner was trained on, in any layout that `clipcap train` reads."""
+    model: str
+    """Captioner: a directory that `clipcap train` or `clipcap convert` wrote, or a packaged name, photo or tiny."""
+    images: Path | None = None
+    """Directory of the images, when they are not beside the captions."""
+    format: Format = "auto"
+    """Layout of DATA, where it should not be guessed from its content."""
+    split: str = "val"
+    """Split of DATA to learn from, of images that were not trained on."""
+    others: Path | None = None
+    """More captioned images with this split, of other subjects than those of training: the captioner is more often
+    wrong about them, and that is learned too."""
+    others_images: Path | None = None
+    """Directory of their images, when they are not beside the captions."""
+    language: str = "en"
+    """Code of the captions' language."""
+    skip_missing: bool = False
+    """Leave out captions whose image is missing and images without a caption, instead of stopping."""
+    limit: ImageLimit = field(default_factory=ImageLimit)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def rarity(documents: Sequence[Sequence[str]]) -> dict[str, float]:
+    """log(n / images whose captions have a word) for each word of the captions of n images, as tokenised texts."""
+    counts = Counter(word for texts in documents for word in {word for text in texts for word in text.split()})
+    return {word: math.log(len(documents) / count) for word, count in counts.items()}
+
+
+def share_said(caption: str, references: Sequence[str], weights: Mapping[str, float]) -> float:
+    """The share of a caption's words, weighed by `rarity`, that are in any of the references; 0 of no words.
+
+    All are tokenised texts. A word that nobody used anywhere weighs as much as the rarest.
+    """
+    most = max(weights.values(), default=1.0)
+    said = {word for text in references for word in text.split()}
+    words = [(weights.get(word, most), word in said) for word in caption.split()]
+    total = sum(weight for weight, _ in words)
+    return sum(weight for weight, known in words if known) / total if total > 0 else 0.0
+
+
+def right_captions(
+    captions: Sequence[Sequence[str]], items: Sequence[CaptionedImage], *, language: str = "en"
+) -> list[list[bool]]:
+    """Whether captions of images are right: half of what each says, weighed by `rarity`, people said too.
+
+    Args:
+        captions: of each of the first images of `items`.
+        items: images with reference captions; those without captions to judge only say how rare words are.
+        language: code of the captions' language.
+    """
+    keys = [str(row) for row in range(len(items))]
+    people, _ = tokenize({key: list(item.captions) for key, item in zip(keys, items, strict=True)}, "words", language)
+    given, _ = tokenize({key: list(several) for key, several in zip(keys, captions, strict=False)}, "words", language)
+    weights = rarity(list(people.values()))
+    return [[share_said(text, people[key], weights) >= RIGHT for text in texts] for key, texts in given.items()]
+
+
+def fit(
+    scores: Float[Tensor, "n s"], right: Bool[np.ndarray, " n"], owners: Sequence[int]
+) -> tuple[Float[Tensor, " s"], float, dict[str, float]]:
+    """Logistic regression of being right on scores: weights, bias, and how good it is on images left out.
+
+    Args:
+        scores: of captions.
+        right: whether each is right.
+        owners: number of each caption's image; captions of one image are left out together.
+
+    Raises:
+        UserError: fewer than `LEAST` captions are right, or are not.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import brier_score_loss, roc_auc_score
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if min(right.sum(), (~right).sum()) < LEAST or len(set(owners)) < FOLDS:
+        raise UserError(
+            f"{right.sum()} of {len(right)} captions are right: learning when needs at least {LEAST} that are and "
+            f"{LEAST} that are not, so give more images."
+        )
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH))
+    rows = scores.numpy()
+    folds = GroupKFold(FOLDS)
+    held_out = cross_val_predict(model, rows, right, groups=list(owners), cv=folds, method="predict_proba")[:, 1]
+    model.fit(rows, right)
+    scaler, regression = model[0], model[-1]
+    weights = regression.coef_[0] / scaler.scale_
+    bias = float(regression.intercept_[0] - weights @ scaler.mean_)
+    return (
+        torch.from_numpy(weights),
+        bias,
+        {
+            "AUROC": float(roc_auc_score(right, held_out)),
+            "Brier score": float(brier_score_loss(right, held_out)),
+            "Brier score of the mean": float(right.mean() * (1 - right.mean())),
+        },
+    )
+
+
+def calibrate(
+    captioner: Captioner,
+    training: Sequence[CaptionedImage],
+    items: Sequence[CaptionedImage],
+    others: Sequence[CaptionedImage] = (),
+    *,
+    language: str = "en",
+    batch_size: int = 16,
+    on_error: Callable[[ImageError], object] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+    max_pixels: int = MAX_PIXELS,
+) -> Calibration:
+    """Learn when a captioner is right; it is not changed: set `captioner.model.calibration` to the result.
+
+    Args:
+        captioner: with its CLIP.
+        training: images that it was trained on, of which at most `TRAINING` are looked at, evenly chosen.
+        items: other images of the same kind, with captions by people.
+        others: more images with captions, of any kind.
+        language: code of the captions' language.
+        batch_size: images at once.
+        on_error: called with the error of an image that cannot be read, which is left out; None raises it.
+        progress: called with the number of images done.
+        max_pixels: of an image.
+
+    Raises:
+        UserError: too few images of a kind, or captions that are right or wrong nearly always.
+    """
+    from clipcap.decoding import decode
+
+    require_at_least("batch_size", batch_size, 1)
+    known = looked_at(training)
+    done = 0
+
+    def batches(several: Sequence[CaptionedImage]) -> Iterator[tuple[list[CaptionedImage], ImageFeatures]]:
+        nonlocal done
+        for begin in range(0, len(several), batch_size):
+            batch = several[begin : begin + batch_size]
+            kept, pixels = [], []
+            for item in batch:
+                try:
+                    image = read_image(item.path, max_pixels=max_pixels, side=captioner.clip.preprocess.size)
+                except ImageError as error:
+                    if on_error is None:
+                        raise
+                    on_error(error)
+                else:
+                    kept.append(item)
+                    pixels.append(captioner.clip.preprocess([image]))
+            if kept:
+                yield kept, captioner.features(torch.cat(pixels))
+            done += len(batch)
+            progress(done)
+
+    @torch.inference_mode()
+    def prefixes(features: ImageFeatures) -> Float[Tensor, "b K d"]:
+        return captioner.model.prefix(mapper_input(features, captioner.model.config.inputs))
+
+    pictures, total = [], torch.zeros(())
+    for _, features in batches(known):
+        pictures.append(whole_picture(features).cpu())
+        total = total + prefixes(features).float().sum(0).cpu()
+    judged: list[CaptionedImage] = []
+    found: list[tuple[ImageFeatures, Tensor, list[Any]]] = []
+    held_out = []
+    for part in (items, others):
+        for kept, features in batches(part):
+            made = prefixes(features)
+            inputs = mapper_input(features, captioner.model.config.inputs)
+            found.append((features, made, decode(captioner.model, inputs, num_captions=CAPTIONS, **_length(captioner))))
+            judged += kept
+            if part is items:
+                held_out.append(whole_picture(features).cpu())
+    if not pictures or not held_out:
+        raise UserError(f"there are {len(known)} training and {len(items)} other images: calibrating needs both.")
+    known_pictures = torch.cat(pictures)
+    ground = Ground.fit(known_pictures, torch.cat(held_out))
+    blank = total / len(known_pictures)
+    scores = [rows for part in found for rows in caption_scores(captioner, *part, blank, ground)]
+    texts = [[captioner.text(one) for one in captions] for _, _, several in found for captions in several]
+    seen = {item.image_id for item in judged}
+    right = right_captions(
+        texts, [*judged, *(item for item in training if item.image_id not in seen)], language=language
+    )
+    owners = [number for number, several in enumerate(right) for _ in several]
+    flat = np.array([one for several in right for one in several])
+    weights, bias, quality = fit(torch.cat(scores), flat, owners)
+    record = {
+        "images": {"training": len(known_pictures), "learned from": len(judged)},
+        "captions": len(flat),
+        "right": float(flat.mean()),
+        "language": language,
+        "scores": dict(zip(SCORES, weights.tolist(), strict=False)),
+    }
+    return Calibration(blank, ground, weights, bias, record | quality)
+
+
+def looked_at(training: Sequence[CaptionedImage]) -> Sequence[CaptionedImage]:
+    """At most `TRAINING` of the training images, evenly chosen."""
+    return training[:: max(1, -(-len(training) // TRAINING))]
+
+
+def _length(captioner: Captioner) -> dict[str, int]:
+    """The longest caption, as `Captioner.stream` has it where nothing is asked."""
+    return {"max_new_tokens": captioner.model.decode_options({})["max_new_tokens"]}
+
+
+def run(config: CalibrateConfig) -> int:
+    """`clipcap calibrate`: learn, say how well it went, and write the file."""
+    from tqdm import tqdm
+
+    from clipcap.captioner import Captioner
+    from clipcap.model import PACKAGED
+    from common.pretrained import saving
+
+    if config.split == "train":
+        raise UserError("split is 'train', whose images the captioner knows: choose val or test.")
+    place = Path(PACKAGED.get(config.model, Path(config.model).expanduser()))
+    if not place.is_dir():
+        raise UserError(f"model {config.model!r} is no directory here, where {FILE} could be written: give one.")
+    device = start(config.runtime)
+    everything = read_dataset(config.data, images=config.images, skip_missing=config.skip_missing, format=config.format)
+    splits: dict[str, list[CaptionedImage]] = {"train": [], config.split: []}
+    for item in everything:
+        if item.captions:
+            splits.setdefault(item.split, []).append(item)
+    for name in ("train", config.split):
+        several = splits[name]
+        if not several or any(item.embedding_row is not None for item in several):
+            raise UserError(f"{str(config.data)!r} has no images of split {name!r} with captions: give some.")
+    others = []
+    if config.others is not None:
+        more = read_dataset(config.others, images=config.others_images, skip_missing=config.skip_missing)
+        others = [item for item in more if item.split == config.split and item.captions]
+        if not others:
+            raise UserError(f"{str(config.others)!r} has no images of split {config.split!r} with captions: give some.")
+    captioner = Captioner.from_pretrained(config.model, device=device)
+    skipped: list[ImageError] = []
+    total = len(looked_at(splits["train"])) + len(splits[config.split]) + len(others)
+    with tqdm(total=total, unit=" images") as bar:
+        found = calibrate(
+            captioner,
+            splits["train"],
+            splits[config.split],
+            others,
+            language=config.language,
+            on_error=skipped.append,
+            progress=lambda done: bar.update(done - bar.n),
+            max_pixels=config.limit.max_pixels,
+        )
+    if skipped:
+        print(f"skipped {len(skipped)} images, the first: {printable(skipped[0])}", file=sys.stderr)
+    with saving(place / FILE, "calibration"):
+        found.save(place / FILE)
+    record = found.record
+    learned, right = record["images"]["learned from"], f"{record['right']:.0%}"
+    print(
+        f"{record['captions']} captions of {learned} images, {right} of them right; on images left out, "
+        f"AUROC {record['AUROC']:.2f} and Brier score {record['Brier score']:.3f} "
+        f"({record['Brier score of the mean']:.3f} of always saying {right})."
+    )
+    print(f"confidence: {place / FILE}")
+    return 0
