@@ -30,10 +30,11 @@ from recycle_gpt2.corpus import (
 )
 from recycle_gpt2.documents import find_texts, read_documents, size_of
 from recycle_gpt2.evaluate import DocumentScore, compare, score_documents, shown, summarise_by, table
-from recycle_gpt2.lexical import RowsConfig, train_only
+from recycle_gpt2.lexical import MIXED, RowsConfig, train_only
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary, require_direction, word_tokens
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
+from recycle_gpt2.rows import require_rows
 from recycle_gpt2.sampling import sample
 from recycle_gpt2.splits import SHARES
 from recycle_gpt2.stages import (
@@ -98,8 +99,8 @@ class RunConfig:
     workers: int = 1
     """Processes that tokenize the corpus."""
     dictionary: Path | None = None
-    """File of target word, tab, English word in each line: with focus, these words take their translations' rows; with
-    any other initialisation, it measures the lexicon."""
+    """File of target word, tab, English word in each line: with focus and transplant, these words take their
+    translations' rows; with any other initialisation, it measures the lexicon."""
     large_share: float = 0.25
     """Length of relearning in the large model, as a share of that in the small one; 0 leaves it out."""
     unfreeze: Literal["all", "top", "none"] = "all"
@@ -190,6 +191,7 @@ def recycle(config: RunConfig) -> Path:
         require_at_least(name, getattr(config, name), 0)
     if not min(config.shares) > 0:
         raise UserError(f"shares are {config.shares}: use three above 0, each of train, valid and test is needed.")
+    require_rows(config.rows)
     if config.dictionary is not None:
         read_dictionary(config.dictionary)
     if config.out.name in ("", ".."):
@@ -243,7 +245,7 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
         tokenizer=tokenizer_directory,
         out=begin("relearn"),
         model=config.small,
-        dictionary=config.dictionary if config.rows.initialisation == "focus" else None,
+        dictionary=config.dictionary if config.rows.initialisation in MIXED else None,
         rows=config.rows,
         stage=config.stage,
         runtime=config.runtime,
@@ -436,8 +438,8 @@ def _make_lexicon(config: RunConfig, model: Path, directory: Path) -> dict[str, 
         model=model,
         source=config.large or config.small,
         out=path,
-        # What made the rows of focus would only be found in them again.
-        dictionary=None if config.rows.initialisation == "focus" else config.dictionary,
+        # What made the rows would only be found in them again.
+        dictionary=None if config.rows.initialisation in MIXED else config.dictionary,
         device=config.runtime.device,
     )
     try:

@@ -25,14 +25,13 @@ from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.corpus import corpus_hash
 from recycle_gpt2.lexical import (
     RowsConfig,
-    cooccurrence_embeddings,
-    initialise,
     layers_from_top,
     replace_lexical,
     tables_to_align,
     train_only,
 )
 from recycle_gpt2.records import RENEW, read_json, reading
+from recycle_gpt2.rows import new_rows
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 from recycle_gpt2.training import StageConfig, StageRecord, train_stage
 
@@ -64,7 +63,8 @@ class RelearnConfig:
     model: str = "gpt2"
     """The model: tiny, tiny-medium, gpt2, distilgpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory."""
     dictionary: Path | None = None
-    """For focus: a file of target word, tab, English word in each line; these words take their translations' rows."""
+    """For focus and transplant: a file of target word, tab, English word in each line; these words take their
+    translations' rows."""
     keep_table: bool = False
     """Go on from the token table that the model has (it was aligned or relearned), instead of a new one."""
     rows: RowsConfig = field(default_factory=RowsConfig)
@@ -125,7 +125,13 @@ def stage_settings(config: Any) -> dict[str, Any]:
 
 def file_hash(path: Path) -> str | None:
     """SHA-256 of what a file holds; None where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def model_hash(model: Path | str) -> str | None:
@@ -296,7 +302,9 @@ def relearn(config: RelearnConfig) -> Path:
         tokenizer = english if config.keep_table else load_tokenizer(config.tokenizer)
         _require_same_tokenizer(train, tokenizer, config.corpus)
         if not config.keep_table:
-            replace_lexical(model, tokenizer, *new_rows(config, model, english, tokenizer, train))
+            seed = config.runtime.seed
+            found = new_rows(config.rows, model, english, tokenizer, train, seed=seed, dictionary=config.dictionary)
+            replace_lexical(model, tokenizer, *found)
         train_only(model, positions=config.rows.positions, norms=config.rows.norms)
         record = train_stage(
             model,
@@ -316,41 +324,10 @@ def relearn(config: RelearnConfig) -> Path:
         "tokenizer": file_hash(config.tokenizer / "tokenizer.json"),
         "model": model_hash(config.model),
         "dictionary": file_hash(config.dictionary) if config.dictionary else None,
+        "vectors": file_hash(config.rows.vectors) if config.rows.vectors else None,
     }
     once(config.out, config, work, inputs=inputs, everyone=True)
     return config.out / MODEL
-
-
-def new_rows(
-    config: RelearnConfig,
-    model: PreTrainedModel,
-    english: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase,
-    train: TokenBlocks,
-) -> list[torch.Tensor]:
-    """The token table that relearning begins with, and the output's where the model has two."""
-    auxiliary = None
-    if config.rows.initialisation == "focus":
-        auxiliary = cooccurrence_embeddings(
-            train.tokens(0, min(train.num_tokens, 20_000_000)),  # as many as tell the vocabulary's company
-            len(tokenizer),
-            seed=config.runtime.seed,
-            end=tokenizer.eos_token_id,
-        )
-    generator, counts = torch.Generator().manual_seed(config.runtime.seed), train.counts()
-    return [
-        initialise(
-            config.rows.initialisation,
-            rows,
-            english,
-            tokenizer,
-            generator=generator,
-            target_counts=counts,
-            dictionary=config.dictionary,
-            auxiliary=auxiliary,
-        )
-        for rows in token_tables(model)
-    ]
 
 
 def align_models(config: AlignConfig) -> Path:

@@ -34,6 +34,7 @@ from experiments.languages.arms import (
     FROZEN,
     MEDIUM,
     METHODS,
+    SHUFFLED_RANDOM,
     UNFROZEN,
     WHOLE,
     Config,
@@ -311,7 +312,7 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
         if name == "least squares, chosen options":
             settings = settings | choose_options(*tables, method="least_squares", generator=generator).arguments()
         budgets = [0, config.brief_tokens]
-        if name == "random rows":
+        if not settings:
             budgets += [2 * config.brief_tokens, 4 * config.brief_tokens]
         for tokens in budgets:
             directory = language.directory / "alignment" / f"{slug(name)}-{tokens}"
@@ -325,7 +326,8 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
                 overlap = neighbour_overlap(target, rows)
                 error = held_out_error(*tables, generator=torch.Generator().manual_seed(0), **settings)
             else:
-                rows = first_rows("random", large, english, language, torch.Generator().manual_seed(0))
+                how = config.initialisation if name == "FOCUS rows" else "random"
+                rows = first_rows(how, large, english, language, torch.Generator().manual_seed(0))
                 overlap = error = None  # type: ignore[assignment]
             replace_lexical(model, language.tokenizer, rows)
             record = None
@@ -383,7 +385,11 @@ def main(config: Config) -> None:
     best = rates(config, language)
 
     def run(arm: str, name: str, **changes: Any) -> dict[str, Any]:
-        first = {UNFROZEN: "frozen English", **dict.fromkeys(MEDIUM, "all from English")}.get(arm, arm)
+        first = {
+            UNFROZEN: "frozen English",
+            SHUFFLED_RANDOM: "frozen shuffled English",
+            **dict.fromkeys(MEDIUM, "all from English"),
+        }.get(arm, arm)
         settings = dict(
             seed=0, tokens=config.tokens, rate=best[first], unfrozen_rate=best[UNFROZEN] if arm == UNFROZEN else 0.0
         )

@@ -17,6 +17,7 @@ from common.checks import UserError
 from common.files import MARKER
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
+from recycle_gpt2 import rows as rows_module
 from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
 from recycle_gpt2.alignment import AlignmentConfig
@@ -272,16 +273,12 @@ def test_focus_with_a_dictionary_still_mixes_the_other_rows(
     build_corpus([text], tokenizer, tmp_path / "corpus", block=16, shares=(0.8, 0.1, 0.1), progress=False)
     (tmp_path / "words.tsv").write_text("kat\tcat\n")
     given = {}
-    monkeypatch.setattr(stages_module, "initialise", lambda *args, **kwargs: given.update(kwargs))
-    config = RelearnConfig(
-        corpus=tmp_path / "corpus",
-        tokenizer=tmp_path,
-        out=tmp_path / "out",
-        rows=RowsConfig(initialisation="focus"),
-        dictionary=tmp_path / "words.tsv",
-    )
+    monkeypatch.setattr(rows_module, "initialise", lambda *args, **kwargs: given.update(kwargs))
     model, english = load_gpt2(english_models[0])
-    stages_module.new_rows(config, model, english, tokenizer, stages_module.TokenBlocks(tmp_path / "corpus", "train"))
+    train = stages_module.TokenBlocks(tmp_path / "corpus", "train")
+    rows_module.new_rows(
+        RowsConfig(initialisation="focus"), model, english, tokenizer, train, seed=0, dictionary=tmp_path / "words.tsv"
+    )
     assert given["auxiliary"].shape[0] == len(tokenizer) and given["dictionary"] == tmp_path / "words.tsv"
 
 
