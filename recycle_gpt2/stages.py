@@ -16,7 +16,7 @@ import torch
 
 from common.checks import UserError, require_directory, require_same_settings, require_text
 from common.files import require_own_directory, whole_directory, write_json
-from common.gpt2 import load_gpt2, token_tables
+from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import flat, settings_of

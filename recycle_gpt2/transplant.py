@@ -15,7 +15,7 @@ from common.checks import UserError, require_at_least
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPARSITY = 4
+SPARSITY = 2
 """Shared tokens that a new one is a combination of: best of 2 to 32 before training, with vectors of 128 dimensions."""
 COEFFICIENTS = 1 << 24
 """That are held at once."""

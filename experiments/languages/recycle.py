@@ -194,7 +194,7 @@ def run_arm(
         "train_tokens_available": language.train.num_tokens,
         "val_loss": records[-1].val_loss,
         "stages": [asdict(record) for record in records],
-        "initialisation": "GPT-2's own" if arm in FRESH else config.initialisation,
+        "initialisation": _initialisation(arm, config),
         "vocab_size": len(language.tokenizer),
         "held_out": score_held_out(model, language.tokenizer, language) if report else None,
         "cpu_seconds": round(time.process_time() - begun, 1),
@@ -215,6 +215,13 @@ def run_arm(
         flush=True,
     )
     return result
+
+
+def _initialisation(arm: str, config: Config) -> str:
+    """What the record says of an arm's rows."""
+    if arm in FRESH:
+        return "GPT-2's own"
+    return "random" if arm == SHUFFLED_RANDOM else config.initialisation
 
 
 def tuned(arm: str, config: Config, language: Language) -> float:

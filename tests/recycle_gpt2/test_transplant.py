@@ -47,7 +47,9 @@ def test_a_combination_of_few_anchors_has_the_same_combination_of_rows(generator
     torch.testing.assert_close(transplant(vector[None], anchors, rows)[0], weights @ rows[chosen], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(transplant(anchors, anchors, rows), rows, atol=1e-4, rtol=1e-4)
     linear = torch.randn(64, 8, generator=generator)
-    torch.testing.assert_close(transplant(vector[None], anchors, anchors @ linear)[0], vector @ linear, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        transplant(vector[None], anchors, anchors @ linear)[0], vector @ linear, atol=1e-3, rtol=1e-3
+    )
 
 
 def test_transplant_refuses_what_cannot_be_matched():
@@ -76,7 +78,11 @@ def test_half_a_character_is_the_mean_of_its_bytes(english_tokenizer):
     from recycle_gpt2.tokenizer import train_tokenizer
 
     target = train_tokenizer(["中上下不" * 40, "丁七丈三" * 40], 265)
-    parts = [token for token in target.get_vocab() if len(token) == 2 and "\ufffd" in target.convert_tokens_to_string([token])]
+    parts = [
+        token
+        for token in target.get_vocab()
+        if len(token) == 2 and "\ufffd" in target.convert_tokens_to_string([token])
+    ]
     assert parts
     source, spelled = torch.eye(310), english_tokenizer.get_vocab()
     means = subword_means(source, english_tokenizer, target)
