@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 from common.checks import UserError, require_file
 from common.gpt2 import token_tables
 from recycle_gpt2.blocks import TokenBlocks
+from recycle_gpt2.extend import extends
 from recycle_gpt2.lexical import MIXED, RowsConfig, cooccurrence_embeddings, initialise
 from recycle_gpt2.vectors import read_vectors
 
@@ -42,7 +44,10 @@ def new_rows(
     seed: int,
     dictionary: Path | None = None,
 ) -> list[torch.Tensor]:
-    """The token table that relearning begins with, and the output's where the model has two."""
+    """The token table that relearning begins with, and the output's where the model has two.
+
+    Of a tokenizer that extends the English one, the English tokens keep their rows, whatever the initialisation.
+    """
     require_rows(config)
     auxiliary = None
     if config.vectors is not None:
@@ -51,7 +56,7 @@ def new_rows(
         ids = train.tokens(0, min(train.num_tokens, MOST_TOKENS))
         auxiliary = cooccurrence_embeddings(ids, len(tokenizer), seed=seed, end=tokenizer.eos_token_id)
     generator, counts = torch.Generator().manual_seed(seed), train.counts()
-    return [
+    tables = [
         initialise(
             config.initialisation,
             rows,
@@ -64,3 +69,17 @@ def new_rows(
         )
         for rows in token_tables(model)
     ]
+    return with_english(tables, token_tables(model), english, tokenizer)
+
+
+def with_english(
+    tables: Sequence[torch.Tensor],
+    own: Sequence[torch.Tensor],
+    english: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[torch.Tensor]:
+    """The new `tables`, in which the English tokens of an extended vocabulary have the model's `own` rows."""
+    if not extends(english, tokenizer):
+        return list(tables)
+    kept = len(english)
+    return [torch.cat([rows[:kept].to(table), table[kept:]]) for table, rows in zip(tables, own, strict=True)]

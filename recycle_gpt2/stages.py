@@ -16,13 +16,14 @@ import torch
 
 from common.checks import UserError, require_directory, require_same_settings, require_text
 from common.files import require_own_directory, whole_directory, write_json
-from common.gpt2 import load_gpt2
+from common.gpt2 import load_gpt2, token_tables
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import flat, settings_of
 from recycle_gpt2.alignment import AlignmentConfig, align, choose_options, held_out_error, neighbour_overlap
 from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.corpus import corpus_hash
+from recycle_gpt2.extend import require_share
 from recycle_gpt2.lexical import (
     RowsConfig,
     layers_from_top,
@@ -31,7 +32,8 @@ from recycle_gpt2.lexical import (
     train_only,
 )
 from recycle_gpt2.records import RENEW, read_json, reading
-from recycle_gpt2.rows import new_rows
+from recycle_gpt2.replay import WithReplay
+from recycle_gpt2.rows import new_rows, with_english
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 from recycle_gpt2.training import StageConfig, StageRecord, train_stage
 
@@ -100,6 +102,10 @@ class FinetuneConfig:
     """Where the run goes; the model is in its folder `model`."""
     unfreeze: Literal["all", "top"] = "all"
     """all at once, or top: layer by layer from the output, an equal share of the training for each step."""
+    english: Path | None = None
+    """For replay: directory that `recycle-gpt2 corpus` wrote of English text, with this model's tokenizer."""
+    replay: float = 0.0
+    """Share of the blocks that are of that corpus, so that less English is forgotten; they count among the tokens."""
     stage: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-4))
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -358,7 +364,7 @@ def align_models(config: AlignConfig) -> Path:
             settings |= options.arguments()
         found = [align(*rows, **settings) for rows in several]
         aligned = found[0]
-        replace_lexical(large, tokenizer, *found)
+        replace_lexical(large, tokenizer, *with_english(found, token_tables(large), large_tokenizer, tokenizer))
         save_model(large, tokenizer, config.out / MODEL)
         return {
             "settings": settings,
@@ -394,12 +400,20 @@ def require_shared_vocabulary(
 
 def finetune(config: FinetuneConfig) -> Path:
     """Unfreeze the layers, all at once or from the top, train on, and return the model's directory."""
+    require_share(config.replay)
+    if (config.english is None) != (config.replay == 0):
+        raise UserError(f"replay is {config.replay:g} and English {config.english}: give both, or neither.")
 
     def work() -> dict[str, Any]:
         start(config.runtime)
         model, tokenizer = load_gpt2(config.model)
         train, valid = (TokenBlocks(config.corpus, split) for split in ("train", "valid"))
         _require_same_tokenizer(train, tokenizer, config.corpus)
+        blocks: TokenBlocks | WithReplay = train
+        if config.english is not None:
+            english = TokenBlocks(config.english, "train", block=train.block)
+            _require_same_tokenizer(english, tokenizer, config.english)
+            blocks = WithReplay(train, english, config.replay)
         records = []
         steps = unfreezing(config.unfreeze, model.config.num_hidden_layers)
         part = replace(
@@ -411,7 +425,7 @@ def finetune(config: FinetuneConfig) -> Path:
             train_only(model, layers=layers)
             directory = config.out / TRAINING / (f"step-{number}" if len(steps) > 1 else "")
             # Each step, a share of an epoch, sees other blocks; 0 and 1 are the orders of relearning.
-            records.append(train_stage(model, train, valid, directory, part, runtime=config.runtime, order=number + 1))
+            records.append(train_stage(model, blocks, valid, directory, part, runtime=config.runtime, order=number + 1))
         if is_first_process():
             save_model(model, tokenizer, config.out / MODEL)
         last = records[-1]
@@ -425,6 +439,8 @@ def finetune(config: FinetuneConfig) -> Path:
         )
 
     inputs = {"corpus": corpus_hash(config.corpus), "model": model_hash(config.model)}
+    if config.english is not None:
+        inputs["english"] = corpus_hash(config.english)
     once(config.out, config, work, inputs=inputs, everyone=True)
     return config.out / MODEL
 

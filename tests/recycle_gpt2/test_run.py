@@ -20,6 +20,7 @@ from common.runtime import RuntimeConfig
 from recycle_gpt2 import rows as rows_module
 from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
+from recycle_gpt2 import takeover
 from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.corpus import build_corpus, text_hash
 from recycle_gpt2.lexical import RowsConfig
@@ -333,12 +334,12 @@ def test_a_run_of_version_0_1_goes_on_with_the_text_that_it_had(tmp_path, text, 
     for stage in ("tokenizer", "corpus"):
         (work / stage).mkdir(parents=True)
         (work / stage / "done.json").write_text('{"tokens": 320}')
-    for recorded, same in ((run_module._sampled_hash((Path("text"),)), True), (sampled, False)):
+    for recorded, same in ((takeover.sampled_hash((Path("text"),)), True), (sampled, False)):
         for stage in ("tokenizer", "corpus"):
             record = {"text": ["text"], "vocab_size": 320, "seed": 0, "inputs": {"text": recorded}}
             (work / stage / "settings.json").write_text(json.dumps(record))
         text_now = text_hash([Path("text")])
-        run_module._take_over(config, work, text_now)
+        takeover.take_over(config.text, work, text_now)
         printed = capsys.readouterr().out
         assert ("begun by version 0.1 with the same text: it goes on" in printed) is same
         inputs = json.loads((work / "corpus" / "settings.json").read_text())["inputs"]
@@ -350,7 +351,7 @@ def test_a_run_of_version_0_1_goes_on_with_the_text_that_it_had(tmp_path, text, 
         (work / name / "done.json").write_text("{}")
     with pytest.raises(UserError, match="take the place of 'config.json'"):
         run_module._require_own(config, work, text_now)  # it is to be made of another text
-    record["inputs"]["text"] = run_module._sampled_hash((Path("text"),))
+    record["inputs"]["text"] = takeover.sampled_hash((Path("text"),))
     (work / "corpus" / "settings.json").write_text(json.dumps(record))
     run_module._require_own(config, work, text_now)  # nothing is left to make
     (work / "finetune" / "done.json").unlink()
