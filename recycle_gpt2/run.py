@@ -27,6 +27,7 @@ from recycle_gpt2.corpus import (
     text_hash,
 )
 from recycle_gpt2.documents import read_documents
+from recycle_gpt2.duplicates import DuplicatesConfig
 from recycle_gpt2.evaluate import DocumentScore, compare, score_documents, shown, summarise_by, table
 from recycle_gpt2.extend import EnglishConfig
 from recycle_gpt2.lexical import MIXED, RowsConfig, train_only
@@ -126,6 +127,7 @@ class RunConfig:
     """Upload OUT to this repository (user/name) of the Hugging Face hub when it is finished."""
     options: TokenizerOptions = field(default_factory=TokenizerOptions)
     kept: EnglishConfig = field(default_factory=EnglishConfig)
+    drop: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     reading: TextOptions = field(default_factory=TextOptions)
     rows: RowsConfig = field(default_factory=RowsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
@@ -156,6 +158,7 @@ class _Corpus:
     shares: tuple[float, float, float]
     seed: int
     column: str
+    duplicates: str
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
     corpus = begin("corpus")
     once(
         corpus,
-        _Corpus(config.text, block, config.shares, seed, column),
+        _Corpus(config.text, block, config.shares, seed, column, config.drop.duplicates),
         lambda: _make_corpus(config, config.text, tokenizer_directory, corpus, block),
         inputs=text | {"tokenizer": file_hash(tokenizer_directory / "tokenizer.json")},
     )
@@ -267,7 +270,7 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
     if replayed is not None:
         once(
             replayed,
-            _Corpus(kept.english, block, config.shares, seed, column),
+            _Corpus(kept.english, block, config.shares, seed, column, config.drop.duplicates),
             lambda: _make_corpus(config, kept.english, tokenizer_directory, replayed, block),
             inputs=english | {"tokenizer": file_hash(tokenizer_directory / "tokenizer.json")},
         )
@@ -414,6 +417,7 @@ def _make_corpus(
         shares=config.shares,
         workers=config.workers,
         seed=config.runtime.seed,
+        duplicates=config.drop.duplicates,
         reading=config.reading,
     )
     return read_manifest(directory)

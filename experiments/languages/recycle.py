@@ -79,7 +79,12 @@ def prepare(config: Config) -> Language:
         save_tokenizer(made, directory / "tokenizer")
     tokenizer = load_tokenizer(directory / "tokenizer")
     corpus = build_corpus(
-        [texts["train"]], tokenizer, directory / "corpus", block=config.block, shares=(0.98, 0.015, 0.005)
+        [texts["train"]],
+        tokenizer,
+        directory / "corpus",
+        block=config.block,
+        shares=(0.98, 0.015, 0.005),
+        duplicates="paragraphs",
     )
     train, valid = (TokenBlocks(corpus, split) for split in ("train", "valid"))
     path = directory / "auxiliary.npy"

@@ -134,7 +134,14 @@ def prepare_language(config: Config, name: str) -> Setting:
     _, tokenizer = load_gpt2(config.model, frozen=True)
     corpora = language.directory / "corpus", language.directory / "corpus-own"
     train_text = language.directory / "train.txt"
-    build_corpus([train_text], tokenizer, corpora[1], block=config.block, shares=(0.98, 0.015, 0.005))
+    build_corpus(
+        [train_text],
+        tokenizer,
+        corpora[1],
+        block=config.block,
+        shares=(0.98, 0.015, 0.005),
+        duplicates="paragraphs",
+    )
     own = TokenBlocks(corpora[1], "train"), TokenBlocks(corpora[1], "valid")
     counts = [read_manifest(corpus)["splits"]["valid"] for corpus in corpora]
     english = [Document(text, "eng", "English") for text in read_split(config.text, "eng", "valid")]
