@@ -261,7 +261,7 @@ def _length(captioner: Captioner) -> dict[str, int]:
 
 def run(config: CalibrateConfig) -> int:
     """`clipcap calibrate`: learn, say how well it went, and write the file."""
-    from tqdm import tqdm
+    from common.progress import Progress
 
     from clipcap.captioner import Captioner
     from clipcap.model import PACKAGED
@@ -291,7 +291,7 @@ def run(config: CalibrateConfig) -> int:
     captioner = Captioner.from_pretrained(config.model, device=device)
     skipped: list[ImageError] = []
     total = len(looked_at(splits["train"])) + len(splits[config.split]) + len(others)
-    with tqdm(total=total, unit=" images") as bar:
+    with Progress(total=total, unit=" images") as bar:
         found = calibrate(
             captioner,
             splits["train"],

@@ -78,7 +78,7 @@ def neighbour_reference(clip: FrozenCLIP, data: Path, images: Path | None, store
     Raises:
         UserError: the data set or the store cannot be used.
     """
-    from tqdm import tqdm
+    from common.progress import Progress
 
     from clipcap.data.dataset import read_dataset
     from clipcap.data.embeddings import build_store
@@ -86,7 +86,7 @@ def neighbour_reference(clip: FrozenCLIP, data: Path, images: Path | None, store
     items = [item for item in read_dataset(data, images=images) if item.captions]
     if not items:
         raise UserError(f"neighbours {str(data)!r} has no captions: give captioned images.")
-    with tqdm(total=len(items), desc="embedding neighbours", unit=" images") as bar:
+    with Progress(total=len(items), desc="embedding neighbours", unit=" images") as bar:
         found = build_store(items, clip, store, progress=lambda done: bar.update(done - bar.n))
     kept = [item for item in items if item.image_id in found]
     rows = torch.stack([found[found.row(item.image_id)] for item in kept])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -206,3 +207,69 @@ def score(
     finally:
         model.train(was_training)
     return Score(nats, len(ids) - 1)
+
+
+@torch.no_grad()
+def score_texts(
+    model: PreTrainedModel,
+    texts: Sequence[Int[Tensor, " _"] | np.ndarray | list[int]],
+    *,
+    block: int = 1024,
+    stride: int = 512,
+    chunk: int = 2048,
+    at_once: int = 8192,
+) -> list[Score]:
+    """What `score` says of each text, its windows batched with those of the others.
+
+    Windows of similar length make a batch; what fills the shorter ones up comes after them, where a causal decoder does
+    not see it.
+
+    Args:
+        model, block, stride, chunk: as in `score`.
+        texts: each with at least two tokens.
+        at_once: tokens in a batch, filling included, or one window.
+
+    Raises:
+        UserError: as in `score`.
+    """
+    block = min(block, positions(model.config))
+    require_at_least("block", block, 2)
+    require_at_least("stride", stride, 1)
+    stride = min(stride, block - 1)
+    windows: list[tuple[int, Tensor, int]] = []  # text, tokens, those that are scored
+    for number, text in enumerate(texts):
+        ids = torch.as_tensor(text, dtype=torch.long).flatten()
+        if len(ids) < 2:
+            raise UserError(f"text has {len(ids)} tokens: scoring needs at least 2 (the first is context only).")
+        scored = 1
+        for begin in range(0, len(ids), stride):
+            window = ids[begin : begin + block]
+            fresh = begin + len(window) - scored
+            if fresh > 0:
+                windows.append((number, window, fresh))
+                scored = begin + len(window)
+            if scored == len(ids):
+                break
+    windows.sort(key=lambda window: len(window[1]), reverse=True)
+    nats, head = [0.0] * len(texts), output_head(model)
+    was_training = model.training
+    model.eval()
+    try:
+        done = 0
+        while done < len(windows):
+            batch = windows[done : done + max(1, at_once // len(windows[done][1]))]
+            done += len(batch)
+            ids = torch.nn.utils.rnn.pad_sequence([window for _, window, _ in batch], batch_first=True).to(model.device)
+            hidden = base_model(model)(input_ids=ids, use_cache=False).last_hidden_state  # (b, t, d)
+            losses = []
+            for row, (_, window, fresh) in enumerate(batch):
+                first, last = len(window) - fresh, len(window)
+                wanted = ids[row, first:last]
+                losses.append(
+                    head_cross_entropy(hidden[row, first - 1 : last - 1], head, wanted, chunk=chunk, reduction="sum")
+                )
+            for (number, _, _), loss in zip(batch, torch.stack(losses).tolist(), strict=True):
+                nats[number] += loss
+    finally:
+        model.train(was_training)
+    return [Score(found, len(text) - 1) for found, text in zip(nats, texts, strict=True)]

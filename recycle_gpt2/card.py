@@ -7,6 +7,13 @@ from typing import Any
 
 from recycle_gpt2.evaluate import interval
 
+DROPPED = {
+    "documents": "Exact duplicates of documents",
+    "near": "Exact and near duplicates of documents (MinHash)",
+    "paragraphs": "Exact duplicates of documents and paragraphs",
+}
+"""What `--duplicates` leaves out; a corpus that does not say is of an earlier version."""
+
 
 def model_card(
     *,
@@ -94,7 +101,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 {splits["train"]["documents"]:,} documents of {splits["train"]["bytes"]:,} bytes, {splits["train"]["tokens"]:,} tokens;
 {splits["valid"]["documents"]:,} documents held out for choices and {splits["test"]["documents"]:,} for the scores
-below. Exact duplicates of documents and paragraphs were dropped. Vocabulary: {vocabulary}.
+below. {DROPPED[corpus.get("duplicates", "paragraphs")]} were dropped. Vocabulary: {vocabulary}.
 
 ## Training
 

@@ -14,8 +14,9 @@ from common.checks import UserError, require_at_least, require_between, require_
 from common.files import claimed, sync_directory, write_json
 from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, files_of, find_texts, size_of
+from recycle_gpt2.duplicates import DUPLICATES, DuplicatesConfig, Selection
 from recycle_gpt2.records import MALFORMED, read_json, reading
-from recycle_gpt2.shards import CHUNK, COUNTED, SHARD_FILE, Selection, shard_path, write_shards
+from recycle_gpt2.shards import CHUNK, COUNTED, SHARD_FILE, shard_path, write_shards
 from recycle_gpt2.splits import SHARES, SPLITS, require_shares
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 
@@ -46,6 +47,7 @@ class CorpusConfig:
     """Processes that tokenize."""
     seed: int = 0
     """Another seed holds out other documents."""
+    drop: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     reading: TextOptions = field(default_factory=TextOptions)
 
 
@@ -62,6 +64,7 @@ def run(config: CorpusConfig) -> None:
             shares=config.shares,
             workers=config.workers,
             seed=config.seed,
+            duplicates=config.drop.duplicates,
             reading=config.reading,
         )
     manifest = read_manifest(directory)
@@ -69,7 +72,10 @@ def run(config: CorpusConfig) -> None:
         counts = manifest["splits"][split]
         print(f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {counts['tokens']:,} tokens")
     dropped = manifest["dropped"]
-    print(f"duplicates dropped: {dropped['documents']:,} documents, {dropped['paragraphs']:,} paragraphs")
+    print(
+        f"duplicates dropped: {dropped['documents']:,} documents, {dropped.get('near', 0):,} near duplicates, "
+        f"{dropped['paragraphs']:,} paragraphs"
+    )
 
 
 def build_corpus(
@@ -81,16 +87,17 @@ def build_corpus(
     shares: tuple[float, float, float] = SHARES,
     workers: int = 1,
     seed: int = 0,
+    duplicates: str = "documents",
     reading: TextOptions | None = None,
     progress: bool = True,
     chunk: int = CHUNK,
 ) -> Path:
     """Write the documents of `paths` as token ids in shards, with the texts of held-out documents and a manifest.
 
-    Documents and paragraphs that have occurred before (byte for byte, white space at the ends aside) are dropped. The
-    split of a document depends on its text and `seed` alone. After every document comes an end token. The files do not
-    depend on `workers`; a stopped call resumes and ends in the same bytes; a finished corpus of
-    the same files and settings is used again.
+    Documents that have occurred before (byte for byte, white space at the ends of lines aside) are dropped, and more if
+    `duplicates` says so. The split of a document depends on its text and `seed` alone. After every document comes an
+    end token. The files do not depend on `workers`; a stopped call resumes and ends in the same
+    bytes; a finished corpus of the same files and settings is used again.
 
     Args:
         paths: what `read_documents` takes.
@@ -100,6 +107,7 @@ def build_corpus(
         shares: of the documents in train, valid and test; they sum to 1.
         workers: processes that tokenize.
         seed: another seed holds out other documents.
+        duplicates: what is dropped; see `DuplicatesConfig`.
         reading: the column of the text, and the share that may be bad.
         progress: show a bar of bytes read, with tokens per second.
         chunk: UTF-8 bytes of text in a shard.
@@ -115,6 +123,7 @@ def build_corpus(
     require_at_least("seed", seed, 0)
     require_at_least("chunk", chunk, 1)
     require_shares(shares)
+    require_one_of("duplicates", duplicates, DUPLICATES)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError("the tokenizer is not a fast one with an end token: train one with `recycle-gpt2 tokenizer`.")
     out, reading = Path(out), reading or TextOptions()
@@ -131,6 +140,7 @@ def build_corpus(
         "chunk": chunk,
         "text": text_hash(paths, progress=progress),
         "column": reading.column,
+        "duplicates": duplicates,
     }
     finished = out / "manifest.json"
     if finished.is_file():
@@ -138,6 +148,7 @@ def build_corpus(
         if "sources" in old and old["sources"] == _sources_of(paths):  # of version 0.1, which knew texts by these
             old["text"] = key["text"]
         old.setdefault("column", TextOptions().column)  # of an earlier version, which read no other
+        old.setdefault("duplicates", "paragraphs")  # which it always dropped
         if all(old.get(name) == value for name, value in key.items()):
             read_manifest(out)
             return out
@@ -148,7 +159,7 @@ def build_corpus(
     for leftover in shards.glob(".*.tmp"):  # of a call that was killed while it wrote; `_require_own` knows them all
         leftover.unlink()
 
-    selection = Selection(shares, seed)
+    selection = Selection(shares, seed, duplicates)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
     metas = write_shards(paths, reading, selection, shards, key["tokenizer"], setup, workers, chunk, progress)
     for file in shards.iterdir():  # of another, longer corpus
@@ -172,7 +183,12 @@ def build_corpus(
             f"the corpus has {totals['train']['tokens']} training tokens, less than a block of {block}: "
             f"give more text or a smaller block."
         )
-    dropped = {"documents": selection.duplicates, "emptied": selection.emptied, "paragraphs": selection.repeated}
+    dropped = {
+        "documents": selection.duplicates,
+        "near": selection.near,
+        "emptied": selection.emptied,
+        "paragraphs": selection.repeated,
+    }
     lengths = [{split: meta["counts"][split]["tokens"] for split in SPLITS} for meta in metas]
     write_json(finished, {**key, "splits": totals, "dropped": dropped, "shards": lengths})
     return out

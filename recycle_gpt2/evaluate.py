@@ -15,7 +15,8 @@ import tyro
 from common.checks import UserError, printable, require_at_least, require_between, require_one_of, require_place
 from common.decoders.families import positions
 from common.files import write_json
-from common.language import MOST_RESAMPLES, score
+from common.language import MOST_RESAMPLES, score_texts
+from common.language import score as score  # one of the public names
 from common.progress import Progress
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
 from recycle_gpt2.bad_rows import TextOptions
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+BATCHED = 64
+"""Documents whose windows are batched together, those of similar length."""
 ALL = "all"
 """Name of the group of all documents."""
 
@@ -145,14 +148,15 @@ def score_documents(
     block = min(block, positions(model.config))
     stride = min(stride, max(1, block // 2))
     scores = []
+    remaining = iter(documents)
     with Progress(desc="scoring", unit=" tokens", disable=not progress, leave=False) as bar:
-        for document in documents:
-            ids = with_end(tokenizer, document.text)
-            if len(ids) < 2:
-                continue
-            found = score(model, ids, block=block, stride=stride)
-            scores.append(document_score(document, found.nats, found.tokens))
-            bar.update(found.tokens)
+        while some := list(islice(remaining, BATCHED)):
+            pairs = [(document, with_end(tokenizer, document.text)) for document in some]
+            pairs = [(document, ids) for document, ids in pairs if len(ids) > 1]
+            found = score_texts(model, [ids for _, ids in pairs], block=block, stride=stride)
+            for (document, _), one in zip(pairs, found, strict=True):
+                scores.append(document_score(document, one.nats, one.tokens))
+                bar.update(one.tokens)
     return scores
 
 

@@ -20,12 +20,15 @@ from common.decoders.families import is_norm, position_embeddings
 from common.gpt2 import replace_token_table, token_tables
 from common.runtime import fork_generators
 from recycle_gpt2.lexicon import read_dictionary, require_direction, word_tokens
+from recycle_gpt2.transplant import subword_means, transplant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Initialisation = Literal["random", "mean", "frequency", "copy", "focus"]
+Initialisation = Literal["random", "mean", "frequency", "copy", "subwords", "focus", "transplant"]
 INITIALISATIONS: tuple[str, ...] = get_args(Initialisation)
+MIXED = ("focus", "transplant")
+"""Initialisations that need vectors of the new tokens."""
 PIECE = 1 << 24
 """Values that are held at once where a whole matrix, or text, would not fit."""
 
@@ -36,7 +39,11 @@ class RowsConfig:
 
     initialisation: Initialisation = "random"
     """First values of the new rows: random (matched mean and variance), mean, frequency (rank), copy (tokens spelled
-    as English ones), focus (copied rows, and means of those that are alike in the new language's text)."""
+    as English ones). Beside these copied rows: subwords (means of a token's English pieces), focus (means of copied
+    rows that are alike in the new language's text), transplant (sparse combinations of them, by matching pursuit)."""
+    vectors: Path | None = None
+    """For focus and transplant: vectors of tokens or words in fastText's text format (.vec), instead of those made from
+    the text. Tokens without one begin as random rows."""
     positions: bool = False
     """Relearn the position embeddings too."""
     norms: bool = False
@@ -64,18 +71,21 @@ def initialise(
             "copy": the row of the source token that is spelled the same; random for the others.
             "focus": as "copy", and the others are means of the copied rows, weighted by how similar the tokens are in
             the auxiliary embeddings (FOCUS, Dobler & de Melo 2023), or their translations' rows by the dictionary.
+            "subwords": as "copy", and the others are means of the rows of their text's source tokens.
+            "transplant": as "focus", with sparse combinations instead of means (`recycle_gpt2.transplant`).
         source_table: the source model's token table.
         source_tokenizer: its tokenizer.
         target_tokenizer: the new language's.
         generator: of the random rows.
         source_counts: how often each source token occurs, for "frequency"; None ranks by id, as BPE's ids roughly do.
         target_counts: the same for the target's tokens.
-        dictionary: for "focus": a file of target word, tab, source word in each line.
-        auxiliary: for "focus": an embedding of each target token; see `cooccurrence_embeddings`.
+        dictionary: for "focus" and "transplant": a file of target word, tab, source word in each line.
+        auxiliary: for "focus" and "transplant": an embedding of each target token, 0 where none is known; see
+            `cooccurrence_embeddings` and `recycle_gpt2.vectors`.
 
     Raises:
-        UserError: an unknown name, counts or embeddings of another number of rows, or "focus" without both auxiliary
-            and dictionary.
+        UserError: an unknown name, counts or embeddings of another number of rows, or "focus" or "transplant" without
+            both auxiliary and dictionary.
     """
     require_one_of("initialisation", name, INITIALISATIONS)
     num_source, num_target = len(source_tokenizer), len(target_tokenizer)
@@ -99,13 +109,16 @@ def initialise(
         )
         both = min(num_source, num_target)
         rows[ranked_target[:both]] = source[ranked_source[:both]]
-    elif name in ("copy", "focus"):
+    elif name in ("copy", "subwords", *MIXED):
         target_ids, source_ids = same_tokens(source_tokenizer, target_tokenizer)
+        if name == "subwords":
+            for index, row in subword_means(source, source_tokenizer, target_tokenizer).items():
+                rows[index] = row
         rows[target_ids] = source[source_ids]
-        if name == "focus":
+        if name in MIXED:
             known = torch.zeros(num_target, dtype=torch.bool)
             known[target_ids] = True
-            _translate_and_mix(rows, known, source, source_tokenizer, target_tokenizer, dictionary, auxiliary)
+            _translate_and_mix(name, rows, known, source, source_tokenizer, target_tokenizer, dictionary, auxiliary)
     return rows.to(source_table.dtype)
 
 
@@ -321,6 +334,7 @@ def sparsemax(scores: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
 
 
 def _translate_and_mix(
+    name: str,
     rows: Tensor,
     known: Tensor,
     source: Tensor,
@@ -331,7 +345,7 @@ def _translate_and_mix(
 ) -> None:
     """Fill `rows` (n, d), in place: words by the dictionary, then what is not `known` yet by similar tokens."""
     if dictionary is None and auxiliary is None:
-        raise UserError("initialisation is 'focus' with neither auxiliary embeddings nor a dictionary: give one.")
+        raise UserError(f"initialisation is {name!r} with neither auxiliary embeddings nor a dictionary: give one.")
     if dictionary is not None:
         spelled = word_tokens(target_tokenizer, unspaced=True)
         words = {word.casefold(): index for word, index in reversed(spelled.items())}
@@ -352,6 +366,9 @@ def _translate_and_mix(
         anchors, others = (known & seen).nonzero()[:, 0], (~known & seen).nonzero()[:, 0]
         if not len(anchors):
             raise UserError("no token of the text is spelled as a source token: give a dictionary, or use random.")
+        if name == "transplant":
+            rows[others] = transplant(vectors[others], vectors[anchors], rows[anchors])
+            return
         for chunk in others.split(max(1, PIECE // len(anchors))):
             rows[chunk] = sparsemax(vectors[chunk] @ vectors[anchors].T) @ rows[anchors]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, Literal
 
 from common.checks import UserError, require_at_least, require_place, require_text
 from common.decoders.families import positions
-from common.files import MARKER, require_own_directory, write_json, write_text
+from common.files import MARKER, require_own_directory, write_text
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
@@ -28,18 +26,20 @@ from recycle_gpt2.corpus import (
     require_outside,
     text_hash,
 )
-from recycle_gpt2.documents import find_texts, read_documents, size_of
+from recycle_gpt2.documents import read_documents
+from recycle_gpt2.duplicates import DuplicatesConfig
 from recycle_gpt2.evaluate import DocumentScore, compare, score_documents, shown, summarise_by, table
-from recycle_gpt2.lexical import RowsConfig, train_only
+from recycle_gpt2.extend import EnglishConfig
+from recycle_gpt2.lexical import MIXED, RowsConfig, train_only
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary, require_direction, word_tokens
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
+from recycle_gpt2.rows import require_rows
 from recycle_gpt2.sampling import sample
 from recycle_gpt2.splits import SHARES
 from recycle_gpt2.stages import (
     DONE,
     MODEL,
-    SETTINGS,
     AlignConfig,
     FinetuneConfig,
     RelearnConfig,
@@ -55,27 +55,42 @@ from recycle_gpt2.stages import (
     save_model,
     wait_for,
 )
+from recycle_gpt2.takeover import sampled_hash, take_over
 from recycle_gpt2.tokenizer import (
+    VOCAB_SIZE,
     TokenizerOptions,
     describe,
+    extended,
     load_tokenizer,
+    require_extended,
     save_tokenizer,
     texts_but_test,
     train_tokenizer,
 )
 from recycle_gpt2.training import StageConfig
 
-STAGES = ("tokenizer", "corpus", "relearn", "align", "relearn-large", "finetune", "evaluate", "lexicon", "card")
+STAGES = (
+    "tokenizer",
+    "corpus",
+    "english",
+    "relearn",
+    "align",
+    "relearn-large",
+    "finetune",
+    "evaluate",
+    "lexicon",
+    "card",
+)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Make a GPT-2 of a new language from an English one.
 
-    The stages are tokenizer, corpus, relearn, align, relearn-large, finetune, evaluate, lexicon and card. Each has a
-    directory in OUT.stages; a run that was stopped resumes when the same command is given again. A stage
-    that was deleted, or whose text has changed, is made again with all that was made of it; earlier training is kept
-    beside it. OUT is an ordinary Hugging Face directory with the tokenizer and a card.
+    The stages are tokenizer, corpus, english (with replay), relearn, align, relearn-large, finetune, evaluate, lexicon
+    and card. Each has a directory in OUT.stages; a stopped run resumes when the same command is
+    given again. A stage that was deleted, or whose text has changed, is made again with all that was made of it;
+    earlier training is kept beside it. OUT is an ordinary Hugging Face directory with the tokenizer and a card.
     """
 
     text: tuple[Path, ...]
@@ -89,7 +104,7 @@ class RunConfig:
     """English model whose embeddings are relearned: tiny, gpt2, distilgpt2, or a directory."""
     large: str = ""
     """Larger English model of the same vocabulary that the embeddings are carried over to; nothing stays small."""
-    vocab_size: int = 40_000
+    vocab_size: int = VOCAB_SIZE
     """Tokens of the new tokenizer (the paper: 40,000 for Dutch, 30,000 for Italian)."""
     block: int = 1024
     """Tokens in a block; at most the models' positions."""
@@ -98,8 +113,8 @@ class RunConfig:
     workers: int = 1
     """Processes that tokenize the corpus."""
     dictionary: Path | None = None
-    """File of target word, tab, English word in each line: with focus, these words take their translations' rows; with
-    any other initialisation, it measures the lexicon."""
+    """File of target word, tab, English word in each line: with focus and transplant, these words take their
+    translations' rows; with any other initialisation, it measures the lexicon."""
     large_share: float = 0.25
     """Length of relearning in the large model, as a share of that in the small one; 0 leaves it out."""
     unfreeze: Literal["all", "top", "none"] = "all"
@@ -111,6 +126,8 @@ class RunConfig:
     push_to_hub: str = ""
     """Upload OUT to this repository (user/name) of the Hugging Face hub when it is finished."""
     options: TokenizerOptions = field(default_factory=TokenizerOptions)
+    kept: EnglishConfig = field(default_factory=EnglishConfig)
+    drop: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     reading: TextOptions = field(default_factory=TextOptions)
     rows: RowsConfig = field(default_factory=RowsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
@@ -128,6 +145,8 @@ class _Tokenizer:
     seed: int
     options: TokenizerOptions
     column: str
+    extend: int = 0
+    english: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +158,7 @@ class _Corpus:
     shares: tuple[float, float, float]
     seed: int
     column: str
+    duplicates: str
 
 
 @dataclass(frozen=True)
@@ -190,11 +210,17 @@ def recycle(config: RunConfig) -> Path:
         require_at_least(name, getattr(config, name), 0)
     if not min(config.shares) > 0:
         raise UserError(f"shares are {config.shares}: use three above 0, each of train, valid and test is needed.")
+    require_rows(config.rows)
+    config.kept.check()
+    if config.kept.extend:
+        require_extended(config.vocab_size, config.options)
+    if config.kept.replay and (config.unfreeze == "none" or config.finetune_share == 0):
+        raise UserError(f"replay is {config.kept.replay:g} but nothing is fine-tuned: leave it out, or fine-tune.")
     if config.dictionary is not None:
         read_dictionary(config.dictionary)
     if config.out.name in ("", ".."):
         raise UserError(f"out is {str(config.out)!r}, which names no new directory: give one that does, as out/gpt2.")
-    require_outside(config.out, config.text)
+    require_outside(config.out, (*config.text, *config.kept.english))
     work = config.out.with_name(config.out.name + ".stages")
     require_text("out", config.out)
     require_place(work, directory=True)
@@ -211,39 +237,50 @@ def recycle(config: RunConfig) -> Path:
 def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | None) -> None:
     """Every stage that is not done."""
     if is_first_process() and known_text is not None:
-        _take_over(config, work, known_text)
+        take_over(config.text, work, known_text)
 
     def begin(name: str) -> Path:
         if is_first_process():
             print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
         return work / name
 
-    text, column = {"text": known_text}, config.reading.column
+    text, column, kept = {"text": known_text}, config.reading.column, config.kept
+    english = {"english": _text(kept.english)} if kept.english else {}
+    keep = kept.english if kept.extend else ()
+    seed = config.runtime.seed
     tokenizer_directory = begin("tokenizer")
     once(
         tokenizer_directory,
-        _Tokenizer(config.text, config.vocab_size, config.shares, config.runtime.seed, config.options, column),
+        _Tokenizer(config.text, config.vocab_size, config.shares, seed, config.options, column, kept.extend, keep),
         lambda: _make_tokenizer(config, tokenizer_directory),
-        inputs=text,
+        inputs=text | (english if keep else {}),
     )
     if config.dictionary is not None:
         words = word_tokens(load_tokenizer(tokenizer_directory), unspaced=True)
-        english = word_tokens(load_gpt2(config.small)[1])
-        require_direction(read_dictionary(config.dictionary), config.dictionary, words, english)
+        english_words = word_tokens(load_gpt2(config.small)[1])
+        require_direction(read_dictionary(config.dictionary), config.dictionary, words, english_words)
     corpus = begin("corpus")
     once(
         corpus,
-        _Corpus(config.text, block, config.shares, config.runtime.seed, column),
-        lambda: _make_corpus(config, tokenizer_directory, corpus, block),
+        _Corpus(config.text, block, config.shares, seed, column, config.drop.duplicates),
+        lambda: _make_corpus(config, config.text, tokenizer_directory, corpus, block),
         inputs=text | {"tokenizer": file_hash(tokenizer_directory / "tokenizer.json")},
     )
+    replayed = begin("english") if kept.replay else None
+    if replayed is not None:
+        once(
+            replayed,
+            _Corpus(kept.english, block, config.shares, seed, column, config.drop.duplicates),
+            lambda: _make_corpus(config, kept.english, tokenizer_directory, replayed, block),
+            inputs=english | {"tokenizer": file_hash(tokenizer_directory / "tokenizer.json")},
+        )
 
     relearning = RelearnConfig(
         corpus=corpus,
         tokenizer=tokenizer_directory,
         out=begin("relearn"),
         model=config.small,
-        dictionary=config.dictionary if config.rows.initialisation == "focus" else None,
+        dictionary=config.dictionary if config.rows.initialisation in MIXED else None,
         rows=config.rows,
         stage=config.stage,
         runtime=config.runtime,
@@ -277,6 +314,8 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
                 corpus=corpus,
                 out=begin("finetune"),
                 unfreeze=config.unfreeze,
+                english=replayed,
+                replay=kept.replay,
                 stage=replace(_scaled(config.stage, config.finetune_share), lr=config.finetune_lr),
                 runtime=config.runtime,
             )
@@ -325,6 +364,7 @@ def _require_own(config: RunConfig, work: Path, text: str | None) -> None:
     What an earlier version wrote has no marker: it stays as it is while there is nothing left to make.
     """
     stages = ["tokenizer", "corpus", "relearn", "evaluate", "lexicon", "card"]
+    stages += ["english"] if config.kept.replay else []
     stages += ["align"] if config.large else []
     stages += ["relearn-large"] if config.large and config.large_share > 0 else []
     stages += ["finetune"] if config.unfreeze != "none" and config.finetune_share > 0 else []
@@ -332,38 +372,9 @@ def _require_own(config: RunConfig, work: Path, text: str | None) -> None:
     for name in missing:
         require_own_directory(work / name / MODEL)
     recorded = read_settings(work / "corpus").get("inputs", {}).get("text")
-    same_text = None in (text, recorded) or recorded == text or recorded == _sampled_hash(config.text)
+    same_text = None in (text, recorded) or recorded == text or recorded == sampled_hash(config.text)
     if missing or not same_text or not (config.out / "config.json").exists():
         require_own_directory(config.out)
-
-
-def _take_over(config: RunConfig, work: Path, text: str) -> None:
-    """Let the records of version 0.1, which knew a text by its sampled hash, have the hash of today."""
-    sampled, taken = None, False
-    for stage in (work / "tokenizer", work / "corpus"):
-        settings = read_settings(stage)
-        recorded = settings.get("inputs", {}).get("text")
-        if recorded not in (None, text):
-            sampled = sampled or _sampled_hash(config.text)
-            if recorded == sampled:
-                write_json(stage / SETTINGS, {**settings, "inputs": {**settings["inputs"], "text": text}})
-                taken = True
-    if taken:
-        print(f"{work} was begun by version 0.1 with the same text: it resumes.", flush=True)
-
-
-def _sampled_hash(paths: Sequence[Path]) -> str:
-    """Version 0.1's of a text: SHA-256 of the files' names, sizes, and a MiB at both ends."""
-    digest = hashlib.sha256()
-    for path, _ in find_texts(paths):
-        size = size_of(path)
-        digest.update(json.dumps([str(path), size]).encode())
-        if path.is_file():
-            with open(path, "rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(max(0, size - (1 << 20)))
-                digest.update(file.read(1 << 20))
-    return digest.hexdigest()
 
 
 def _check_models(config: RunConfig) -> int:
@@ -386,20 +397,27 @@ def _scaled(stage: StageConfig, share: float) -> StageConfig:
 
 def _make_tokenizer(config: RunConfig, directory: Path) -> dict[str, Any]:
     texts = texts_but_test(read_documents(config.text, config.reading), config.shares, config.runtime.seed)
-    tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
+    if config.kept.extend:
+        kept = config.kept
+        tokenizer = extended(config.small, texts, kept.extend, kept.english, config.vocab_size, config.options)
+    else:
+        tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
     save_tokenizer(tokenizer, directory)
     return {"tokens": len(tokenizer), "tokenizer": describe(tokenizer)}
 
 
-def _make_corpus(config: RunConfig, tokenizer: Path, directory: Path, block: int) -> dict[str, Any]:
+def _make_corpus(
+    config: RunConfig, text: Sequence[Path], tokenizer: Path, directory: Path, block: int
+) -> dict[str, Any]:
     build_corpus(
-        config.text,
+        text,
         load_tokenizer(tokenizer),
         directory,
         block=block,
         shares=config.shares,
         workers=config.workers,
         seed=config.runtime.seed,
+        duplicates=config.drop.duplicates,
         reading=config.reading,
     )
     return read_manifest(directory)
@@ -436,8 +454,8 @@ def _make_lexicon(config: RunConfig, model: Path, directory: Path) -> dict[str, 
         model=model,
         source=config.large or config.small,
         out=path,
-        # What made the rows of focus would only be found in them again.
-        dictionary=None if config.rows.initialisation == "focus" else config.dictionary,
+        # What made the rows would only be found in them again.
+        dictionary=None if config.rows.initialisation in MIXED else config.dictionary,
         device=config.runtime.device,
     )
     try:

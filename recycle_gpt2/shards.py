@@ -23,44 +23,15 @@ from common.checks import UserError
 from common.files import whole_file, write_json, write_text
 from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, find_texts, read_with_positions, size_of
+from recycle_gpt2.duplicates import Selection
 from recycle_gpt2.records import MALFORMED
-from recycle_gpt2.splits import SPLITS, split_of, text_key
+from recycle_gpt2.splits import SPLITS
 
 COUNTED: tuple[str, ...] = ("documents", "paragraphs", "bytes", "characters", "tokens")
 SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\.\d{6,}\..*\.tmp")
 """Names of what a corpus's directory of shards holds."""
 CHUNK = 4 << 20
 """UTF-8 bytes of text whose documents make a shard."""
-
-
-class Selection:
-    """Which documents and paragraphs are new, and which split a document is in. Holds 64 bits of each one's hash."""
-
-    def __init__(self, shares: Sequence[float], seed: int) -> None:
-        self.shares, self.seed = shares, seed
-        self.duplicates = self.emptied = self.repeated = 0
-        self._documents: set[int] = set()
-        self._paragraphs: set[int] = set()
-
-    def take(self, document: Document) -> tuple[str, str] | None:
-        """The split and the new paragraphs of a document, or None when nothing of it is new."""
-        whole = text_key(document.text)
-        if whole in self._documents:
-            self.duplicates += 1
-            return None
-        self._documents.add(whole)
-        kept = []
-        for paragraph in document.text.split("\n"):
-            digest = text_key(paragraph)
-            if digest in self._paragraphs:
-                self.repeated += 1
-            else:
-                self._paragraphs.add(digest)
-                kept.append(paragraph)
-        if not kept:
-            self.emptied += 1
-            return None
-        return split_of(document.text, self.shares, self.seed), "\n".join(kept)
 
 
 def _sha256(value: Any) -> str:

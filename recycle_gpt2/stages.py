@@ -23,16 +23,17 @@ from common.training import flat, settings_of
 from recycle_gpt2.alignment import AlignmentConfig, align, choose_options, held_out_error, neighbour_overlap
 from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.corpus import corpus_hash
+from recycle_gpt2.extend import require_share
 from recycle_gpt2.lexical import (
     RowsConfig,
-    cooccurrence_embeddings,
-    initialise,
     layers_from_top,
     replace_lexical,
     tables_to_align,
     train_only,
 )
 from recycle_gpt2.records import RENEW, read_json, reading
+from recycle_gpt2.replay import WithReplay
+from recycle_gpt2.rows import new_rows, with_english
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 from recycle_gpt2.training import StageConfig, StageRecord, train_stage
 
@@ -64,7 +65,8 @@ class RelearnConfig:
     model: str = "gpt2"
     """The model: tiny, tiny-medium, gpt2, distilgpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory."""
     dictionary: Path | None = None
-    """For focus: a file of target word, tab, English word in each line; these words take their translations' rows."""
+    """For focus and transplant: a file of target word, tab, English word in each line; these words take their
+    translations' rows."""
     keep_table: bool = False
     """Go on from the token table that the model has (it was aligned or relearned), instead of a new one."""
     rows: RowsConfig = field(default_factory=RowsConfig)
@@ -100,6 +102,10 @@ class FinetuneConfig:
     """Where the run goes; the model is in its folder `model`."""
     unfreeze: Literal["all", "top"] = "all"
     """all at once, or top: layer by layer from the output, an equal share of the training for each step."""
+    english: Path | None = None
+    """For replay: directory that `recycle-gpt2 corpus` wrote of English text, with this model's tokenizer."""
+    replay: float = 0.0
+    """Share of the blocks that are of that corpus, so that less English is forgotten; they count among the tokens."""
     stage: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-4))
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -125,7 +131,13 @@ def stage_settings(config: Any) -> dict[str, Any]:
 
 def file_hash(path: Path) -> str | None:
     """SHA-256 of what a file holds; None where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def model_hash(model: Path | str) -> str | None:
@@ -296,7 +308,9 @@ def relearn(config: RelearnConfig) -> Path:
         tokenizer = english if config.keep_table else load_tokenizer(config.tokenizer)
         _require_same_tokenizer(train, tokenizer, config.corpus)
         if not config.keep_table:
-            replace_lexical(model, tokenizer, *new_rows(config, model, english, tokenizer, train))
+            seed = config.runtime.seed
+            found = new_rows(config.rows, model, english, tokenizer, train, seed=seed, dictionary=config.dictionary)
+            replace_lexical(model, tokenizer, *found)
         train_only(model, positions=config.rows.positions, norms=config.rows.norms)
         record = train_stage(
             model,
@@ -316,41 +330,10 @@ def relearn(config: RelearnConfig) -> Path:
         "tokenizer": file_hash(config.tokenizer / "tokenizer.json"),
         "model": model_hash(config.model),
         "dictionary": file_hash(config.dictionary) if config.dictionary else None,
+        "vectors": file_hash(config.rows.vectors) if config.rows.vectors else None,
     }
     once(config.out, config, work, inputs=inputs, everyone=True)
     return config.out / MODEL
-
-
-def new_rows(
-    config: RelearnConfig,
-    model: PreTrainedModel,
-    english: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase,
-    train: TokenBlocks,
-) -> list[torch.Tensor]:
-    """The token table that relearning begins with, and the output's where the model has two."""
-    auxiliary = None
-    if config.rows.initialisation == "focus":
-        auxiliary = cooccurrence_embeddings(
-            train.tokens(0, min(train.num_tokens, 20_000_000)),  # as many as tell the vocabulary's company
-            len(tokenizer),
-            seed=config.runtime.seed,
-            end=tokenizer.eos_token_id,
-        )
-    generator, counts = torch.Generator().manual_seed(config.runtime.seed), train.counts()
-    return [
-        initialise(
-            config.rows.initialisation,
-            rows,
-            english,
-            tokenizer,
-            generator=generator,
-            target_counts=counts,
-            dictionary=config.dictionary,
-            auxiliary=auxiliary,
-        )
-        for rows in token_tables(model)
-    ]
 
 
 def align_models(config: AlignConfig) -> Path:
@@ -381,7 +364,7 @@ def align_models(config: AlignConfig) -> Path:
             settings |= options.arguments()
         found = [align(*rows, **settings) for rows in several]
         aligned = found[0]
-        replace_lexical(large, tokenizer, *found)
+        replace_lexical(large, tokenizer, *with_english(found, token_tables(large), large_tokenizer, tokenizer))
         save_model(large, tokenizer, config.out / MODEL)
         return {
             "settings": settings,
@@ -417,12 +400,20 @@ def require_shared_vocabulary(
 
 def finetune(config: FinetuneConfig) -> Path:
     """Unfreeze the layers, all at once or from the top, train on, and return the model's directory."""
+    require_share(config.replay)
+    if (config.english is None) != (config.replay == 0):
+        raise UserError(f"replay is {config.replay:g} and English {config.english}: give both, or neither.")
 
     def work() -> dict[str, Any]:
         start(config.runtime)
         model, tokenizer = load_gpt2(config.model)
         train, valid = (TokenBlocks(config.corpus, split) for split in ("train", "valid"))
         _require_same_tokenizer(train, tokenizer, config.corpus)
+        blocks: TokenBlocks | WithReplay = train
+        if config.english is not None:
+            english = TokenBlocks(config.english, "train", block=train.block)
+            _require_same_tokenizer(english, tokenizer, config.english)
+            blocks = WithReplay(train, english, config.replay)
         records = []
         steps = unfreezing(config.unfreeze, model.config.num_hidden_layers)
         part = replace(
@@ -434,7 +425,7 @@ def finetune(config: FinetuneConfig) -> Path:
             train_only(model, layers=layers)
             directory = config.out / TRAINING / (f"step-{number}" if len(steps) > 1 else "")
             # Each step, a share of an epoch, sees other blocks; 0 and 1 are the orders of relearning.
-            records.append(train_stage(model, train, valid, directory, part, runtime=config.runtime, order=number + 1))
+            records.append(train_stage(model, blocks, valid, directory, part, runtime=config.runtime, order=number + 1))
         if is_first_process():
             save_model(model, tokenizer, config.out / MODEL)
         last = records[-1]
@@ -448,6 +439,8 @@ def finetune(config: FinetuneConfig) -> Path:
         )
 
     inputs = {"corpus": corpus_hash(config.corpus), "model": model_hash(config.model)}
+    if config.english is not None:
+        inputs["english"] = corpus_hash(config.english)
     once(config.out, config, work, inputs=inputs, everyone=True)
     return config.out / MODEL
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from common.files import move_into, require_own_directory, whole_directory
 from common.words import mark_share
 from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, read_documents
+from recycle_gpt2.extend import extend_tokenizer
 from recycle_gpt2.splits import SHARES, require_shares, split_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"
 NUM_BYTES = 256
+VOCAB_SIZE = 40_000
+"""Of a new tokenizer (the paper's for Dutch)."""
 MOST_TOKENS = 1 << 24
 """Above, the training itself would ask for more memory than there is."""
 LOOKED_AT = 1 << 20
@@ -59,12 +62,18 @@ class TokenizerConfig:
     Hugging Face dataset on disk, of which a split named test is left out."""
     out: Path
     """Directory that the tokenizer is saved in; AutoTokenizer loads it."""
-    vocab_size: int = 40_000
+    vocab_size: int = VOCAB_SIZE
     """Tokens, of which 256 are bytes and one is the end token (the paper: 40,000 for Dutch, 30,000 for Italian)."""
     shares: tuple[float, float, float] = SHARES
     """Shares of the documents in train, valid and test, as the corpus will have them: test documents are not read."""
     seed: int = 0
     """The corpus's: it decides which documents are test documents."""
+    model: str = ""
+    """English model whose tokenizer is extended (with --extend), instead of a new one."""
+    extend: int = 0
+    """Tokens that are added to that model's, instead of a new tokenizer of vocab_size."""
+    english: tuple[Path, ...] = ()
+    """With extend: English text that is tokenized as before, because no pair of tokens in it is merged."""
     options: TokenizerOptions = field(default_factory=TokenizerOptions)
     reading: TextOptions = field(default_factory=TextOptions)
 
@@ -75,11 +84,48 @@ def run(config: TokenizerConfig) -> None:
     require_place(config.out, directory=True)
     require_own_directory(config.out, "tokenizer")
     require_shares(config.shares)
+    if bool(config.model) != bool(config.extend) or (config.english and not config.extend):
+        raise UserError(
+            f"model is {config.model!r} and extend {config.extend}: give both to extend its tokenizer, with English "
+            f"text or without, or none of them."
+        )
     texts = texts_but_test(read_documents(config.text, config.reading), config.shares, config.seed)
-    tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
+    if config.extend:
+        tokenizer = extended(config.model, texts, config.extend, config.english, config.vocab_size, config.options)
+    else:
+        tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
     with whole_directory(config.out, "tokenizer") as partial:
         tokenizer.save_pretrained(partial)
     print(f"{len(tokenizer):,} tokens ({describe(tokenizer)}) written to {config.out}")
+
+
+def extended(
+    model: str,
+    texts: Iterable[str],
+    count: int,
+    english: Sequence[Path],
+    vocab_size: int,
+    options: TokenizerOptions,
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of an English model with `count` tokens more; see `recycle_gpt2.extend`.
+
+    Raises:
+        UserError: size or options of a new tokenizer are given too.
+    """
+    from common.gpt2 import load_gpt2
+
+    require_extended(vocab_size, options)
+    keep = (document.text for document in read_documents(english)) if english else ()
+    return extend_tokenizer(load_gpt2(model)[1], _counted(texts, True), count, keep=keep)
+
+
+def require_extended(vocab_size: int, options: TokenizerOptions) -> None:
+    """Raise UserError where what decides a new tokenizer stands beside an extended one."""
+    if vocab_size != VOCAB_SIZE or options != TokenizerOptions():
+        raise UserError(
+            "vocab_size, pieces, split_pattern and nfc are of a new tokenizer, and an extended one keeps those of the "
+            "English one: leave them out, or leave out extend."
+        )
 
 
 def texts_but_test(documents: Iterable[Document], shares: tuple[float, float, float], seed: int) -> Iterator[str]:

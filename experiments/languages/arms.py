@@ -39,12 +39,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "kNN, 1": {"method": "knn", "k": 1},
     "kNN, 10": {"method": "knn", "k": 10},
     "random rows": {},
+    "FOCUS rows": {},
 }
 """Where the medium model's rows come from, with the arguments of `align`."""
 FROZEN = ("frozen English", "frozen shuffled English", "frozen fresh layers")
 WHOLE = ("scratch", "all from English")
 UNFROZEN = "relearned, then unfrozen"
-ARMS = ("frozen English", "frozen shuffled English", *WHOLE, UNFROZEN, "frozen fresh layers")
+SHUFFLED_RANDOM = "frozen shuffled English, random rows"
+ARMS = ("frozen English", "frozen shuffled English", *WHOLE, UNFROZEN, "frozen fresh layers", SHUFFLED_RANDOM)
 FRESH = ("frozen fresh layers", "scratch")
 """Arms that begin as GPT-2's own initialisation does, layers and rows."""
 
@@ -139,8 +141,9 @@ def begin(arm: str, config: Config, language: Language, seed: int) -> GPT2LMHead
         shape = len(language.tokenizer), model.config.n_embd
         rows = model.config.initializer_range * torch.randn(shape, generator=generator)
     else:
-        rows = first_rows(config.initialisation, model, english, language, generator)
-    if arm == "frozen shuffled English":
+        how = "random" if arm == SHUFFLED_RANDOM else config.initialisation
+        rows = first_rows(how, model, english, language, generator)
+    if arm in ("frozen shuffled English", SHUFFLED_RANDOM):
         shuffle_weights(model, generator)
     if arm in FRESH:
         reinitialise_layers(model, generator)

@@ -34,6 +34,7 @@ from experiments.languages.arms import (
     FROZEN,
     MEDIUM,
     METHODS,
+    SHUFFLED_RANDOM,
     UNFROZEN,
     WHOLE,
     Config,
@@ -78,7 +79,12 @@ def prepare(config: Config) -> Language:
         save_tokenizer(made, directory / "tokenizer")
     tokenizer = load_tokenizer(directory / "tokenizer")
     corpus = build_corpus(
-        [texts["train"]], tokenizer, directory / "corpus", block=config.block, shares=(0.98, 0.015, 0.005)
+        [texts["train"]],
+        tokenizer,
+        directory / "corpus",
+        block=config.block,
+        shares=(0.98, 0.015, 0.005),
+        duplicates="paragraphs",
     )
     train, valid = (TokenBlocks(corpus, split) for split in ("train", "valid"))
     path = directory / "auxiliary.npy"
@@ -193,7 +199,7 @@ def run_arm(
         "train_tokens_available": language.train.num_tokens,
         "val_loss": records[-1].val_loss,
         "stages": [asdict(record) for record in records],
-        "initialisation": "GPT-2's own" if arm in FRESH else config.initialisation,
+        "initialisation": _initialisation(arm, config),
         "vocab_size": len(language.tokenizer),
         "held_out": score_held_out(model, language.tokenizer, language) if report else None,
         "cpu_seconds": round(time.process_time() - begun, 1),
@@ -214,6 +220,13 @@ def run_arm(
         flush=True,
     )
     return result
+
+
+def _initialisation(arm: str, config: Config) -> str:
+    """What the record says of an arm's rows."""
+    if arm in FRESH:
+        return "GPT-2's own"
+    return "random" if arm == SHUFFLED_RANDOM else config.initialisation
 
 
 def tuned(arm: str, config: Config, language: Language) -> float:
@@ -311,7 +324,7 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
         if name == "least squares, chosen options":
             settings = settings | choose_options(*tables, method="least_squares", generator=generator).arguments()
         budgets = [0, config.brief_tokens]
-        if name == "random rows":
+        if not settings:
             budgets += [2 * config.brief_tokens, 4 * config.brief_tokens]
         for tokens in budgets:
             directory = language.directory / "alignment" / f"{slug(name)}-{tokens}"
@@ -325,7 +338,8 @@ def run_alignment(config: Config, language: Language, rate: float) -> None:
                 overlap = neighbour_overlap(target, rows)
                 error = held_out_error(*tables, generator=torch.Generator().manual_seed(0), **settings)
             else:
-                rows = first_rows("random", large, english, language, torch.Generator().manual_seed(0))
+                how = config.initialisation if name == "FOCUS rows" else "random"
+                rows = first_rows(how, large, english, language, torch.Generator().manual_seed(0))
                 overlap = error = None  # type: ignore[assignment]
             replace_lexical(model, language.tokenizer, rows)
             record = None
@@ -383,7 +397,11 @@ def main(config: Config) -> None:
     best = rates(config, language)
 
     def run(arm: str, name: str, **changes: Any) -> dict[str, Any]:
-        first = {UNFROZEN: "frozen English", **dict.fromkeys(MEDIUM, "all from English")}.get(arm, arm)
+        first = {
+            UNFROZEN: "frozen English",
+            SHUFFLED_RANDOM: "frozen shuffled English",
+            **dict.fromkeys(MEDIUM, "all from English"),
+        }.get(arm, arm)
         settings = dict(
             seed=0, tokens=config.tokens, rate=best[first], unfrozen_rate=best[UNFROZEN] if arm == UNFROZEN else 0.0
         )

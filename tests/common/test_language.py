@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.checks import UserError
 from common.gpt2 import load_gpt2
-from common.language import IGNORE, Score, chunked_cross_entropy, score
+from common.language import IGNORE, Score, chunked_cross_entropy, score, score_texts
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +200,38 @@ def test_a_frozen_table_gets_no_gradient_and_a_second_backward_is_refused():
     assert hidden.grad is not None and table.grad is None
     with pytest.raises(RuntimeError, match="once"):
         loss.backward()
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 8192])
+def test_texts_that_are_scored_together_have_the_scores_of_each(model, at_once):
+    """Of many lengths, so that short windows are filled up, and long texts have several."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(50, (length,), generator=generator) for length in (2, 3, 17, 17, 31, 32, 33, 100, 5)]
+    together = score_texts(model, texts, block=32, stride=16, at_once=at_once)
+    for text, found in zip(texts, together, strict=True):
+        alone = score(model, text, block=32, stride=16)
+        assert found.tokens == alone.tokens
+        assert found.nats == pytest.approx(alone.nats, rel=1e-6)
+    model.train()
+    assert score_texts(model, texts[:1])[0].nats == pytest.approx(score(model, texts[0]).nats, rel=1e-6)
+    assert model.training and score_texts(model, []) == []
+    model.eval()
+    with pytest.raises(UserError, match="text has 1 tokens"):
+        score_texts(model, [texts[0], texts[0][:1]])
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "BloomForCausalLM", "GPTNeoXForCausalLM"])
+def test_what_fills_a_batch_up_is_not_seen_by_any_family(family):
+    """With rotated positions, and with distances (ALiBi)."""
+    import transformers
+
+    kind = getattr(transformers, family)
+    config = kind.config_class(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, n_head=2, n_layer=2,
+        intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    decoder = kind(config).eval()
+    texts = [torch.randint(50, (length,)) for length in (4, 20, 50)]
+    for text, found in zip(texts, score_texts(decoder, texts), strict=True):
+        assert found.nats == pytest.approx(score(decoder, text).nats, rel=1e-6)

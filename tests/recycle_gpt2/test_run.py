@@ -17,8 +17,10 @@ from common.checks import UserError
 from common.files import MARKER
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig
+from recycle_gpt2 import rows as rows_module
 from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
+from recycle_gpt2 import takeover
 from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.corpus import build_corpus, text_hash
 from recycle_gpt2.lexical import RowsConfig
@@ -272,16 +274,12 @@ def test_focus_with_a_dictionary_still_mixes_the_other_rows(
     build_corpus([text], tokenizer, tmp_path / "corpus", block=16, shares=(0.8, 0.1, 0.1), progress=False)
     (tmp_path / "words.tsv").write_text("kat\tcat\n")
     given = {}
-    monkeypatch.setattr(stages_module, "initialise", lambda *args, **kwargs: given.update(kwargs))
-    config = RelearnConfig(
-        corpus=tmp_path / "corpus",
-        tokenizer=tmp_path,
-        out=tmp_path / "out",
-        rows=RowsConfig(initialisation="focus"),
-        dictionary=tmp_path / "words.tsv",
-    )
+    monkeypatch.setattr(rows_module, "initialise", lambda *args, **kwargs: given.update(kwargs))
     model, english = load_gpt2(english_models[0])
-    stages_module.new_rows(config, model, english, tokenizer, stages_module.TokenBlocks(tmp_path / "corpus", "train"))
+    train = stages_module.TokenBlocks(tmp_path / "corpus", "train")
+    rows_module.new_rows(
+        RowsConfig(initialisation="focus"), model, english, tokenizer, train, seed=0, dictionary=tmp_path / "words.tsv"
+    )
     assert given["auxiliary"].shape[0] == len(tokenizer) and given["dictionary"] == tmp_path / "words.tsv"
 
 
@@ -337,12 +335,12 @@ def test_a_run_of_version_0_1_goes_on_with_the_text_that_it_had(tmp_path, text, 
     for stage in ("tokenizer", "corpus"):
         (work / stage).mkdir(parents=True)
         (work / stage / "done.json").write_text('{"tokens": 320}')
-    for recorded, same in ((run_module._sampled_hash((Path("text"),)), True), (sampled, False)):
+    for recorded, same in ((takeover.sampled_hash((Path("text"),)), True), (sampled, False)):
         for stage in ("tokenizer", "corpus"):
             record = {"text": ["text"], "vocab_size": 320, "seed": 0, "inputs": {"text": recorded}}
             (work / stage / "settings.json").write_text(json.dumps(record))
         text_now = text_hash([Path("text")])
-        run_module._take_over(config, work, text_now)
+        takeover.take_over(config.text, work, text_now)
         printed = capsys.readouterr().out
         assert ("begun by version 0.1 with the same text: it resumes" in printed) is same
         inputs = json.loads((work / "corpus" / "settings.json").read_text())["inputs"]
@@ -354,7 +352,7 @@ def test_a_run_of_version_0_1_goes_on_with_the_text_that_it_had(tmp_path, text, 
         (work / name / "done.json").write_text("{}")
     with pytest.raises(UserError, match="take the place of 'config.json'"):
         run_module._require_own(config, work, text_now)  # it is to be made of another text
-    record["inputs"]["text"] = run_module._sampled_hash((Path("text"),))
+    record["inputs"]["text"] = takeover.sampled_hash((Path("text"),))
     (work / "corpus" / "settings.json").write_text(json.dumps(record))
     run_module._require_own(config, work, text_now)  # nothing is left to make
     (work / "finetune" / "done.json").unlink()
