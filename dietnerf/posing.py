@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from common.checks import UserError, printable, require_between, require_place
-from common.files import alone, clear_leftovers, require_own_directory, whole_directory, write_json
+from common.files import LOCK, alone, clear_leftovers, require_own_directory, whole_directory, write_json
 from common.images import ImageLimit
 from common.processes import is_first_process
 from common.runtime import MOST_THREADS
@@ -86,7 +86,7 @@ class Posed:
     """3D points."""
     error: float
     """Mean distance in pixels between where points were seen and where the cameras say."""
-    before: bool = False
+    before: bool
     """Whether the scene was there already."""
 
 
@@ -104,47 +104,40 @@ def pose(config: PoseConfig) -> Posed:
     require_place(config.scene, "scene", directory=True)
     sources = find_photographs(config.photographs)
     target = require_own_directory(config.scene, "scene")
-    begun = _record_of(config, sources)
+    begun = _begun(config, sources)
     work = target.with_name(f".{target.name}.posing")
     work.mkdir(parents=True, exist_ok=True)
     with alone(work):
         work.mkdir(exist_ok=True)  # whoever had it before may have finished
-        if config.resume and (found := _finished(config.scene, begun)) is not None:
+        record = _read(config.scene / RECORD)
+        if config.resume and record.get("begun") == begun and (config.scene / "transforms.json").is_file():
             shutil.rmtree(work)
-            return found
+            return _posed(config.scene, record, before=True)
         if importlib.util.find_spec("pycolmap") is None:
             raise UserError("pycolmap is missing, which finds poses: pip install 'clip-gpt-toolkit[dietnerf]'.")
         return _pose(config, sources, begun, work)
 
 
-def posed_from(scene: Path, config: PoseConfig) -> bool | None:
-    """Whether a scene was posed from the photographs that `config` names, as they are now, with its settings; None: no
-    scene was posed there."""
-    try:
-        record = json.loads((scene / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return bool(record.get("begun") == _record_of(config, find_photographs(config.photographs)))
-
-
-def _record_of(config: PoseConfig, sources: Sequence[Path]) -> dict[str, Any]:
+def _begun(config: PoseConfig, sources: Sequence[Path]) -> dict[str, Any]:
     """What must be the same for a scene to be the same."""
     files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}
-    names = ("image_size", "cameras", "features", "seed")
     shown = {printable(name): stamp for name, stamp in files.items()}
-    return {**{name: getattr(config, name) for name in names}, "photographs": shown}
+    found = {name: getattr(config, name) for name in ("image_size", "cameras", "features", "seed")}
+    return {**found, "max_megapixels": config.limit.max_megapixels, "photographs": shown}
 
 
-def _finished(scene: Path, begun: Mapping[str, Any]) -> Posed | None:
-    """The scene that was posed so before."""
+def _read(path: Path) -> dict[str, Any]:
+    """A record, or an empty one where there is none."""
     try:
-        record = json.loads((scene / RECORD).read_text(encoding="utf-8"))
-        if record["begun"] != begun or not (scene / "transforms.json").is_file():
-            return None
-        names = ("placed", "unplaced", "skipped", "points", "error")
-        return Posed(scene, *(record[name] for name in names), before=True)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _posed(scene: Path, record: Mapping[str, Any], *, before: bool) -> Posed:
+    outcome = {name: record[name] for name in ("placed", "unplaced", "skipped", "points", "error")}
+    return Posed(scene, **outcome, before=before)
 
 
 def _pose(config: PoseConfig, sources: Sequence[Path], begun: Mapping[str, Any], work: Path) -> Posed:
@@ -166,18 +159,19 @@ def _pose(config: PoseConfig, sources: Sequence[Path], begun: Mapping[str, Any],
             progress=lambda done, of: tell("photographs", done, of),
         )
         if len(photographs) < LEAST_IMAGES:
+            shutil.rmtree(work)
             raise UserError(
                 f"folder {str(config.photographs)!r} has {len(photographs)} photographs that can be read: take at "
                 f"least {LEAST_IMAGES}, better 20 or more."
             )
         outcome = _structure(config, photographs, work, tell)
-    placed, sizes = set(outcome["placed"]), len(photographs)
+    placed = set(outcome["placed"])
     if len(placed) < LEAST_IMAGES:
         shutil.rmtree(work)
         raise UserError(
-            f"of {sizes} photographs {len(placed)} could be placed ({outcome['pairs']} pairs of them show the same "
-            f"things): walk around the scene in small steps, so that what one shows is in the next ones too, and have "
-            f"something with texture in each."
+            f"of {len(photographs)} photographs {len(placed)} could be placed ({outcome['pairs']} pairs of them show "
+            f"the same things): walk around the scene in small steps, so that what one shows is in the next ones too, "
+            f"and have something with texture in each."
         )
     by_name = {one.name: one.source.name for one in photographs}
     record = {
@@ -193,18 +187,15 @@ def _pose(config: PoseConfig, sources: Sequence[Path], begun: Mapping[str, Any],
     }
     _write_scene(config.scene, work, sorted(placed), record)
     shutil.rmtree(work, ignore_errors=True)
-    names = ("placed", "unplaced", "skipped", "points", "error")
-    return Posed(config.scene, *(record[name] for name in names))
+    return _posed(config.scene, record, before=False)
 
 
 def _take_up(work: Path, begun: Mapping[str, Any], resume: bool) -> None:
     """Have a working directory hold what an interrupted call of the same photographs and settings left, or nothing."""
-    before = None
-    with contextlib.suppress(OSError, ValueError):
-        before = json.loads((work / RECORD).read_text(encoding="utf-8"))
-    if before != begun or not resume:
+    if _read(work / RECORD) != begun or not resume:
         for path in work.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in ("colmap", "models"):
         shutil.rmtree(work / name, ignore_errors=True)
     (work / "images").mkdir(exist_ok=True)
@@ -320,7 +311,8 @@ def with_poses(photographs: Path, out: Path, resume: bool, limit: ImageLimit) ->
         UserError: as `pose`; or a run that goes on was begun with other photographs.
     """
     config = PoseConfig(photographs, out / "scene", limit=limit)
-    if resume and posed_from(config.scene, config) is False:
+    record = _read(config.scene / RECORD)
+    if resume and record and record.get("begun") != _begun(config, find_photographs(photographs)):
         raise UserError(
             f"{str(config.scene)!r} was posed from other photographs than {str(photographs)!r} has now: give another "
             f"--out, or begin anew with --no-resume."

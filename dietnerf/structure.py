@@ -18,6 +18,8 @@ ALL_PAIRS = 100
 NEIGHBOURS = 10
 """Of more, each is matched with so many that follow it, and with every `STRIDE`-th one of all."""
 STRIDE = 10
+LEAST_MATCHES = 15
+"""Fewer say nothing about two photographs: COLMAP's own."""
 LEAST_IMAGES = 3
 """Fewer are no model."""
 Tell = Callable[[str, int, int], None]
@@ -52,19 +54,19 @@ def reconstruct(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
     pycolmap.logging.minloglevel = int(pycolmap.logging.Level.ERROR)
     names = [name for camera in job["cameras"] for name in camera["names"]]
-    _import(pycolmap, job)
+    _import(pycolmap, job, names)
     _extract(pycolmap, job, names, tell)
     _match(pycolmap, job, sorted(names, key=job["order"].index), tell)
     return _map(pycolmap, job, len(names), tell)
 
 
-def _import(pycolmap: Any, job: dict[str, Any]) -> None:
-    """Write the photographs and their cameras into the database, the photographs of one camera with one."""
+def _import(pycolmap: Any, job: dict[str, Any], names: Sequence[str]) -> None:
+    """Write the photographs and their cameras into the database, unless all are there, by a job that was stopped."""
     with pycolmap.Database.open(job["database"]) as database:
-        known = {image.name for image in database.read_all_images()}
+        if {image.name for image in database.read_all_images()} == set(names):
+            return
+        database.clear_all_tables()
     for camera in job["cameras"]:
-        if known.issuperset(camera["names"]):
-            continue
         options = pycolmap.ImageReaderOptions()
         options.camera_model = "SIMPLE_RADIAL"
         if camera["focal"]:
@@ -114,7 +116,7 @@ def _match(pycolmap: Any, job: dict[str, Any], names: Sequence[str], tell: Tell)
 
 def _map(pycolmap: Any, job: dict[str, Any], count: int, tell: Tell) -> dict[str, Any]:
     options = pycolmap.IncrementalPipelineOptions()
-    options.min_model_size = LEAST_IMAGES
+    options.min_model_size, options.min_num_matches = LEAST_IMAGES, LEAST_MATCHES
     options.num_threads = 1  # sums over threads differ in their last digits from run to run
     for part in (options, options.mapper, options.triangulation):
         part.random_seed = job["seed"]
@@ -129,7 +131,8 @@ def _map(pycolmap: Any, job: dict[str, Any], count: int, tell: Tell) -> dict[str
         tell("poses", placed[0], count)
 
     with pycolmap.Database.open(job["database"]) as database:
-        pairs = database.num_verified_image_pairs()
+        inliers = database.read_two_view_geometry_num_inliers()[1]
+    pairs = sum(count >= LEAST_MATCHES for count in inliers)
     models = Path(job["database"]).with_name("models")
     models.mkdir(exist_ok=True)
     found = pycolmap.incremental_mapping(
