@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from common.checks import UserError, printable, require_between, require_place
+from common.checks import UserError, printable, require_between, require_place, require_text
 from common.files import LOCK, alone, clear_leftovers, require_own_directory, whole_directory, write_json
-from common.images import ImageLimit
+from common.images import ImageLimit, image_suffixes
 from common.processes import is_first_process
 from common.runtime import MOST_THREADS
 from dietnerf.layouts import find_scene
@@ -101,6 +101,7 @@ def pose(config: PoseConfig) -> Posed:
     require_between("features", config.features, 64, 100_000)
     require_between("seed", config.seed, 0, MOST_SEEDS - 1)
     require_between("threads", config.threads, 0, max(os.cpu_count() or 1, MOST_THREADS))
+    require_text("scene", config.scene)
     require_place(config.scene, "scene", directory=True)
     sources = find_photographs(config.photographs)
     target = require_own_directory(config.scene, "scene")
@@ -114,6 +115,7 @@ def pose(config: PoseConfig) -> Posed:
             shutil.rmtree(work)
             return _posed(config.scene, record, before=True)
         if importlib.util.find_spec("pycolmap") is None:
+            shutil.rmtree(work)
             raise UserError("pycolmap is missing, which finds poses: pip install 'clip-gpt-toolkit[dietnerf]'.")
         return _pose(config, sources, begun, work)
 
@@ -225,7 +227,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 def _structure(
     config: PoseConfig, photographs: Sequence[Photograph], work: Path, tell: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
-    """What `dietnerf.structure` finds, in its process, which ends with this one.
+    """What `dietnerf.structure` finds, in its process, which sees the same packages and ends with this one.
 
     Raises:
         UserError: it ended without an outcome.
@@ -243,7 +245,7 @@ def _structure(
     }
     path, log = write_json(work / "job.json", job), work / "colmap.log"
     home = str(Path(__file__).resolve().parents[1])
-    found = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
+    packages = os.pathsep.join((home, *(os.path.abspath(place) for place in sys.path if place)))
     outcome = None
     with (
         log.open("w") as errors,
@@ -252,17 +254,19 @@ def _structure(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=os.environ | {"PYTHONPATH": found},
+            cwd=work,  # Python looks there first, before anything of the user's
+            env=os.environ | {"PYTHONPATH": packages},
         ) as process,
     ):
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                with contextlib.suppress(ValueError):  # COLMAP may write something, too
-                    message = json.loads(line)
-                    outcome = message.get("outcome")
-                    if "stage" in message:
-                        tell(message["stage"], message["done"], message["of"])
+                if not line.startswith('{"'):  # COLMAP may write something, too
+                    continue
+                message = json.loads(line)
+                outcome = message.get("outcome")
+                if "stage" in message:
+                    tell(message["stage"], message["done"], message["of"])
         finally:
             if process.poll() is None and outcome is None:
                 process.kill()
@@ -270,7 +274,7 @@ def _structure(
         last = ([line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""])[-1]
         raise UserError(
             f"COLMAP ended with exit code {process.returncode} ({last[:200] or 'no message'}; see {str(log)!r}): give "
-            f"a smaller --image-size or fewer --features if memory ran out."
+            f"a smaller --image-size or fewer --threads if memory ran out."
         )
     return dict(outcome)
 
@@ -297,11 +301,7 @@ def has_photographs_only(path: Path) -> bool:
         find_scene(path)
         return False
     except UserError:
-        pass
-    try:
-        return bool(find_photographs(path))
-    except UserError:
-        return False
+        return any(file.suffix.lower() in image_suffixes() and file.is_file() for file in path.iterdir())
 
 
 def with_poses(photographs: Path, out: Path, resume: bool, limit: ImageLimit) -> Path:
