@@ -87,7 +87,7 @@ def test_what_a_scene_holds(posed, walk):
     point = next(iter(points.values()))
     moved = np.array(written["applied_transform"])[:, :3] @ point.xyz
     assert np.allclose(np.array(lines[0].split()[:3], float), moved, atol=1e-4)
-    stock = NerfstudioDataParserConfig(data=scene).setup().get_dataparser_outputs("train", load_3D_points=False)
+    stock = NerfstudioDataParserConfig(data=scene).setup().get_dataparser_outputs("train")
     assert len(stock.image_filenames) == 8 and torch.allclose(stock.cameras.fx, stock.cameras.fx[0])
     assert all(len(set(point.image_ids)) >= 2 for point in points.values())  # tracks are kept
 
