@@ -10,7 +10,8 @@ import warnings
 from common.commands import Subcommand, run_cli
 
 SUBCOMMANDS = {
-    "train": Subcommand("dietnerf.training", "TrainConfig", "run", "train a field on a few posed photographs"),
+    "pose": Subcommand("dietnerf.posing", "PoseConfig", "run", "find where photographs were taken"),
+    "train": Subcommand("dietnerf.training", "TrainConfig", "run", "train a field on a few photographs, posed or not"),
     "render": Subcommand("dietnerf.render", "RenderConfig", "run", "render a path through a trained scene"),
     "evaluate": Subcommand("dietnerf.evaluation", "EvaluateConfig", "run", "score held-out views"),
     "consistency": Subcommand(
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given and given[0] in SUBCOMMANDS and importlib.util.find_spec("nerfstudio") is None:
         print("error: dietnerf needs nerfstudio: pip install 'clip-gpt-toolkit[dietnerf]'.", file=sys.stderr)
         return 2
-    return run_cli("dietnerf", "Novel views from a few posed photographs.", SUBCOMMANDS, given)
+    return run_cli("dietnerf", "Novel views from a few photographs.", SUBCOMMANDS, given)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def load_image(
     Raises:
         UserError: unreadable, cut short or too large.
     """
-    pixels = np.asarray(_decode(path, max_pixels, upright=upright))
+    pixels = np.asarray(decode(path, max_pixels, upright=upright))
     if pixels.shape[-1] == 3 or background == "image":
         return _join([_area(_unit(pixels[..., i]), size) for i in range(3)]), None
     behind = np.float32(background == "white")
@@ -87,7 +87,7 @@ def load_mask(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS
     Raises:
         UserError: unreadable, cut short, too large, or black all over.
     """
-    image = _decode(path, max_pixels, exact_grey=True)
+    image = decode(path, max_pixels, exact_grey=True)
     usable = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L")) > 0
     share = _join([_area(usable.astype(np.float32), size)])
     if not share.any():
@@ -95,8 +95,12 @@ def load_mask(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS
     return share > 0.999 * share.max()
 
 
-def _decode(path: Path, max_pixels: int, *, upright: bool = True, exact_grey: bool = False) -> Image.Image:
-    """An image as RGBA when it has alpha, else as RGB; `exact_grey` keeps grey of more than 8 bits as it is."""
+def decode(path: Path, max_pixels: int = MAX_PIXELS, *, upright: bool = True, exact_grey: bool = False) -> Image.Image:
+    """An image as RGBA when it has alpha, else as RGB; `exact_grey` keeps grey of more than 8 bits as it is.
+
+    Raises:
+        UserError: unreadable, cut short or too large.
+    """
     with open_image(path, f"image {str(path)!r}", max_pixels=max_pixels) as opened:
         opened.load()
         turned = ImageOps.exif_transpose(opened) if upright else opened
@@ -112,7 +116,7 @@ def is_opaque(path: Path, *, max_pixels: int = MAX_PIXELS) -> bool:
     Raises:
         UserError: unreadable, cut short or too large.
     """
-    image = _decode(path, max_pixels)
+    image = decode(path, max_pixels)
     return image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
 
 

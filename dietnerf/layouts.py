@@ -62,7 +62,7 @@ def find_scene(path: Path) -> tuple[Kind, Path]:
         return "llff", path
     raise UserError(
         f"scene {str(path)!r} has no transforms_train.json (Blender), transforms.json (nerfstudio), sparse/0 (COLMAP) "
-        f"or poses_bounds.npy (LLFF): check the path."
+        f"or poses_bounds.npy (LLFF): check the path; dietnerf pose finds the poses of photographs."
     )
 
 

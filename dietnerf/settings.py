@@ -54,10 +54,11 @@ PARTS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a radiance field on a few posed photographs.
+    """Train a radiance field on a few photographs.
 
     SCENE is a directory in Blender's (transforms_train.json), nerfstudio's (transforms.json), COLMAP's (sparse/0) or
-    LLFF's (poses_bounds.npy) layout, or the file in it that has the cameras.
+    LLFF's (poses_bounds.npy) layout, or the file in it that has the cameras. A folder of photographs without poses is
+    posed first, as dietnerf pose does, in OUT/scene.
     """
 
     scene: Annotated[Path, tyro.conf.Positional]

@@ -33,6 +33,7 @@ from common.training import (
 from dietnerf.methods import DESCRIPTIONS, FewViewTrainerConfig
 from dietnerf.metrics import psnr
 from dietnerf.pipeline import FewViewPipeline
+from dietnerf.posing import has_photographs_only, with_poses
 from dietnerf.settings import METHODS, TrainConfig, nerfstudio_config, options_of, preset, settings_of_run
 
 
@@ -162,7 +163,7 @@ class NerfstudioCheckpoint(Callback):
 
 
 def train(config: TrainConfig) -> Path:
-    """Train a field and return the directory of the run.
+    """Train a field and return the directory of the run; photographs without poses are posed first, in OUT/scene.
 
     An interrupted run resumes from its last checkpoint, exactly.
 
@@ -170,9 +171,11 @@ def train(config: TrainConfig) -> Path:
         UserError: anything in the scene or the settings that cannot work, with its cure; another run uses OUT.
     """
     require_place(config.out, directory=True)
-    run = nerfstudio_config(config)
+    nerfstudio_config(config)  # what cannot work is refused before anything is posed
     with sole_run(config.out):
-        return _train(config, run)
+        if has_photographs_only(config.scene):
+            config = replace(config, scene=with_poses(config.scene, config.out, config.resume, config.limit))
+        return _train(config, nerfstudio_config(config))
 
 
 def _train(config: TrainConfig, run: FewViewTrainerConfig) -> Path:

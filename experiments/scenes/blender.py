@@ -63,10 +63,10 @@ class Renderer:
         self._scene = bpy.context.scene
         self._directory = tempfile.TemporaryDirectory(prefix="scenes-")
         self._file = Path(self._directory.name) / "image.png"
-        _configure(self._scene.render, resolution, self._file)
+        configure(self._scene.render, resolution, self._file)
         self._scene.view_settings.view_transform = "Standard"
-        _configure_cycles(self._scene.cycles, samples, denoise=denoise)
-        self._meshes = {shape: _MESHES[shape]() for shape in SHAPES}
+        configure_cycles(self._scene.cycles, samples, denoise=denoise)
+        self._meshes = {shape: MESHES[shape]() for shape in SHAPES}
         self._materials = {(m, c): _material(m, _TONES[c]) for m in MATERIALS for c in _TONES}
         self._slots = [self._add(f"slot{i}", self._meshes["cube"]) for i in range(slots)]
         for slot in self._slots:
@@ -77,7 +77,7 @@ class Renderer:
         self._scene.camera = self._camera
         self._sun = self._add("sun", bpy.data.lights.new("sun", "SUN"))
         self._sun.data.angle = math.radians(12)
-        self._sky = _add_world(self._scene)
+        self._sky = add_world(self._scene)
 
     def render(self, scene: Scene, camera: Camera) -> np.ndarray:
         """The scene as seen by the camera, (height, width, 3) uint8; without a ground on white."""
@@ -127,7 +127,7 @@ class Renderer:
         mesh = bpy.data.meshes.new("ground")
         mesh.from_pydata([(-60, -60, 0), (60, -60, 0), (60, 60, 0), (-60, 60, 0)], [], [(0, 1, 2, 3)])
         material = bpy.data.materials.new("ground")
-        shader = _principled(material)
+        shader = principled(material)
         shader.inputs["Roughness"].default_value = 0.9
         mesh.materials.append(material)
         return self._add("ground", mesh), shader.inputs["Base Color"]
@@ -144,7 +144,7 @@ def _placement(thing: SceneObject) -> Placement:
     )
 
 
-def _configure(render: "bpy.types.RenderSettings", resolution: int, file: Path) -> None:
+def configure(render: "bpy.types.RenderSettings", resolution: int, file: Path) -> None:
     render.engine = "CYCLES"
     render.resolution_x = render.resolution_y = resolution
     render.resolution_percentage = 100
@@ -157,7 +157,7 @@ def _configure(render: "bpy.types.RenderSettings", resolution: int, file: Path) 
     render.filepath = str(file)
 
 
-def _configure_cycles(cycles: "bpy.types.CyclesRenderSettings", samples: int, *, denoise: bool) -> None:
+def configure_cycles(cycles: "bpy.types.CyclesRenderSettings", samples: int, *, denoise: bool) -> None:
     cycles.device = "CPU"
     cycles.samples = samples
     cycles.use_adaptive_sampling = False
@@ -170,7 +170,7 @@ def _configure_cycles(cycles: "bpy.types.CyclesRenderSettings", samples: int, *,
     cycles.use_light_tree = False
 
 
-def _principled(material: "bpy.types.Material") -> "bpy.types.Node":
+def principled(material: "bpy.types.Material") -> "bpy.types.Node":
     if material.node_tree is None:
         material.use_nodes = True
     tree = material.node_tree
@@ -183,7 +183,7 @@ def _principled(material: "bpy.types.Material") -> "bpy.types.Node":
 
 def _material(kind: str, tone: tuple[float, float, float]) -> "bpy.types.Material":
     material = bpy.data.materials.new(kind)
-    shader = _principled(material)
+    shader = principled(material)
     inputs = shader.inputs
     inputs["Base Color"].default_value = (*tone, 1.0)
     inputs["Roughness"].default_value = 0.9
@@ -209,7 +209,7 @@ def _glow(tree: "bpy.types.NodeTree", inputs: "bpy.types.NodeInputs", tone: tupl
     inputs["Emission Color"].default_value = (*(0.95 * t + 0.05 for t in tone), 1.0)
 
 
-def _add_world(scene: "bpy.types.Scene") -> "bpy.types.NodeSocket":
+def add_world(scene: "bpy.types.Scene") -> "bpy.types.NodeSocket":
     """A sky that is bright above and dim below, which metal mirrors; returns its strength."""
     world = bpy.data.worlds.new("world")
     scene.world = world
@@ -338,7 +338,7 @@ def _stool() -> "bpy.types.Mesh":
     return _take_mesh("stool", smooth=False)
 
 
-_MESHES = {
+MESHES = {
     "cube": _cube,
     "ball": _ball,
     "cylinder": _cylinder,

@@ -33,12 +33,17 @@ FAMILIES_PER_SHARD = 25
 
 
 def main() -> None:
-    """Render every missing shard, the packaged samples, or the packaged still life at another resolution."""
+    """Render every missing shard, or packaged samples."""
     options = _parse_options()
     if options.samples:
         from experiments.scenes.samples import write_samples
 
         write_samples(options.seed)
+        return
+    if options.walk:
+        from experiments.scenes.room import write_walk
+
+        write_walk(options.walk)
         return
     if options.still_life:
         from experiments.scenes.samples import write_multiview
@@ -72,6 +77,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=96, help="pixels")
     parser.add_argument("--render-samples", type=int, default=8, help="light paths a pixel")
     parser.add_argument("--samples", action="store_true", help="write the packaged samples instead")
+    parser.add_argument("--walk", type=Path, metavar="DIRECTORY", help="write the photographs of a room instead")
     parser.add_argument("--still-life", type=Path, metavar="DIRECTORY", help="write the scene for dietnerf instead")
     parser.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--of-workers", type=int, default=1, help=argparse.SUPPRESS)

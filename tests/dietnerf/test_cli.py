@@ -114,7 +114,7 @@ def test_mistakes_are_one_line(run, arguments, message, capsys, tmp_path):
 def test_help(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("train", "render", "evaluate", "consistency"))
+    assert all(name in shown for name in ("pose", "train", "render", "evaluate", "consistency"))
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--help"])
     assert stopped.value.code == 0

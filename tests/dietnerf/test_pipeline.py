@@ -253,21 +253,20 @@ def run_command(name: str, *arguments: str, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def nerfstudio_run(tmp_path_factory, root) -> Path:
-    """Directory of a few steps of `ns-train dietnerf-grid` on the packaged scene."""
+def nerfstudio_run(tmp_path_factory, posed) -> Path:
+    """Directory of a few steps of `ns-train dietnerf-grid` on photographs that `dietnerf pose` has posed."""
     if not (PYTHON / "ns-train").exists():
         pytest.skip("ns-train is not installed")
     place = tmp_path_factory.mktemp("ns")
-    scene = root / "common/assets/samples/multiview"
     model = "--pipeline.model"
     run_command(
-        "ns-train", "dietnerf-grid", "--data", str(scene), "--output-dir", str(place), "--vis", "tensorboard",
+        "ns-train", "dietnerf-grid", "--data", str(posed.scene), "--output-dir", str(place), "--vis", "tensorboard",
         "--machine.device-type", "cpu", "--max-num-iterations", "12", "--pipeline.datamanager.dataparser.image-size", "16",
         "--pipeline.datamanager.dataparser.num-views", "4", "--pipeline.datamanager.train-num-rays-per-batch", "128",
         f"{model}.resolutions", "8", "12", f"{model}.grow-at", "5", f"{model}.semantic.weight", "0.01",
         f"{model}.semantic.resolution", "8", "--timestamp", "now", cwd=place,
     )  # fmt: skip
-    return place / "multiview/dietnerf-grid/now"
+    return place / "scene/dietnerf-grid/now"
 
 
 @pytest.mark.slow
