@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from common.checks import UserError, require_above, require_at_least, require_one_of
+from dietnerf.contraction import Contraction
 from dietnerf.data import BLENDER_PLANES
 from dietnerf.losses import prior_losses, reconstruction_losses
 from dietnerf.metrics import psnr, ssim
@@ -68,6 +69,8 @@ class FewViewModel(Model):
     field: Any
     collider: Any
     """Gives rays their near and far."""
+    contraction: Contraction | None
+    """Of the space outside the scene's box; None: there is nothing outside."""
     semantic_loss: SemanticLoss | None
     near: float
     """The near plane."""
@@ -86,6 +89,7 @@ class FewViewModel(Model):
         require_at_least("near", self.near, 0)
         require_above("far", self.far, self.near)
         check_semantic_config(config.semantic)
+        self.contraction = Contraction(self.scene_box.aabb) if metadata.get("unbounded") else None
         self.collider = NearFarCollider(near_plane=self.near, far_plane=self.far, reset_near_plane=False)
         behind = config.background_color
         if behind == "random":

@@ -16,6 +16,7 @@ from common.commands import named
 from common.images import ImageLimit
 from common.runtime import RuntimeConfig
 from common.training import LogConfig, ScaleConfig, flat, settings_of
+from dietnerf.bounds import BoxConfig
 from dietnerf.grid import DietGridModelConfig
 from dietnerf.methods import FewViewTrainerConfig, method_config
 from dietnerf.regularizers import RegularizerConfig
@@ -44,6 +45,7 @@ OWN: Any = None
 """The method's own."""
 PARTS: dict[str, type] = {
     "views": ViewsConfig,
+    "box": BoxConfig,
     "semantic": SemanticConfig,
     "regularizers": RegularizerConfig,
     "scale": ScaleConfig,
@@ -99,6 +101,7 @@ class TrainConfig:
     """Go on from last.ckpt in OUT when there is one, which must be of a run with the same settings; --no-resume begins
     anew."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    box: BoxConfig = field(default_factory=BoxConfig)
     semantic: Annotated[SemanticConfig, named(SemanticConfig, SEMANTIC)] = OWN
     regularizers: Annotated[RegularizerConfig, named(RegularizerConfig)] = OWN
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -214,7 +217,7 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
             group["scheduler"].steps = steps
     protocol, parser = PROTOCOLS.get(config.protocol), data.dataparser
     parser.data = data.data = config.scene.resolve()
-    vars(parser).update(vars(config.views))
+    vars(parser).update(vars(config.views) | vars(config.box))
     if protocol and not config.views.num_views:
         parser.view_ids = config.views.view_ids or protocol.view_ids
     if protocol:
