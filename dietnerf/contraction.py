@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from nerfstudio.field_components.spatial_distortions import SceneContraction, SpatialDistortion
+from nerfstudio.field_components.spatial_distortions import SpatialDistortion
 from torch import Tensor
 
 FARTHEST = 1e6
@@ -25,10 +25,13 @@ class Contraction(SpatialDistortion):
         super().__init__()
         self.register_buffer("centre", aabb.float().mean(dim=0))
         self.register_buffer("reach", (aabb[1] - aabb[0]).float() / 2)
-        self._contract = SceneContraction(order=float("inf"))
 
     def forward(self, positions: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3"]:  # type: ignore[override]
-        return self._contract((positions - self.centre) / self.reach)
+        scaled = (positions - self.centre) / self.reach
+        norm = (
+            scaled.abs().amax(dim=-1, keepdim=True).clamp(min=1)
+        )  # nerfstudio's linalg.norm takes eight times as long
+        return scaled * ((2 - 1 / norm) / norm)
 
     def inverse(self, contracted: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3"]:
         """Where points (within [-2, 2]) come from."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.checks import UserError, require_at_least
 from common.images import ImageLimit, open_image
-from dietnerf.bounds import BoxConfig, Bounds, chosen_box, few_inside, find_bounds
+from dietnerf.bounds import Bounds, BoxConfig, chosen_box, few_inside, find_bounds
 from dietnerf.captures import Capture, Frame, read_capture
 from dietnerf.images import is_opaque, load_image, load_mask, read_size
 from dietnerf.layouts import check_pose
@@ -160,7 +160,9 @@ class FewViewParser(DataParser):
         """Where the scene is, its sparse points in the field's units, and whether space outside its box is held too."""
         config = self.config
         photographs = capture.kind in ("nerfstudio", "colmap")
-        unbounded = photographs and background == "image" if config.contraction == "auto" else config.contraction == "on"
+        unbounded = (
+            photographs and background == "image" if config.contraction == "auto" else config.contraction == "on"
+        )
         found = read_points(capture)
         points = None if found is None else found.placed(world)
         if capture.kind == "blender":
@@ -316,6 +318,15 @@ class FewViewDataset(InputDataset):
     def has_alpha(self) -> bool:
         """Whether the images have alpha, and it is used."""
         return self.background != "image"
+
+    @cached_property
+    def observed(self) -> list[tuple[Float[Tensor, "_ 3"], Float[Tensor, " _"]]] | None:
+        """Of each photograph the sparse points that it sees, in the field's units, and how much each counts; None: not
+        known, or there are none."""
+        found = self._dataparser_outputs.metadata["observed"]
+        if found is None or not sum(len(positions) for positions, _ in found):
+            return None
+        return [(torch.from_numpy(where).float(), torch.from_numpy(counts).float()) for where, counts in found]
 
     @property
     def same_size(self) -> bool:

@@ -200,7 +200,10 @@ class VoxelGrid(nn.Module):
         middle = marks.gather(1, chord) + after * stretch
         kept = wanted < along[:, -1:]
         scale = CELLS / (self.aabb[1] - self.aabb[0])
-        starts, slopes = (places[:, :-1] - self.aabb[0]) * scale, (places[:, 1:] - places[:, :-1]) / chords[..., None] * scale
+        starts, slopes = (
+            (places[:, :-1] - self.aabb[0]) * scale,
+            (places[:, 1:] - places[:, :-1]) / chords[..., None] * scale,
+        )
         flat = torch.zeros_like(middle, dtype=torch.int32)
         for axis in range(3):
             cell = torch.addcmul(starts[..., axis].gather(1, chord), after, slopes[..., axis].gather(1, chord))

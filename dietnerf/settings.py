@@ -18,7 +18,7 @@ from common.runtime import RuntimeConfig
 from common.training import LogConfig, ScaleConfig, flat, settings_of
 from dietnerf.bounds import BoxConfig
 from dietnerf.grid import DietGridModelConfig
-from dietnerf.methods import FewViewTrainerConfig, method_config
+from dietnerf.methods import EXTRA, FewViewTrainerConfig, method_config
 from dietnerf.regularizers import RegularizerConfig
 from dietnerf.semantic import SemanticConfig, check_semantic_config
 from dietnerf.views import PROTOCOLS, ViewsConfig
@@ -93,6 +93,11 @@ class TrainConfig:
     from the centre; Blender's that are not about 4 units from it are scaled to be."""
     far: float = 0.0
     """Where rays end, likewise; 0 suits the layout of the scene."""
+    appearance: Literal["auto", "on", "off"] = "auto"
+    """Let each training photograph have its own gain and offset of colour, as exposures differ; renders have the mean
+    one. auto: where the space outside the box is contracted."""
+    refine_poses: bool = False
+    """Move the training cameras while training (nerfstudio's camera optimizer)."""
     val_views: int = 2
     """Held-out views that are looked at during training; 0 looks at none."""
     val_every: int = 0
@@ -211,8 +216,9 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
         raise UserError(
             f"resolutions, harmonics and min_views are the grid's, but method is {config.method!r}: leave them out."
         )
-    for group in run.optimizers.values():
-        group["optimizer"].lr = config.lr or group["optimizer"].lr
+    for name, group in run.optimizers.items():
+        if name not in EXTRA:
+            group["optimizer"].lr = config.lr or group["optimizer"].lr
         if config.method in ("mlp-small", "nerfacto", "grid"):
             group["scheduler"].steps = steps
     protocol, parser = PROTOCOLS.get(config.protocol), data.dataparser
@@ -232,6 +238,7 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
         raise UserError(f"near is {config.near} and far is {config.far}: give both, with 0 < near < far.")
     if config.far:
         model.near, model.far = config.near, config.far
+    model.appearance, model.refine_poses = config.appearance, config.refine_poses
     model.semantic, model.regularizers = config.semantic, config.regularizers
     model.eval_num_rays_per_chunk = config.semantic.chunk
     run.run_directory = config.out.resolve()

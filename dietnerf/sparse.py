@@ -28,7 +28,7 @@ class SparsePoints:
     """float64."""
     errors: Float[np.ndarray, " p"] | None = None
     """Mean reprojection error in pixels of the photographs that were posed; None: not known."""
-    seen: Sequence[Int[np.ndarray, " k"]] | None = None
+    seen: Sequence[Int[np.ndarray, " _"]] | None = None
     """For each of the capture's frames the points that its photograph sees; None: not known."""
 
     def placed(self, world: World) -> SparsePoints:
