@@ -198,6 +198,7 @@ class VoxelGrid(nn.Module):
         stretch = ((marks[:, 1:] - marks[:, :-1]) / chords).gather(1, chord)
         after = wanted - along.gather(1, chord)
         middle = marks.gather(1, chord) + after * stretch
+        stretch = torch.minimum(stretch, 2 * (middle - near) / step)  # none begins before the near plane
         kept = wanted < along[:, -1:]
         scale = CELLS / (self.aabb[1] - self.aabb[0])
         starts, slopes = (
@@ -377,13 +378,15 @@ class DietGridModelConfig(FewViewModelConfig):
     occupancy_every: int = 100
     """Steps between two looks at which cells are empty."""
     min_views: int = 2
-    """What fewer training cameras see stays empty, where images have alpha; 1 lets one camera suffice."""
+    """What fewer training cameras see stays empty, where images have alpha or show their background; 1 lets one camera
+    suffice."""
 
 
 class DietGridModel(FewViewModel):
     """Density and colour by trilinear look-up; empty space is skipped."""
 
     config: DietGridModelConfig
+    behind_all = "black"  # to which the colour at the far plane is added
 
     def populate_modules(self) -> None:
         super().populate_modules()
@@ -441,9 +444,16 @@ class DietGridModel(FewViewModel):
         seen = weights.detach()[ray, slot, 0] > VISIBLE_WEIGHT
         colour = grid.colour(corners.of(seen), directions[ray[seen]])
         rgb = origins.new_zeros(*table, 3).index_put((ray[seen], slot[seen]), colour)
+        accumulation = self.renderer_accumulation(weights=weights)
+        rendered = self.renderer_rgb(rgb=rgb, weights=weights)
+        if (
+            grid.contraction is not None and self.renderer_rgb.background_color == "black"
+        ):  # what is farther than the last sample, such as the sky
+            behind = grid.colour(grid.locate(grid.place(origins + far * directions)), directions)
+            rendered = rendered + (1 - accumulation) * behind
         outputs: dict[str, Any] = {
-            "rgb": self.renderer_rgb(rgb=rgb, weights=weights),
-            "accumulation": self.renderer_accumulation(weights=weights),
+            "rgb": rendered,
+            "accumulation": accumulation,
             "depth": self._depth(weights[..., 0], starts, ends),
         }
         if self.training:

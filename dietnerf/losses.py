@@ -69,8 +69,8 @@ def compute_losses(
     model: TrainedField, batch: Batch, step: int, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
     """The weighted terms of a step, whose sum is minimised: rgb, rgb_coarse, silhouette, silhouette_coarse, semantic,
-    semantic_coarse, occlusion, density_variation, colour_variation, distortion, depth, depth_smoothness, interlevel; a term
-    that is off is absent.
+    semantic_coarse, occlusion, density_variation, colour_variation, distortion, depth, depth_smoothness, interlevel; a
+    term that is off is absent.
 
     Call `model.before_step(step)` first. `rgb` is the plain mean squared error, so PSNR = -10 log10(rgb).
 

@@ -85,6 +85,8 @@ class FewViewModel(Model):
     """The near plane."""
     far: float
     """The far plane."""
+    behind_all: Literal["black", "last_sample"] = "last_sample"
+    """Colour behind a photograph's whole scene, where space is contracted."""
     began: int = 0
     """The step at which the field began: another than 0 after a restart."""
 
@@ -110,6 +112,8 @@ class FewViewModel(Model):
         behind = config.background_color
         if behind == "random":
             behind = metadata.get("background", "white")
+        if self.contraction is not None and metadata.get("background") == "image":
+            behind = self.behind_all
         self.renderer_rgb = RGBRenderer(background_color=behind)
         self.renderer_accumulation = AccumulationRenderer()
         self.semantic_loss = None
@@ -127,7 +131,7 @@ class FewViewModel(Model):
         self.semantic_loss = SemanticLoss(self.config.semantic, images, self.device)
 
     def set_cameras(self, cameras: Cameras) -> None:
-        """The training cameras of a scene whose images have alpha, for fields that leave unseen space empty."""
+        """The training cameras, for fields that leave unseen space empty; not a bounded field's photographs'."""
 
     def refined(self, rays: RayBundle) -> RayBundle:
         """Rays (r,) of training cameras, where these stand by now."""
