@@ -261,11 +261,10 @@ def _length(captioner: Captioner) -> dict[str, int]:
 
 def run(config: CalibrateConfig) -> int:
     """`clipcap calibrate`: learn, say how well it went, and write the file."""
-    from common.progress import Progress
-
     from clipcap.captioner import Captioner
     from clipcap.model import PACKAGED
     from common.pretrained import saving
+    from common.progress import Progress
 
     if config.split == "train":
         raise UserError("split is 'train', whose images the captioner knows: choose val or test.")

@@ -78,10 +78,9 @@ def neighbour_reference(clip: FrozenCLIP, data: Path, images: Path | None, store
     Raises:
         UserError: the data set or the store cannot be used.
     """
-    from common.progress import Progress
-
     from clipcap.data.dataset import read_dataset
     from clipcap.data.embeddings import build_store
+    from common.progress import Progress
 
     items = [item for item in read_dataset(data, images=images) if item.captions]
     if not items:

@@ -20,21 +20,23 @@ from torch import Tensor
 
 from common.checks import UserError, require_at_least
 from common.images import ImageLimit, open_image
+from dietnerf.bounds import Bounds, BoxConfig, chosen_box, few_inside, find_bounds
 from dietnerf.captures import Capture, Frame, read_capture
 from dietnerf.images import is_opaque, load_image, load_mask, read_size
 from dietnerf.layouts import check_pose
 from dietnerf.lenses import Size, build_cameras, fits, lens_size
-from dietnerf.views import ViewsConfig, places_of, select_views
+from dietnerf.sparse import SparsePoints, read_points
+from dietnerf.views import ViewsConfig, held_out, places_of, select_views
 from dietnerf.world import World, object_world, other_convention, photographs_world
 
+BLENDER_SIDE = 1.5
+"""Of the box of NeRF's synthetic scenes, from the origin."""
 BLENDER_PLANES = (2.0, 6.0)
 """Near and far of NeRF's synthetic scenes."""
-UNBOUNDED_PLANES = (0.05, 4.0)
-"""Near and far of scenes whose cameras are scaled into [-1, 1]."""
 
 
 @dataclass
-class FewViewParserConfig(DataParserConfig, ViewsConfig):
+class FewViewParserConfig(DataParserConfig, ViewsConfig, BoxConfig):
     """A Blender, nerfstudio, COLMAP or LLFF scene, of which few views are trained on."""
 
     _target: type = field(default_factory=lambda: FewViewParser)
@@ -77,6 +79,8 @@ class FewViewParser(DataParser):
         require_at_least("image_size", config.image_size, 0)
         require_at_least("eval_every", config.eval_every, 1)
         capture = read_capture(Path(config.data), split, skip_missing=config.skip_missing)
+        if config.hold_out:
+            capture = held_out(capture, split, config.hold_out)
         poses, world = self._place(capture)
         if split == "train":
             self._check_convention(capture)
@@ -108,18 +112,14 @@ class FewViewParser(DataParser):
         background = self._background(paths, split)
         self._decided = background if split == "train" else self._decided
         colour = {"white": torch.ones(3), "black": torch.zeros(3), "image": None}[background]
-        planes = BLENDER_PLANES if capture.kind == "blender" else UNBOUNDED_PLANES
-        side = 1.5 if capture.kind == "blender" else 1.0
-        if capture.bounds:
-            planes = 0.9 * capture.bounds[0] * world.scale, 1.1 * capture.bounds[1] * world.scale
-            side = max(1.0, planes[1])  # these scenes lie before the cameras, not between them
+        bounds, points, unbounded = self._bounds(capture, poses, world, background, split)
         original = world.after(capture.applied, capture.applied_scale)
         return FewViewOutputs(
             image_filenames=paths,
             cameras=cameras,
             alpha_color=colour,
             mask_filenames=[frame.mask for frame in frames if frame.mask] or None,
-            scene_box=SceneBox(aabb=torch.tensor([[-side] * 3, [side] * 3])),
+            scene_box=SceneBox(aabb=torch.from_numpy(bounds.box).float()),
             dataparser_scale=original.scale,
             dataparser_transform=torch.from_numpy(original.transform),
             metadata={
@@ -131,7 +131,9 @@ class FewViewParser(DataParser):
                 "upright": [turned for _, turned in measured],
                 "max_pixels": self._max_pixels,
                 "source": capture.source,
-                "planes": planes,
+                "planes": bounds.planes,
+                "unbounded": unbounded,
+                "observed": [points.observed(place) for place in places] if points and points.seen else None,
                 "world": original if capture.kind == "colmap" else world,
             },
         )
@@ -151,6 +153,30 @@ class FewViewParser(DataParser):
             found = World(np.eye(4)[:3], 1.0)
         world = World(found.transform, found.scale * factor)
         return world.place(known), world
+
+    def _bounds(
+        self, capture: Capture, poses: np.ndarray, world: World, background: str, split: str
+    ) -> tuple[Bounds, SparsePoints | None, bool]:
+        """Where the scene is, its sparse points in the field's units, and whether space outside its box is held too."""
+        config = self.config
+        photographs = capture.kind in ("nerfstudio", "colmap")
+        unbounded = (
+            photographs and background == "image" if config.contraction == "auto" else config.contraction == "on"
+        )
+        found = read_points(capture)
+        points = None if found is None else found.placed(world)
+        if capture.kind == "blender":
+            bounds = Bounds(np.array([[-BLENDER_SIDE] * 3, [BLENDER_SIDE] * 3]), BLENDER_PLANES)
+        elif capture.bounds:  # these scenes lie before the cameras, not between them
+            near, far = 0.9 * capture.bounds[0] * world.scale, 1.1 * capture.bounds[1] * world.scale
+            side = max(1.0, far)
+            bounds = Bounds(np.array([[-side] * 3, [side] * 3]), (near, far))
+        else:
+            bounds = find_bounds(poses, points, unbounded=unbounded)
+        bounds = chosen_box(bounds, config, points)
+        if split == "train" and (wrong := few_inside(bounds)):
+            print(f"warning: {wrong}", file=sys.stderr, flush=True)
+        return bounds, points, unbounded
 
     def _check_convention(self, capture: Capture) -> None:
         """Poses of another convention: refused where no camera could see the object, else said."""
@@ -292,6 +318,15 @@ class FewViewDataset(InputDataset):
     def has_alpha(self) -> bool:
         """Whether the images have alpha, and it is used."""
         return self.background != "image"
+
+    @cached_property
+    def observed(self) -> list[tuple[Float[Tensor, "_ 3"], Float[Tensor, " _"]]] | None:
+        """Of each photograph the sparse points that it sees, in the field's units, and how much each counts; None: not
+        known, or there are none."""
+        found = self._dataparser_outputs.metadata["observed"]
+        if found is None or not sum(len(positions) for positions, _ in found):
+            return None
+        return [(torch.from_numpy(where).float(), torch.from_numpy(counts).float()) for where, counts in found]
 
     @property
     def same_size(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +15,12 @@ from common.files import write_json
 from common.progress import Progress
 from common.report import Page, contact_sheet
 from common.runtime import hardware, versions
-from dietnerf.metrics import MetricsConfig, Scores, score_views
+from dietnerf.metrics import MetricsConfig, Scores, overfitted, psnr, score_views
 from dietnerf.scene import Rendering, Scene
 from dietnerf.views import PROTOCOLS
 
+TRAINING_VIEWS = 2
+"""So many training views are scored beside the held-out ones."""
 NAMES = {
     "psnr": "PSNR",
     "ssim": "SSIM",
@@ -65,6 +68,8 @@ class Evaluation:
     truths: list[Any]
     record: dict[str, Any]
     """What results.json holds."""
+    warning: str | None = None
+    """That the field knows its training views far better."""
 
 
 def score_scene(
@@ -130,7 +135,20 @@ def score_scene(
         "hardware": hardware(),
         "versions": versions(),
     }
-    return Evaluation(scores, split_ids, renderings, truths, record)
+    warning = None
+    if scene.holds_views_out:
+        record["training_psnr"] = training_psnr(scene, chunk=chunk)
+        warning = overfitted(record["training_psnr"], scores.values["psnr"])
+    return Evaluation(scores, split_ids, renderings, truths, record, warning)
+
+
+def training_psnr(scene: Scene, *, chunk: int = 0) -> float:
+    """Mean PSNR of a few training views, without the exposures that were learnt for them."""
+    views, found = scene.training_views, []
+    for i in range(0, len(views), -(-len(views) // TRAINING_VIEWS)):
+        rgb = scene.render_camera(views.cameras[i : i + 1], chunk=chunk).rgb
+        found.append(psnr(rgb, views.load(i)[0], views.mask(i)))
+    return float(np.mean(found))
 
 
 def kind_of(scene: Scene) -> str:
@@ -171,6 +189,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     page.table([{"metric": NAMES[name], "value": value} for name, value in found.scores.values.items()])
     if found.scores.not_measured:
         page.table([{"not measured": NAMES[k], "why": v} for k, v in found.scores.not_measured.items()])
+    if found.warning:
+        page.section("Warning", found.warning)
+        print(f"warning: {found.warning}", file=sys.stderr, flush=True)
     page.section("Views", "The photograph to the left, the render to the right.")
     page.image(sheet, alt=f"{kind} beside their renders")
     page.section("Each view")

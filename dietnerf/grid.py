@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from common.checks import UserError, require_above, require_at_least, require_between
 from common.runtime import require_memory
+from dietnerf.contraction import Contraction
+from dietnerf.data import BLENDER_SIDE
 from dietnerf.model import VISIBLE_WEIGHT, BoxCollider, FewViewModel, FewViewModelConfig
 from dietnerf.regularizers import Samples, total_variation
 
@@ -30,6 +32,8 @@ START_OPACITY = 0.1
 """Optical depth of the box before training."""
 EMPTY_OPACITY = 0.02
 """A cell is empty when its densest point absorbs less than this over a voxel's length."""
+CHORDS = 96
+"""Straight pieces by which a ray is followed through contracted space."""
 SLAB = 0.25
 """Share of the grid that one evaluation of the total variation looks at: a random slab, right on average."""
 
@@ -55,6 +59,8 @@ class Marched(NamedTuple):
     """How many samples of that ray come before."""
     middle: Float[Tensor, " k"]
     """Distance along the ray."""
+    stretch: Float[Tensor, " k"] | float = 1.0
+    """How much longer a step is in the scene's units than in the grid's."""
 
 
 class VoxelGrid(nn.Module):
@@ -70,8 +76,23 @@ class VoxelGrid(nn.Module):
     sizes: Tensor
     occupied: Tensor
 
-    def __init__(self, aabb: Float[Tensor, "2 3"], resolutions: tuple[int, ...], harmonics: int = 0) -> None:
+    def __init__(
+        self,
+        aabb: Float[Tensor, "2 3"],
+        resolutions: tuple[int, ...],
+        harmonics: int = 0,
+        contraction: Contraction | None = None,
+    ) -> None:
+        """Args:
+        aabb: the scene's box; with a contraction, the grid holds all of space, and the box is half as wide as it.
+        """
         super().__init__()
+        self.contraction = contraction
+        if contraction is not None:  # in units in which the mean side of the box is that of Blender's
+            half = BLENDER_SIDE * contraction.reach / contraction.reach.mean()
+            self.unit: Tensor
+            self.register_buffer("unit", half)
+            aabb = 2 * torch.stack((-half, half))
         self.resolutions, self.harmonics = resolutions, harmonics
         channels = 3 * (harmonics + 1) ** 2
         self.density_tables = nn.ParameterList([torch.zeros(n**3, 1) for n in resolutions])
@@ -90,6 +111,10 @@ class VoxelGrid(nn.Module):
     def voxel(self) -> Float[Tensor, " 3"]:
         """Size of a voxel of the present level, in the scene's units."""
         return (self.aabb[1] - self.aabb[0]) / (self.sizes - 1)
+
+    def place(self, positions: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3"]:
+        """From the scene's coordinates to the grid's."""
+        return positions if self.contraction is None else self.unit * self.contraction(positions)
 
     def locate(self, positions: Float[Tensor, "n 3"]) -> Corners:
         """Vertices around points in the box; points outside are moved to its surface."""
@@ -148,6 +173,47 @@ class VoxelGrid(nn.Module):
         row, column = kept.nonzero(as_tuple=True)
         slot = (kept.cumsum(dim=1, dtype=torch.int32) - 1)[row, column]
         return Marched(hit[row], slot.long(), middle[row, column])
+
+    @torch.no_grad()
+    def march_contracted(
+        self,
+        origins: Float[Tensor, "r 3"],
+        directions: Float[Tensor, "r 3"],
+        near: Float[Tensor, "r 1"],
+        far: Float[Tensor, "r 1"],
+        step: float,
+        *,
+        jitter: bool,
+    ) -> Marched:
+        """Samples as those of `march`, `step` apart in the grid's coordinates, where rays are curved: each is followed
+        along a chain of chords."""
+        marks = near * (far / near) ** torch.linspace(0, 1, CHORDS + 1, device=near.device)  # (r, m)
+        places = self.place(origins[:, None] + marks[..., None] * directions[:, None])  # (r, m, 3)
+        chords = (places[:, 1:] - places[:, :-1]).norm(dim=-1).clamp(min=1e-9)
+        along = F.pad(chords.cumsum(dim=-1), (1, 0))
+        count = int((along[:, -1].max() / step).ceil().item())
+        offset = torch.rand_like(near) if jitter else torch.full_like(near, 0.5)
+        wanted = (torch.arange(count, device=near.device) + offset) * step  # (r, count)
+        chord = (torch.searchsorted(along, wanted, right=True) - 1).clamp_(max=CHORDS - 1)
+        stretch = ((marks[:, 1:] - marks[:, :-1]) / chords).gather(1, chord)
+        after = wanted - along.gather(1, chord)
+        middle = marks.gather(1, chord) + after * stretch
+        stretch = torch.minimum(stretch, 2 * (middle - near) / step)  # none begins before the near plane
+        kept = wanted < along[:, -1:]
+        scale = CELLS / (self.aabb[1] - self.aabb[0])
+        starts, slopes = (
+            (places[:, :-1] - self.aabb[0]) * scale,
+            (places[:, 1:] - places[:, :-1]) / chords[..., None] * scale,
+        )
+        flat = torch.zeros_like(middle, dtype=torch.int32)
+        for axis in range(3):
+            cell = torch.addcmul(starts[..., axis].gather(1, chord), after, slopes[..., axis].gather(1, chord))
+            kept &= (cell >= 0) & (cell < CELLS)
+            flat.mul_(CELLS).add_(cell.int().clamp_(0, CELLS - 1))
+        kept &= self.occupied.view(-1)[flat]
+        row, column = kept.nonzero(as_tuple=True)
+        slot = (kept.cumsum(dim=1, dtype=torch.int32) - 1)[row, column]
+        return Marched(row, slot.long(), middle[row, column], stretch[row, column])
 
     def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Total variation of density's and colour's values before activation, in a random slab of the grid."""
@@ -214,6 +280,8 @@ class VoxelGrid(nn.Module):
         if self._cameras is None or self._min_views < 2:
             return torch.ones_like(self.occupied)
         points = torch.cartesian_prod(*self._middles())
+        if self.contraction is not None:
+            points = self.contraction.inverse(points / self.unit)
         seen = (views_of(points, self._cameras) >= self._min_views).view(self.occupied.shape)
         return seen if seen.any() else torch.ones_like(seen)
 
@@ -277,18 +345,21 @@ class _Interpolate(torch.autograd.Function):
 
     @staticmethod
     def forward(context, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        context.save_for_backward(index, weight)
+        context.save_for_backward(index, weight, table if context.needs_input_grad[2] else table[:0])
         context.rows = len(table)
         return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, None, None]:
-        index, weight = context.saved_tensors
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        index, weight, table = context.saved_tensors
         flat = index.flatten()
         found = gradient.new_empty(context.rows, gradient.shape[1])
         for channel, column in enumerate(gradient.unbind(1)):
             found[:, channel] = torch.bincount(flat, (weight * column[:, None]).flatten(), context.rows)
-        return found, None, None
+        moved = None
+        if context.needs_input_grad[2]:  # poses that are refined
+            moved = (F.embedding(index, table) * gradient[:, None]).sum(dim=-1)
+        return found, None, moved
 
 
 @dataclass
@@ -307,13 +378,15 @@ class DietGridModelConfig(FewViewModelConfig):
     occupancy_every: int = 100
     """Steps between two looks at which cells are empty."""
     min_views: int = 2
-    """What fewer training cameras see stays empty, where images have alpha; 1 lets one camera suffice."""
+    """What fewer training cameras see stays empty, where images have alpha or show their background; 1 lets one camera
+    suffice."""
 
 
 class DietGridModel(FewViewModel):
     """Density and colour by trilinear look-up; empty space is skipped."""
 
     config: DietGridModelConfig
+    behind_all = "black"  # to which the colour at the far plane is added
 
     def populate_modules(self) -> None:
         super().populate_modules()
@@ -333,9 +406,10 @@ class DietGridModel(FewViewModel):
         require_memory(f"resolutions is {config.resolutions}", size, torch.device("cpu"), "use smaller ones")
         if config.regularizers.frequency_steps:
             raise UserError("regularizers.frequency_steps: a grid has none; its levels (grow_at) do the same.")
-        self.field = VoxelGrid(self.scene_box.aabb, config.resolutions, config.harmonics)
+        self.field = VoxelGrid(self.scene_box.aabb, config.resolutions, config.harmonics, self.contraction)
         chosen = config.near, config.far
-        self.collider = BoxCollider(SceneBox(self.field.aabb), self.near, chosen, self.field)
+        if self.contraction is None:
+            self.collider = BoxCollider(SceneBox(self.field.aabb), self.near, chosen, self.field)
 
     def before_step(self, step: int) -> None:
         """Grow into the next level when its step has come, and look now and then which cells are empty."""
@@ -355,22 +429,31 @@ class DietGridModel(FewViewModel):
         near, far = ray_bundle.nears, ray_bundle.fars
         assert near is not None and far is not None
         step = grid.voxel.mean().item() / self.config.steps_per_voxel
-        ray, slot, middle = grid.march(origins, directions, near, far, step, jitter=self.training)
+        march = grid.march if grid.contraction is None else grid.march_contracted
+        ray, slot, middle, stretch = march(origins, directions, near, far, step, jitter=self.training)
         width = int(slot.max()) + 1 if len(slot) else 1
-        corners = grid.locate(origins[ray] + middle[:, None] * directions[ray])
+        corners = grid.locate(grid.place(origins[ray] + middle[:, None] * directions[ray]))
         table = (len(origins), width)
         where = (ray, slot)
-        density = origins.new_zeros(table).index_put(where, grid.density(corners))
-        starts = near.expand(table).index_put(where, middle - step / 2)
-        ends = starts.index_put(where, middle + step / 2)  # unused slots have no length
+        length = step * stretch
+        density = origins.new_zeros(table).index_put(where, grid.density(corners) / stretch)
+        starts = near.expand(table).index_put(where, middle - length / 2)
+        ends = starts.index_put(where, middle + length / 2)  # unused slots have no length
         samples = ray_bundle.get_ray_samples(bin_starts=starts[..., None], bin_ends=ends[..., None])
         weights = samples.get_weights(density[..., None])
         seen = weights.detach()[ray, slot, 0] > VISIBLE_WEIGHT
         colour = grid.colour(corners.of(seen), directions[ray[seen]])
         rgb = origins.new_zeros(*table, 3).index_put((ray[seen], slot[seen]), colour)
+        accumulation = self.renderer_accumulation(weights=weights)
+        rendered = self.renderer_rgb(rgb=rgb, weights=weights)
+        if (
+            grid.contraction is not None and self.renderer_rgb.background_color == "black"
+        ):  # what is farther than the last sample, such as the sky
+            behind = grid.colour(grid.locate(grid.place(origins + far * directions)), directions)
+            rendered = rendered + (1 - accumulation) * behind
         outputs: dict[str, Any] = {
-            "rgb": self.renderer_rgb(rgb=rgb, weights=weights),
-            "accumulation": self.renderer_accumulation(weights=weights),
+            "rgb": rendered,
+            "accumulation": accumulation,
             "depth": self._depth(weights[..., 0], starts, ends),
         }
         if self.training:

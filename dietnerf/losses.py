@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from common.checks import UserError
-from dietnerf.regularizers import Samples, depth_smoothness, distortion_loss, occlusion_loss
+from dietnerf.regularizers import Samples, depth_smoothness, distortion_loss, occlusion_loss, point_depth_loss
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.rays import RayBundle
@@ -28,8 +28,20 @@ class TrainedField(Protocol):
 
     def field_losses(self, outputs: dict[str, Any]) -> dict[str, Tensor]: ...
     def variation(self) -> tuple[Tensor, Tensor]: ...
+    def refined(self, rays: RayBundle) -> RayBundle: ...
+    def as_photographed(self, rgb: Tensor, rays: RayBundle) -> Tensor: ...
     def render_view(self, rays: RayBundle) -> dict[str, Tensor]: ...
     def needs_semantic_view(self, step: int) -> bool: ...
+
+
+class PointRays(NamedTuple):
+    """Rays from training cameras to sparse points that their photographs see."""
+
+    rays: RayBundle
+    depth: Tensor
+    """Distance to the point (r,), in the scene's units."""
+    confidence: Tensor
+    """How much each counts (r,)."""
 
 
 class _Required(TypedDict):
@@ -47,6 +59,8 @@ class Batch(_Required, total=False):
     background is random."""
     patches: RayBundle
     """Rays (n, p, p) of patches from random poses; needed when the depth smoothness is on."""
+    points: PointRays | None
+    """Rays to sparse points; used when the weight of their depth is not 0."""
     semantic_view: RayBundle | None
     """Rays of a random view (h, w); needed on steps where `model.needs_semantic_view(step)`."""
 
@@ -55,8 +69,8 @@ def compute_losses(
     model: TrainedField, batch: Batch, step: int, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
     """The weighted terms of a step, whose sum is minimised: rgb, rgb_coarse, silhouette, silhouette_coarse, semantic,
-    semantic_coarse, occlusion, density_variation, colour_variation, distortion, depth_smoothness, interlevel; a term
-    that is off is absent.
+    semantic_coarse, occlusion, density_variation, colour_variation, distortion, depth, depth_smoothness, interlevel; a
+    term that is off is absent.
 
     Call `model.before_step(step)` first. `rgb` is the plain mean squared error, so PSNR = -10 log10(rgb).
 
@@ -64,8 +78,12 @@ def compute_losses(
         UserError: a due semantic step without a view or targets, a random background without alpha, or a depth
             smoothness without patches.
     """
-    outputs = model(batch["ray_bundle"])
+    rays = model.refined(batch["ray_bundle"])
+    outputs = model(rays)
+    outputs |= {name: model.as_photographed(outputs[name], rays) for name in ("rgb", "rgb_coarse") if name in outputs}
     losses = reconstruction_losses(model, outputs, batch["rgb"], batch.get("alpha")) | prior_losses(model, outputs)
+    if model.config.regularizers.depth and batch.get("points") is not None:
+        losses["depth"] = depth_loss(model, batch["points"])
     if model.config.regularizers.depth_smoothness:
         losses["depth_smoothness"] = patch_loss(model, batch.get("patches"))
     if model.needs_semantic_view(step):
@@ -102,6 +120,14 @@ def reconstruction_losses(
                 error = torch.nn.functional.mse_loss(outputs[name], alpha.to(outputs[name]))
                 losses[name.replace("accumulation", "silhouette")] = weight * error
     return losses
+
+
+def depth_loss(model: TrainedField, points: PointRays | None) -> Tensor:
+    """The weighted loss of the depths of sparse points."""
+    assert points is not None
+    samples: Samples = model(model.refined(points.rays))["samples"]
+    found = point_depth_loss(samples.weights, samples.starts, samples.ends, points.depth, points.confidence)
+    return model.config.regularizers.depth * found
 
 
 def patch_loss(model: TrainedField, patches: RayBundle | None) -> Tensor:

@@ -23,6 +23,10 @@ from dietnerf.rays import FewViewDataManagerConfig
 from dietnerf.regularizers import RegularizerConfig
 from dietnerf.semantic import SemanticConfig
 
+DEPTH = 3e-3
+"""Weight of the depths of sparse points."""
+EXTRA = {"appearance": 5e-3, "camera_opt": 3e-4}
+"""Learning rates of what may be learnt beside the field: exposures of photographs, and their poses."""
 DESCRIPTIONS = {
     "dietnerf": "DietNeRF: the published MLP with the semantic consistency loss (for a GPU).",
     "dietnerf-nerfacto": "DietNeRF's losses on nerfacto's proposal sampling and hash grid.",
@@ -99,12 +103,12 @@ def method_config(method: str) -> FewViewTrainerConfig:
         return _trainer("dietnerf", model, lr=3e-3, steps=1000, decay=decay, rays_from="all", rays=512)
     if method == "dietnerf-nerfacto":
         model = DietNerfactoModelConfig(
-            regularizers=RegularizerConfig(distortion=0.002), semantic=SemanticConfig(poses="sphere")
+            regularizers=RegularizerConfig(distortion=0.002, depth=DEPTH), semantic=SemanticConfig(poses="sphere")
         )
         return _trainer(method, model, lr=1e-2, steps=3000, decay=DecayConfig(steps=3000), rays_from="all")
     model = DietGridModelConfig(
         grow_at=(150, 400),
-        regularizers=RegularizerConfig(density_variation=2.4e-3, colour_variation=2.4e-3, silhouette=1.0),
+        regularizers=RegularizerConfig(density_variation=2.4e-3, colour_variation=2.4e-3, depth=DEPTH, silhouette=1.0),
         semantic=SemanticConfig(poses="sphere"),
     )
     return _trainer(method, model, lr=0.3, steps=1000, decay=DecayConfig(steps=1000), rays_from="all", rays=2048)
@@ -121,7 +125,7 @@ def _trainer(
     rays_from: Any = "one",
 ) -> FewViewTrainerConfig:
     eps = 1e-8 if method == "dietnerf" else 1e-15
-    groups = ("fields", "proposal_networks") if method == "dietnerf-nerfacto" else ("fields",)
+    groups = dict.fromkeys(("fields", "proposal_networks") if method == "dietnerf-nerfacto" else ("fields",), lr)
     return FewViewTrainerConfig(
         method_name=method,
         steps_per_save=max(100, steps // 10),
@@ -139,8 +143,8 @@ def _trainer(
             model=model,
         ),
         optimizers={
-            name: {"optimizer": AdamOptimizerConfig(lr=lr, eps=eps, max_norm=1.0), "scheduler": decay}
-            for name in groups
+            name: {"optimizer": AdamOptimizerConfig(lr=rate, eps=eps, max_norm=1.0), "scheduler": decay}
+            for name, rate in (groups | EXTRA).items()
         },
         viewer=ViewerConfig(num_rays_per_chunk=1 << 13),
         vis="viewer",

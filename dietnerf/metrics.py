@@ -18,6 +18,10 @@ VGG_FILE = "vgg16-397923af.pth"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
+WIDEST_GAP = 6.0
+"""Training and held-out PSNR that differ by more decibels are worth a warning."""
+
+
 @dataclass(frozen=True)
 class MetricsConfig:
     """Weights of the metrics that need some; without them these metrics are listed as not measured."""
@@ -47,6 +51,20 @@ def psnr(image: Float[Tensor, "h w 3"], truth: Float[Tensor, "h w 3"], mask: Ten
         error = error[mask.reshape(error.shape[:2])]
     mean = float(error.mean())
     return math.inf if mean == 0 else -10 * math.log10(mean)
+
+
+def overfitted(training: float, held_out: float) -> str | None:
+    """What is wrong where a field knows its training views far better than held-out ones, and the cure; None: nothing.
+
+    Args:
+        training, held_out: PSNR.
+    """
+    if not training - held_out > WIDEST_GAP:
+        return None
+    return (
+        f"PSNR is {training:.1f} on training views but {held_out:.1f} on held-out ones: add photographs between those "
+        f"that there are, check the poses, or give a box around what matters (--box-center, --box-size)."
+    )
 
 
 def ssim(image: Float[Tensor, "h w 3"], truth: Float[Tensor, "h w 3"], *, convention: str = "standard") -> float:

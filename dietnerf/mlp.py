@@ -13,12 +13,13 @@ from nerfstudio.field_components.encodings import NeRFEncoding
 from nerfstudio.field_components.field_heads import FieldHeadNames
 from nerfstudio.field_components.mlp import MLP
 from nerfstudio.fields.base_field import Field
-from nerfstudio.model_components.ray_samplers import PDFSampler, UniformSampler
+from nerfstudio.model_components.ray_samplers import LinearDisparitySampler, PDFSampler, UniformSampler
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
 from common.checks import require_at_least, require_one_of
+from dietnerf.contraction import Contraction
 from dietnerf.model import FewViewModel, FewViewModelConfig, samples_of
 from dietnerf.regularizers import frequency_mask
 
@@ -42,6 +43,7 @@ class PublishedField(Field):
         direction_bands: int = 4,
         use_view_directions: bool = True,
         density_activation: str = "relu",
+        contraction: Contraction | None = None,
     ) -> None:
         super().__init__()
         require_at_least("num_layers", num_layers, 2)
@@ -49,6 +51,7 @@ class PublishedField(Field):
         require_at_least("position_bands", position_bands, 1)
         require_at_least("direction_bands", direction_bands, 1)
         require_one_of("density_activation", density_activation, ("relu", "softplus"))
+        self.contraction = contraction
         self.position_encoding = _encoding(position_bands)
         self.direction_encoding = _encoding(direction_bands) if use_view_directions else None
         self.position_mask: Tensor
@@ -83,8 +86,10 @@ class PublishedField(Field):
 
     def get_density(self, ray_samples: RaySamples) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b w"]]:
         """Density per unit of length at the samples' middles, with what the colour needs."""
-        encoded = encode(self.position_encoding, ray_samples.frustums.get_positions()) * self.position_mask
-        return self.raw_density(encoded)
+        positions = ray_samples.frustums.get_positions()
+        if self.contraction is not None:
+            positions = self.contraction(positions)
+        return self.raw_density(encode(self.position_encoding, positions) * self.position_mask)
 
     def get_outputs(
         self, ray_samples: RaySamples, density_embedding: Tensor | None = None
@@ -150,7 +155,8 @@ class DietNeRFModel(FewViewModel):
         require_at_least("num_coarse_samples", self.config.num_coarse_samples, 2)
         require_at_least("num_importance_samples", self.config.num_importance_samples, 0)
         self.field_coarse = self._make_field()
-        self.sampler_uniform = UniformSampler(num_samples=self.config.num_coarse_samples)
+        sampler = UniformSampler if self.contraction is None else LinearDisparitySampler
+        self.sampler_uniform = sampler(num_samples=self.config.num_coarse_samples)
         self.field_fine: PublishedField | None = None
         if self.config.num_importance_samples:
             self.field_fine = self._make_field()
@@ -163,7 +169,7 @@ class DietNeRFModel(FewViewModel):
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         fields = [self.field_coarse] + ([self.field_fine] if self.field_fine is not None else [])
-        return {"fields": [parameter for one in fields for parameter in one.parameters()]}
+        return super().get_param_groups() | {"fields": [parameter for one in fields for parameter in one.parameters()]}
 
     def update_to_step(self, step: int) -> None:
         """Move the frequency mask."""
@@ -194,6 +200,7 @@ class DietNeRFModel(FewViewModel):
             direction_bands=config.direction_bands,
             use_view_directions=config.use_view_directions,
             density_activation=config.density_activation,
+            contraction=self.contraction,
         )
 
 

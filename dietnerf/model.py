@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.camera_optimizers import CameraOptimizer, CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import Frustums, RayBundle, RaySamples
 from nerfstudio.data.scene_box import SceneBox
@@ -23,6 +24,8 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from common.checks import UserError, require_above, require_at_least, require_one_of
+from dietnerf.appearance import Appearance
+from dietnerf.contraction import Contraction
 from dietnerf.data import BLENDER_PLANES
 from dietnerf.losses import prior_losses, reconstruction_losses
 from dietnerf.metrics import psnr, ssim
@@ -55,6 +58,11 @@ class FewViewModelConfig(ModelConfig):
     """Semantic consistency loss."""
     regularizers: RegularizerConfig = field(default_factory=RegularizerConfig)
     """Priors."""
+    appearance: Literal["auto", "on", "off"] = "auto"
+    """Let each training photograph have its own gain and offset of colour, as exposures differ; renders have the mean
+    one. auto: where the space outside the box is contracted."""
+    refine_poses: bool = False
+    """Move the training cameras while training (nerfstudio's camera optimizer)."""
 
 
 class FewViewModel(Model):
@@ -68,11 +76,17 @@ class FewViewModel(Model):
     field: Any
     collider: Any
     """Gives rays their near and far."""
+    contraction: Contraction | None
+    """Of the space outside the scene's box; None: there is nothing outside."""
+    appearance: Appearance | None
+    """Of the training photographs; None: they are as the scene is."""
     semantic_loss: SemanticLoss | None
     near: float
     """The near plane."""
     far: float
     """The far plane."""
+    behind_all: Literal["black", "last_sample"] = "last_sample"
+    """Colour behind a photograph's whole scene, where space is contracted."""
     began: int = 0
     """The step at which the field began: another than 0 after a restart."""
 
@@ -86,24 +100,53 @@ class FewViewModel(Model):
         require_at_least("near", self.near, 0)
         require_above("far", self.far, self.near)
         check_semantic_config(config.semantic)
+        self.contraction = Contraction(self.scene_box.aabb) if metadata.get("unbounded") else None
+        require_one_of("appearance", config.appearance, ("auto", "on", "off"))
+        with_appearance = bool(metadata.get("unbounded")) if config.appearance == "auto" else config.appearance == "on"
+        self.appearance = Appearance(self.num_train_data) if with_appearance else None
+        self.camera_optimizer: CameraOptimizer | None = None
+        if config.refine_poses:
+            mode = CameraOptimizerConfig(mode="SO3xR3")
+            self.camera_optimizer = mode.setup(num_cameras=self.num_train_data, device="cpu")
         self.collider = NearFarCollider(near_plane=self.near, far_plane=self.far, reset_near_plane=False)
         behind = config.background_color
         if behind == "random":
             behind = metadata.get("background", "white")
+        if self.contraction is not None and metadata.get("background") == "image":
+            behind = self.behind_all
         self.renderer_rgb = RGBRenderer(background_color=behind)
         self.renderer_accumulation = AccumulationRenderer()
         self.semantic_loss = None
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """Parameters by the optimizer's name: "fields", and "proposal_networks" for nerfacto."""
-        return {"fields": list(self.field.parameters())}
+        """Parameters by the optimizer's name: "fields", "proposal_networks" of nerfacto, "appearance", "camera_opt"."""
+        groups = {"fields": list(self.field.parameters())}
+        for name, module in (("appearance", self.appearance), ("camera_opt", self.camera_optimizer)):
+            if module is not None:
+                groups[name] = list(module.parameters())
+        return groups
 
     def set_semantic_targets(self, images: Float[Tensor, "n 3 h w"]) -> None:
         """Embed the training views, in [0, 1] over the background. Call once when the semantic weight is not 0."""
         self.semantic_loss = SemanticLoss(self.config.semantic, images, self.device)
 
     def set_cameras(self, cameras: Cameras) -> None:
-        """The training cameras of a scene whose images have alpha, for fields that leave unseen space empty."""
+        """The training cameras, for fields that leave unseen space empty; not a bounded field's photographs'."""
+
+    def refined(self, rays: RayBundle) -> RayBundle:
+        """Rays (r,) of training cameras, where these stand by now."""
+        if self.camera_optimizer is None:
+            return rays
+        rays = replace(rays, camera_indices=rays.camera_indices)
+        self.camera_optimizer.apply_to_raybundle(rays)
+        return rays
+
+    def as_photographed(self, rgb: Float[Tensor, "r 3"], rays: RayBundle) -> Float[Tensor, "r 3"]:
+        """Rendered colours as the photographs have them that the rays are of."""
+        if self.appearance is None:
+            return rgb
+        assert rays.camera_indices is not None
+        return self.appearance(rgb, rays.camera_indices[:, 0])
 
     def needs_semantic_view(self, step: int) -> bool:
         """Whether this step's batch must hold a semantic view."""

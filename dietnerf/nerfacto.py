@@ -9,7 +9,6 @@ import torch
 from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.field_components.activations import trunc_exp
-from nerfstudio.field_components.spatial_distortions import SceneContraction
 from nerfstudio.fields.density_fields import HashMLPDensityField
 from nerfstudio.fields.nerfacto_field import NerfactoField
 from nerfstudio.model_components.losses import interlevel_loss
@@ -33,8 +32,6 @@ class DietNerfactoModelConfig(FewViewModelConfig):
     """Nerfacto's proposal sampling and hash grid, small enough for a CPU."""
 
     _target: type = field(default_factory=lambda: DietNerfactoModel)
-    bounded: bool = True
-    """The scene lies inside its box (no contraction); otherwise space is contracted as in mip-NeRF 360."""
     num_levels: int = 8
     """Levels of the hash grid."""
     max_res: int = 256
@@ -63,8 +60,7 @@ class DietNerfactoModel(FewViewModel):
         config = self.config
         if config.regularizers.frequency_steps and config.implementation == "tcnn":
             raise UserError("regularizers.frequency_steps needs the hash grid's torch implementation: use torch.")
-        contraction = None if config.bounded else SceneContraction(order=float("inf"))
-        if config.bounded:
+        if self.contraction is None:
             self.collider = BoxCollider(self.scene_box, self.near, (config.near, config.far))
         self.field = HashField(
             self.scene_box.aabb,
@@ -75,7 +71,7 @@ class DietNerfactoModel(FewViewModel):
             max_res=config.max_res,
             log2_hashmap_size=config.log2_hashmap_size,
             appearance_embedding_dim=0,
-            spatial_distortion=contraction,
+            spatial_distortion=self.contraction,
             implementation=config.implementation,
         )
         self.proposal_networks = torch.nn.ModuleList(
@@ -85,7 +81,7 @@ class DietNerfactoModel(FewViewModel):
                 num_levels=5,
                 max_res=min(128 * 2**index, config.max_res),
                 log2_hashmap_size=min(15, config.log2_hashmap_size),
-                spatial_distortion=contraction,
+                spatial_distortion=self.contraction,
                 implementation=config.implementation,
             )
             for index in range(len(config.num_proposal_samples_per_ray))
@@ -97,7 +93,7 @@ class DietNerfactoModel(FewViewModel):
             num_proposal_network_iterations=len(config.num_proposal_samples_per_ray),
             single_jitter=True,
             update_sched=lambda step: -1 if step < PROPOSAL_WARMUP or step % SLOWEST_PROPOSALS == 0 else float("inf"),
-            initial_sampler=UniformSampler(single_jitter=True) if config.bounded else None,
+            initial_sampler=UniformSampler(single_jitter=True) if self.contraction is None else None,
         )
         self.level_mask: Tensor
         self.register_buffer("level_mask", torch.ones(config.num_levels), persistent=False)

@@ -89,7 +89,7 @@ def prepare(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], object] = lambda done, of: None,
 ) -> tuple[list[Photograph], dict[Path, str]]:
-    """Write photographs upright and scaled down, as JPEG, or as PNG where they have alpha; what is there already stays.
+    """Write photographs upright and scaled down, as JPEG, or as PNG where they have alpha; what exists already stays.
 
     Args:
         sources: photographs.

@@ -95,7 +95,7 @@ class FewViewPipeline(VanillaPipeline):
 
     def _show_cameras(self, model: FewViewModel) -> None:
         dataset = self.datamanager.train_dataset
-        if dataset.has_alpha:  # of a photograph's background, one camera may see a part alone
+        if dataset.has_alpha or model.contraction is not None:
             model.set_cameras(dataset.cameras)
 
     def prepare(self) -> None:
@@ -124,6 +124,8 @@ class FewViewPipeline(VanillaPipeline):
         generator = self.generator(step, 1)
         if self.model.config.regularizers.depth_smoothness:
             batch["patches"] = self._draw_patches(step)
+        if self.model.config.regularizers.depth:
+            batch["points"] = self.datamanager.draw_points(step, self.local_rank)
         if self._sampler is not None and self.model.needs_semantic_view(step):
             batch["semantic_view"] = self._sampler(generator)
         losses = compute_losses(self.model, batch, step, generator)

@@ -67,7 +67,7 @@ class PoseConfig:
     """CPU threads; 0 is one for each core. They do not change the result."""
     resume: bool = True
     """Go on from what an interrupted call left, and keep a scene that was posed from the same photographs with the same
-    settings; --no-resume begins anew."""
+    settings; --no-resume starts over."""
     limit: ImageLimit = field(default_factory=ImageLimit)
 
 
@@ -308,14 +308,14 @@ def with_poses(photographs: Path, out: Path, resume: bool, limit: ImageLimit) ->
     """The scene OUT/scene that photographs without poses make, posed now or by a call before.
 
     Raises:
-        UserError: as `pose`; or a run that goes on was begun with other photographs.
+        UserError: as `pose`; or a resumed run was begun with other photographs.
     """
     config = PoseConfig(photographs, out / "scene", limit=limit)
     record = _read(config.scene / RECORD)
     if resume and record and record.get("begun") != _begun(config, find_photographs(photographs)):
         raise UserError(
             f"{str(config.scene)!r} was posed from other photographs than {str(photographs)!r} has now: give another "
-            f"--out, or begin anew with --no-resume."
+            f"--out, or start over with --no-resume."
         )
     if is_first_process():
         print(f"{photographs} has photographs without poses: dietnerf pose finds them, into {config.scene}.")

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from common.checks import UserError, require_at_least
 from dietnerf.data import FewViewDataset, FewViewParserConfig
+from dietnerf.losses import PointRays
 
 PATCH = 8
 """Side of a patch for the depth smoothness, in pixels."""
+POINT_SHARE = 1 / 8
+"""Rays to sparse points, as a share of a step's."""
 REDRAWS = 32
 """Times that pixels which a mask hides are drawn again, before what it leaves is listed."""
 CACHED_PIXELS = 2**24
@@ -163,6 +166,34 @@ class FewViewDataManager(DataManager):
         values = values if values.is_floating_point() else values.float() / 255
         colour, alpha = values.split((3, values.shape[-1] - 3), dim=-1)
         return rays, {"image": colour, "indices": indices} | ({"alpha": alpha} if self.with_alpha else {})
+
+    def draw_points(self, step: int, rank: int) -> PointRays | None:
+        """Rays to sparse points, an eighth as many as a step has; None where no photograph is known to see one.
+
+        A random photograph's random point each, so that photographs that see few are not forgotten.
+        """
+        if (observed := self.train_dataset.observed) is None:
+            return None
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((self.config.seed, rank, step, 1)).generate_state(1, np.uint64)[0] >> 1)
+        )
+        number = max(1, round(POINT_SHARE * self.config.train_num_rays_per_batch))
+        filled = torch.tensor([view for view, (positions, _) in enumerate(observed) if len(positions)])
+        view = filled[torch.randint(len(filled), (number,), generator=generator)]
+        counts = torch.tensor([len(positions) for positions, _ in observed])
+        place = (torch.rand(number, generator=generator) * counts[view]).long()
+        place = torch.minimum(place, counts[view] - 1) + (counts.cumsum(0) - counts)[view]
+        targets = torch.cat([positions for positions, _ in observed])[place]
+        confidence = torch.cat([one for _, one in observed])[place]
+        origins = self.train_dataset.cameras.camera_to_worlds.cpu()[view, :, 3]
+        depth = (targets - origins).norm(dim=-1)
+        rays = RayBundle(
+            origins=origins,
+            directions=(targets - origins) / depth[:, None].clamp(min=1e-9),
+            pixel_area=torch.ones(number, 1),
+            camera_indices=view[:, None],
+        )
+        return PointRays(rays.to(self.device), depth.to(self.device), confidence.to(self.device))
 
     def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """Rays of one held-out view, with their colours."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+DEPTH_SPREAD = 0.01
+"""Standard deviation of the depth of a sparse point, as a share of it; at least a sample's length."""
+SMALLEST_WEIGHT = 1e-5
+"""Added to a sample's weight before its logarithm is taken."""
 SMOOTHING = 1e-8
 """Under the root of a total variation, so that its gradient is finite where a field is flat."""
 
@@ -36,6 +41,8 @@ class RegularizerConfig:
     """Weight of the distortion loss (mip-NeRF 360): compact density along a ray."""
     depth_smoothness: float = 0.0
     """Weight of the differences of depth within small patches seen from random poses (RegNeRF)."""
+    depth: float = 0.0
+    """Weight of the depths of a capture's sparse points, where it is known which photographs see them (DS-NeRF)."""
     silhouette: float = 0.0
     """Weight of the squared difference between opacity and the images' alpha, where images have it (the mask loss of
     Yariv et al. 2020)."""
@@ -129,6 +136,31 @@ def depth_smoothness(
     down = opaque[:, 1:] * opaque[:, :-1] * (surface[:, 1:] - surface[:, :-1]).abs()
     right = opaque[:, :, 1:] * opaque[:, :, :-1] * (surface[:, :, 1:] - surface[:, :, :-1]).abs()
     return (down.mean() + right.mean()) / 2
+
+
+def point_depth_loss(
+    weights: Float[Tensor, "r s"],
+    starts: Float[Tensor, "r s"],
+    ends: Float[Tensor, "r s"],
+    depth: Float[Tensor, " r"],
+    confidence: Float[Tensor, " r"],
+) -> Float[Tensor, ""]:
+    """Mean over rays of -c sum_k log(w_k) N(m_k; D, σ²) l_k: where a ray ends is distributed as the depth of the point
+    that it goes to is known (Deng et al. 2022, equation 7).
+
+    m are the samples' middles, l their lengths. σ is DEPTH_SPREAD D or, where samples are coarser than that, the length
+    of the one that is nearest to the point; a point in space that is skipped counts for nothing.
+
+    Args:
+        depth: D, the point's distance along the ray.
+        confidence: c, how much the ray counts.
+    """
+    middles, lengths = (starts + ends) / 2, ends - starts
+    offsets = middles - depth[:, None]
+    nearest = torch.where(lengths > 0, offsets.abs(), torch.inf).argmin(dim=1, keepdim=True)
+    spread = torch.maximum(DEPTH_SPREAD * depth[:, None], lengths.gather(1, nearest)).clamp(min=1e-9)
+    share = torch.exp(-0.5 * (offsets / spread).square()) * lengths / (spread * math.sqrt(2 * math.pi))
+    return -(confidence[:, None] * share.detach() * (weights + SMALLEST_WEIGHT).log()).sum(dim=1).mean()
 
 
 def distortion_loss(

@@ -16,8 +16,9 @@ from common.commands import named
 from common.images import ImageLimit
 from common.runtime import RuntimeConfig
 from common.training import LogConfig, ScaleConfig, flat, settings_of
+from dietnerf.bounds import BoxConfig
 from dietnerf.grid import DietGridModelConfig
-from dietnerf.methods import FewViewTrainerConfig, method_config
+from dietnerf.methods import EXTRA, FewViewTrainerConfig, method_config
 from dietnerf.regularizers import RegularizerConfig
 from dietnerf.semantic import SemanticConfig, check_semantic_config
 from dietnerf.views import PROTOCOLS, ViewsConfig
@@ -44,6 +45,7 @@ OWN: Any = None
 """The method's own."""
 PARTS: dict[str, type] = {
     "views": ViewsConfig,
+    "box": BoxConfig,
     "semantic": SemanticConfig,
     "regularizers": RegularizerConfig,
     "scale": ScaleConfig,
@@ -85,13 +87,18 @@ class TrainConfig:
     """Of the grid, the degree of the spherical harmonics of colour (0 is the same from all sides); left out, the
     method's own."""
     min_views: int | None = None
-    """Of the grid, how many training cameras must see what is not empty, where images have alpha; left out, the
-    method's own."""
+    """Of the grid, how many training cameras must see what is not empty, where images have alpha or show their
+    background; left out, the method's own."""
     near: float = 0.0
     """Where rays start, in training and in renders; 0 suits the layout of the scene. Cameras of photographs reach to 1
     from the centre; Blender's that are not about 4 units from it are scaled to be."""
     far: float = 0.0
     """Where rays end, likewise; 0 suits the layout of the scene."""
+    appearance: Literal["auto", "on", "off"] = "auto"
+    """Let each training photograph have its own gain and offset of colour, as exposures differ; renders have the mean
+    one. auto: where the space outside the box is contracted."""
+    refine_poses: bool = False
+    """Move the training cameras while training (nerfstudio's camera optimizer)."""
     val_views: int = 2
     """Held-out views that are looked at during training; 0 looks at none."""
     val_every: int = 0
@@ -100,6 +107,7 @@ class TrainConfig:
     """Resume from last.ckpt in OUT when there is one, which must be of a run with the same settings; --no-resume starts
     over."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    box: BoxConfig = field(default_factory=BoxConfig)
     semantic: Annotated[SemanticConfig, named(SemanticConfig, SEMANTIC)] = OWN
     regularizers: Annotated[RegularizerConfig, named(RegularizerConfig)] = OWN
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -209,13 +217,14 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
         raise UserError(
             f"resolutions, harmonics and min_views are the grid's, but method is {config.method!r}: leave them out."
         )
-    for group in run.optimizers.values():
-        group["optimizer"].lr = config.lr or group["optimizer"].lr
+    for name, group in run.optimizers.items():
+        if name not in EXTRA:
+            group["optimizer"].lr = config.lr or group["optimizer"].lr
         if config.method in ("mlp-small", "nerfacto", "grid"):
             group["scheduler"].steps = steps
     protocol, parser = PROTOCOLS.get(config.protocol), data.dataparser
     parser.data = data.data = config.scene.resolve()
-    vars(parser).update(vars(config.views))
+    vars(parser).update(vars(config.views) | vars(config.box))
     if protocol and not config.views.num_views:
         parser.view_ids = config.views.view_ids or protocol.view_ids
     if protocol:
@@ -230,6 +239,7 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
         raise UserError(f"near is {config.near} and far is {config.far}: give both, with 0 < near < far.")
     if config.far:
         model.near, model.far = config.near, config.far
+    model.appearance, model.refine_poses = config.appearance, config.refine_poses
     model.semantic, model.regularizers = config.semantic, config.regularizers
     model.eval_num_rays_per_chunk = config.semantic.chunk
     run.run_directory = config.out.resolve()

@@ -31,7 +31,7 @@ from common.training import (
     validation_interval,
 )
 from dietnerf.methods import DESCRIPTIONS, FewViewTrainerConfig
-from dietnerf.metrics import psnr
+from dietnerf.metrics import overfitted, psnr
 from dietnerf.pipeline import FewViewPipeline
 from dietnerf.posing import has_photographs_only, with_poses
 from dietnerf.settings import METHODS, TrainConfig, nerfstudio_config, options_of, preset, settings_of_run
@@ -226,6 +226,10 @@ def _train(config: TrainConfig, run: FewViewTrainerConfig) -> Path:
         loaders["val_dataloaders"] = DataLoader(looks, batch_size=1)  # type: ignore[arg-type]
     begun, cpu = time.perf_counter(), time.process_time()
     fit(trainer, module, config.out, resume=config.resume, **loaders)
+    found = trainer.callback_metrics
+    if {"train/psnr", "val/psnr"} <= found.keys():
+        if warning := overfitted(float(found["train/psnr"]), float(found["val/psnr"])):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     record = config.out / "training.json"
     # Without a metric all its steps were made before.
     if trainer.is_global_zero and (trainer.callback_metrics or not record.is_file()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.checks import UserError, require_one_of
+from common.checks import UserError, require_at_least, require_one_of
+from dietnerf.captures import Capture
 
 PAPER_VIEWS = (26, 86, 2, 55, 75, 93, 16, 73)
 """The eight training views of DietNeRF's Blender protocol (Jain et al. 2021, appendix)."""
@@ -42,6 +43,9 @@ class ViewsConfig:
     """Exactly these training views, by their place in the training split or by the names of their files."""
     view_order: Literal["farthest", "first", "random"] = "farthest"
     """How num_views are chosen: far from each other, the first ones, or by chance."""
+    hold_out: int = 0
+    """Hold every Nth photograph of a capture out, from the middle of the first N on (5: the 3rd, 8th, ...), and score
+    those; 0 is the scene's own split."""
     image_size: int = 0
     """Width of the images in pixels, averaged down by area, or the longer side of each where they have several sizes;
     0 keeps theirs, up to 1,600 pixels for the longer side."""
@@ -95,6 +99,23 @@ def select_views(
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, distances[chosen[-1]])
     return tuple(chosen)
+
+
+def held_out(capture: Capture, split: str, every: int) -> Capture:
+    """A capture with every Nth of its frames in the held-out splits, and the others in the training split.
+
+    Raises:
+        UserError: a scene with files for its splits, or one that leaves nothing to train on or to hold out.
+    """
+    require_at_least("hold_out", every, 2)
+    if capture.kind == "blender":
+        raise UserError(f"hold_out is {every} but {str(capture.file)!r} has a file for each split: leave it out.")
+    total = len(capture.frames)
+    chosen = range(every // 2, total, every)
+    if not chosen:
+        raise UserError(f"hold_out is {every} but the scene has {total} photographs: use at most {2 * total - 1}.")
+    ids = [i for i in range(total) if (i in chosen) != (split == "train")]
+    return replace(capture, ids=ids, source=f"every {every}th photograph", from_training=False)
 
 
 def pose_distances(poses: Float[Tensor, "n r 4"]) -> Float[Tensor, "n n"]:

@@ -48,6 +48,10 @@ ARMS: dict[str, dict[str, Any]] = {
         method="nerfacto", semantic_weight=0.01, semantic_random=True, semantic_hinge=True, semantic_augment=True
     ),
     "grid": dict(semantic_weight=0.0),
+    "grid-box": dict(semantic_weight=0.0, contraction="off", appearance="off", depth=0.0),
+    "grid-space": dict(semantic_weight=0.0, contraction="on", appearance="off", depth=0.0),
+    "grid-exposure": dict(semantic_weight=0.0, depth=0.0),
+    "grid-poses": dict(semantic_weight=0.0, refine_poses=True),
     "grid-plain": dict(semantic_weight=0.0, density_variation=0.0, colour_variation=0.0),
     "grid-occlusion": dict(semantic_weight=0.0, occlusion=0.01),
     "grid-distortion": dict(semantic_weight=0.0, distortion=0.01),
@@ -84,7 +88,7 @@ class Config:
     arms: tuple[str, ...] = ("grid", "grid-plain", "grid-clip", "grid-hinge-augment", "grid-random-augment")
     """Rows of the table; with changes such as grid+lr=0.3."""
     views: tuple[int, ...] = (3, 4, 8)
-    """Numbers of training views, chosen far from each other."""
+    """Numbers of training views, chosen far from each other; 0 is all."""
     view_ids: tuple[int, ...] = ()
     """Exactly these training views instead."""
     sizes: tuple[int, ...] = (100,)
@@ -95,6 +99,8 @@ class Config:
     """Training steps; 0 is each method's own number."""
     rays: int = 0
     """Rays a step; 0 is each method's own number."""
+    hold_out: int = 0
+    """Hold every Nth photograph of a capture out; 0 is the scene's own split."""
     eval_every: int = 1
     """Score every Nth held-out view."""
     eval_first: int = 0
@@ -127,6 +133,7 @@ def training_config(config: Config, scene: Path, size: int, arm: str, views: int
     options: dict[str, Any] = dict(
         out=out,
         image_size=size,
+        hold_out=config.hold_out,
         num_views=0 if config.view_ids else views,
         view_ids=config.view_ids,
         steps=config.steps,
