@@ -180,7 +180,6 @@ def calibrate(
     Raises:
         UserError: too few images of a kind, or captions that are right or wrong nearly always.
     """
-    from clipcap.decoding import decode
 
     require_at_least("batch_size", batch_size, 1)
     known = looked_at(training)
@@ -220,8 +219,7 @@ def calibrate(
     for part in (items, others):
         for kept, features in batches(part):
             made = prefixes(features)
-            inputs = mapper_input(features, captioner.model.config.inputs)
-            found.append((features, made, decode(captioner.model, inputs, num_captions=CAPTIONS, **_length(captioner))))
+            found.append((features, made, captioner.decode(features, num_captions=CAPTIONS, **_length(captioner))))
             judged += kept
             if part is items:
                 held_out.append(whole_picture(features).cpu())

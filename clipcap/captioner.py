@@ -26,6 +26,7 @@ from clipcap.decoding import bytes_of, decode, require_options
 from clipcap.generation import prompt_tokens
 from clipcap.model import ClipCapModel
 from clipcap.packing import require_int8
+from clipcap.ranking import pool_of, require_ranker, reranked, similarities
 from clipcap.scoring import caption_nats
 from clipcap.search import Caption
 from common.checks import UserError, require_at_least
@@ -42,7 +43,7 @@ OPTIONS = (
     *BATCH_OPTIONS, "top_k", "top_p", "temperature", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens",
     "length_penalty", "early_stopping",
 )  # fmt: skip
-STREAM_OPTIONS = ("on_error", "seed", "max_pixels", "confidence")
+STREAM_OPTIONS = ("on_error", "seed", "max_pixels", "confidence", "rerank")
 MEMORY_SHARE = 0.25
 """Share of the memory that is free which a batch may take."""
 
@@ -191,6 +192,7 @@ class Captioner:
         max_pixels: int = MAX_PIXELS,
         prompt: str | None = None,
         confidence: bool = False,
+        rerank: float | None = None,
         **options: Any,
     ) -> Iterator[ImageCaptions]:
         """Captions of images one after the other, reading `batch_size` at a time.
@@ -204,11 +206,13 @@ class Captioner:
             max_pixels: of an image (see `clipcap.data.images.read_image`).
             prompt: text that all captions begin with.
             confidence: also tell how sure the captions are, which the captioner must be calibrated for.
+            rerank: as in `decode`.
             options: `clipcap.decoding.decode`'s: strategy, num_captions, num_beams, max_new_tokens, ...; or those of
                 transformers' `generate`.
         """
         if confidence:
             self.require_calibration()
+        require_ranker(self.clip, self.rerank_weight(rerank))
         options = self._options(options, prompt)
         length = len(options.get("prompt_ids", ()))
         require_options(self.model, prompt_length=length, **{k: options[k] for k in OPTIONS if k in options})
@@ -245,7 +249,7 @@ class Captioner:
                 if readable:
                     features = self.features(torch.cat([pixels for _, pixels in readable]))
                     embeddings = mapper_input(features, self.model.config.inputs)
-                    found = decode(self.model, embeddings, **options)
+                    found = self.decode(features, rerank=rerank, **options)
                     judged = self.judge(features, found) if confidence else [Judgement([], 0.0)] * len(found)
                     rows = embeddings.cpu() if embeddings.ndim == 2 else [None] * len(found)
                     for (source, _), captions, row, sure in zip(readable, found, rows, judged, strict=True):
@@ -261,6 +265,35 @@ class Captioner:
         """What CLIP makes of preprocessed images, on the captioner's device."""
         features = self.clip.encode_image_features(pixels, packed=True)
         return ImageFeatures(*(part.to(self.model.device) for part in features))
+
+    def decode(self, features: ImageFeatures, *, rerank: float | None = None, **options: Any) -> list[list[Caption]]:
+        """Captions of images, best first, from what CLIP makes of them.
+
+        Args:
+            features: of the images.
+            rerank: weight of CLIP's cosine of image and caption beside the mean log-probability of a token, in ranking
+                all beams (of "sample", all samples); 0 leaves the language model's order, None takes the captioner's
+                own weight (`ClipCapConfig.rerank`).
+            options: `clipcap.decoding.decode`'s.
+
+        Raises:
+            UserError: a negative weight, or CLIP has no text tower to rank with.
+        """
+        embeddings, weight = mapper_input(features, self.model.config.inputs), self.rerank_weight(rerank)
+        require_ranker(self.clip, weight)
+        if not weight:
+            return decode(self.model, embeddings, **options)
+        found = decode(self.model, embeddings, **pool_of(options))
+        texts = [[self.text(caption) for caption in captions] for captions in found]
+        cosines = similarities(self.clip, features.embedding, texts)
+        count = options.get("num_captions", 1)
+        return [reranked(*of_image, weight)[:count] for of_image in zip(found, cosines, strict=True)]
+
+    def rerank_weight(self, asked: float | None) -> float:
+        """The weight that was asked for; else the captioner's own, if its CLIP can rank."""
+        if asked is not None:
+            return asked
+        return self.model.config.rerank if self.clip.has_text else 0.0
 
     @torch.inference_mode()
     def judge(self, features: ImageFeatures, captions: Sequence[Sequence[Caption]]) -> list[Judgement]:

@@ -74,6 +74,9 @@ class CaptionConfig:
     """Sample among the likeliest tokens that hold this much probability (nucleus)."""
     temperature: float | None = None
     """Temperature of sampling; 1 where not given."""
+    rerank: float | None = None
+    """Weight of CLIP's similarity of image and caption beside the mean log-probability, in ranking all beams or
+    samples; 0 leaves the order to GPT-2. Left out, the captioner's own (of photo chosen on validation, of others 0)."""
     confidence: Literal["auto", "off"] = "auto"
     """auto: where the captioner is calibrated (photo and tiny are; see `clipcap calibrate`), the probability that a
     caption is right stands behind it, and pictures unlike any in training are named."""
@@ -130,9 +133,12 @@ def caption(config: CaptionConfig) -> int:
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     require_options(**options)
+    if config.rerank is not None:
+        require_at_least("rerank", config.rerank, 0)
     for line in ignored_options(config.strategy, num_beams=config.num_beams, temperature=config.temperature):
         print(line, file=sys.stderr)
-    options |= {"seed": config.runtime.seed} | ({} if config.prompt is None else {"prompt": config.prompt})
+    more = {"prompt": config.prompt, "rerank": config.rerank}
+    options |= {"seed": config.runtime.seed} | {name: value for name, value in more.items() if value is not None}
     journal = None
     if config.out and kind != "sidecar":
         settings = options | {"model": model, "precision": config.runtime.precision, "int8": config.int8}

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from clipcap.ranking import similarities
 from clipcap.scoring import caption_nats
 from common.checks import UserError
 from common.files import whole_file
@@ -229,8 +230,6 @@ def caption_scores(
     distance = (ground.distance(whole_picture(features)) / ground.limit).double().cpu()[owners]
     columns = [seen, seen - unseen, distance]
     if captioner.clip.has_text:
-        texts = [captioner.text(caption) for several in captions for caption in several]
-        words = F.normalize(captioner.clip.encode_texts(texts).float(), dim=-1)
-        images = F.normalize(features.embedding.float(), dim=-1)[owners]
-        columns.append((words * images).sum(1).double().cpu())
+        texts = [[captioner.text(caption) for caption in several] for several in captions]
+        columns.append(torch.cat(similarities(captioner.clip, features.embedding, texts)).double())
     return list(torch.stack(columns, dim=1).split([len(several) for several in captions]))

@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from common.checks import UserError, require_one_of
 from common.decoders.configs import decoder_config
 from common.decoders.families import positions
-from common.pretrained import LAYERS, SIZE, SWITCH, checked, tokens, whole
+from common.pretrained import LAYERS, SIZE, SWITCH, checked, number, tokens, whole
 
 KEPT = ("name_or_path", "architectures", "transformers_version")
 INPUTS = ("embedding", "patches")
@@ -19,6 +19,7 @@ RULES = {
     **dict.fromkeys(("retrieval", "retrieval_tokens"), whole(0, 10_000)),
     **dict.fromkeys(("normalize_embeddings", "tune_gpt2"), SWITCH),
     "mapper_layers": LAYERS,
+    "rerank": number(0, 1e6),
     "eos_token_id": tokens(10_000_000) | None,
 }
 
@@ -43,6 +44,8 @@ class ClipCapConfig(PreTrainedConfig):
             `gpt2` when left out.
         clip: name of the CLIP whose embeddings it reads; its path is relative in the same way.
         eos_token_id: token or tokens that end a caption.
+        rerank: weight of CLIP's similarity of image and caption when `Captioner` ranks what a search has found, where
+            its call says nothing else; chosen on validation images.
     """
 
     model_type = "clipcap"
@@ -62,6 +65,7 @@ class ClipCapConfig(PreTrainedConfig):
     gpt2_config: dict[str, Any] | None = None
     clip: str | None = None
     eos_token_id: int | list[int] | None = None
+    rerank: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         require_one_of("mapper", self.mapper, MAPPERS)

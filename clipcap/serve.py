@@ -25,7 +25,7 @@ from clipcap.captioner import Captioner
 from clipcap.confidence import Judgement
 from clipcap.data.embeddings import mapper_input
 from clipcap.data.images import ImageError, read_image
-from clipcap.decoding import decode, room_for_captions
+from clipcap.decoding import room_for_captions
 from clipcap.evaluation.interpret import Tokens, nearest_tokens, unit_tokens
 from clipcap.references import Ranked, Reference, label_reference, neighbour_reference
 from common.checks import UserError, require_at_least, require_between, require_one_of, require_text
@@ -213,7 +213,7 @@ class Worker:
             embedding = mapper_input(features, captioner.model.config.inputs)
             with torch.inference_mode():
                 prefix = captioner.model.prefix(embedding)[0]
-            found = decode(captioner.model, embedding, max_new_tokens=self.max_new_tokens, **options)[0]
+            found = captioner.decode(features, max_new_tokens=self.max_new_tokens, **options)[0]
         except UserError as error:
             shown = str(error).replace(repr(path), repr(name))
             what = "This file cannot be captioned" if isinstance(error, ImageError) else "These settings do not work"

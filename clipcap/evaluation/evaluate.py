@@ -74,6 +74,8 @@ class EvaluateConfig:
     """Decoding, with a model."""
     num_beams: int = 5
     """Beams, with a model."""
+    rerank: float | None = None
+    """Weight of CLIP's similarity in ranking the beams, with a model, as `clipcap caption` has it."""
     max_new_tokens: int | None = None
     """Longest caption in tokens, with a model; left out, 67, or as many as the captioner has room for."""
     batch_size: int = 16
@@ -130,6 +132,7 @@ def caption_items(
         "model": captioner_fingerprint(config.model),
         "strategy": config.strategy,
         "num_beams": config.num_beams,
+        **({} if config.rerank is None else {"rerank": config.rerank}),
         "max_new_tokens": config.max_new_tokens,
         "precision": config.runtime.precision,
     }
@@ -160,6 +163,7 @@ def caption_items(
                 batch_size=config.batch_size,
                 strategy=config.strategy,
                 num_beams=config.num_beams,
+                rerank=config.rerank,
                 **_length(config),
                 max_pixels=config.limit.max_pixels,
             ):
@@ -202,6 +206,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     require_at_least("shown", config.shown, 0)
     require_at_least("batch_size", config.batch_size, 1)
     require_between("resamples", config.resamples, 0, MOST_RESAMPLES)
+    if config.rerank is not None:
+        require_at_least("rerank", config.rerank, 0)
     require_options(strategy=config.strategy, num_beams=config.num_beams, **_length(config))
     require_place(config.out, directory=True)
     if config.captions is not None:
