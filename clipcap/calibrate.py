@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections import Counter
@@ -20,8 +21,10 @@ from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import mapper_input
 from clipcap.data.images import ImageError, read_image
 from clipcap.data.readers import Format
-from clipcap.evaluation.metrics import tokenize
+from clipcap.evaluation.metrics import score_captions, tokenize
+from clipcap.ranking import WEIGHTS, pool_of, reranked, similarities
 from common.checks import UserError, printable, require_at_least
+from common.files import write_json
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, start
 
@@ -44,7 +47,7 @@ TRAINING = 2000
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """Learn when a captioner is right, from images with captions that it was not trained on.
+    """Learn how to rank a captioner's captions and when they are right, on captioned images that it was not trained on.
 
     Captions of the split are compared with the people's; what they have in common teaches how sure a caption is. Writes
     confidence.safetensors beside the captioner's weights. `clipcap caption`, `clipcap serve` and `Captioner.stream`
@@ -66,6 +69,9 @@ class CalibrateConfig:
     wrong about them, and that is learned too."""
     others_images: Path | None = None
     """Directory of their images, when they are not beside the captions."""
+    rerank: bool = True
+    """If the captioner's CLIP has a text tower, also choose the weight of its similarity in ranking the beams, by CIDEr
+    on the same images, and write it to config.json."""
     language: str = "en"
     """Code of the captions' language."""
     skip_missing: bool = False
@@ -152,6 +158,92 @@ def fit(
     )
 
 
+def encoded(
+    captioner: Captioner,
+    items: Sequence[CaptionedImage],
+    *,
+    on_error: Callable[[ImageError], object] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[tuple[list[CaptionedImage], ImageFeatures]]:
+    """The images that can be read, and what CLIP makes of them, all at once; nothing if there are none.
+
+    Args:
+        on_error: called with the error of each other image; None raises it.
+    """
+    kept, pixels = [], []
+    for item in items:
+        try:
+            image = read_image(item.path, max_pixels=max_pixels, side=captioner.clip.preprocess.size)
+        except ImageError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+        else:
+            kept.append(item)
+            pixels.append(captioner.clip.preprocess([image]))
+    if kept:
+        yield kept, captioner.features(torch.cat(pixels))
+
+
+def scores_by_weight(
+    captioner: Captioner,
+    items: Sequence[CaptionedImage],
+    *,
+    batch_size: int = 16,
+    on_error: Callable[[ImageError], object] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+    max_pixels: int = MAX_PIXELS,
+) -> dict[float, float]:
+    """CIDEr of the captions that `Captioner.decode` ranks first, by its weight `rerank`: of each of `WEIGHTS`.
+
+    Args:
+        captioner: its CLIP has a text tower.
+        items: images with captions by people, none of them trained on.
+        batch_size, on_error, progress, max_pixels: as in `calibrate`.
+
+    Raises:
+        UserError: none of the images can be read.
+    """
+    chosen: dict[float, dict[str, str]] = {weight: {} for weight in WEIGHTS}
+    for begin in range(0, len(items), batch_size):
+        batch = items[begin : begin + batch_size]
+        for kept, features in encoded(captioner, batch, on_error=on_error, max_pixels=max_pixels):
+            pools = captioner.decode(features, rerank=0, **pool_of(captioner.model.decode_options({})))
+            texts = [[captioner.text(caption) for caption in pool] for pool in pools]
+            cosines = similarities(captioner.clip, features.embedding, texts)
+            for item, pool, cosine in zip(kept, pools, cosines, strict=True):
+                for weight, captions in chosen.items():
+                    captions[item.image_id] = captioner.text(reranked(pool, cosine, weight)[0])
+        progress(begin + len(batch))
+    references = {item.image_id: list(item.captions) for item in items}
+    if not chosen[0.0]:
+        raise UserError(f"none of the {len(items)} images can be read: check the messages about them.")
+    return {weight: score_captions(found, references, tokenizer="words").cider for weight, found in chosen.items()}
+
+
+def choose_rerank(
+    captioner: Captioner, place: Path, items: Sequence[CaptionedImage], **options: Any
+) -> dict[float, float]:
+    """Set the captioner's own weight `rerank`, in memory and in its directory's config.json, to the best of
+    `scores_by_weight` (of equals, the smallest); returns the scores.
+
+    Args:
+        captioner: its CLIP has a text tower.
+        place: its directory.
+        items: images with captions by people, none of them trained on.
+        options: as in `scores_by_weight`.
+    """
+    from common.pretrained import saving
+
+    ciders = scores_by_weight(captioner, items, **options)
+    weight = max(ciders, key=lambda weight: (round(ciders[weight], 4), -weight))
+    captioner.model.config.rerank = weight
+    file = place / "config.json"
+    with saving(file, "captioner's config"):
+        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "rerank": weight})
+    return ciders
+
+
 def calibrate(
     captioner: Captioner,
     training: Sequence[CaptionedImage],
@@ -180,7 +272,6 @@ def calibrate(
     Raises:
         UserError: too few images of a kind, or captions that are right or wrong nearly always.
     """
-
     require_at_least("batch_size", batch_size, 1)
     known = looked_at(training)
     done = 0
@@ -189,19 +280,7 @@ def calibrate(
         nonlocal done
         for begin in range(0, len(several), batch_size):
             batch = several[begin : begin + batch_size]
-            kept, pixels = [], []
-            for item in batch:
-                try:
-                    image = read_image(item.path, max_pixels=max_pixels, side=captioner.clip.preprocess.size)
-                except ImageError as error:
-                    if on_error is None:
-                        raise
-                    on_error(error)
-                else:
-                    kept.append(item)
-                    pixels.append(captioner.clip.preprocess([image]))
-            if kept:
-                yield kept, captioner.features(torch.cat(pixels))
+            yield from encoded(captioner, batch, on_error=on_error, max_pixels=max_pixels)
             done += len(batch)
             progress(done)
 
@@ -287,8 +366,21 @@ def run(config: CalibrateConfig) -> int:
             raise UserError(f"{str(config.others)!r} has no images of split {config.split!r} with captions: give some.")
     captioner = Captioner.from_pretrained(config.model, device=device)
     skipped: list[ImageError] = []
-    total = len(looked_at(splits["train"])) + len(splits[config.split]) + len(others)
-    with Progress(total=total, unit=" images") as bar:
+    held_out = [*splits[config.split], *others]
+    if config.rerank and captioner.clip.has_text:
+        with Progress(total=len(held_out), desc="ranking", unit=" images") as bar:
+            ciders = choose_rerank(
+                captioner,
+                place,
+                held_out,
+                on_error=lambda error: None,
+                progress=lambda done: bar.update(done - bar.n),
+                max_pixels=config.limit.max_pixels,
+            )
+        weight = captioner.model.config.rerank
+        print(f"rerank: {weight:g} ({', '.join(f'CIDEr {value:.3f} with {w:g}' for w, value in ciders.items())})")
+    total = len(looked_at(splits["train"])) + len(held_out)
+    with Progress(total=total, desc="calibrating", unit=" images") as bar:
         found = calibrate(
             captioner,
             splits["train"],

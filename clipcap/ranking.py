@@ -14,6 +14,8 @@ from clipcap.search import Caption
 from common.checks import UserError
 from common.clip import FrozenCLIP
 
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
+"""Of CLIP's similarity, among which `clipcap calibrate` chooses."""
 BEAMS = ("beam", "beam_original")
 """Strategies that find more captions than they are asked for."""
 

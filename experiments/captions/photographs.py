@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from clipcap.calibrate import choose_rerank
+from clipcap.captioner import Captioner
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import Pixels, join_pixels
 from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
@@ -283,6 +285,26 @@ def recall(items: list[CaptionedImage], clip: Path, config: Config) -> dict[str,
     }
 
 
+def scored(
+    config: Config, arm: str, data: Path, images: Path, directory: Path, *, rerank: float | None = None
+) -> Evaluation:
+    """Scores of a captioner on the test split; by its own weight of CLIP's similarity, or by `rerank`."""
+    found = evaluate(
+        EvaluateConfig(
+            data=data,
+            images=images,
+            model=str(directory),
+            out=config.out / arm / ("evaluation" if rerank is None else f"evaluation-rerank-{rerank:g}"),
+            rerank=rerank,
+            clip_score="",
+            resamples=config.resamples,
+            runtime=config.runtime,
+        )
+    )
+    torch.set_num_threads(config.runtime.threads or torch.get_num_threads())
+    return found
+
+
 def main(config: Config) -> None:
     """Make what is missing, score the test split, and write the table."""
     for arm in config.arms:
@@ -298,20 +320,14 @@ def main(config: Config) -> None:
     items = read_dataset(data, images=images)
     clip, gpt2 = make_clip(config, data, images), make_gpt2(config, items)
     found = without_captioner(items, clip, config)
+    held_out = [item for item in items if item.split == "val"]
     for arm in config.arms:
         directory = train_arm(config, arm, data, images, clip, gpt2)
-        found[arm] = evaluate(
-            EvaluateConfig(
-                data=data,
-                images=images,
-                model=str(directory),
-                out=config.out / arm / "evaluation",
-                clip_score="",
-                resamples=config.resamples,
-                runtime=config.runtime,
-            )
-        )
-        torch.set_num_threads(config.runtime.threads or torch.get_num_threads())
+        captioner = Captioner.from_pretrained(directory, device=config.runtime.device)
+        choose_rerank(captioner, directory, held_out)
+        if arm == config.arms[-1]:
+            found[f"{arm}, ranked by GPT-2 alone"] = scored(config, arm, data, images, directory, rerank=0)
+        found[arm] = scored(config, arm, data, images, directory)
     rows = [
         {"captions": name}
         | {metric: cell(scores, metric) for metric in METRICS}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -13,9 +14,11 @@ from clipcap.calibrate import fit, rarity, right_captions, share_said
 from clipcap.captioning import FORMATS, surest
 from clipcap.cli import main
 from clipcap.confidence import FILE, SCORES, Calibration, Ground, Judgement, caption_scores
-from clipcap.data.dataset import CaptionedImage
+from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.images import read_image
 from clipcap.decoding import decode
+from clipcap.evaluation.metrics import score_captions
+from clipcap.ranking import WEIGHTS
 from clipcap.scoring import caption_nats
 from common.checks import UserError
 from common.pretrained import ASSETS
@@ -240,6 +243,17 @@ def test_a_captioner_is_calibrated_and_says_how_sure_it_is(tmp_path, capsys):
     assert main(["calibrate", *data, "--split", "test", "--threads", "1"]) == 0
     said = capsys.readouterr().out
     assert "216 captions of 72 images" in said and "AUROC" in said and (place / FILE).is_file()
+    ciders = {float(weight): float(value) for value, weight in re.findall(r"CIDEr ([\d.]+) with ([\d.]+)", said)}
+    weight = json.loads((place / "config.json").read_text())["rerank"]
+    assert list(ciders) == list(WEIGHTS) and ciders[weight] == max(ciders.values())
+    items = [item for item in read_dataset(scenes / "dataset.json") if item.split == "test"]
+    captioner = Captioner.from_pretrained(place, device="cpu")
+    assert captioner.rerank_weight(None) == weight
+    for asked in (0.0, None, 4.0):
+        texts = captioner.caption([item.path for item in items], rerank=asked)
+        captions = {item.image_id: text for item, text in zip(items, texts, strict=True)}
+        found = score_captions(captions, {item.image_id: item.captions for item in items}, tokenizer="words").cider
+        assert found == pytest.approx(ciders[weight if asked is None else asked], abs=1e-3)
     paths = [str(path) for path in sorted(scenes.glob("test_0*.jpg"))[:6]]
     assert main(["caption", *paths, "--model", str(place), "--format", "json", "--num-captions", "2"]) == 0
     rows = json.loads(capsys.readouterr().out)
