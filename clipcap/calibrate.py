@@ -292,13 +292,14 @@ def calibrate(
     for _, features in batches(known):
         pictures.append(whole_picture(features).cpu())
         total = total + prefixes(features).float().sum(0).cpu()
+    length = captioner.model.decode_options({})["max_new_tokens"]  # as `Captioner.stream` has it
     judged: list[CaptionedImage] = []
     found: list[tuple[ImageFeatures, Tensor, list[Any]]] = []
     held_out = []
     for part in (items, others):
         for kept, features in batches(part):
             made = prefixes(features)
-            found.append((features, made, captioner.decode(features, num_captions=CAPTIONS, **_length(captioner))))
+            found.append((features, made, captioner.decode(features, num_captions=CAPTIONS, max_new_tokens=length)))
             judged += kept
             if part is items:
                 held_out.append(whole_picture(features).cpu())
@@ -329,11 +330,6 @@ def calibrate(
 def looked_at(training: Sequence[CaptionedImage]) -> Sequence[CaptionedImage]:
     """At most `TRAINING` of the training images, evenly chosen."""
     return training[:: max(1, -(-len(training) // TRAINING))]
-
-
-def _length(captioner: Captioner) -> dict[str, int]:
-    """The longest caption, as `Captioner.stream` has it where nothing is asked."""
-    return {"max_new_tokens": captioner.model.decode_options({})["max_new_tokens"]}
 
 
 def run(config: CalibrateConfig) -> int:

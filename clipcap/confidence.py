@@ -45,7 +45,7 @@ def whole_picture(features: ImageFeatures) -> Float[Tensor, "b w"]:
 
     Before CLIP's projection, which keeps what tells the pictures of its own training apart and little else.
     """
-    pooled = features.patches.mean(1) if features.patches.shape[1] else features.class_token
+    pooled = features.patches.float().mean(1) if features.patches.shape[1] else features.class_token
     return F.normalize(pooled.float(), dim=-1)
 
 

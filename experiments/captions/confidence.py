@@ -178,7 +178,9 @@ def main(config: Config) -> None:
     found = {name: judged(captioner, several, known) for name, several in parts.items()}
     together = {key: np.concatenate([part[key] for part in found.values()]) for key in next(iter(found.values()))}
     groups = found | {"both": together}
-    figures = {name: coverage_curve(part["confidence"], part["right"].astype(float)) for name, part in groups.items()}
+    figures: dict[str, Any] = {
+        name: coverage_curve(part["confidence"], part["right"].astype(float)) for name, part in groups.items()
+    }
     figure = plot_lines(
         figures, x="share of the captions that are kept, the surest first", y="share of them that is right"
     )
