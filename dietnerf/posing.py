@@ -162,8 +162,9 @@ def _pose(config: PoseConfig, sources: Sequence[Path], begun: Mapping[str, Any],
         )
         if len(photographs) < LEAST_IMAGES:
             shutil.rmtree(work)
+            why = f" ({next(iter(skipped.values())).rstrip('.')})" if skipped else ""
             raise UserError(
-                f"folder {str(config.photographs)!r} has {len(photographs)} photographs that can be read: take at "
+                f"folder {str(config.photographs)!r} has {len(photographs)} photographs that can be read{why}: take at "
                 f"least {LEAST_IMAGES}, better 20 or more."
             )
         outcome = _structure(config, photographs, work, tell)

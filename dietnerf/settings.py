@@ -64,7 +64,7 @@ class TrainConfig:
     """
 
     scene: Annotated[Path, tyro.conf.Positional]
-    """Directory of the scene, or its file of cameras."""
+    """Directory of the scene, its file of cameras, or a folder of photographs without poses."""
     out: Path = Path("out/dietnerf")
     """Where the run goes; give it to dietnerf render and evaluate, or OUT/config.yml to the ns- commands."""
     method: Literal["mlp", "mlp-small", "simplified", "nerfacto", "grid"] = "grid"

@@ -283,7 +283,7 @@ def test_ns_train_eval_and_render(nerfstudio_run, tmp_path):
         "ns-render", "dataset", "--load-config", config, "--output-path", str(tmp_path / "frames"),
         "--rendered-output-names", "rgb", "--image-format", "png", cwd=tmp_path,
     )  # fmt: skip
-    assert len(list((tmp_path / "frames").rglob("*.png"))) == 16
+    assert len(list((tmp_path / "frames").rglob("*.png"))) == 4
 
 
 def test_semantic_text_and_priors_reach_the_model(ball_scene):
