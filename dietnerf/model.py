@@ -109,7 +109,7 @@ class FewViewModel(Model):
             mode = CameraOptimizerConfig(mode="SO3xR3")
             self.camera_optimizer = mode.setup(num_cameras=self.num_train_data, device="cpu")
         self.collider = NearFarCollider(near_plane=self.near, far_plane=self.far, reset_near_plane=False)
-        behind = config.background_color
+        behind: Any = config.background_color
         if behind == "random":
             behind = metadata.get("background", "white")
         if self.contraction is not None and metadata.get("background") == "image":
