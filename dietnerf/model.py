@@ -131,7 +131,7 @@ class FewViewModel(Model):
         self.semantic_loss = SemanticLoss(self.config.semantic, images, self.device)
 
     def set_cameras(self, cameras: Cameras) -> None:
-        """The training cameras, for fields that leave unseen space empty; not a bounded field's photographs'."""
+        """The training cameras of a scene whose images have alpha, for fields that leave unseen space empty."""
 
     def refined(self, rays: RayBundle) -> RayBundle:
         """Rays (r,) of training cameras, where these stand by now."""
