@@ -207,10 +207,7 @@ def test_background_and_planes_follow_the_scene(ball_scene, tmp_path):
     assert not cut_out.model.field.occupied.all()  # corners of the box that not all four cameras see
     real = tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5))
     real.model.before_step(0)
-    assert 0 < real.model.field.occupied.float().mean() < 1  # of all space, what two cameras see
-    everywhere = tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5), min_views=1)
-    everywhere.model.before_step(0)
-    assert everywhere.model.field.occupied.all()
+    assert real.model.field.occupied.all()  # a photograph has a background, which one camera may see alone
     assert real.model.config.background_color == "black" and real.model.near == 0.05
     assert tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5), near=2.0, far=6.0).model.near == 2.0
     with pytest.raises(UserError, match="num_devices is 2"):
