@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tqdm import tqdm
 
 from common.checks import UserError, printable, require_between, require_place, require_text
 from common.files import LOCK, alone, clear_leftovers, require_own_directory, whole_directory, write_json
 from common.images import ImageLimit, image_suffixes
 from common.processes import is_first_process
+from common.progress import Progress
 from common.runtime import MOST_THREADS
 from dietnerf.layouts import find_scene
 from dietnerf.photographs import Camera, Photograph, Sharing, cameras_of, find_photographs, prepare
@@ -215,7 +215,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
         if stage not in bars:
             for bar in bars.values():
                 bar.close()
-            bars[stage] = tqdm(total=of, desc=STAGES[stage], disable=not is_first_process())
+            bars[stage] = Progress(total=of, desc=STAGES[stage], disable=not is_first_process())
         bars[stage].update(done - bars[stage].n)
 
     try:
