@@ -24,7 +24,7 @@ from clipcap.data.readers import Format
 from clipcap.evaluation.metrics import score_captions, tokenize
 from clipcap.ranking import WEIGHTS, pool_of, reranked, similarities
 from common.checks import UserError, printable, require_at_least
-from common.files import write_json
+from common.files import write_text
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, start
 
@@ -240,7 +240,8 @@ def choose_rerank(
     captioner.model.config.rerank = weight
     file = place / "config.json"
     with saving(file, "captioner's config"):
-        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "rerank": weight})
+        fields = {**json.loads(file.read_text(encoding="utf-8")), "rerank": weight}
+        write_text(file, json.dumps(fields, indent=2, sort_keys=True) + "\n")  # as transformers writes it
     return ciders
 
 
