@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -19,15 +19,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcap.scoring import caption_nats
+from clipcap.scoring import Scorer, caption_nats
 from common.checks import UserError
 from common.files import whole_file
 from common.pretrained import require_finite
 
 if TYPE_CHECKING:
-    from clipcap.captioner import Captioner
     from clipcap.search import Caption
-    from common.encoders.interface import ImageFeatures
+    from common.encoders.interface import FrozenCLIP, ImageFeatures
 
 FILE = "confidence.safetensors"
 """Name of the calibration in a captioner's directory."""
@@ -37,6 +36,17 @@ ROWS = 32
 """Captions in a pass of GPT-2, for their logits take memory."""
 COMPONENTS = 32
 """Of the subspace of the training pictures, at most."""
+
+
+class Writer(Protocol):
+    """What the scores need of a captioner: `clipcap.Captioner` is one."""
+
+    @property
+    def model(self) -> Scorer: ...
+
+    clip: FrozenCLIP
+
+    def text(self, caption: Caption) -> str: ...
 
 
 def whole_picture(features: ImageFeatures) -> Float[Tensor, "b w"]:
@@ -111,7 +121,7 @@ class Calibration:
 
     def scores(
         self,
-        captioner: Captioner,
+        captioner: Writer,
         features: ImageFeatures,
         prefixes: Float[Tensor, "b K d"],
         captions: Sequence[Sequence[Caption]],
@@ -121,7 +131,7 @@ class Calibration:
 
     def judge(
         self,
-        captioner: Captioner,
+        captioner: Writer,
         features: ImageFeatures,
         prefixes: Float[Tensor, "b K d"],
         captions: Sequence[Sequence[Caption]],
@@ -201,7 +211,7 @@ class Calibration:
 
 @torch.inference_mode()
 def caption_scores(
-    captioner: Captioner,
+    captioner: Writer,
     features: ImageFeatures,
     prefixes: Float[Tensor, "b K d"],
     captions: Sequence[Sequence[Caption]],

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from common.decoders.heads import output_head
 
-if TYPE_CHECKING:
-    from clipcap.model import ClipCapModel
+
+class Scorer(Protocol):
+    """What scoring needs of a captioner's model: `ClipCapModel` is one."""
+
+    gpt2: Any
+
+    def hidden_after(self, prefix: Float[Tensor, "b K d"], input_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]: ...
 
 
 def caption_nats(
-    model: ClipCapModel, prefix: Float[Tensor, "n K d"], captions: Sequence[Sequence[int]]
+    model: Scorer, prefix: Float[Tensor, "n K d"], captions: Sequence[Sequence[int]]
 ) -> Float[Tensor, " n"]:
     """log p(caption | prefix) in nats of each caption's token ids, at most 0.
 
