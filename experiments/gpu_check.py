@@ -27,7 +27,7 @@ from common.runtime import require_seed, resolve_device
 from experiments import from_command_line
 
 Part = Literal["rates", "embed", "decode", "captioners", "recycling", "field"]
-TITLES: dict[str, str] = {
+TITLES: dict[Part, str] = {
     "rates": "rates of matrix products and of memory",
     "embed": "embedding with ViT-L/14",
     "decode": "captions by GPT-2 124M",
@@ -46,7 +46,7 @@ class Config:
     budget: float = 600.0
     """Seconds in all. A part may take half of what is left of them, the last all; then it is stopped, and that is
     recorded."""
-    parts: tuple[Part, ...] = tuple(TITLES)  # type: ignore[assignment]
+    parts: tuple[Part, ...] = tuple(TITLES)
     """What to run; without rates there is no roofline."""
     small: bool = False
     """Tiny models and a few steps: the dry run, which measures nothing of use."""
@@ -111,7 +111,7 @@ def against(roof: Mapping[str, float], one: dict[str, Any]) -> dict[str, Any]:
 def check(config: Config, device: str) -> dict[str, Any]:
     """Run the parts one after the other within the budget; what is there is written after each.
 
-    A part may take half of the time that is left, and the last one all of it: one that hangs leaves some for the others.
+    A part may take half of the time that is left, and the last one all of it: one that hangs leaves the others some.
     """
     begun = time.monotonic()
     roof: dict[str, float] = {}
@@ -120,19 +120,22 @@ def check(config: Config, device: str) -> dict[str, Any]:
         started = time.monotonic()
         left = config.budget - (started - begun)
         share = left if name == config.parts[-1] else left / 2
-        found = run_part(name, config, device, share) if left > 0 else {"error": "not begun: the budget was used up"}
+        found: dict[str, Any] = {"error": "not begun: the budget was used up"}
+        if left > 0:
+            found = run_part(name, config, device, share)
         if not found["error"]:
             result |= {key: found.pop(key) for key in ("hardware", "versions")}
             if name == "rates":
                 roof = result["roofline"] = roofline(found["measurements"])
         seconds = time.monotonic() - started
-        result["parts"][name] = part = {"seconds": seconds, "measurements": [], **found}
+        part: dict[str, Any] = {"seconds": seconds, "measurements": [], **found}
+        result["parts"][name] = part
         if name != "rates":
             part["measurements"] = [against(roof, one) for one in part["measurements"]]
         print(f"{TITLES[name]}: {part['error'] or 'done'} ({seconds:.0f} s)", flush=True)
         for one in part["measurements"]:
-            share = f", {one['of_roofline']:.0%} of the roofline" if "of_roofline" in one else ""
-            print(f"  {one['what']}: {one['seconds']:.4g} s, {one['peak_bytes'] / 2**30:.2f} GiB at most{share}")
+            reached = f", {one['of_roofline']:.0%} of the roofline" if "of_roofline" in one else ""
+            print(f"  {one['what']}: {one['seconds']:.4g} s, {one['peak_bytes'] / 2**30:.2f} GiB at most{reached}")
         result["seconds"] = time.monotonic() - begun
         write_json(config.out / "gpu_check.json", result)
     return result

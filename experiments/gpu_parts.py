@@ -146,11 +146,8 @@ def embed(work: Work) -> list[Measurement]:
         clip = load_clip(random_clip(Path(place), config), device=work.device, dtype=torch.bfloat16)
     vision = config.vision_config
     patches = 1 + (vision.image_size // vision.patch_size) ** 2
-    matrices = sum(
-        p.numel()
-        for p in clip.backbone.model.vision_model.encoder.parameters()
-        if p.ndim == 2  # type: ignore[union-attr]
-    )
+    tower: Any = clip.backbone
+    matrices = sum(p.numel() for p in tower.model.vision_model.encoder.parameters() if p.ndim == 2)
     attention = 2.0 * vision.num_hidden_layers * patches**2 * vision.hidden_size
     for batch in work.pick((1, 64, 256), (1, 2)):
         work.forget_peak()
@@ -338,7 +335,8 @@ def radiance_field(work: Work) -> list[Measurement]:
 
     silence_nerfstudio()
     config = method_config("dietnerf")
-    data, model = config.pipeline.datamanager, config.pipeline.model
+    data = config.pipeline.datamanager
+    model: Any = config.pipeline.model
     data.data = data.dataparser.data = ASSETS / "samples" / "multiview"
     steps = work.pick(500, 6)
     work.forget_peak()
