@@ -130,3 +130,17 @@ def test_mistakes_are_one_line_before_anything_runs(config, monkeypatch, capsys,
 
 def test_the_command_and_its_parts_have_the_same_names():
     assert tuple(gpu_check.TITLES) == tuple(gpu_parts.PARTS) == get_args(gpu_check.Part)
+
+
+@pytest.mark.slow
+def test_full_size_is_that_of_the_published_models():
+    from transformers import CLIPVisionModelWithProjection, GPT2LMHeadModel
+
+    full = gpu_parts.Work(torch.device("cuda"))
+    clip = gpu_parts.clip_config(full)
+    clip.vision_config.projection_dim = clip.projection_dim
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(gpu_parts.gpt2_config(full))
+        vision = CLIPVisionModelWithProjection(clip.vision_config)
+    assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808
+    assert sum(p.numel() for p in vision.parameters()) == 303_966_208
