@@ -197,6 +197,8 @@ def main(config: Config) -> int:
         raise UserError("parts is empty: name at least one.")
     require_place(config.out, "out", directory=True)
     device = find_device(config.device)
+    if config.small:
+        print("dry run: every model is tiny, whatever its name below, and the numbers say nothing about the device.")
     result = check(config, device)
     command = f"python -m experiments.gpu_check --device {device}" + " --small" * config.small
     place = page_of(result, command).write(config.out / "index.html")
