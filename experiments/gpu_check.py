@@ -148,7 +148,8 @@ def page_of(result: dict[str, Any], command: str) -> Page:
     if config.small:
         page.note("A dry run with tiny models: the numbers say nothing about the device.")
     parts = result["parts"]
-    page.section("Parts", "Each is a process of its own. Weights, images and tokens are random; models have full size.")
+    size = "tiny" if config.small else "of full size"
+    page.section("Parts", f"Each is a process of its own. Weights, images and tokens are random, models {size}.")
     page.table(
         [{"part": TITLES[name], "result": part["error"] or "done", "seconds": part["seconds"]}
          for name, part in parts.items()]
