@@ -443,8 +443,8 @@ class DietGridModel(FewViewModel):
         seen = weights.detach()[ray, slot, 0] > VISIBLE_WEIGHT
         colour = grid.colour(corners.of(seen), directions[ray[seen]])
         rgb = origins.new_zeros(*table, 3).index_put((ray[seen], slot[seen]), colour)
-        accumulation = self.renderer_accumulation(weights=weights)
         rendered = self.renderer_rgb(rgb=rgb, weights=weights)
+        accumulation = self.renderer_accumulation(weights=weights)
         if (
             grid.contraction is not None and self.renderer_rgb.background_color == "black"
         ):  # what is farther than the last sample, such as the sky
