@@ -293,7 +293,8 @@ class Captioner:
         """The weight that was asked for; else the captioner's own, if its CLIP can rank."""
         if asked is not None:
             return asked
-        return self.model.config.rerank if self.clip.has_text else 0.0
+        own = self.model.config.rerank
+        return own if own and self.clip.has_text else 0.0
 
     @torch.inference_mode()
     def judge(self, features: ImageFeatures, captions: Sequence[Sequence[Caption]]) -> list[Judgement]:
