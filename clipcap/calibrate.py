@@ -24,7 +24,7 @@ from clipcap.data.readers import Format
 from clipcap.evaluation.metrics import score_captions, tokenize
 from clipcap.ranking import WEIGHTS, pool_of, reranked, similarities
 from common.checks import UserError, printable, require_at_least
-from common.files import write_json
+from common.files import write_text
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, start
 
@@ -240,7 +240,8 @@ def choose_rerank(
     captioner.model.config.rerank = weight
     file = place / "config.json"
     with saving(file, "captioner's config"):
-        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "rerank": weight})
+        fields = {**json.loads(file.read_text(encoding="utf-8")), "rerank": weight}
+        write_text(file, json.dumps(fields, indent=2, sort_keys=True) + "\n")  # as transformers writes it
     return ciders
 
 
@@ -292,13 +293,14 @@ def calibrate(
     for _, features in batches(known):
         pictures.append(whole_picture(features).cpu())
         total = total + prefixes(features).float().sum(0).cpu()
+    length = captioner.model.decode_options({})["max_new_tokens"]  # as `Captioner.stream` has it
     judged: list[CaptionedImage] = []
     found: list[tuple[ImageFeatures, Tensor, list[Any]]] = []
     held_out = []
     for part in (items, others):
         for kept, features in batches(part):
             made = prefixes(features)
-            found.append((features, made, captioner.decode(features, num_captions=CAPTIONS, **_length(captioner))))
+            found.append((features, made, captioner.decode(features, num_captions=CAPTIONS, max_new_tokens=length)))
             judged += kept
             if part is items:
                 held_out.append(whole_picture(features).cpu())
@@ -329,11 +331,6 @@ def calibrate(
 def looked_at(training: Sequence[CaptionedImage]) -> Sequence[CaptionedImage]:
     """At most `TRAINING` of the training images, evenly chosen."""
     return training[:: max(1, -(-len(training) // TRAINING))]
-
-
-def _length(captioner: Captioner) -> dict[str, int]:
-    """The longest caption, as `Captioner.stream` has it where nothing is asked."""
-    return {"max_new_tokens": captioner.model.decode_options({})["max_new_tokens"]}
 
 
 def run(config: CalibrateConfig) -> int:

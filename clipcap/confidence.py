@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,8 +26,8 @@ from common.files import whole_file
 from common.pretrained import require_finite
 
 if TYPE_CHECKING:
-    from clipcap.captioner import Captioner
     from clipcap.search import Caption
+    from common.clip import FrozenCLIP
     from common.encoders.interface import ImageFeatures
 
 FILE = "confidence.safetensors"
@@ -45,7 +45,7 @@ def whole_picture(features: ImageFeatures) -> Float[Tensor, "b w"]:
 
     Before CLIP's projection, which keeps what tells the pictures of its own training apart and little else.
     """
-    pooled = features.patches.mean(1) if features.patches.shape[1] else features.class_token
+    pooled = features.patches.float().mean(1) if features.patches.shape[1] else features.class_token
     return F.normalize(pooled.float(), dim=-1)
 
 
@@ -83,6 +83,15 @@ class Ground:
         return (rest - rest @ components.T @ components).norm(dim=1)
 
 
+class Writer(Protocol):
+    """What is asked of a captioner (`clipcap.captioner.Captioner` is one)."""
+
+    model: Any
+    clip: FrozenCLIP
+
+    def text(self, caption: Caption) -> str: ...
+
+
 class Judgement(NamedTuple):
     """How sure the captions of one image are."""
 
@@ -112,7 +121,7 @@ class Calibration:
 
     def scores(
         self,
-        captioner: Captioner,
+        captioner: Writer,
         features: ImageFeatures,
         prefixes: Float[Tensor, "b K d"],
         captions: Sequence[Sequence[Caption]],
@@ -122,7 +131,7 @@ class Calibration:
 
     def judge(
         self,
-        captioner: Captioner,
+        captioner: Writer,
         features: ImageFeatures,
         prefixes: Float[Tensor, "b K d"],
         captions: Sequence[Sequence[Caption]],
@@ -202,7 +211,7 @@ class Calibration:
 
 @torch.inference_mode()
 def caption_scores(
-    captioner: Captioner,
+    captioner: Writer,
     features: ImageFeatures,
     prefixes: Float[Tensor, "b K d"],
     captions: Sequence[Sequence[Caption]],

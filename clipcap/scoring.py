@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Float
@@ -13,11 +13,19 @@ from torch.nn import functional as F
 from common.decoders.heads import output_head
 
 if TYPE_CHECKING:
-    from clipcap.model import ClipCapModel
+    from transformers import PreTrainedModel
+
+
+class Scorer(Protocol):
+    """What is asked of a captioner's model (`clipcap.model.ClipCapModel` is one)."""
+
+    gpt2: PreTrainedModel
+
+    def hidden_after(self, prefix: Tensor, input_ids: Tensor) -> Tensor: ...
 
 
 def caption_nats(
-    model: ClipCapModel, prefix: Float[Tensor, "n K d"], captions: Sequence[Sequence[int]]
+    model: Scorer, prefix: Float[Tensor, "n K d"], captions: Sequence[Sequence[int]]
 ) -> Float[Tensor, " n"]:
     """log p(caption | prefix) in nats of each caption's token ids, at most 0.
 

@@ -1,13 +1,30 @@
-"""What happens when another package is imported, without importing it now."""
+"""What happens when another package is imported, and what it finds then."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+
+@contextlib.contextmanager
+def without(module: str) -> Iterator[None]:
+    """Have what is imported meanwhile find that `module` is not installed, unless it has been imported already.
+
+    For packages that import a slow one only to have it at hand.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # the import system's own mark
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def when_imported(module: str, call: Callable[[ModuleType], object]) -> None:

@@ -381,8 +381,7 @@ class DietGridModelConfig(FewViewModelConfig):
     occupancy_every: int = 100
     """Steps between two looks at which cells are empty."""
     min_views: int = 2
-    """What fewer training cameras see stays empty, where images have alpha or show their background; 1 lets one camera
-    suffice."""
+    """What fewer training cameras see stays empty, where images have alpha; 1 lets one camera suffice."""
 
 
 class DietGridModel(FewViewModel):

@@ -109,7 +109,7 @@ class FewViewModel(Model):
             mode = CameraOptimizerConfig(mode="SO3xR3")
             self.camera_optimizer = mode.setup(num_cameras=self.num_train_data, device="cpu")
         self.collider = NearFarCollider(near_plane=self.near, far_plane=self.far, reset_near_plane=False)
-        behind = config.background_color
+        behind: Any = config.background_color
         if behind == "random":
             behind = metadata.get("background", "white")
         if self.contraction is not None and metadata.get("background") == "image":
@@ -131,7 +131,7 @@ class FewViewModel(Model):
         self.semantic_loss = SemanticLoss(self.config.semantic, images, self.device)
 
     def set_cameras(self, cameras: Cameras) -> None:
-        """The training cameras, for fields that leave unseen space empty; not a bounded field's photographs'."""
+        """The training cameras of a scene whose images have alpha, for fields that leave unseen space empty."""
 
     def refined(self, rays: RayBundle) -> RayBundle:
         """Rays (r,) of training cameras, where these stand by now."""

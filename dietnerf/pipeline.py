@@ -95,7 +95,7 @@ class FewViewPipeline(VanillaPipeline):
 
     def _show_cameras(self, model: FewViewModel) -> None:
         dataset = self.datamanager.train_dataset
-        if dataset.has_alpha or model.contraction is not None:
+        if dataset.has_alpha:  # of a photograph's background, one camera may see a part alone
             model.set_cameras(dataset.cameras)
 
     def prepare(self) -> None:

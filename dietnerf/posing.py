@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tqdm import tqdm
 
 from common.checks import UserError, printable, require_between, require_place, require_text
 from common.files import LOCK, alone, clear_leftovers, require_own_directory, whole_directory, write_json
 from common.images import ImageLimit, image_suffixes
 from common.processes import is_first_process
+from common.progress import Progress
 from common.runtime import MOST_THREADS
 from dietnerf.layouts import find_scene
 from dietnerf.photographs import Camera, Photograph, Sharing, cameras_of, find_photographs, prepare
@@ -162,8 +162,9 @@ def _pose(config: PoseConfig, sources: Sequence[Path], begun: Mapping[str, Any],
         )
         if len(photographs) < LEAST_IMAGES:
             shutil.rmtree(work)
+            why = f" ({next(iter(skipped.values())).rstrip('.')})" if skipped else ""
             raise UserError(
-                f"folder {str(config.photographs)!r} has {len(photographs)} photographs that can be read: take at "
+                f"folder {str(config.photographs)!r} has {len(photographs)} photographs that can be read{why}: take at "
                 f"least {LEAST_IMAGES}, better 20 or more."
             )
         outcome = _structure(config, photographs, work, tell)
@@ -214,7 +215,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
         if stage not in bars:
             for bar in bars.values():
                 bar.close()
-            bars[stage] = tqdm(total=of, desc=STAGES[stage], disable=not is_first_process())
+            bars[stage] = Progress(total=of, desc=STAGES[stage], disable=not is_first_process())
         bars[stage].update(done - bars[stage].n)
 
     try:

@@ -64,7 +64,7 @@ class TrainConfig:
     """
 
     scene: Annotated[Path, tyro.conf.Positional]
-    """Directory of the scene, or its file of cameras."""
+    """Directory of the scene, its file of cameras, or a folder of photographs without poses."""
     out: Path = Path("out/dietnerf")
     """Where the run goes; give it to dietnerf render and evaluate, or OUT/config.yml to the ns- commands."""
     method: Literal["mlp", "mlp-small", "simplified", "nerfacto", "grid"] = "grid"
@@ -87,8 +87,8 @@ class TrainConfig:
     """Of the grid, the degree of the spherical harmonics of colour (0 is the same from all sides); left out, the
     method's own."""
     min_views: int | None = None
-    """Of the grid, how many training cameras must see what is not empty, where images have alpha or show their
-    background; left out, the method's own."""
+    """Of the grid, how many training cameras must see what is not empty, where images have alpha; left out, the
+    method's own."""
     near: float = 0.0
     """Where rays start, in training and in renders; 0 suits the layout of the scene. Cameras of photographs reach to 1
     from the centre; Blender's that are not about 4 units from it are scaled to be."""

@@ -39,7 +39,7 @@ class SparsePoints:
     def observed(self, frame: int) -> tuple[Float[np.ndarray, "k 3"], Float[np.ndarray, " k"]]:
         """What a frame's photograph sees: positions, and how much each counts, exp(-(error / mean error)²) (the weights
         of Deng et al. 2022's code)."""
-        chosen = [] if self.seen is None else self.seen[frame]
+        chosen = np.zeros(0, dtype=np.int64) if self.seen is None else self.seen[frame]
         if self.errors is None:
             return self.positions[chosen], np.ones(len(chosen))
         return self.positions[chosen], np.exp(-np.square(self.errors[chosen] / max(self.errors.mean(), 1e-9)))
@@ -131,7 +131,8 @@ def _of_ply(path: Path) -> SparsePoints | None:
 
     require_file(path, "point cloud")
     try:
-        positions = np.asarray(trimesh.load(path, process=False).vertices, dtype=np.float64).reshape(-1, 3)
+        cloud: Any = trimesh.load(path, process=False)
+        positions = np.asarray(cloud.vertices, dtype=np.float64).reshape(-1, 3)
     except Exception as error:  # whatever trimesh comes upon in a broken file
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise UserError(f"point cloud {str(path)!r} cannot be read ({reason}): write it again.") from error

@@ -115,7 +115,7 @@ def held_out(capture: Capture, split: str, every: int) -> Capture:
     if not chosen:
         raise UserError(f"hold_out is {every} but the scene has {total} photographs: use at most {2 * total - 1}.")
     ids = [i for i in range(total) if (i in chosen) != (split == "train")]
-    return replace(capture, ids=ids, source=f"every {every}th photograph", from_training=False)
+    return replace(capture, ids=ids, source=f"one photograph of {every}", from_training=False)
 
 
 def pose_distances(poses: Float[Tensor, "n r 4"]) -> Float[Tensor, "n n"]:

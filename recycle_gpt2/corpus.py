@@ -15,6 +15,7 @@ from common.files import claimed, sync_directory, write_json
 from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, files_of, find_texts, size_of
 from recycle_gpt2.duplicates import DUPLICATES, DuplicatesConfig, Selection
+from recycle_gpt2.hub import is_hub
 from recycle_gpt2.records import MALFORMED, read_json, reading
 from recycle_gpt2.shards import CHUNK, COUNTED, SHARD_FILE, shard_path, write_shards
 from recycle_gpt2.splits import SHARES, SPLITS, require_shares
@@ -34,7 +35,8 @@ class CorpusConfig:
 
     text: tuple[Path, ...]
     """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
-    Hugging Face dataset on disk, of which a split named test is left out."""
+    Hugging Face dataset on disk or, as hf:NAME or hf:NAME:CONFIGURATION, streamed from the hub; a split named test is
+    left out."""
     tokenizer: Path
     """Directory of the tokenizer (`recycle-gpt2 tokenizer`)."""
     out: Path
@@ -210,7 +212,9 @@ def text_hash(paths: Sequence[Path], *, progress: bool = False) -> str:
     total, digest = sum(map(size_of, texts)), hashlib.sha256()
     with Progress(total=total, desc="text", unit="B", unit_scale=True, disable=not progress or total < 1 << 30) as bar:
         for path in texts:
-            if not path.is_dir():
+            if is_hub(path):  # known by its name: what the hub has is not read for this
+                digest.update(str(path).encode())
+            elif not path.is_dir():
                 require_file(path, "text file")
             for file in files_of(path):
                 content = hashlib.sha256()
@@ -224,7 +228,7 @@ def text_hash(paths: Sequence[Path], *, progress: bool = False) -> str:
 
 def _sources_of(paths: Sequence[Path]) -> list[list[Any]]:
     """Name, bytes and time of change (ns) of each text file."""
-    return [[str(path), size_of(path), path.stat().st_mtime_ns] for path, _ in find_texts(paths)]
+    return [[str(path), size_of(path), path.stat().st_mtime_ns] for path, _ in find_texts(paths) if not is_hub(path)]
 
 
 def require_outside(out: Path, paths: Sequence[Path]) -> None:

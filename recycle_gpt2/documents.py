@@ -8,6 +8,7 @@ from pathlib import Path
 from common.checks import UserError, require_file
 from recycle_gpt2.bad_rows import BadRows, TextOptions
 from recycle_gpt2.formats import COMPRESSED, SUFFIXES, Document, kind_of, read_dataset, reader_of
+from recycle_gpt2.hub import is_hub, read_hub
 
 __all__ = ["Document", "read_documents", "read_with_positions"]
 
@@ -30,7 +31,8 @@ def read_documents(
     Lines, rows and files that cannot be read are left out and named on stderr at the end, up to a share of all.
 
     Args:
-        paths: files or directories; inside directories, files with one of `suffixes` are read.
+        paths: files or directories; inside directories, files with one of `suffixes` are read; or hf:NAME of a
+            dataset on the Hugging Face hub, which is streamed.
         options: the column of the text, and the share that may be bad.
         suffixes: with their dots.
         held_out: of a saved DatasetDict with a split "test", read that one alone; otherwise all but that one.
@@ -56,7 +58,11 @@ def read_with_positions(
     done, empty = 0, True
     for path, genre in find_texts(paths, suffixes):
         bad.files += 1
-        if path.is_dir():
+        if is_hub(path):
+            for document in read_hub(path, options.column, bad, held_out):
+                empty = False
+                yield document, done
+        elif path.is_dir():
             for document in read_dataset(path, genre, options.column, bad, held_out):
                 empty = False
                 yield document, done
@@ -80,6 +86,9 @@ def find_texts(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> Ite
     if not paths:
         raise UserError("no text is given: name files or directories.")
     for given in map(Path, paths):
+        if is_hub(given):
+            yield given, given.name
+            continue
         if not given.exists():
             raise UserError(f"text {str(given)!r} does not exist: check the path.")
         if not given.is_dir() or _is_dataset(given):
@@ -106,7 +115,9 @@ def find_texts(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> Ite
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file, or all files in a directory, sorted."""
+    """A file, or all files in a directory, sorted; none of a dataset on the hub."""
+    if is_hub(path):
+        return []
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 

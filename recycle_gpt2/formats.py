@@ -11,7 +11,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -254,16 +254,28 @@ def read_dataset(directory: Path, genre: str, column: str, bad: BadRows, held_ou
     except Exception as error:  # pyarrow's and datasets' own kinds, many
         raise UserError(f"dataset {str(directory)!r} cannot be read ({error}): save or copy it again.") from None
     parts = dict(found) if isinstance(found, datasets.DatasetDict) else {"": found}
+    yield from rows_of_splits(parts, f"dataset {str(directory)!r}", str(directory), genre, column, bad, held_out)
+
+
+def rows_of_splits(
+    parts: Mapping[str, Any], dataset: str, source: str, genre: str, column: str, bad: BadRows, held_out: bool
+) -> Iterator[Document]:
+    """The documents of a dataset's splits; where one is called "test", of that one (`held_out`) or of all others.
+
+    Raises:
+        UserError: a split has no such column.
+    """
     if "test" in parts:
         if not held_out:
-            print(f"left out: split 'test' of dataset {printable(directory)}, which is for scores.", file=sys.stderr)
+            print(f"left out: split 'test' of {printable(dataset)}, which is for scores.", file=sys.stderr)
         parts = {name: part for name, part in parts.items() if (name == "test") == held_out}
     for name, part in parts.items():
-        where = f"dataset {str(directory)!r}" + (f", split {name!r}" if name else "")
-        _require_column(column, part.column_names, where)
+        where = dataset + (f", split {name!r}" if name else "")
+        names = part.column_names or list(next(iter(part), {column: ""}))  # a stream may know them by its first row
+        _require_column(column, names, where)
         for number, row in enumerate(part):
             bad.rows += 1
-            if document := _of_row(row, column, directory, genre, f"{where}, row {number}", bad):
+            if document := _of_row(row, column, Path(source), genre, f"{where}, row {number}", bad):
                 yield document
 
 

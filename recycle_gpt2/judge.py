@@ -18,28 +18,29 @@ from common.checks import UserError, printable, require_at_least, require_file, 
 from common.files import write_json, write_text
 from common.words import is_unspaced
 from recycle_gpt2.documents import read_documents
+from recycle_gpt2.judge_words import direction, form_words
 
 HUMAN = "human"
 TEMPLATE = """<!doctype html>
-<html lang="@LANGUAGE@"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>@TITLE@</title><style>
+<html lang="@LANGUAGE@" dir="@DIRECTION@"><head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>@TITLE@</title><style>
 body { font: 18px/1.5 Georgia, serif; max-width: 42rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 #text { background: #f4f4f0; padding: 1rem 1.5rem; border-radius: 6px; white-space: pre-wrap; min-height: 8rem; }
-button { font: inherit; padding: .5rem 1.5rem; margin: 0 .5rem .5rem 0; cursor: pointer; }
+button { font: inherit; padding: .5rem 1.5rem; margin: 0; margin-inline-end: .5rem; cursor: pointer; }
 button[aria-pressed=true] { background: #235; color: white; }
 input { font: inherit; }
 progress { width: 100%; }
 nav { margin-top: 2rem; }
 </style></head><body>
 <h1>@TITLE@</h1>
-<p><label>Name or number of the judge: <input id="judge" autocomplete="off"></label></p>
+<p><label>@NAME@ <input id="judge" autocomplete="off" dir="auto" autofocus></label></p>
 <progress id="progress" value="0"></progress>
 <p id="count"></p>
 <div id="text" dir="auto"></div>
 <p>@QUESTION@</p>
 <p><button id="human">@YES@</button><button id="machine">@NO@</button></p>
-<nav><button id="back">&larr;</button><button id="next">&rarr;</button><button id="save">Save answers</button></nav>
-<noscript>This form needs JavaScript.</noscript>
+<nav><button id="back">@BACK@</button><button id="next">@NEXT@</button><button id="save">@SAVE@</button></nav>
+<noscript>@SCRIPTS@</noscript>
 <script>
 "use strict";
 const form = @DATA@;
@@ -59,6 +60,7 @@ function show() {
   $("back").disabled = at === 0;
   $("next").disabled = at === form.items.length - 1;
   $("save").disabled = done === 0;
+  $("human").disabled = $("machine").disabled = !state.judge.trim();  // the name first
 }
 function answer(choice) {
   state.answers[form.items[at].id] = choice;
@@ -71,7 +73,7 @@ $("machine").onclick = () => answer("machine");
 $("back").onclick = () => { at -= 1; show(); };
 $("next").onclick = () => { at += 1; show(); };
 $("judge").value = state.judge;
-$("judge").oninput = () => { state.judge = $("judge").value; keep(); };
+$("judge").oninput = () => { state.judge = $("judge").value; keep(); show(); };
 $("save").onclick = () => {
   const saved = { form: form.id, judge: state.judge, answers: state.answers };
   const link = document.createElement("a");
@@ -100,16 +102,17 @@ class JudgeConfig:
     words: int = 60
     """Words that a text is cut to, so that its length tells nothing; shorter texts are left out. Characters, where the
     humans' texts are in a script without spaces between words (Chinese, Japanese, Thai)."""
-    title: str = "Human or machine?"
-    """Heading of the form."""
-    question: str = "Could this text have been written by a human?"
-    """Question under each text; write it in the judges' language."""
-    yes: str = "Human"
-    """Label of the button for human."""
-    no: str = "Machine"
-    """Label of the button for machine."""
     language: str = "en"
-    """Language code of the texts (nl, it), for the browser."""
+    """Language code of the texts and of the judges (nl, ita, ar): the form's words are in it where they are known
+    (English, Dutch, Italian, German, French, Spanish), otherwise English, and its direction is the language's."""
+    title: str = ""
+    """Heading of the form, instead of the language's words for "Human or machine?"."""
+    question: str = ""
+    """Question under each text, instead of "Could this text have been written by a human?"."""
+    yes: str = ""
+    """Label of the button for human, instead of "Human"."""
+    no: str = ""
+    """Label of the button for machine, instead of "Machine"."""
     seed: int = 0
     """Which texts, and in which order."""
 
@@ -167,13 +170,20 @@ def run_form(config: JudgeConfig) -> None:
     characters = is_unspaced(written[HUMAN])
     texts = {name: _choose(name, several, config, characters) for name, several in written.items()}
     form, key = make_form(texts, seed=config.seed)
-    page = TEMPLATE
+    page, words, way = TEMPLATE, form_words(config.language), direction(config.language)
+    arrows = ("→", "←") if way == "rtl" else ("←", "→")
     for mark, value in {
         "LANGUAGE": config.language,
-        "TITLE": config.title,
-        "QUESTION": config.question,
-        "YES": config.yes,
-        "NO": config.no,
+        "DIRECTION": way,
+        "TITLE": config.title or words.title,
+        "NAME": words.name,
+        "QUESTION": config.question or words.question,
+        "YES": config.yes or words.yes,
+        "NO": config.no or words.no,
+        "BACK": arrows[0],
+        "NEXT": arrows[1],
+        "SAVE": words.save,
+        "SCRIPTS": words.scripts,
     }.items():
         page = page.replace(f"@{mark}@", html.escape(value))
     # Last, so that no mark within a text is filled in; "<" escaped, so that no text ends the script.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from common.checks import UserError, require_at_least, require_place, require_text
 from common.decoders.families import positions
-from common.files import MARKER, require_own_directory, write_text
+from common.files import require_own_directory, write_text
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, autocast, hardware, start, versions
@@ -30,6 +30,7 @@ from recycle_gpt2.documents import read_documents
 from recycle_gpt2.duplicates import DuplicatesConfig
 from recycle_gpt2.evaluate import DocumentScore, compare, score_documents, shown, summarise_by, table
 from recycle_gpt2.extend import EnglishConfig
+from recycle_gpt2.hub import is_hub, keep_streams, kept_files, upload
 from recycle_gpt2.lexical import MIXED, RowsConfig, train_only
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary, require_direction, word_tokens
 from recycle_gpt2.lexicon import run as run_lexicon
@@ -69,33 +70,24 @@ from recycle_gpt2.tokenizer import (
 )
 from recycle_gpt2.training import StageConfig
 
-STAGES = (
-    "tokenizer",
-    "corpus",
-    "english",
-    "relearn",
-    "align",
-    "relearn-large",
-    "finetune",
-    "evaluate",
-    "lexicon",
-    "card",
-)
+STAGES = tuple("text tokenizer corpus english relearn align relearn-large finetune evaluate lexicon card".split())
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Make a GPT-2 of a new language from an English one.
 
-    The stages are tokenizer, corpus, english (with replay), relearn, align, relearn-large, finetune, evaluate, lexicon
-    and card. Each has a directory in OUT.stages; a stopped run resumes when the same command is
-    given again. A stage that was deleted, or whose text has changed, is made again with all that was made of it;
-    earlier training is kept beside it. OUT is an ordinary Hugging Face directory with the tokenizer and a card.
+    The stages are text (of the hub), tokenizer, corpus, english (with replay), relearn, align, relearn-large, finetune,
+    evaluate, lexicon and card. Each has a directory in OUT.stages; a stopped run resumes when the
+    same command is given again. A stage that was deleted, or whose text has changed, is made again with all that was
+    made of it; earlier training is kept beside it. OUT is an ordinary Hugging Face directory with the tokenizer and a
+    card.
     """
 
     text: tuple[Path, ...]
     """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
-    Hugging Face dataset on disk, of which a split named test is left out."""
+    Hugging Face dataset on disk or, as hf:NAME or hf:NAME:CONFIGURATION, streamed from the hub; a split named test is
+    left out."""
     out: Path
     """Directory of the finished model."""
     language: str
@@ -133,6 +125,14 @@ class RunConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What decides the text that is streamed."""
+
+    text: tuple[Path, ...]
+    column: str
 
 
 @dataclass(frozen=True)
@@ -179,25 +179,6 @@ def run(config: RunConfig) -> int:
             print(f"uploaded: {upload(directory, config.push_to_hub)}")
         print(f"model: {directory}; try: recycle-gpt2 sample {directory}")
     return 0
-
-
-def upload(directory: Path, repository: str) -> str:
-    """Upload a model's directory to the hub; returns the address.
-
-    Raises:
-        UserError: the hub cannot be reached or refuses.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().create_repo(repository, exist_ok=True)
-        return str(HfApi().upload_folder(folder_path=directory, repo_id=repository, ignore_patterns=[MARKER]))
-    except Exception as error:  # the client's library decides which: no connection, no token, no such name
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{str(directory)!r} could not be uploaded to {repository!r} ({reason}): log in with `hf auth login` and "
-            f"give the same command again; nothing is trained again."
-        ) from error
 
 
 def recycle(config: RunConfig) -> Path:
@@ -248,6 +229,11 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
     english = {"english": _text(kept.english)} if kept.english else {}
     keep = kept.english if kept.extend else ()
     seed = config.runtime.seed
+    if any(map(is_hub, config.text)):
+        streamed = begin("text")
+        asked = _Text(config.text, column)
+        once(streamed, asked, lambda: keep_streams(asked.text, streamed, config.reading), inputs=text)
+        config = replace(config, text=kept_files(config.text, streamed))
     tokenizer_directory = begin("tokenizer")
     once(
         tokenizer_directory,

@@ -59,7 +59,8 @@ class TokenizerConfig:
 
     text: tuple[Path, ...]
     """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
-    Hugging Face dataset on disk, of which a split named test is left out."""
+    Hugging Face dataset on disk or, as hf:NAME or hf:NAME:CONFIGURATION, streamed from the hub; a split named test is
+    left out."""
     out: Path
     """Directory that the tokenizer is saved in; AutoTokenizer loads it."""
     vocab_size: int = VOCAB_SIZE

@@ -124,8 +124,8 @@ def interpret(
     Raises:
         UserError: no image can be read.
     """
+    from clipcap.data.embeddings import mapper_input
     from clipcap.data.images import ImageError, read_image
-    from clipcap.decoding import decode
 
     require_at_least("batch size", batch_size, 1)
     paths = list(images)
@@ -147,9 +147,9 @@ def interpret(
                     raise
                 on_error(error)
         if readable:
-            embeddings = captioner.embed([image for _, image in readable])
-            prefixes = captioner.model.prefix(embeddings)  # (b, K, d)
-            captions = decode(captioner.model, embeddings, max_new_tokens=longest)
+            features = captioner.features(captioner.clip.preprocess([image for _, image in readable]))
+            prefixes = captioner.model.prefix(mapper_input(features, captioner.model.config.inputs))  # (b, K, d)
+            captions = captioner.decode(features, max_new_tokens=longest)
             for (path, _), prefix, several in zip(readable, prefixes, captions, strict=True):
                 tokens = nearest_tokens(captioner.model, prefix, k=k, table=table)
                 found.append(ImageReading(str(path), captioner.text(several[0]), tokens))

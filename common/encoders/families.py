@@ -17,6 +17,7 @@ from common.encoders.folded import folded
 from common.encoders.interface import Backbone, ImageFeatures, from_map
 from common.encoders.preprocess import Preprocess
 from common.encoders.processors import read_preprocess
+from common.encoders.timm import import_timm
 from common.pretrained import (
     load_tokenizer,
     read_config,
@@ -150,6 +151,8 @@ def load_family(source: str, kind: str) -> tuple[Backbone, Preprocess]:
 
     fields = read_config(source, WHAT, kind)
     _require_known(source, kind, fields)
+    if any(isinstance(part, Mapping) and part.get("model_type") == "timm_wrapper" for part in fields.values()):
+        import_timm()  # before transformers does
     config = _config(fields, f"config.json of {source!r}")
     preprocess = read_preprocess(source, (DUAL | VISION).get(kind, "none"), None)
 

@@ -14,6 +14,7 @@ from common.checks import UserError
 from common.encoders.checkpoint import put_in, read_weights, split_name
 from common.encoders.interface import TIMM_PREFIX, Backbone, ImageFeatures, from_map, widths
 from common.encoders.preprocess import Preprocess
+from common.imports import without
 from common.pretrained import require_finite, require_reachable
 from common.runtime import fork_generators
 
@@ -55,10 +56,16 @@ def _options(trunk: Any) -> Collection[str]:
     return inspect.signature(trunk.forward_intermediates).parameters if hasattr(trunk, "forward_intermediates") else ()
 
 
+def import_timm() -> Any:
+    """timm, without Weights & Biases, which its training utilities import and which takes longer than all of timm."""
+    with without("wandb"):
+        import timm
+    return timm
+
+
 def load_timm(name: str) -> tuple[Backbone, Preprocess]:
     """A timm model without its classifier, by "timm:NAME" (its weights fetched) or "timm:NAME/PATH"."""
-    import timm
-
+    timm = import_timm()
     arch, path = split_name(name, TIMM_PREFIX, timm.list_models())
     tag = arch.partition(".")[2]
     if tag and arch not in timm.list_pretrained(f"{arch.partition('.')[0]}.*"):
@@ -92,9 +99,7 @@ def load_timm(name: str) -> tuple[Backbone, Preprocess]:
 
 
 def _tags(arch: str) -> str:
-    import timm
-
-    return ", ".join(timm.list_pretrained(f"{arch.partition('.')[0]}.*")[:5])
+    return ", ".join(import_timm().list_pretrained(f"{arch.partition('.')[0]}.*")[:5])
 
 
 def _preprocess(model: Any, name: str) -> Preprocess:

@@ -312,8 +312,8 @@ def package_photographs(directory: Path) -> None:
         command="python -m experiments.captions.photographs --data FLICKR8K --tower EFFICIENTNET_LITE0",
         limits="It sees what ImageNet's classes teach and says what Flickr8k's captions say: people, dogs, sports, "
         "streets, water and snow. Other subjects (food, rooms, animals, documents) become one of these. Colours of "
-        "clothes, numbers and what people do are often wrong, with no sign of doubt. It repeats the captions' guesses "
-        "about people, such as their sex.",
+        "clothes, numbers and what people do are often wrong; confidence.safetensors tells how sure a caption is "
+        "(docs/photographs.md). It repeats the captions' guesses about people, such as their sex.",
     )
 
 

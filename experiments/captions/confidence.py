@@ -25,7 +25,6 @@ from clipcap.confidence import SCORES
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import mapper_input
 from clipcap.data.images import read_image
-from clipcap.decoding import decode
 from clipcap.evaluation.metrics import score_captions
 from common.checks import UserError, run_command
 from common.files import markdown_table, whole_file, write_json, write_text
@@ -105,7 +104,7 @@ def judged(captioner: Captioner, items: list[CaptionedImage], known: list[Captio
         images = [read_image(item.path, side=captioner.clip.preprocess.size) for item in items[begin : begin + 16]]
         features = captioner.features(captioner.clip.preprocess(images))
         inputs = mapper_input(features, captioner.model.config.inputs)
-        found = decode(captioner.model, inputs, max_new_tokens=length)
+        found = captioner.decode(features, max_new_tokens=length)
         texts += [captioner.text(several[0]) for several in found]
         scores += calibration.scores(captioner, features, captioner.model.prefix(inputs), found)
         sure = captioner.judge(features, found)
@@ -179,7 +178,9 @@ def main(config: Config) -> None:
     found = {name: judged(captioner, several, known) for name, several in parts.items()}
     together = {key: np.concatenate([part[key] for part in found.values()]) for key in next(iter(found.values()))}
     groups = found | {"both": together}
-    figures = {name: coverage_curve(part["confidence"], part["right"].astype(float)) for name, part in groups.items()}
+    figures: dict[str, Any] = {
+        name: coverage_curve(part["confidence"], part["right"].astype(float)) for name, part in groups.items()
+    }
     figure = plot_lines(
         figures, x="share of the captions that are kept, the surest first", y="share of them that is right"
     )

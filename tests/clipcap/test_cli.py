@@ -167,7 +167,7 @@ def stop_at_the_fourth_batch(monkeypatch) -> list[int]:
     """Ctrl-C as the fourth batch is embedded; returns the sizes of the batches, as they come."""
     from clipcap.captioner import Captioner
 
-    seen, embed = [], Captioner._encode
+    seen, embed = [], Captioner.features
 
     def dying(self, pixels):
         seen.append(len(pixels))
@@ -175,7 +175,7 @@ def stop_at_the_fourth_batch(monkeypatch) -> list[int]:
             raise KeyboardInterrupt
         return embed(self, pixels)
 
-    monkeypatch.setattr(Captioner, "_encode", dying)
+    monkeypatch.setattr(Captioner, "features", dying)
     return seen
 
 
@@ -185,7 +185,7 @@ def test_an_interrupted_run_goes_on_and_loses_nothing(capsys, photos, model, tmp
     options = ("--model", model, "--max-new-tokens", 4, "--batch-size", 2)
     assert run(capsys, "caption", photos, *options, "--out", tmp_path / "whole.jsonl")[0] == 0
     whole = (tmp_path / "whole.jsonl").read_text()
-    embed = Captioner._encode
+    embed = Captioner.features
     out = tmp_path / "captions.jsonl"
     seen = stop_at_the_fourth_batch(monkeypatch)
     assert run(capsys, "caption", photos, *options, "--out", out)[0] == 130
@@ -195,7 +195,7 @@ def test_an_interrupted_run_goes_on_and_loses_nothing(capsys, photos, model, tmp
         file.write('["half a li')  # a run that was killed
     code, _, err = run(capsys, "caption", photos, *options, "--out", out, "--num-beams", 2)
     assert code == 2 and "num_beams" in err and partial.exists()
-    monkeypatch.setattr(Captioner, "_encode", lambda self, pixels: (seen.append(len(pixels)), embed(self, pixels))[1])
+    monkeypatch.setattr(Captioner, "features", lambda self, pixels: (seen.append(len(pixels)), embed(self, pixels))[1])
     seen.clear()
     code, _, err = run(capsys, "caption", photos, *options, "--out", out)
     assert code == 0 and "6 of 12" in err and sum(seen) == 6
@@ -214,11 +214,11 @@ def test_file_names_that_are_not_utf8(capsys, photos, model, tmp_path, monkeypat
     code, found, _ = run(capsys, "caption", photos / name, photos, *options, "--format", "json")
     assert code == 0 and json.loads(found)[0]["image"] == str(photos / name)
 
-    embed = Captioner._encode
+    embed = Captioner.features
     out, given = tmp_path / "captions.jsonl", ("caption", photos / name, photos, *options)
     stop_at_the_fourth_batch(monkeypatch)
     assert run(capsys, *given, "--out", out)[0] == 130
-    monkeypatch.setattr(Captioner, "_encode", embed)
+    monkeypatch.setattr(Captioner, "features", embed)
     code, _, err = run(capsys, *given, "--out", out)
     assert code == 0 and "going on after 7 of 13" in err
     assert [json.loads(line) for line in out.read_text().splitlines()] == json.loads(found)
@@ -319,10 +319,10 @@ def test_a_line_that_no_run_has_written_is_done_again(capsys, photos, model, tmp
     out, options = tmp_path / "c.jsonl", ("--model", model, "--max-new-tokens", 4, "--batch-size", 2)
     from clipcap.captioner import Captioner
 
-    embed = Captioner._encode
+    embed = Captioner.features
     stop_at_the_fourth_batch(monkeypatch)
     assert run(capsys, "caption", photos, *options, "--out", out)[0] == 130
-    monkeypatch.setattr(Captioner, "_encode", embed)
+    monkeypatch.setattr(Captioner, "features", embed)
     with open(tmp_path / "c.jsonl.partial", "ab") as file:
         file.write(line + b"\n")
     code, _, err = run(capsys, "caption", photos, *options, "--out", out)

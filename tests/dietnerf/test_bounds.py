@@ -169,7 +169,7 @@ def test_every_nth_photograph_is_held_out(tmp_path, ball_scene):
     training, held_out = read(scene, hold_out=5), read(scene, "test", hold_out=5)
     assert [path.stem for path in held_out.image_filenames] == ["f2", "f7"]
     assert len(training) == 9 and set(training.image_filenames).isdisjoint(held_out.image_filenames)
-    assert held_out.source == "every 5th photograph"
+    assert held_out.source == "one photograph of 5"
     assert len(read(scene, hold_out=5, num_views=4)) == 4
     for every, message in ((1, "hold_out"), (40, "hold_out is 40 but the scene has 11 photographs: use at most 21")):
         with pytest.raises(UserError, match=message):

@@ -62,7 +62,7 @@ def test_samples_are_a_step_apart_in_the_grids_coordinates():
         places = grid.place(origins[found.ray] + found.middle[:, None] * directions[found.ray])
         same = found.ray[1:] == found.ray[:-1]
         apart = (places[1:] - places[:-1]).norm(dim=-1)[same]
-        assert (apart <= 1.03 * step).all() and apart.mean() > 0.95 * step
+        assert (apart <= 1.3 * step).all() and apart.mean() == pytest.approx(step, rel=0.05)
         assert (found.middle[1:] > found.middle[:-1])[same].all()
         assert (found.middle >= 0.5).all() and (found.middle <= 200).all()
         assert (found.slot[1:][same] - found.slot[:-1][same] == 1).all()
@@ -86,15 +86,18 @@ def test_fields_reach_beyond_the_box(name):
     torch.manual_seed(0)
     box = SceneBox(torch.tensor([[-1.0] * 3, [1.0] * 3]))
     away = torch.nn.functional.normalize(torch.tensor([[0.0, 1.0, 0.0], [0.1, 1.0, 0.2]]), dim=-1)
-    rays = RayBundle(
-        origins=torch.tensor([[5.0, 3.0, 0.0]] * 2),
-        directions=away,
-        pixel_area=torch.ones(2, 1),
-        camera_indices=torch.zeros(2, 1, dtype=torch.long),
-    )  # fmt: skip
+
+    def rays() -> RayBundle:
+        return RayBundle(
+            origins=torch.tensor([[5.0, 3.0, 0.0]] * 2),
+            directions=away,
+            pixel_area=torch.ones(2, 1),
+            camera_indices=torch.zeros(2, 1, dtype=torch.long),
+        )
+
     model = CONFIGS[name].setup(scene_box=box, num_train_data=3, metadata=META).train()
     model.before_step(0)
-    found = model(rays)
+    found = model(rays())
     assert (found["accumulation"] > 1e-4).all() and torch.isfinite(found["depth"]).all()
     used = found["samples"].ends > found["samples"].starts
     assert used.any() and (found["samples"].starts[used] >= 0.1 - 1e-3).all()
@@ -102,7 +105,7 @@ def test_fields_reach_beyond_the_box(name):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.field.parameters())
     if name != "mlp":  # which has no box
         bounded = CONFIGS[name].setup(scene_box=box, num_train_data=3, metadata=META | {"unbounded": False}).eval()
-        assert (bounded(rays)["accumulation"] < 1e-4).all()
+        assert (bounded(rays())["accumulation"] < 1e-4).all()
 
 
 def test_a_sample_on_the_near_plane_gives_no_nan(monkeypatch):

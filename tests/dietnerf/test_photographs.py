@@ -10,9 +10,14 @@ import torch
 
 pytest.importorskip("nerfstudio")
 
+from common.runtime import RuntimeConfig
 from dietnerf.appearance import Appearance
+from dietnerf.evaluation import EvaluateConfig, evaluate
 from dietnerf.metrics import overfitted
 from dietnerf.regularizers import SMALLEST_WEIGHT, point_depth_loss
+from dietnerf.scene import Scene
+from dietnerf.settings import train_config
+from dietnerf.training import train
 from tests.dietnerf.posed import write_capture
 from tests.dietnerf.test_data import nerfstudio_scene, read
 from tests.dietnerf.test_pipeline import tiny_pipeline
@@ -183,6 +188,23 @@ def test_a_wide_gap_is_said():
     assert overfitted(26.0, 20.5) is None and overfitted(20.0, 26.5) is None and overfitted(math.nan, 20.0) is None
     said = overfitted(26.54, 20.0)
     assert said.startswith("PSNR is 26.5 on training views but 20.0 on held-out ones: add photographs")
+
+
+def test_a_run_scores_what_it_holds_out_and_says_a_wide_gap(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dietnerf.metrics.WIDEST_GAP", -100.0)
+    scene, out = write_capture(tmp_path / "s", count=7), tmp_path / "run"
+    options = dict(hold_out=3, steps=4, rays=32, resolutions=(8,), progress=False, refine_poses=True)
+    train(train_config(scene, out=out, **options, runtime=RuntimeConfig(device="cpu")))
+    said = capsys.readouterr().err
+    assert said.count("on held-out ones: add photographs") == 1
+    record = evaluate(EvaluateConfig(out, device="cpu"))
+    assert record["scored"] == "held-out views" and record["held_out_from"] == "one photograph of 3"
+    assert len(record["per_view"]) == 2 and 0 < record["training_psnr"] < 60
+    assert "on held-out ones: add photographs" in capsys.readouterr().err
+    opened = Scene.load(out, device="cpu")
+    names = {path.stem for path in opened.held_out_views.image_filenames}
+    assert names == {"f1", "f4"} and opened.holds_views_out
+    assert set(opened.model.get_param_groups()) == {"fields", "appearance", "camera_opt"}
 
 
 def test_photographs_whose_cameras_look_away_are_said(tmp_path, capsys):

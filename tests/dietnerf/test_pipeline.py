@@ -207,10 +207,7 @@ def test_background_and_planes_follow_the_scene(ball_scene, tmp_path):
     assert not cut_out.model.field.occupied.all()  # corners of the box that not all four cameras see
     real = tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5))
     real.model.before_step(0)
-    assert 0 < real.model.field.occupied.float().mean() < 1  # of all space, what two cameras see
-    everywhere = tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5), min_views=1)
-    everywhere.model.before_step(0)
-    assert everywhere.model.field.occupied.all()
+    assert real.model.field.occupied.all()  # a photograph has a background, which one camera may see alone
     assert real.model.config.background_color == "black" and real.model.near == 0.05
     assert tiny_pipeline(nerfstudio_scene(tmp_path / "s", 5), near=2.0, far=6.0).model.near == 2.0
     with pytest.raises(UserError, match="num_devices is 2"):
@@ -283,7 +280,7 @@ def test_ns_train_eval_and_render(nerfstudio_run, tmp_path):
         "ns-render", "dataset", "--load-config", config, "--output-path", str(tmp_path / "frames"),
         "--rendered-output-names", "rgb", "--image-format", "png", cwd=tmp_path,
     )  # fmt: skip
-    assert len(list((tmp_path / "frames").rglob("*.png"))) == 16
+    assert len(list((tmp_path / "frames").rglob("*.png"))) == 4
 
 
 def test_semantic_text_and_priors_reach_the_model(ball_scene):

@@ -19,7 +19,7 @@ from common.checks import UserError
 from dietnerf import posing
 from dietnerf.cli import main
 from dietnerf.images import load_image
-from dietnerf.photographs import cameras_of, find_photographs, focal_length, names_of, prepare
+from dietnerf.photographs import cameras_of, find_photographs, focal_length, names_of, prepare, read_tags
 from dietnerf.posing import PoseConfig, pose
 from dietnerf.structure import ALL_PAIRS, NEIGHBOURS, STRIDE, pairs_of
 from tests.dietnerf.conftest import TURNED, WALKED
@@ -42,6 +42,18 @@ def errors(found: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     off = np.linalg.norm(scale * here @ turn.T - there, axis=1) / np.linalg.norm(there, axis=1).mean()
     cosines = (np.einsum("nij,nij->n", turn @ found[:, :3, :3], true[:, :3, :3]) - 1) / 2
     return np.degrees(np.arccos(cosines.clip(-1, 1))), off
+
+
+def test_the_packaged_photographs_have_no_poses_but_their_truth(root):
+    place = root / "common/assets/samples/walk"
+    photographs = find_photographs(place)
+    assert len(photographs) == 20 and sum(path.stat().st_size for path in place.iterdir()) < 1.5e6
+    assert {Image.open(path).size for path in photographs} == {(480, 360)}
+    assert posing.has_photographs_only(place) and not posing.has_photographs_only(place.parent / "multiview")
+    assert not posing.has_photographs_only(photographs[0])
+    true = json.loads((place / "true_cameras.json").read_text())
+    assert [frame["file_path"] for frame in true["frames"]] == [path.name for path in photographs]
+    assert focal_length(read_tags(photographs[0]), (480, 360)) == pytest.approx(true["fl_x"])
 
 
 @pytest.mark.slow

@@ -90,6 +90,23 @@ def test_the_same_options_through_both_doors():
     assert (ours.semantic.poses, ours.semantic.text_weight, ours.regularizers.depth_patches) == ("published", 0.5, 3)
 
 
+def test_a_captures_options_through_both_doors():
+    ours = through_ours(
+        "SCENE", "--box-size", "1", "2", "3", "--box-center", "0", "0", "1", "--contraction", "on", "--hold-out", "5",
+        "--refine-poses", "--appearance", "off", "--depth", "0.5", "--lr", "0.1",
+    )  # fmt: skip
+    parser = "--pipeline.datamanager.dataparser"
+    theirs = through_nerfstudio(
+        "grid", f"{parser}.box-size", "1", "2", "3", f"{parser}.box-center", "0", "0", "1", f"{parser}.contraction", "on",
+        f"{parser}.hold-out", "5", "--pipeline.model.refine-poses", "True", "--pipeline.model.appearance", "off",
+        "--pipeline.model.regularizers.depth", "0.5", "--optimizers.fields.optimizer.lr", "0.1",
+    )  # fmt: skip
+    ours_built, theirs_built = leaves(nerfstudio_config(ours)), leaves(theirs)
+    assert {name for name in ours_built if ours_built[name] != theirs_built[name]} <= DIFFERENT
+    found = nerfstudio_config(ours).pipeline
+    assert (found.datamanager.dataparser.box_size, found.model.refine_poses) == ((1.0, 2.0, 3.0), True)
+
+
 def test_options_are_named_once_and_those_that_are_free_exist():
     parts = [SEMANTIC[f.name] if part == "semantic" else f.name for part, kind in PARTS.items() for f in fields(kind)]
     own = [f.name for f in fields(TrainConfig) if f.name not in PARTS]

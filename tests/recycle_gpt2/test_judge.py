@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -36,7 +38,7 @@ def test_form_is_blind_and_random(config):
     page = (config.out / "form.html").read_text(encoding="utf-8")
     key = json.loads((config.out / "key.json").read_text())
     assert "klein-model" not in page and "groot-model" not in page
-    assert "Door een mens &amp; geschreven?" in page and '<html lang="nl">' in page
+    assert "Door een mens &amp; geschreven?" in page and '<html lang="nl" dir="ltr">' in page
     assert "http" not in page and page.count("</script>") == 1  # self-contained; no text ends the script
     form = json.loads(page.split("const form = ")[1].split(";\nconst $")[0])
     assert form["id"] == key["form"]
@@ -50,6 +52,26 @@ def test_form_is_blind_and_random(config):
     assert (config.out / "form.html").read_text(encoding="utf-8") == before
     texts = {"human": list("abcdef"), "machine": list("ghijkl")}
     assert make_form(texts, seed=1) == make_form(texts, seed=1) != make_form(texts, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("language", "expected"),
+    [
+        ("nld", ("Mens of machine?", "Eerst uw naam", "Antwoorden opslaan", 'dir="ltr"', ">←</button>")),
+        ("de-AT", ("Mensch oder Maschine?", "Maschine</button>", "Antworten speichern", 'dir="ltr"')),
+        ("fra", ("Humain ou machine ?", "Enregistrer les réponses")),
+        ("es", ("¿Persona o máquina?", "Guardar las respuestas")),
+        ("ita", ("Persona o macchina?", "Salva le risposte")),
+        ("ar", ("Human or machine?", "Save answers", 'lang="ar" dir="rtl"', 'id="back">→</button>')),
+        ("ur-Latn", ('dir="ltr"',)),
+    ],
+)
+def test_the_form_is_in_the_readers_language_and_direction(config, language, expected):
+    run_form(replace(config, language=language, question=""))
+    page = (config.out / "form.html").read_text(encoding="utf-8")
+    assert all(part in page for part in expected)
+    assert not re.search("@[A-Z]+@", page)
+    assert page.index('id="judge"') < page.index('id="text"')  # the name comes first
 
 
 def test_key_belongs_to_the_texts():
@@ -155,8 +177,6 @@ def test_of_files_by_one_judge_the_one_saved_last_holds(config, tmp_path):
 
 
 def test_bad_settings(config):
-    from dataclasses import replace
-
     for change, message in (
         ({"machine": ("klein.jsonl",)}, "use NAME=PATH"),
         ({"machine": ()}, "no machine is given"),
@@ -184,6 +204,7 @@ def test_in_a_browser(config, tmp_path):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((config.out / "form.html").as_uri())
         assert page.locator("#save").is_disabled()
+        assert page.locator("#human").is_disabled() and page.locator("#machine").is_disabled()  # the name first
         first = page.locator("#text").inner_text()
         assert first.startswith("</script><b>")  # shown as it is
         for pause in (500, 2000, 8000):  # Chromium writes to the disk when it likes

@@ -1,0 +1,94 @@
+"""The Hugging Face hub: text that is streamed from a dataset by its name, and a model that is uploaded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.checks import UserError
+from common.files import MARKER, whole_file
+from recycle_gpt2.bad_rows import BadRows, TextOptions
+from recycle_gpt2.formats import Document, rows_of_splits
+
+PREFIX = "hf:"
+"""Before a dataset's name in place of a path: hf:wikimedia/wikipedia:20231101.nl."""
+
+
+def is_hub(path: Path) -> bool:
+    """Whether what was given as a path names a dataset on the hub."""
+    return str(path).startswith(PREFIX)
+
+
+def read_hub(path: Path, column: str, bad: BadRows, held_out: bool) -> Iterator[Document]:
+    """The rows of hf:NAME or hf:NAME:CONFIGURATION as they arrive: nothing but the row at hand is held.
+
+    A split called test is never trained on: it is read if `held_out`, and otherwise all others are.
+
+    Raises:
+        UserError: the hub cannot be reached, has no such dataset, or the dataset has no such column.
+    """
+    import datasets
+
+    name, _, configuration = str(path).removeprefix(PREFIX).partition(":")
+    if not name:
+        raise UserError(f"text {str(path)!r} names no dataset: write hf:NAME or hf:NAME:CONFIGURATION.")
+    try:
+        found = datasets.load_dataset(name, configuration or None, streaming=True)
+    except Exception as error:  # of datasets, of the hub's client, of the network
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"dataset {name!r} cannot be streamed from the hub ({reason}): check its name and configuration, or save "
+            f"it to disk where it can be reached and give the directory."
+        ) from error
+    parts = dict(found) if isinstance(found, dict) else {"": found}
+    try:
+        yield from rows_of_splits(parts, f"dataset {name!r}", str(path), name.split("/")[-1], column, bad, held_out)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"dataset {name!r} was cut off ({error}): give the same command again.") from error
+
+
+def keep_streams(paths: Sequence[Path], directory: Path, options: TextOptions) -> dict[str, int]:
+    """Write the documents of each dataset on the hub to a file of `kept_files`; returns their number by name.
+
+    What reads the text more than once then reads the stream once.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for path, file in zip(paths, kept_files(paths, directory), strict=True):
+        if not is_hub(path):
+            continue
+        bad, number = BadRows(options.bad_share), 0
+        with whole_file(file) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed:
+            for document in read_hub(path, options.column, bad, held_out=False):
+                row = {options.column: document.text, "genre": document.genre}
+                packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                number += 1
+        bad.settle()
+        counts[str(path)] = number
+    return counts
+
+
+def kept_files(paths: Sequence[Path], directory: Path) -> tuple[Path, ...]:
+    """The paths, with the file in `directory` that holds it in place of each dataset on the hub."""
+    return tuple(directory / f"{number}.jsonl.gz" if is_hub(path) else Path(path) for number, path in enumerate(paths))
+
+
+def upload(directory: Path, repository: str) -> str:
+    """Upload a model's directory to the hub; returns the address.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+        return str(HfApi().upload_folder(folder_path=directory, repo_id=repository, ignore_patterns=[MARKER]))
+    except Exception as error:  # the client's library decides which: no connection, no token, no such name
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{str(directory)!r} could not be uploaded to {repository!r} ({reason}): log in with `hf auth login` and "
+            f"give the same command again; nothing is trained again."
+        ) from error
