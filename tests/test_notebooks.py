@@ -118,6 +118,7 @@ def test_a_notebook_is_short_and_holds_its_outputs(name):
         assert (FOLDER / target).exists(), target
 
 
+@pytest.mark.slow  # by the import of nbformat alone
 def test_notebooks_are_valid_and_small():
     nbformat = pytest.importorskip("nbformat")
     for name in NAMES:
