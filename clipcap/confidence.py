@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcap.ranking import similarities
-from clipcap.scoring import caption_nats
+from clipcap.scoring import Scorer, caption_nats
 from common.checks import UserError
 from common.files import whole_file
 from common.pretrained import require_finite
@@ -38,6 +38,17 @@ ROWS = 32
 """Captions in a pass of GPT-2, for their logits take memory."""
 COMPONENTS = 32
 """Of the subspace of the training pictures, at most."""
+
+
+class Writer(Protocol):
+    """What the scores need of a captioner: `clipcap.Captioner` is one."""
+
+    @property
+    def model(self) -> Scorer: ...
+
+    clip: FrozenCLIP
+
+    def text(self, caption: Caption) -> str: ...
 
 
 def whole_picture(features: ImageFeatures) -> Float[Tensor, "b w"]:
@@ -81,15 +92,6 @@ class Ground:
         rest = pictures - self.mean.to(pictures.device)
         components = self.components.to(pictures.device)
         return (rest - rest @ components.T @ components).norm(dim=1)
-
-
-class Writer(Protocol):
-    """What is asked of a captioner (`clipcap.captioner.Captioner` is one)."""
-
-    model: Any
-    clip: FrozenCLIP
-
-    def text(self, caption: Caption) -> str: ...
 
 
 class Judgement(NamedTuple):

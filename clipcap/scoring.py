@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from common.decoders.heads import output_head
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 class Scorer(Protocol):
-    """What is asked of a captioner's model (`clipcap.model.ClipCapModel` is one)."""
+    """What scoring needs of a captioner's model: `ClipCapModel` is one."""
 
-    gpt2: PreTrainedModel
+    gpt2: Any
 
-    def hidden_after(self, prefix: Tensor, input_ids: Tensor) -> Tensor: ...
+    def hidden_after(self, prefix: Float[Tensor, "b K d"], input_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]: ...
 
 
 def caption_nats(

@@ -78,8 +78,10 @@ def extend_tokenizer(
     from transformers import PreTrainedTokenizerFast
 
     require_at_least("extend", count, 1)
-    backend = getattr(english, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "slow"}, "pre_tokenizer": None}
+    backend: Any = getattr(english, "backend_tokenizer", None)
+    state: dict[str, Any] = {"model": {"type": "slow"}, "pre_tokenizer": None}
+    if backend is not None:
+        state = json.loads(backend.to_str())
     if state["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(state["pre_tokenizer"]):
         raise UserError(f"the English tokenizer is {state['model']['type']!r}: only byte-level BPE can be extended.")
     kept = {pair for word in _words(backend, keep) for pair in pairwise(word)}

@@ -24,6 +24,7 @@ from clipcap.evaluation.interpret import nearest_tokens
 from clipcap.evaluation.metrics import score_captions
 from clipcap.evaluation.page import evaluation_page
 from clipcap.evaluation.scores import evaluate_captions
+from clipcap.references import label_reference
 from common.files import write_json, write_text
 from common.gpt2 import load_gpt2
 from common.language import score
@@ -129,16 +130,35 @@ def photographs_section(page: Page, device: torch.device, images: int = 0) -> di
     """Captions of photographs that the packaged captioner has never seen, beside people's; returns them."""
     items = read_dataset(PHOTOGRAPHS / "dataset.json")[: images or None]
     captioner = Captioner.from_pretrained("photo", device=device)
-    captions = dict(
-        zip([item.image_id for item in items], captioner.caption([item.path for item in items]), strict=True)
+    found = dict(
+        zip(
+            [item.image_id for item in items],
+            captioner.stream([item.path for item in items], confidence=True),
+            strict=True,
+        )
     )
+    captions = {key: one.captions[0] for key, one in found.items()}
+    nouns = label_reference(captioner.clip)
+    assert nouns is not None
+    features = captioner.features(captioner.clip.preprocess([read_image(item.path) for item in items]))
+    seen = [", ".join(label for label, _ in nouns.nearest(row)[:3]) for row in features.embedding]
     page.section(
         "Captions of photographs",
         "COCO's photographs, with credits in common/assets/samples/photographs/README.md; none was trained on. The "
         "captioner learned on 7,689 photographs of people, dogs, sports and streets, and takes other things for these: "
-        "docs/photographs.md has its scores.",
+        "docs/photographs.md has its scores. The percentage says how likely the caption is to be right. Below a "
+        "person's caption stand the most similar of 100 nouns, by the same CLIP.",
     )
-    page.gallery([(item.path, captions[item.image_id], [f"a person: {item.captions[0]}"]) for item in items])
+    page.gallery(
+        [
+            (
+                item.path,
+                f"{captions[item.image_id]} ({found[item.image_id].confidences[0]:.0%})",
+                [f"a person: {item.captions[0]}", f"nouns: {labels}"],
+            )
+            for item, labels in zip(items, seen, strict=True)
+        ]
+    )
     page.command("clipcap caption common/assets/samples/photographs")
     return captions
 
@@ -182,6 +202,7 @@ def write_demo(
     *,
     images: int = 0,
     scene: dict[str, Any] | None = None,
+    walk: dict[str, Any] | None = None,
     recycling: dict[str, Any] | None = None,
 ) -> Path:
     """Caption, rebuild, recycle, and write the page; returns its path.
@@ -190,6 +211,7 @@ def write_demo(
         config: as given.
         images: scenes to caption, when not 0, instead of all.
         scene: options of `scene_section`.
+        walk: options of `walk_section`.
         recycling: options of `recycling_section`.
     """
     device = start(config.runtime)
@@ -204,7 +226,14 @@ def write_demo(
             "score the captions",
             "caption them in Dutch",
             "score tiny GPT-2 on a sentence",
-            *(["rebuild a scene from eight photographs (a minute or two)"] if with_scene else []),
+            *(
+                [
+                    "rebuild a room from photographs without poses (about two minutes)",
+                    "rebuild a scene from eight photographs (a minute or two)",
+                ]
+                if with_scene
+                else []
+            ),
             "recycle English GPT-2 for Dutch (about two minutes)",
             "write the page",
         ]
@@ -304,7 +333,10 @@ def write_demo(
 
         silence_nerfstudio()
         from experiments.demo.scene import scene_section
+        from experiments.demo.walk import walk_section
 
+        steps.next()
+        results["walk"] = walk_section(page, config.out, device=device, **(walk or {}))
         steps.next()
         results["scene"] = scene_section(page, config.out, device=device, **(scene or {}))
         page.text("To compute the scores of the held-out views and the similarities of this scene's views again:")

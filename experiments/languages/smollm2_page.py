@@ -31,7 +31,11 @@ def write_page(results: Mapping[str, Mapping[str, Any]], docs: Path) -> Path:
             *table(found),
             "",
         ]
-        curves = {name: tuple(zip(*run["curve"], strict=True)) for name, run in runs.items() if len(run["curve"]) > 1}
+        curves = {
+            name: ([tokens for tokens, _ in run["curve"]], [bits for _, bits in run["curve"]])
+            for name, run in runs.items()
+            if len(run["curve"]) > 1
+        }
         if curves:
             path = docs / f"smollm2_{language}.png"
             plot_lines(curves, x="training tokens", y="validation, bits per byte").savefig(path, dpi=110)

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,17 @@ from torch import Tensor
 from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig
 
+if TYPE_CHECKING:
+    from transformers import CLIPConfig
 
-def random_clip(out: Path) -> str:
-    """A directory of ViT-B/32 with random weights, written once."""
+
+def random_clip(out: Path, sizes: CLIPConfig | None = None) -> str:
+    """A directory of a CLIP with random weights, of ViT-B/32 where no sizes are given, written once."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     directory = out / "dry-run" / "clip"
     if not (directory / "tokenizer.json").is_file():
-        sizes = CLIPConfig()
+        sizes = sizes or CLIPConfig()
         sizes.text_config.eos_token_id = 2  # as in OpenAI's own files: whatever the tokenizer ends with
         CLIPModel(sizes).half().save_pretrained(directory)
         AutoTokenizer.from_pretrained(ASSETS / "clip-tiny").save_pretrained(directory)

@@ -145,6 +145,7 @@ def test_exposures_are_learnt_from_photographs_that_differ(tmp_path, ball_scene)
     assert np.corrcoef(ids, gain.detach().numpy())[0, 1] < -0.8  # the later, the darker
 
 
+@pytest.mark.slow
 def test_poses_are_refined_towards_the_truth(tmp_path, ball_scene):
     """One camera of a capture is turned; the field is that of the true poses."""
     assert tiny_pipeline(ball_scene).model.camera_optimizer is None

@@ -36,6 +36,7 @@ def page(tmp_path_factory):
             Config(out=tmp_path_factory.mktemp("demo"), runtime=RuntimeConfig(device="cpu")),
             images=6,
             scene={"steps": 4, "frames": 2, "size": 16},
+            walk={"steps": 4, "frames": 2, "size": 16, "image_size": 240},
             recycling={"tokens": 4000, "brief_tokens": 2000, "documents": 60},
         )
 
@@ -56,6 +57,9 @@ def test_the_page_has_every_part_and_says_what_was_run(page):
     assert "clipcap caption common/assets/samples/scenes/test_000.jpg --language nld" in text
     results = json.loads((page.parent / "results.json").read_text())
     shown = html.unescape(text)
+    if "walk" in results:
+        assert "A room from twenty photographs" in text and len(results["walk"]["placed"]) >= 15
+        assert results["walk"]["scores"]["psnr"] > 5
     assert len(results["photographs"]) == 6 and all(said in shown for said in results["photographs"].values())
     assert set(results["captions"]) == set(results["dutch"]["captions"]) and len(results["captions"]) == 6
     assert [step["seconds"] >= 0 for step in results["steps"]] and results["steps"][6][
