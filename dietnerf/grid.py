@@ -34,6 +34,9 @@ EMPTY_OPACITY = 0.02
 """A cell is empty when its densest point absorbs less than this over a voxel's length."""
 CHORDS = 96
 """Straight pieces by which a ray is followed through contracted space."""
+SHORTEST = 1e-3
+"""A ray's first sample there lies at least this share of a step behind the near plane: at the plane it would have no
+length, and density is divided by that."""
 SLAB = 0.25
 """Share of the grid that one evaluation of the total variation looks at: a random slab, right on average."""
 
@@ -192,7 +195,7 @@ class VoxelGrid(nn.Module):
         chords = (places[:, 1:] - places[:, :-1]).norm(dim=-1).clamp(min=1e-9)
         along = F.pad(chords.cumsum(dim=-1), (1, 0))
         count = int((along[:, -1].max() / step).ceil().item())
-        offset = torch.rand_like(near) if jitter else torch.full_like(near, 0.5)
+        offset = torch.rand_like(near).clamp(min=SHORTEST) if jitter else torch.full_like(near, 0.5)
         wanted = (torch.arange(count, device=near.device) + offset) * step  # (r, count)
         chord = (torch.searchsorted(along, wanted, right=True) - 1).clamp_(max=CHORDS - 1)
         stretch = ((marks[:, 1:] - marks[:, :-1]) / chords).gather(1, chord)

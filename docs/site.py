@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "LICENSES/*", "docs/**/*", "common/assets/**/README.md",
+    "examples/*.ipynb",
 )  # fmt: skip
 PACKAGES = ("common", "clipcap", "dietnerf", "recycle_gpt2")
 FETCHED = re.compile(r"""<(?:script|img|iframe|source|link rel="?stylesheet"?)[^>]*(?:src|href)="?(?:https?:)?//""")

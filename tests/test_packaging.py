@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
+import zlib
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -134,34 +137,105 @@ def test_every_packaged_file_is_in_the_wheel(root, project):
                 assert path.suffix == ".py" or inside[1:] == ("py.typed",), path
 
 
-@pytest.mark.filterwarnings("ignore")  # setuptools' warnings are of classes that cannot be handed to another process
-def test_the_wheel_and_the_sdist_hold_what_is_needed(root, tmp_path, monkeypatch):
-    """The build backend's own lists: code and assets in the wheel, and beside them in the sdist what tests and docs are."""
+@pytest.fixture(scope="module")
+def held(root, tmp_path_factory) -> tuple[set[str], set[str]]:
+    """The files of the wheel and of the sdist, by the build backend's own lists."""
     from setuptools import Distribution
 
-    monkeypatch.chdir(root)
-    distribution = Distribution({"script_name": "setup.py"})
-    distribution.parse_config_files()
-    distribution.get_command_obj("egg_info").egg_base = str(tmp_path)
-    build = distribution.get_command_obj("build_py")
-    build.build_lib = "lib"
-    build.ensure_finalized()
-    wheel = {str(Path(name).relative_to("lib")) for name in build.get_outputs(include_bytecode=False)}
+    place = tmp_path_factory.mktemp("lists")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # setuptools' warnings are of classes that cannot be handed to another process
+        patch.chdir(root)
+        distribution = Distribution({"script_name": "setup.py"})
+        distribution.parse_config_files()
+        distribution.get_command_obj("egg_info").egg_base = str(place)
+        build = distribution.get_command_obj("build_py")
+        build.build_lib = "lib"
+        build.ensure_finalized()
+        wheel = {str(Path(name).relative_to("lib")) for name in build.get_outputs(include_bytecode=False)}
+    sdist = set((place / "clip_gpt_toolkit.egg-info" / "SOURCES.txt").read_text().splitlines())
+    return wheel, {name for name in sdist if "egg-info" not in name}
+
+
+def test_the_wheel_and_the_sdist_hold_what_is_needed(root, held):
+    """Code and assets in the wheel, and beside them in the sdist what tests, docs and examples are."""
+    wheel, sdist = held
     assets = {str(p.relative_to(root)) for p in (root / "common" / "assets").rglob("*") if p.is_file()}
     code = {str(p.relative_to(root)) for room in ROOMS[:5] for p in (root / room).rglob("*.py")}
-    assert code | assets <= wheel
+    assert code | assets | {f"{room}/py.typed" for room in ROOMS[:4]} <= wheel
     assert not [name for name in wheel if name.split("/")[0] not in ROOMS[:5]]
-    sdist = set((tmp_path / "clip_gpt_toolkit.egg-info" / "SOURCES.txt").read_text().splitlines())
     wanted = {"Makefile", "requirements.lock", "CHANGELOG.md", "LICENSE", "tests/conftest.py", "docs/licences.md"}
-    assert code | assets | wanted <= sdist
+    assert code | assets | wanted | {"examples/my_scene.ipynb"} <= sdist
     assert not [name for name in sdist if name.startswith(("out/", ".venv")) or "__pycache__" in name]
+
+
+def test_the_sdist_holds_all_that_git_tracks(root, tracked, held):
+    missing = {str(path.relative_to(root)) for path in tracked} - held[1]
+    assert missing <= {".gitignore", ".pre-commit-config.yaml"}
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_are_below_60_mb(root, held):
+    """Compressed file by file, as a wheel is; a larger upload may be refused."""
+    packed = {name: len(zlib.compress((root / name).read_bytes(), 1)) for name in held[0] | held[1]}
+    for names in held:
+        assert 20e6 < sum(packed[name] for name in names) < 60e6
+
+
+USER = """
+from pathlib import Path
+
+from clipcap import Captioner
+from dietnerf import Scene
+from dietnerf.poses import pose_spherical
+from recycle_gpt2 import read_documents, train_tokenizer
+
+captioner = Captioner.from_pretrained("photo")
+captions: list[str] = [item.captions[0] for item in captioner.stream(["a.jpg"], confidence=True)]
+rendering = Scene.load(Path("run")).render(pose_spherical(45, -30, 4.0), size=32)
+texts: list[str] = [document.text for document in read_documents([Path("corpus")])]
+tokenizer = train_tokenizer(texts, 600)
+"""
+WRONG = {
+    "captioner.stream(3)": "arg-type",
+    "captioner.stream([], confidences=True).captions": "attr-defined",
+    "rendering.colour": "attr-defined",
+    "train_tokenizer(texts, '600')": "arg-type",
+}
+
+
+@pytest.mark.slow
+def test_mypy_reads_the_types_of_the_installed_packages(root, tmp_path):
+    """Those of a package that is found beside other installed ones, by its py.typed; libraries' own are not followed."""
+    pytest.importorskip("mypy")
+    site, place = tmp_path / "site", tmp_path / "project"
+    site.mkdir()
+    place.mkdir()
+    for room in ROOMS[:4]:
+        (site / room).symlink_to(root / room)
+    (place / "right.py").write_text(USER)
+    (place / "wrong.py").write_text(USER + "\n".join(WRONG) + "\n")
+    rooms = ",".join(f"{room}.*" for room in ROOMS[:4])
+    settings = f"[mypy]\nstrict = true\nfollow_imports = skip\n[mypy-{rooms}]\nfollow_imports = normal\n"
+    (place / "mypy.ini").write_text(settings)
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [*command, "right.py", "wrong.py"],
+        cwd=place, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(site)},
+    )  # fmt: skip
+    first = len(USER.splitlines()) + 1
+    found = re.findall(r"^(\w+\.py):(\d+): error: .*\[([\w-]+)\]$", done.stdout, flags=re.MULTILINE)
+    wanted = [("wrong.py", str(first + number), kind) for number, kind in enumerate(WRONG.values())]
+    assert found == wanted, done.stdout + done.stderr
 
 
 def test_the_version_is_the_same_everywhere(root, project):
     version = project["project"]["version"]
     assert re.search(rf"^version: {re.escape(version)}$", (root / "CITATION.cff").read_text(), re.M)
     headings = re.findall("^## (.*)", (root / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
-    assert next(heading for heading in headings if heading != "Unreleased") == version
+    released = next(heading for heading in headings if heading != "Unreleased")
+    day = re.search(r"^date-released: (.*)$", (root / "CITATION.cff").read_text(), re.M)
+    assert day and released == f"{version} ({day[1]})"
 
 
 def test_lock_has_names_versions_and_hashes_only(root):

@@ -116,6 +116,21 @@ def test_fields_reach_beyond_the_box(name):
         assert (bounded(rays())["accumulation"] < 1e-4).all()
 
 
+def test_a_sample_on_the_near_plane_gives_no_nan(monkeypatch):
+    """A ray's random offset may be 0, about once in 10 million rays: its first sample would have no length."""
+    for drawn in (0.0, 1e-12, 1e-7):
+        monkeypatch.setattr(torch, "rand_like", lambda like, drawn=drawn: torch.full_like(like, drawn))
+        grid, origins, directions, near, far = grid_and_rays()
+        found = grid.march_contracted(origins, directions, near, far, 0.1, jitter=True)
+        assert (found.slot == 0).sum() == len(origins) and found.stretch.min() > 1e-4 and (found.middle > 0.5).all()
+        rays = RayBundle(origins, directions, torch.ones(20, 1), torch.zeros(20, 1, dtype=torch.long))
+        model = CONFIGS["grid"].setup(scene_box=SceneBox(BOX), num_train_data=3, metadata=META).train()
+        outputs = model(rays)
+        outputs["rgb"].sum().backward()
+        assert all(torch.isfinite(outputs[name]).all() for name in ("rgb", "depth", "accumulation"))
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_a_gradient_for_positions_is_that_of_autograd(generator):
     """The grid's own look-up, where poses are refined."""
     grid, *_ = grid_and_rays()
