@@ -202,7 +202,7 @@ class VoxelGrid(nn.Module):
         after = wanted - along.gather(1, chord)
         middle = marks.gather(1, chord) + after * stretch
         stretch = torch.minimum(stretch, 2 * (middle - near) / step)  # none begins before the near plane
-        kept = (wanted < along[:, -1:]) & (middle > near)  # at the near plane itself, a step would have no length
+        kept = wanted < along[:, -1:]
         scale = CELLS / (self.aabb[1] - self.aabb[0])
         starts, slopes = (
             (places[:, :-1] - self.aabb[0]) * scale,
