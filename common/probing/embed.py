@@ -119,7 +119,7 @@ def embed_texts(clip: FrozenCLIP, texts: Sequence[str]) -> Float[Tensor, "t e"]:
     from common.progress import Progress
 
     parts = []
-    with Progress(total=len(texts), desc="embedding texts", unit=" texts", disable=len(texts) <= TEXTS) as bar:
+    with Progress(total=len(texts), desc="embedding texts", unit=" texts", delay=2) as bar:
         for begin in range(0, max(1, len(texts)), TEXTS):
             some = texts[begin : begin + TEXTS]
             parts.append(F.normalize(clip.encode_texts(some).float(), dim=-1).cpu())

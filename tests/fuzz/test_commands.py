@@ -59,6 +59,7 @@ WORDS = ["-1", "0", str(LARGE), "nan", "inf", "-inf", "1e-320", "1e308", "", "a\
 LONG_STEPS = {
     ("clipcap", "serve"): "clipcap.serve.build_page",
     ("clipcap", "train"): "clipcap.training.train.fit",
+    ("clipcap", "calibrate"): "clipcap.calibrate.choose_rerank",
     ("recycle-gpt2", "run"): "recycle_gpt2.training.fit",
     ("recycle-gpt2", "relearn"): "recycle_gpt2.training.fit",
     ("recycle-gpt2", "finetune"): "recycle_gpt2.training.fit",
@@ -150,6 +151,7 @@ class Place:
             ("clipcap", "convert"): [str(Path(__file__).parent.parent / "golden/clipcap_mlp.pt"), "OUT", "--gpt2", at["gpt2-512"],
                                      "--clip", str(self.clip), "--n-head", "4", "--stop", ""],
             ("clipcap", "bundle"): [at["captioner"], "OUT"],
+            ("clipcap", "calibrate"): ["--data", at["photos"], "--model", at["captioner"]],
             ("clip-probe", "zero-shot"): [at["classes"], *probe],
             ("clip-probe", "retrieve"): [at["photos"], *probe, "--queries", "a cat", "--captions",
                                          f"{at['photos']}/captions.csv"],
@@ -177,7 +179,7 @@ class Place:
             ("dietnerf", "consistency"): [at["scene"], "--device", "cpu", "--views", "2"],
         }[program, name]  # fmt: skip
         return [str(out) if word == "OUT" else word for word in found] + (
-            [] if "OUT" in found or name == "serve" else ["--out", str(out)]
+            [] if "OUT" in found or name in ("serve", "calibrate") else ["--out", str(out)]
         )
 
 

@@ -44,11 +44,13 @@ def test_a_combination_of_few_anchors_has_the_same_combination_of_rows(generator
     anchors, rows = torch.randn(30, 64, generator=generator), torch.randn(30, 8, generator=generator)
     chosen, weights = torch.tensor([3, 17, 21]), torch.tensor([2.0, -1.0, 0.5])
     vector = weights @ anchors[chosen]
-    torch.testing.assert_close(transplant(vector[None], anchors, rows)[0], weights @ rows[chosen], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        transplant(vector[None], anchors, rows, sparsity=3)[0], weights @ rows[chosen], atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(transplant(anchors, anchors, rows), rows, atol=1e-4, rtol=1e-4)
     linear = torch.randn(64, 8, generator=generator)
     torch.testing.assert_close(
-        transplant(vector[None], anchors, anchors @ linear)[0], vector @ linear, atol=1e-3, rtol=1e-3
+        transplant(vector[None], anchors, anchors @ linear, sparsity=3)[0], vector @ linear, atol=1e-3, rtol=1e-3
     )
 
 
