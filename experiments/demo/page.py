@@ -228,7 +228,7 @@ def write_demo(
             "score tiny GPT-2 on a sentence",
             *(
                 [
-                    "rebuild a room from photographs without poses (about two minutes)",
+                    "rebuild a room from photographs without poses (about a minute)",
                     "rebuild a scene from eight photographs (a minute or two)",
                 ]
                 if with_scene

@@ -31,7 +31,7 @@ def walk_section(
     *,
     device: str | torch.device = "auto",
     image_size: int = 320,
-    steps: int = 300,
+    steps: int = 600,
     frames: int = 30,
     size: int = 160,
 ) -> dict[str, Any]:
