@@ -149,6 +149,7 @@ def test_captions_of_a_layout_need_no_images(tmp_path, photos, clip_directory, l
         read_items(replace(config, text_only=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_images", [False, True])
 def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_directory, with_images, monkeypatch):
     captions = tmp_path / "captions.txt"

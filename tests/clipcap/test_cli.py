@@ -202,6 +202,7 @@ def test_an_interrupted_run_goes_on_and_loses_nothing(capsys, photos, model, tmp
     assert out.read_text() == whole and not partial.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 here")
 def test_file_names_that_are_not_utf8(capsys, photos, model, tmp_path, monkeypatch):
     from clipcap.captioner import Captioner
@@ -224,6 +225,7 @@ def test_file_names_that_are_not_utf8(capsys, photos, model, tmp_path, monkeypat
     assert [json.loads(line) for line in out.read_text().splitlines()] == json.loads(found)
 
 
+@pytest.mark.slow
 def test_captions_stay_readable(capsys, photos, model, tmp_path, monkeypatch):
     from clipcap.captioner import Captioner
 
@@ -235,6 +237,7 @@ def test_captions_stay_readable(capsys, photos, model, tmp_path, monkeypatch):
         assert "één kat 😀" in (tmp_path / kind).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_sidecars_same_names_in_two_folders_and_a_sheet(capsys, model, tmp_path):
     for folder, colour in (("a", "red"), ("b", "blue")):
         (tmp_path / "in" / folder).mkdir(parents=True)

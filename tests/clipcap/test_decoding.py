@@ -94,6 +94,7 @@ def test_beam_of_one_is_greedy(model, embeddings, strategy):
     assert ids(found) == ids(decode(model, embeddings, strategy="greedy", max_new_tokens=12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [2, 5])
 @pytest.mark.parametrize("stops", [[3], STOPS])
 def test_beam_equals_generate_of_transformers(model, embeddings, width, stops):
@@ -274,6 +275,7 @@ def test_options_out_of_range_are_named(model, embeddings, options, message):
         decode(model, embeddings, **options)
 
 
+@pytest.mark.slow
 def test_longest_caption_that_fits(model, embeddings):
     found = decode(model, embeddings[:1], strategy="greedy", max_new_tokens=126, stop_token_ids=[])
     assert len(found[0][0].token_ids) == 126

@@ -221,6 +221,7 @@ def test_ignored_options_are_named():
     assert ignored_options("beam", num_beams=3, temperature=0.5) == ignored_options("greedy") == []
 
 
+@pytest.mark.slow
 def test_the_command_begins_captions_with_a_prompt_and_names_what_it_ignores(root, capsys):
     photo = str(root / "common/assets/samples/scenes/test_000.jpg")
     arguments = ["caption", photo, "--prompt", "a photo of", "--strategy", "greedy", "--num-beams", "3"]

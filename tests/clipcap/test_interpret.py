@@ -101,6 +101,7 @@ def test_sums_are_taken_where_doubles_are(model, photos, monkeypatch):
     assert len(normalised) == 1  # the lexical embeddings, once for all images
 
 
+@pytest.mark.slow
 def test_command(model, photos, tmp_path, capsys):
     (photos / "cut.jpg").write_bytes((photos / "00.jpg").read_bytes()[:150])
     assert main(["interpret", str(photos), "--model", str(model)]) == 0

@@ -82,6 +82,7 @@ def test_photographs_are_found_by_what_they_show(clip):
     assert right >= len(images) - 1
 
 
+@pytest.mark.slow
 def test_captions_fit_photographs_that_were_never_seen(photographs):
     captioner = Captioner.from_pretrained("photo", device="cpu")
     found = list(captioner.stream([PHOTOGRAPHS / name for name in photographs]))

@@ -119,6 +119,7 @@ def roomy_gpt2(tmp_path_factory, gpt2_directory):
     return directory
 
 
+@pytest.mark.slow
 def test_run(photos, clip_directory, roomy_gpt2, tmp_path, monkeypatch, tokenizer):
     data = json.loads((photos / "dataset.json").read_text())
     for number, row in enumerate(data["images"]):

@@ -75,6 +75,7 @@ def test_references_are_prepared_once_for_an_image(model, monkeypatch):
     assert [len(texts) for texts in prepared] == [2, 2]
 
 
+@pytest.mark.slow
 def test_sampled_captions_get_better(model):
     """A few hundred captions of a random model whose reward is to end: nearly none do, then many."""
     seed_everything(0)

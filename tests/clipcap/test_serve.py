@@ -90,6 +90,7 @@ def test_a_browser_captions_a_file_and_is_told_of_a_bad_one(address, captioner, 
     assert not outside
 
 
+@pytest.mark.slow
 def test_the_client_can_ask_several_times_at_once(address, captioner):
     client_api = pytest.importorskip("gradio_client")
     client = client_api.Client(address, verbose=False, analytics_enabled=False)

@@ -76,6 +76,7 @@ def call(address, image, *, route=CALLS[0], settings=SETTINGS, **more):
     return ask(address, "POST", route, json.dumps(asked), Content_Type="application/json")
 
 
+@pytest.mark.slow
 def test_an_upload_is_captioned_over_plain_http(address, captioner):
     path = uploaded(address)
     status, text = call(address, {"path": path}, session_hash=None)

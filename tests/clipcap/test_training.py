@@ -86,6 +86,7 @@ def test_patches_as_input(config):
     assert ClipCapModel.from_pretrained(directory).config.clip_width == 16
 
 
+@pytest.mark.slow
 def test_images_are_read_by_workers(config, monkeypatch):
     given = []
     build = material.build_store
@@ -112,6 +113,7 @@ def test_a_training_step_leaves_a_frozen_gpt2_untouched(config):
     assert not model.gpt2.training and model.mapper.training
 
 
+@pytest.mark.slow
 def test_resume_is_exact(config, tmp_path, monkeypatch):
     whole = weights(train(replace(config, tune_gpt2=True)))
     part = replace(config, tune_gpt2=True, out=tmp_path / "part")
@@ -177,6 +179,7 @@ def test_settings_that_are_free_exist(config):
     assert set(FREE) <= flat(asdict(config)).keys()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_settings_and_captions_alone(config, photos):
     directory = train(replace(config, steps=2, val_every=1))
     before, record = weights(directory), (config.out / "training.json").read_text()
@@ -211,6 +214,7 @@ def test_without_a_validation_split_the_last_weights_are_kept(config, photos, ca
     assert all(torch.equal(last["state_dict"][f"model.{name}"], value) for name, value in weights(directory).items())
 
 
+@pytest.mark.slow
 def test_going_on_keeps_what_init_was_trained_as(config, tmp_path):
     tuned = train(replace(config, tune_gpt2=True, steps=1))
     train(replace(config, init=tuned, out=tmp_path / "second", steps=1))
@@ -233,6 +237,7 @@ def test_any_gpt2_directory_is_accepted(config, gpt2_directory):
     assert ClipCapModel.from_pretrained(train(replace(config, steps=1))).gpt2.config.n_embd == model.config.n_embd
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch(config):
     """The mean over all tokens of a step: batches of short and of long captions weigh by their tokens."""
     one = weights(train(replace(config, batch_size=16, steps=5)))
@@ -313,6 +318,7 @@ def test_patience_ends_the_run_and_the_model_is_saved(config):
     assert json.loads((config.out / "training.json").read_text())["steps"] == 6  # it has ended already
 
 
+@pytest.mark.slow
 def test_goes_on_from_a_trained_captioner(config):
     first = train(config)
     second = train(replace(config, init=first, out=config.out / "second", steps=1, lr=1e-30))
@@ -324,6 +330,7 @@ def test_goes_on_from_a_trained_captioner(config):
         train(replace(config, init=config.out))
 
 
+@pytest.mark.slow
 def test_logs_and_a_quiet_terminal(config, capfd, recwarn):
     train(replace(config, steps=20, val_every=5, val_captions=4))
     with open(config.out / "metrics.csv") as file:
@@ -353,6 +360,7 @@ def test_a_directory_that_is_not_ours_is_refused_before_any_work(config, monkeyp
     assert (config.out / "model" / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_signal_while_it_trains_loses_nothing(config, tmp_path, monkeypatch, capsys):
     whole = weights(train(replace(config, tune_gpt2=True)))
     part = replace(config, tune_gpt2=True, out=tmp_path / "part")

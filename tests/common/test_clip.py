@@ -301,6 +301,7 @@ def test_white_pixels_keep_their_gradient():
 # --- frozen --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_step_around_it_changes_nothing(tiny):
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -385,6 +386,7 @@ def test_truncated_image_is_named(tmp_path):
         Preprocess(32)(Image.open(path))
 
 
+@pytest.mark.slow
 def test_bad_calls_are_named(tiny):
     clip = load_clip(tiny, device="cpu")
     with pytest.raises(UserError, match=r"\(1, 3, 16, 16\)"):

@@ -198,6 +198,7 @@ def test_packaged(name):
     assert len(tokenizer) == model.config.vocab_size and 2 < len(ids) < 20
 
 
+@pytest.mark.slow
 def test_full_size(gpt2_directory, tmp_path):
     """124M random parameters, saved as Hugging Face does and loaded."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -107,6 +107,7 @@ def test_retrieve(folder, tmp_path, colours, capsys):
     assert "text to image: recall@1 1.000" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_linear_and_few_shot(folder, tmp_path, colours, capsys):
     shares = ["--test-share", "0.25", "--val-share", "0.3"]
     assert main(["linear", str(folder), "--out", str(tmp_path / "a"), "--features", "class_token", *shares]) == 0
@@ -159,6 +160,7 @@ def test_splits_of_folders(folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_mistakes_are_named_before_the_encoder_is_loaded(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("common.clip.load_clip", lambda *_, **__: pytest.fail("the encoder was loaded"))
     out = ("--out", tmp_path / "out")

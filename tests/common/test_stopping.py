@@ -32,6 +32,7 @@ class Signalled(Regression):
             signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_saves_and_ends_the_command(tmp_path, whole, name, capsys):
     signum = signal.Signals[name]

@@ -72,6 +72,7 @@ def test_scores_of_training_views_are_called_so(tmp_path, capsys):
         assert f"{kinds[1]} views beside" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -61,6 +61,7 @@ def test_one_view(tmp_path, layout):
         estimate_ranges(camera[:0])
 
 
+@pytest.mark.slow
 def test_one_of_many_views(tmp_path):
     run = train(write_scene(tmp_path / "scene"), tmp_path / "run", "--view-ids", "r_2")
     assert Scene.load(run, device="cpu").training_views.view_ids == (2,)

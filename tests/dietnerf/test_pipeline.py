@@ -152,6 +152,7 @@ def test_blank_field_starts_over_and_says_so(ball_scene, capsys):
         pipeline.get_train_loss_dict(4)
 
 
+@pytest.mark.slow
 def test_a_field_that_starts_over_late_learns(ball_scene, capsys):
     """At the default check the old field would count as settled, and a fresh one as empty."""
     pipeline = tiny_pipeline(ball_scene)

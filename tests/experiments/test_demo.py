@@ -72,6 +72,7 @@ def commands(page):
     return [html.unescape(text) for text in re.findall(r'<pre class="command"><code>(.*?)</code>', page.read_text())]
 
 
+@pytest.mark.slow
 def test_every_number_has_its_command(page):
     out, found = page.parent, commands(page)
     expected = [
@@ -100,6 +101,7 @@ def test_every_number_has_its_command(page):
             tyro.cli(module.Config, args=words[3:], config=flat)
 
 
+@pytest.mark.slow
 def test_the_commands_give_the_numbers_of_the_page(page, root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(root)
     results = json.loads((page.parent / "results.json").read_text())
@@ -121,6 +123,7 @@ def test_the_commands_give_the_numbers_of_the_page(page, root, tmp_path, monkeyp
         assert found == pytest.approx(results["scene"]["similarity_within"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_telephone_shows_it_whole_without_errors(page):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
@@ -153,6 +156,7 @@ def test_a_telephone_shows_it_whole_without_errors(page):
     assert small == []
 
 
+@pytest.mark.slow
 def test_shown_images_are_spread_over_the_numbers_of_objects():
     counts = {f"{n}{i}": n for n in (1, 2, 3) for i in range(24)}
     chosen = spread(counts, 12)
@@ -160,6 +164,7 @@ def test_shown_images_are_spread_over_the_numbers_of_objects():
     assert spread({"a": 2, "b": 1}, 12) == ["b", "a"]
 
 
+@pytest.mark.slow
 def test_steps_say_what_comes_next(capsys):
     steps = Steps(["one", "two"])
     steps.next()

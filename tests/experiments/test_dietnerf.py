@@ -96,6 +96,7 @@ def test_runs_are_made_once(tmp_path, few_voxels, monkeypatch, capsys):
     assert "budget" in capsys.readouterr().out and len(read_runs(tmp_path / "out")) == 2
 
 
+@pytest.mark.slow
 def test_demo_section(tmp_path, few_voxels):
     page = Page("t")
     found = demo_scene.scene_section(page, tmp_path, device="cpu", steps=4, frames=2, size=16)

@@ -34,6 +34,7 @@ def data(tmp_path):
     return tmp_path / "dataset.json"
 
 
+@pytest.mark.slow
 def test_probes_of_photographs(data, tmp_path, capsys):
     encoder = EncoderConfig(runtime=RuntimeConfig(device="cpu"))
     main(Config(data=data, classes=2, out=tmp_path / "probes.json", docs=tmp_path / "probes.md", encoder=encoder))

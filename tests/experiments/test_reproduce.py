@@ -408,6 +408,7 @@ def test_fields_run_and_runs_of_several_machines_make_one_table(small_fields, we
     assert table.count("| ship | ") == 5 and table.count("| mean of 8 | ") == 5 and "not here" not in table
 
 
+@pytest.mark.slow
 def test_encoders_run(small_fields, tmp_path):
     config = Config("dietnerf-encoders", out=tmp_path / "out", **small_fields)
     fields.run_encoders(config, dict.fromkeys(ENCODERS.values(), "tiny"))

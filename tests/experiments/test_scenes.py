@@ -57,6 +57,7 @@ def test_sampling_rejects_unknown_split():
         graph.sample_family(0, "training", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", graph.SPLITS)
 def test_families_differ_in_exactly_one_thing(split):
     for family in _families(split, 100):
@@ -70,6 +71,7 @@ def test_families_differ_in_exactly_one_thing(split):
                 assert differences == [change]
 
 
+@pytest.mark.slow
 def test_held_out_pairs_are_a_permutation_and_only_in_their_split():
     assert sorted(colour for colour, _ in graph.HELD_OUT) == sorted(graph.COLOURS)
     assert sorted(shape for _, shape in graph.HELD_OUT) == sorted(graph.SHAPES)
@@ -78,6 +80,7 @@ def test_held_out_pairs_are_a_permutation_and_only_in_their_split():
             assert all(graph.has_held_out(scene) == (split == "test_unseen") for scene in family.scenes)
 
 
+@pytest.mark.slow
 def test_attributes_and_counts_are_balanced():
     objects = [thing for family in _families("train", 300) for thing in family.scenes[0].objects]
     for attribute, values in graph.ATTRIBUTES.items():

@@ -79,6 +79,7 @@ def test_json(layout, place):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINES)
 def test_lines(name, place):
     @FUZZ

@@ -44,6 +44,7 @@ NUMBERS = st.one_of(
 """For sizes in a config: small, so that what is built from them is."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlp", "transformer"])
 def test_original_checkpoint_of_other_tensors(kind, tmp_path):
     weights = torch.load(GOLDEN / f"clipcap_{kind}.pt", weights_only=True)
@@ -105,6 +106,7 @@ def test_captioner_weights(captioner, tmp_path):
     break_file(place / "model.safetensors", damaged(good), lambda: ClipCapModel.from_pretrained(place), 25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"])
 def test_clip_directory(clip_directory, name, tmp_path):
     place = shutil.copytree(clip_directory, tmp_path / "clip")
@@ -122,6 +124,7 @@ def test_clip_directory(clip_directory, name, tmp_path):
     break_file(place / name, data, read, 15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_gpt2_directory(gpt2_directory, name, tmp_path):
     place = shutil.copytree(gpt2_directory, tmp_path / "gpt2")

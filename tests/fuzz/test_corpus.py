@@ -26,6 +26,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_documents(name, tmp_path):
     def read():

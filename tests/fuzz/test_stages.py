@@ -27,6 +27,7 @@ class Settings:
 RECORD = StageRecord(("wte",), 10, 100, 1e6, 1.5, 2.5, ({"step": 1, "tokens": 100, "val_loss": 2.5},))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["settings.json", "done.json"])
 def test_records_of_a_stage(name, tmp_path):
     once(tmp_path, Settings(), lambda: {"number": 1}, inputs={"text": "a"})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-SLOW = 2.0
+SLOW = 1.0
 """Seconds of processor time, of set-up and call of all its cases together, from which a test should be marked slow:
 `make quick` leaves it out."""
 SHOWN = 15
@@ -62,6 +62,6 @@ class Costs:
         for name, cost in self.costs.most_common(SHOWN):
             if cost >= SLOW:
                 terminalreporter.line(f"{cost:6.1f} s  {name}")
-        for name in self.unmarked(SLOW):
+        for name in self.unmarked(SLOW)[:SHOWN]:
             line = f"{SLOW:.0f} s or more, make it cheaper or mark it slow: {name} ({self.costs[name]:.1f} s)"
             terminalreporter.line(line)

@@ -120,6 +120,7 @@ def test_a_full_disk_is_one_line(text, tmp_path, english_models, capsys, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -92,6 +92,7 @@ def test_marks_stay_with_their_letters_and_save_tokens(script):
     assert size[1] < 0.95 * size[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", ["bpe", "unigram"])
 @pytest.mark.parametrize("split", ["gpt2", "marks", "none"])
 @pytest.mark.parametrize("nfc", [False, True])

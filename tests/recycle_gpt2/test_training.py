@@ -167,6 +167,7 @@ def test_a_stage_is_validated_about_ten_times_or_more_and_at_least_every_val_eve
         assert steps <= found.steps <= max(steps + 1, 1.1 * steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count, accumulate, epochs", [(10, 2, 2), (40, 8, 4), (9, 3, 1)])
 def test_a_stage_of_accumulated_batches_is_validated_at_its_end(model, tmp_path, count, accumulate, epochs):
     train_only(model)

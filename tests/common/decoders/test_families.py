@@ -77,6 +77,7 @@ def test_captions_are_those_of_generate(saved, family, num_beams):
     assert same == images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "opt"])
 def test_a_shared_cache_finds_what_a_row_for_every_beam_finds(saved, family, monkeypatch):
     """All beams in order, of images that end at different steps."""
@@ -93,6 +94,7 @@ def test_a_shared_cache_finds_what_a_row_for_every_beam_finds(saved, family, mon
         assert [c.score for c in ours] == pytest.approx([c.score for c in theirs], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EVERY)
 def test_new_tables_survive_saving(saved, family, tmp_path):
     assert table.table_survives(saved(family), tmp_path / "replaced")
@@ -104,6 +106,7 @@ def test_a_captioner_is_saved_and_loaded_exactly(saved, family, tmp_path):
     assert table.captioner_reloads(saved(family), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SOME)
 def test_lora_is_merged_into_a_plain_decoder(saved, family, tmp_path):
     assert table.lora_merges(saved(family), tmp_path)

@@ -111,6 +111,7 @@ def test_patches_are_the_cells_of_the_grid(saved, family):
     assert found.patches.shape[-1] == clip.patch_width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DUAL)
 def test_texts_are_the_librarys(saved, family):
     directory = saved(family)

@@ -110,6 +110,7 @@ def test_class_token_and_patches_are_before_the_final_norm(name):
         torch.testing.assert_close(found.class_token, found.patches.mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("share", [0.875, 0.95, 1.0])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
