@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import numpy as np
 
 from common.checks import UserError, require_at_least
+
+
+class Counted(NamedTuple):
+    """The n-grams of one length in a text."""
+
+    length: int
+    ids: np.ndarray
+    """The text."""
+    number: np.ndarray
+    """Of the n-gram that begins at each token but the last `length - 1`."""
+    counts: np.ndarray
+    """How often each n-gram occurs."""
+    owner: np.ndarray
+    """The number of each one's history."""
+    num_histories: int
+
+    def by_history(self, values: np.ndarray) -> np.ndarray:
+        """Sums of a value of each n-gram, over those of each history."""
+        return np.bincount(self.owner, weights=values, minlength=self.num_histories)
 
 
 class NGrams(ABC):
@@ -40,7 +60,7 @@ class NGrams(ABC):
             packed = history * vocab_size + ids[length - 1 :]
             keys, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
             number = inverse.reshape(-1).astype(np.int64)  # of the n-gram that begins at each token
-            kept, passed, total = self._smooth(length, ids, number, counts, keys // vocab_size, num_histories)
+            kept, passed, total = self._smooth(Counted(length, ids, number, counts, keys // vocab_size, num_histories))
             self._keys.append(keys)
             self._kept.append(kept)
             self._passed.append(passed)
@@ -48,25 +68,8 @@ class NGrams(ABC):
             history, num_histories = number[:-1], len(keys)
 
     @abstractmethod
-    def _smooth(
-        self,
-        length: int,
-        ids: np.ndarray,
-        number: np.ndarray,
-        counts: np.ndarray,
-        owner: np.ndarray,
-        num_histories: int,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """kept of each n-gram of one length, passed and total of each history.
-
-        Args:
-            length: of the n-grams.
-            ids: the text.
-            number: of the n-gram that begins at each token but the last `length - 1`.
-            counts: how often each n-gram occurs.
-            owner: the number of each one's history.
-            num_histories: how many there are.
-        """
+    def _smooth(self, grams: Counted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """kept of each n-gram of one length, passed and total of each history."""
 
     def probabilities(self, token_ids: np.ndarray) -> np.ndarray:
         """P of every token after those before it, float64 (n,); a history ends at the text's beginning."""
@@ -105,17 +108,9 @@ class WittenBell(NGrams):
     ones (Witten & Bell 1991; interpolation as in Chen & Goodman 1998, sec. 2.4).
     """
 
-    def _smooth(
-        self,
-        length: int,
-        ids: np.ndarray,
-        number: np.ndarray,
-        counts: np.ndarray,
-        owner: np.ndarray,
-        num_histories: int,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        types = np.bincount(owner, minlength=num_histories)
-        return counts, types, np.bincount(owner, weights=counts, minlength=num_histories) + types
+    def _smooth(self, grams: Counted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        types = np.bincount(grams.owner, minlength=grams.num_histories)
+        return grams.counts, types, grams.by_history(grams.counts) + types
 
 
 class KneserNey(NGrams):
@@ -142,26 +137,18 @@ class KneserNey(NGrams):
         self.begin = begin
         super().__init__(token_ids, order=order, vocab_size=vocab_size)
 
-    def _smooth(
-        self,
-        length: int,
-        ids: np.ndarray,
-        number: np.ndarray,
-        counts: np.ndarray,
-        owner: np.ndarray,
-        num_histories: int,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if length < self.order:
-            before = np.concatenate([[self.vocab_size], ids[: len(number) - 1]])
+    def _smooth(self, grams: Counted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        counts, number = grams.counts, grams.number
+        if grams.length < self.order:
+            before = np.concatenate([[self.vocab_size], grams.ids[: len(number) - 1]])
             pairs = np.unique(before * len(counts) + number)
             different = np.bincount(pairs % len(counts), minlength=len(counts))
             if self.begin is not None:
-                first = number[ids[: len(number)] == self.begin]
+                first = number[grams.ids[: len(number)] == self.begin]
                 different[first] = counts[first]
             counts = different
         discount = np.array([0.0, *discounts(counts)])[np.minimum(counts, 3)]
-        passed = np.bincount(owner, weights=discount, minlength=num_histories)
-        return counts - discount, passed, np.bincount(owner, weights=counts, minlength=num_histories)
+        return counts - discount, grams.by_history(discount), grams.by_history(counts)
 
 
 def discounts(counts: np.ndarray) -> tuple[float, float, float]:

@@ -173,9 +173,8 @@ class VoxelGrid(nn.Module):
             cell = torch.addcmul(start[:, axis, None], middle, slope[:, axis, None]).int().clamp_(0, CELLS - 1)
             flat.mul_(CELLS).add_(cell)
         kept = self.occupied.view(-1)[flat] & (middle < far)
-        row, column = kept.nonzero(as_tuple=True)
-        slot = (kept.cumsum(dim=1, dtype=torch.int32) - 1)[row, column]
-        return Marched(hit[row], slot.long(), middle[row, column])
+        row, column, slot = ray_by_ray(kept)
+        return Marched(hit[row], slot, middle[row, column])
 
     @torch.no_grad()
     def march_contracted(
@@ -214,9 +213,8 @@ class VoxelGrid(nn.Module):
             kept &= (cell >= 0) & (cell < CELLS)
             flat.mul_(CELLS).add_(cell.int().clamp_(0, CELLS - 1))
         kept &= self.occupied.view(-1)[flat]
-        row, column = kept.nonzero(as_tuple=True)
-        slot = (kept.cumsum(dim=1, dtype=torch.int32) - 1)[row, column]
-        return Marched(row, slot.long(), middle[row, column], stretch[row, column])
+        row, column, slot = ray_by_ray(kept)
+        return Marched(row, slot, middle[row, column], stretch[row, column])
 
     def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Total variation of density's and colour's values before activation, in a random slab of the grid."""
@@ -306,6 +304,13 @@ class VoxelGrid(nn.Module):
         cells = self._find_occupied().nonzero()
         cell = (self.aabb[1] - self.aabb[0]) / CELLS
         return torch.stack([self.aabb[0] + cells.amin(0) * cell, self.aabb[0] + (cells.amax(0) + 1) * cell])
+
+
+def ray_by_ray(kept: Bool[Tensor, "r s"]) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
+    """Row and column of each sample that is kept, and how many of its row are kept before it."""
+    row, column = kept.nonzero(as_tuple=True)
+    slot = (kept.cumsum(dim=1, dtype=torch.int32) - 1)[row, column]
+    return row, column, slot.long()
 
 
 def bytes_of(resolutions: tuple[int, ...], harmonics: int) -> int:

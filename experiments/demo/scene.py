@@ -14,7 +14,7 @@ from common.pretrained import ASSETS
 from common.report import Page
 from common.runtime import RuntimeConfig, resolve_device
 from dietnerf.consistency import Similarities, embed_scene, pair_similarities, plot_similarities, summary
-from dietnerf.evaluation import NAMES, score_scene
+from dietnerf.evaluation import NAMES, Evaluation, score_scene
 from dietnerf.images import load_image, read_size
 from dietnerf.render import frames_of, path_poses, write_gif
 from dietnerf.scene import Scene
@@ -72,22 +72,7 @@ def scene_section(
     views = scene.training_views
     page.gallery([(views.load(i)[0].numpy(), f"view {view}", []) for i, view in enumerate(views.view_ids)], width=120)
     page.text("Views not used for training, with the photograph to the left of the render:")
-    shown = list(range(0, len(found.ids), max(1, len(found.ids) // 8)))[:8]
-    page.gallery(
-        [
-            (
-                np.concatenate((found.truths[i].numpy(), found.renderings[i].rgb.numpy()), axis=1),
-                f"view {found.ids[i]}",
-                [f"{found.scores.per_view[i]['psnr']:.2f} dB"],
-            )
-            for i in shown
-        ],
-        width=260,
-    )
-    page.table(
-        [{"score": NAMES[name], "value": value} for name, value in found.scores.values.items()],
-        caption=f"Means over {len(found.ids)} held-out views",
-    )
+    show_held_out(page, found, width=260, what="views")
 
     encoder = load_encoder("tiny", device=target)
     parts = {
@@ -118,6 +103,33 @@ def scene_section(
     }
     write_json(out / "scene.json", record)
     return record
+
+
+def show_held_out(page: Page, found: Evaluation, *, width: int, what: str) -> None:
+    """At most eight held-out views, each truth to the left of its render, and the mean scores of all.
+
+    Args:
+        page: to which they are added.
+        found: from `score_scene`.
+        width: of a pair, in pixels.
+        what: the views are called.
+    """
+    shown = list(range(0, len(found.ids), max(1, len(found.ids) // 8)))[:8]
+    page.gallery(
+        [
+            (
+                np.concatenate((found.truths[i].numpy(), found.renderings[i].rgb.numpy()), axis=1),
+                f"view {found.ids[i]}",
+                [f"{found.scores.per_view[i]['psnr']:.2f} dB"],
+            )
+            for i in shown
+        ],
+        width=width,
+    )
+    page.table(
+        [{"score": NAMES[name], "value": value} for name, value in found.scores.values.items()],
+        caption=f"Means over {len(found.ids)} held-out {what}",
+    )
 
 
 def embed_pictures(directory: Path, encoder: Any, *, count: int = 24) -> torch.Tensor:

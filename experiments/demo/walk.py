@@ -6,19 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.files import write_json
 from common.pretrained import ASSETS
 from common.report import Page
 from common.runtime import RuntimeConfig, resolve_device
-from dietnerf.evaluation import NAMES, score_scene
+from dietnerf.evaluation import score_scene
 from dietnerf.posing import PoseConfig, pose
 from dietnerf.render import frames_of, path_poses, write_gif
 from dietnerf.scene import Scene
 from dietnerf.settings import train_config
 from dietnerf.training import train
+from experiments.demo.scene import show_held_out
 
 WALK = ASSETS / "samples" / "walk"
 HOLD_OUT = 5
@@ -80,23 +80,7 @@ def walk_section(
     page.command(f"dietnerf train out/walk --hold-out {HOLD_OUT} --image-size {size} --steps {scene.step + 1}")
     page.video(gif, "From photograph to photograph, colour and depth", alt="a path through the room, colour and depth")
     page.text("Photographs that were held out, each to the left of its render:")
-    page.gallery(
-        [
-            (
-                np.concatenate((truth.numpy(), rendering.rgb.numpy()), axis=1),
-                f"view {number}",
-                [f"{score['psnr']:.2f} dB"],
-            )
-            for number, truth, rendering, score in zip(
-                found.ids, found.truths, found.renderings, found.scores.per_view, strict=True
-            )
-        ],
-        width=2 * size,
-    )
-    page.table(
-        [{"score": NAMES[name], "value": value} for name, value in found.scores.values.items()],
-        caption=f"Means over {len(found.ids)} held-out photographs",
-    )
+    show_held_out(page, found, width=2 * size, what="photographs")
     record = {
         "placed": list(posed.placed),
         "unplaced": list(posed.unplaced),

@@ -14,7 +14,9 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,20 +235,21 @@ def tuned(arm: str, config: Config, language: Language) -> float:
     """The rate with the lowest validation loss after a short run of seed 0 (the test documents have no part in it)."""
     if config.rates_of is not None:
         return json.loads((config.rates_of / "rates.json").read_text())[arm]
-    if len(RATES[arm]) == 1:
-        return RATES[arm][0]
+    return best_rate(arm, RATES[arm], partial(run_arm, arm, config, language, tokens=config.tune_tokens))
+
+
+def best_rate(arm: str, rates: Sequence[float], run: Callable[..., Mapping[str, Any]]) -> float:
+    """The rate with the lowest validation loss after a short run of seed 0; a single one needs none.
+
+    Args:
+        arm: names the runs.
+        rates: to choose from.
+        run: `run_arm`, but for seed, rate, name and report.
+    """
+    if len(rates) == 1:
+        return rates[0]
     losses = {
-        rate: run_arm(
-            arm,
-            config,
-            language,
-            seed=0,
-            rate=rate,
-            tokens=config.tune_tokens,
-            name=f"tune-{slug(arm)}-{rate:g}",
-            report=False,
-        )["val_loss"]
-        for rate in RATES[arm]
+        rate: run(seed=0, rate=rate, name=f"tune-{slug(arm)}-{rate:g}", report=False)["val_loss"] for rate in rates
     }
     return min(losses, key=lambda rate: losses[rate])
 

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig, autocast, fork_generators, hardware, start, versions
 from experiments import from_command_line
 from experiments.languages import arms as small
-from experiments.languages.recycle import finished, prepare, stage
+from experiments.languages.recycle import best_rate, finished, prepare, stage
 from experiments.languages.smollm2_page import write_page
 from experiments.languages.text import read_split
 from recycle_gpt2.baseline import name_of
@@ -267,21 +268,9 @@ def _small(config: Config) -> small.Config:
 def tuned(arm: str, setting: Setting) -> float:
     """The rate with the lowest validation loss after a short run of seed 0."""
     config = setting.config
-    if len(config.rates) == 1 or arm == UNTOUCHED:
+    if arm == UNTOUCHED:
         return config.rates[0]
-    losses = {
-        rate: run_arm(
-            arm,
-            setting,
-            seed=0,
-            rate=rate,
-            tokens=config.tune_tokens,
-            name=f"tune-{small.slug(arm)}-{rate:g}",
-            report=False,
-        )["val_loss"]
-        for rate in config.rates
-    }
-    return min(losses, key=lambda rate: losses[rate])
+    return best_rate(arm, config.rates, partial(run_arm, arm, setting, tokens=config.tune_tokens))
 
 
 def ngram_row(setting: Setting) -> dict[str, Any]:
