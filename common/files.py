@@ -43,20 +43,31 @@ def whole_file(
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
+    handle, temporary = _begin(target)
     try:
         with _naming(path), os.fdopen(handle, mode, **options) as file:
             yield file
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)  # before the file is closed, which gives up its lock
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     if sync:
         sync_directory(target.parent)
+
+
+def _begin(target: Path) -> tuple[int, str]:
+    """A temporary file beside `target`, locked, so that `clear_leftovers` leaves it to whoever writes it."""
+    while True:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
+        with contextlib.suppress(OSError):  # some file systems cannot
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        if os.path.exists(temporary):
+            return handle, temporary
+        os.close(handle)  # it was cleared away before it was locked
 
 
 @contextlib.contextmanager
@@ -230,9 +241,12 @@ def _written(directory: Path) -> set[str]:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Delete what `whole_file` had begun in a directory that nobody else writes to when it was killed."""
+    """Delete what `whole_file` had begun in a directory when it was killed, but not what a process still writes."""
     for path in directory.glob(".*.tmp"):
-        if LEFTOVER.fullmatch(path.name):
+        if not LEFTOVER.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # it may be gone, or be in use
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
 
 

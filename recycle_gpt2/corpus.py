@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.checks import UserError, require_at_least, require_between, require_file, require_one_of
-from common.files import claimed, sync_directory, write_json
+from common.files import claimed, clear_leftovers, sync_directory, write_json
 from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, files_of, find_texts, size_of
 from recycle_gpt2.duplicates import DUPLICATES, DuplicatesConfig, Selection
@@ -158,8 +158,7 @@ def build_corpus(
         sync_directory(out)  # or a power cut might bring it back beside other shards
     shards = out / "shards"
     shards.mkdir(parents=True, exist_ok=True)
-    for leftover in shards.glob(".*.tmp"):  # of a call that was killed while it wrote; `_require_own` knows them all
-        leftover.unlink()
+    clear_leftovers(shards)  # `_require_own` knows them all
 
     selection = Selection(shares, seed, duplicates)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])

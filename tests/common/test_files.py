@@ -1,5 +1,6 @@
 """Whole or not at all: files, directories, and who may write there."""
 
+import fcntl
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import textwrap
 import pytest
 
 from common.checks import UserError
-from common.files import LOCK, MARKER, claimed, require_own_directory, whole_directory, whole_file
+from common.files import LOCK, MARKER, claimed, clear_leftovers, require_own_directory, whole_directory, whole_file
 
 
 def fill(directory, **files):
@@ -204,3 +205,29 @@ def test_an_empty_directory_of_a_call_that_was_killed_at_once_is_used_again(tmp_
     (tmp_path / ".model.partial" / f".{MARKER}.abcdefgh.tmp").write_text("half a mark")
     fill(tmp_path / "model", a="1")
     assert content(tmp_path / "model") == {"a": "1"} and os.listdir(tmp_path) == ["model"]
+
+
+def test_clearing_leaves_a_file_that_is_being_written(tmp_path):
+    dead = tmp_path / ".tokens.npy.abcdefgh.tmp"
+    dead.write_bytes(b"half")
+    with whole_file(tmp_path / "tokens.npy") as file:
+        file.write(b"whole")
+        clear_leftovers(tmp_path)  # as a second process of the same run does
+        assert not dead.exists() and len(list(tmp_path.glob(".*.tmp"))) == 1
+    assert (tmp_path / "tokens.npy").read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_cleared_away_before_it_is_locked_is_begun_again(tmp_path, monkeypatch):
+    lock, calls = fcntl.flock, []
+
+    def cleared_first(handle, operation):
+        if not calls:
+            clear = next(tmp_path.glob(".*.tmp"))
+            clear.unlink()
+        calls.append(operation)
+        return lock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", cleared_first)
+    with whole_file(tmp_path / "a.bin") as file:
+        file.write(b"whole")
+    assert (tmp_path / "a.bin").read_bytes() == b"whole" and len(calls) == 2
