@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 from common.checks import UserError, printable, require_between
 
@@ -25,14 +28,15 @@ class TextOptions:
 class BadRows:
     """Counts rows and files, good and bad; `settle` says what was left out, or that it is too much."""
 
-    def __init__(self, share: float) -> None:
-        """`share` of the rows, and of the files, may be bad.
+    def __init__(self, share: float, opened: Callable[[Path], IO[bytes]] | None = None) -> None:
+        """`share` of the rows, and of the files, may be bad; `opened` opens files of lines, in place of `open`.
 
         Raises:
             UserError: the share is not within 0 and 1.
         """
         require_between("bad_share", share, 0, 1)
         self.share = share
+        self.opened = opened or _open
         self.rows = self.files = self.bad_rows = self.bad_files = 0
         self._named: list[str] = []
 
@@ -69,3 +73,7 @@ class BadRows:
             print(f"  {printable(message)}", file=sys.stderr)
         if (rest := self.bad_rows + self.bad_files - len(self._named)) > 0:
             print(f"  and {rest:,} more", file=sys.stderr)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return open(path, "rb")

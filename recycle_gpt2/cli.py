@@ -5,7 +5,12 @@ from __future__ import annotations
 from common.commands import Subcommand, run_cli
 
 SUBCOMMANDS = {
-    "run": Subcommand("recycle_gpt2.run", "RunConfig", "run", "make a GPT-2 of a new language: every stage, resumable"),
+    "run": Subcommand(
+        "recycle_gpt2.languages",
+        "RunConfig",
+        "run",
+        "make a GPT-2 of a new language, or of several, resumably",
+    ),
     "tokenizer": Subcommand("recycle_gpt2.tokenizer", "TokenizerConfig", "run", "train a tokenizer on text"),
     "corpus": Subcommand("recycle_gpt2.corpus", "CorpusConfig", "run", "pack text into token blocks"),
     "relearn": Subcommand(

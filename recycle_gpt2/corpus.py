@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.checks import UserError, require_at_least, require_between, require_file, require_one_of
+from common.checks import UserError, require_at_least, require_between, require_one_of
 from common.files import claimed, clear_leftovers, sync_directory, write_json
 from recycle_gpt2.bad_rows import TextOptions
-from recycle_gpt2.documents import Document, files_of, find_texts, size_of
+from recycle_gpt2.documents import Document, find_texts, size_of
 from recycle_gpt2.duplicates import DUPLICATES, DuplicatesConfig, Selection
 from recycle_gpt2.hub import is_hub
 from recycle_gpt2.records import MALFORMED, read_json, reading
 from recycle_gpt2.shards import CHUNK, COUNTED, SHARD_FILE, shard_path, write_shards
 from recycle_gpt2.splits import SHARES, SPLITS, require_shares
+from recycle_gpt2.texts import Text
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def run(config: CorpusConfig) -> None:
 
 
 def build_corpus(
-    paths: Sequence[Path],
+    text: Sequence[Path] | Text,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     *,
@@ -94,7 +95,7 @@ def build_corpus(
     progress: bool = True,
     chunk: int = CHUNK,
 ) -> Path:
-    """Write the documents of `paths` as token ids in shards, with the texts of held-out documents and a manifest.
+    """Write the documents of a text as token ids in shards, with the texts of held-out documents and a manifest.
 
     Documents that have occurred before (byte for byte, white space at the ends of lines aside) are dropped, and more if
     `duplicates` says so. The split of a document depends on its text and `seed` alone. After every document comes an
@@ -102,7 +103,7 @@ def build_corpus(
     bytes; a finished corpus of the same files and settings is used again.
 
     Args:
-        paths: what `read_documents` takes.
+        text: what `read_documents` takes, or a text that is read already.
         tokenizer: a fast one with an end token.
         out: directory of the corpus.
         block: tokens in a block of `TokenBlocks`.
@@ -110,7 +111,7 @@ def build_corpus(
         workers: processes that tokenize.
         seed: another seed holds out other documents.
         duplicates: what is dropped; see `DuplicatesConfig`.
-        reading: the column of the text, and the share that may be bad.
+        reading: the column of the text, and the share that may be bad; a text that is read already has its own.
         progress: show a bar of bytes read, with tokens per second.
         chunk: UTF-8 bytes of text in a shard.
 
@@ -128,7 +129,7 @@ def build_corpus(
     require_one_of("duplicates", duplicates, DUPLICATES)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError("the tokenizer is not a fast one with an end token: train one with `recycle-gpt2 tokenizer`.")
-    out, reading = Path(out), reading or TextOptions()
+    out, text = Path(out), text if isinstance(text, Text) else Text(text, reading)
     _require_own(out)
     key = {
         "format": FORMAT,
@@ -140,14 +141,14 @@ def build_corpus(
         "shares": list(shares),
         "seed": seed,
         "chunk": chunk,
-        "text": text_hash(paths, progress=progress),
-        "column": reading.column,
+        "text": text.hash(progress=progress),
+        "column": text.options.column,
         "duplicates": duplicates,
     }
     finished = out / "manifest.json"
     if finished.is_file():
         old = read_json(finished, REBUILD)
-        if "sources" in old and old["sources"] == _sources_of(paths):  # of version 0.1, which knew texts by these
+        if "sources" in old and old["sources"] == _sources_of(text.paths):  # of version 0.1, which knew texts by these
             old["text"] = key["text"]
         old.setdefault("column", TextOptions().column)  # of an earlier version, which read no other
         old.setdefault("duplicates", "paragraphs")  # which it always dropped
@@ -162,7 +163,7 @@ def build_corpus(
 
     selection = Selection(shares, seed, duplicates)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
-    metas = write_shards(paths, reading, selection, shards, key["tokenizer"], setup, workers, chunk, progress)
+    metas = write_shards(text, selection, shards, key["tokenizer"], setup, workers, chunk, progress)
     for file in shards.iterdir():  # of another, longer corpus
         if int(file.name.split(".")[0]) >= len(metas):
             file.unlink()
@@ -193,36 +194,6 @@ def build_corpus(
     lengths = [{split: meta["counts"][split]["tokens"] for split in SPLITS} for meta in metas]
     write_json(finished, {**key, "splits": totals, "dropped": dropped, "shards": lengths})
     return out
-
-
-def text_hash(paths: Sequence[Path], *, progress: bool = False) -> str:
-    """SHA-256 of all that the text files hold, in the order that they are read in, whatever they are called.
-
-    Args:
-        paths: what `read_documents` takes.
-        progress: show a bar where there is a gigabyte or more.
-
-    Raises:
-        UserError: what `find_texts` raises.
-    """
-    from common.progress import Progress
-
-    texts = [path for path, _ in find_texts(paths)]
-    total, digest = sum(map(size_of, texts)), hashlib.sha256()
-    with Progress(total=total, desc="text", unit="B", unit_scale=True, disable=not progress or total < 1 << 30) as bar:
-        for path in texts:
-            if is_hub(path):  # known by its name: what the hub has is not read for this
-                digest.update(str(path).encode())
-            elif not path.is_dir():
-                require_file(path, "text file")
-            for file in files_of(path):
-                content = hashlib.sha256()
-                with open(file, "rb") as stream:
-                    while part := stream.read(1 << 20):
-                        content.update(part)
-                        bar.update(len(part))
-                digest.update(content.digest())
-    return digest.hexdigest()
 
 
 def _sources_of(paths: Sequence[Path]) -> list[list[Any]]:

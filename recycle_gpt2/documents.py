@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from common.checks import UserError, require_file
 from recycle_gpt2.bad_rows import BadRows, TextOptions
@@ -51,10 +52,14 @@ def read_with_positions(
     suffixes: Sequence[str] = SUFFIXES,
     *,
     held_out: bool = False,
+    opened: Callable[[Path], IO[bytes]] | None = None,
 ) -> Iterator[tuple[Document, int]]:
-    """What `read_documents` yields, each with the bytes of all files that have been read so far, as on the disk."""
+    """What `read_documents` yields, each with the bytes of all files that have been read so far, as on the disk.
+
+    Files of lines are opened by `opened`, if it is given, and read from front to back.
+    """
     options = options or TextOptions()
-    bad = BadRows(options.bad_share)
+    bad = BadRows(options.bad_share, opened)
     done, empty = 0, True
     for path, genre in find_texts(paths, suffixes):
         bad.files += 1

@@ -60,7 +60,7 @@ def kind_of(path: Path) -> str:
 def _lines(path: Path, bad: BadRows) -> Iterator[tuple[str, int, int]]:
     """Lines of a text file without their ends, with their numbers from 1 and the bytes of the file read so far."""
     opener = COMPRESSED.get(path.suffix.lower())
-    with open(path, "rb") as raw:
+    with bad.opened(path) as raw:
         number, blank = 0, True
         try:
             stream: IO[bytes] = opener(raw) if opener else raw

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.checks import UserError
-from common.files import MARKER, whole_file
-from recycle_gpt2.bad_rows import BadRows, TextOptions
+from common.files import MARKER
+from recycle_gpt2.bad_rows import BadRows
 from recycle_gpt2.formats import Document, rows_of_splits
 
 PREFIX = "hf:"
@@ -47,32 +45,6 @@ def read_hub(path: Path, column: str, bad: BadRows, held_out: bool) -> Iterator[
         yield from rows_of_splits(parts, f"dataset {name!r}", str(path), name.split("/")[-1], column, bad, held_out)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"dataset {name!r} was cut off ({error}): give the same command again.") from error
-
-
-def keep_streams(paths: Sequence[Path], directory: Path, options: TextOptions) -> dict[str, int]:
-    """Write the documents of each dataset on the hub to a file of `kept_files`; returns their number by name.
-
-    What reads the text more than once then reads the stream once.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    counts = {}
-    for path, file in zip(paths, kept_files(paths, directory), strict=True):
-        if not is_hub(path):
-            continue
-        bad, number = BadRows(options.bad_share), 0
-        with whole_file(file) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed:
-            for document in read_hub(path, options.column, bad, held_out=False):
-                row = {options.column: document.text, "genre": document.genre}
-                packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-                number += 1
-        bad.settle()
-        counts[str(path)] = number
-    return counts
-
-
-def kept_files(paths: Sequence[Path], directory: Path) -> tuple[Path, ...]:
-    """The paths, with the file in `directory` that holds it in place of each dataset on the hub."""
-    return tuple(directory / f"{number}.jsonl.gz" if is_hub(path) else Path(path) for number, path in enumerate(paths))
 
 
 def upload(directory: Path, repository: str) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from common.checks import UserError, require_at_least, require_place, require_text
+from common.checks import UserError, require_place, require_text
 from common.decoders.families import positions
 from common.files import require_own_directory, write_text
 from common.gpt2 import load_gpt2
 from common.processes import is_first_process, sole_run
-from common.runtime import RuntimeConfig, autocast, hardware, start, versions
-from recycle_gpt2.alignment import AlignmentConfig
-from recycle_gpt2.bad_rows import TextOptions
+from common.runtime import autocast, hardware, start, versions
 from recycle_gpt2.baseline import fit_ngrams, name_of, score_ngrams
 from recycle_gpt2.blocks import TokenBlocks
 from recycle_gpt2.card import model_card
@@ -24,23 +22,19 @@ from recycle_gpt2.corpus import (
     load_documents,
     read_manifest,
     require_outside,
-    text_hash,
 )
-from recycle_gpt2.documents import read_documents
-from recycle_gpt2.duplicates import DuplicatesConfig
 from recycle_gpt2.evaluate import DocumentScore, compare, score_documents, shown, summarise_by, table
-from recycle_gpt2.extend import EnglishConfig
-from recycle_gpt2.hub import is_hub, keep_streams, kept_files, upload
-from recycle_gpt2.lexical import MIXED, RowsConfig, train_only
+from recycle_gpt2.lexical import MIXED, train_only
 from recycle_gpt2.lexicon import LexiconConfig, read_dictionary, require_direction, word_tokens
 from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
-from recycle_gpt2.rows import require_rows
 from recycle_gpt2.sampling import sample
-from recycle_gpt2.splits import SHARES
+from recycle_gpt2.settings import RunConfig as RunConfig  # one of the names that scripts call
+from recycle_gpt2.settings import require_language
 from recycle_gpt2.stages import (
     DONE,
     MODEL,
+    SETTINGS,
     AlignConfig,
     FinetuneConfig,
     RelearnConfig,
@@ -57,13 +51,12 @@ from recycle_gpt2.stages import (
     wait_for,
 )
 from recycle_gpt2.takeover import sampled_hash, take_over
+from recycle_gpt2.texts import RECORD, KeptText
 from recycle_gpt2.tokenizer import (
-    VOCAB_SIZE,
     TokenizerOptions,
     describe,
     extended,
     load_tokenizer,
-    require_extended,
     save_tokenizer,
     texts_but_test,
     train_tokenizer,
@@ -71,68 +64,6 @@ from recycle_gpt2.tokenizer import (
 from recycle_gpt2.training import StageConfig
 
 STAGES = tuple("text tokenizer corpus english relearn align relearn-large finetune evaluate lexicon card".split())
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Make a GPT-2 of a new language from an English one.
-
-    The stages are text (of the hub), tokenizer, corpus, english (with replay), relearn, align, relearn-large, finetune,
-    evaluate, lexicon and card. Each has a directory in OUT.stages; a stopped run resumes when the
-    same command is given again. A stage that was deleted, or whose text has changed, is made again with all that was
-    made of it; earlier training is kept beside it. OUT is an ordinary Hugging Face directory with the tokenizer and a
-    card.
-    """
-
-    text: tuple[Path, ...]
-    """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
-    Hugging Face dataset on disk or, as hf:NAME or hf:NAME:CONFIGURATION, streamed from the hub; a split named test is
-    left out."""
-    out: Path
-    """Directory of the finished model."""
-    language: str
-    """Code of the new language, such as nld or ita, for the card."""
-    small: str = "gpt2"
-    """English model whose embeddings are relearned: tiny, gpt2, distilgpt2, or a directory."""
-    large: str = ""
-    """Larger English model of the same vocabulary that the embeddings are carried over to; nothing stays small."""
-    vocab_size: int = VOCAB_SIZE
-    """Tokens of the new tokenizer (the paper: 40,000 for Dutch, 30,000 for Italian)."""
-    block: int = 1024
-    """Tokens in a block; at most the models' positions."""
-    shares: tuple[float, float, float] = SHARES
-    """Shares of the documents in train, valid and test, each above 0."""
-    workers: int = 1
-    """Processes that tokenize the corpus."""
-    dictionary: Path | None = None
-    """File of target word, tab, English word in each line: with focus and transplant, these words take their
-    translations' rows; with any other initialisation, it measures the lexicon."""
-    large_share: float = 0.25
-    """Length of relearning in the large model, as a share of that in the small one; 0 leaves it out."""
-    unfreeze: Literal["all", "top", "none"] = "all"
-    """Last training of the whole model: all at once, top (layer by layer from the output), or none."""
-    finetune_share: float = 1.0
-    """Length of that training, as a share of relearning."""
-    finetune_lr: float = 1e-4
-    """Its learning rate."""
-    push_to_hub: str = ""
-    """Upload OUT to this repository (user/name) of the Hugging Face hub when it is finished."""
-    options: TokenizerOptions = field(default_factory=TokenizerOptions)
-    kept: EnglishConfig = field(default_factory=EnglishConfig)
-    drop: DuplicatesConfig = field(default_factory=DuplicatesConfig)
-    reading: TextOptions = field(default_factory=TextOptions)
-    rows: RowsConfig = field(default_factory=RowsConfig)
-    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    stage: StageConfig = field(default_factory=StageConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """What decides the text that is streamed."""
-
-    text: tuple[Path, ...]
-    column: str
 
 
 @dataclass(frozen=True)
@@ -171,99 +102,114 @@ class _Scoring:
     dictionary: Path | None = None
 
 
-def run(config: RunConfig) -> int:
-    """`recycle-gpt2 run`: every stage that is not done yet, and say where the model is."""
-    directory = recycle(config)
-    if is_first_process():
-        if config.push_to_hub:
-            print(f"uploaded: {upload(directory, config.push_to_hub)}")
-        print(f"model: {directory}; try: recycle-gpt2 sample {directory}")
-    return 0
+@dataclass(frozen=True)
+class Job:
+    """A run whose settings are checked."""
+
+    config: RunConfig
+    work: Path
+    """Directory of the stages."""
+    text: KeptText
+    english: KeptText
+    """Without a path where no English text is given."""
+    begun: bool
+    """Something has been made of the text."""
+    known: str | None
+    """The text's hash then, the same to every process; None where it is gone."""
 
 
 def recycle(config: RunConfig) -> Path:
-    """Make the model that `config` describes; returns its directory, `config.out`.
+    """Make the model that `config` describes, of one language; returns its directory, `config.out`.
 
     Raises:
         UserError: anything in the text, the models or the settings that cannot work, with its cure.
     """
-    for name in ("large_share", "finetune_share"):
-        require_at_least(name, getattr(config, name), 0)
-    if not min(config.shares) > 0:
-        raise UserError(f"shares are {config.shares}: use three above 0, each of train, valid and test is needed.")
-    require_rows(config.rows)
-    config.kept.check()
-    if config.kept.extend:
-        require_extended(config.vocab_size, config.options)
-    if config.kept.replay and (config.unfreeze == "none" or config.finetune_share == 0):
-        raise UserError(f"replay is {config.kept.replay:g} but nothing is fine-tuned: leave it out, or fine-tune.")
+    job = check(config)
+    start(config.runtime)
+    block = check_models(config)
+    with sole_run(job.work):
+        make_data(job, block)
+        make_model(job)
+    return config.out
+
+
+def check(config: RunConfig, *, english: Path | None = None) -> Job:
+    """What can be known before any model is loaded and any document read.
+
+    Args:
+        config: of one language.
+        english: directory in which the English documents are kept, if runs share it.
+
+    Raises:
+        UserError: anything in the settings or the paths that cannot work.
+    """
+    config.check()
     if config.dictionary is not None:
         read_dictionary(config.dictionary)
-    if config.out.name in ("", ".."):
-        raise UserError(f"out is {str(config.out)!r}, which names no new directory: give one that does, as out/gpt2.")
     require_outside(config.out, (*config.text, *config.kept.english))
     work = config.out.with_name(config.out.name + ".stages")
     require_text("out", config.out)
     require_place(work, directory=True)
-    text = _text(config.text)
+    text = KeptText(config.text, config.reading, work / "text")
+    english_text = KeptText(config.kept.english, config.reading, english or work / "text" / "english")
+    begun = any((work / name / SETTINGS).exists() for name in ("tokenizer", "corpus"))
+    if not begun:
+        text.check()
+        if english_text.paths:
+            english_text.check()
+    known = _hash_of(text) if begun else None
     if is_first_process():
-        _require_own(config, work, text)
-    start(config.runtime)
-    block = _check_models(config)
-    with sole_run(work):
-        _make_stages(config, work, block, text)
-    return config.out
+        _require_own(config, work, known)
+    return Job(config, work, text, english_text, begun, known)
 
 
-def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | None) -> None:
-    """Every stage that is not done."""
-    if is_first_process() and known_text is not None:
-        take_over(config.text, work, known_text)
-
-    def begin(name: str) -> Path:
-        if is_first_process():
-            print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
-        return work / name
-
-    text, column, kept = {"text": known_text}, config.reading.column, config.kept
-    english = {"english": _text(kept.english)} if kept.english else {}
+def make_data(job: Job, block: int) -> None:
+    """The stages that read text, each unless it is done: text, tokenizer, corpus and english."""
+    config, work = job.config, job.work
+    if is_first_process() and job.known is not None:
+        take_over(config.text, work, job.known)
+    seed, column, kept = config.runtime.seed, config.reading.column, config.kept
+    _begin(work, "text")
+    text = {"text": job.known if job.begun else _read(job.text)}
+    english: dict[str, str | None] = {}
+    if kept.english:
+        english = {"english": _hash_of(job.english) if job.begun else _read(job.english)}
     keep = kept.english if kept.extend else ()
-    seed = config.runtime.seed
-    if any(map(is_hub, config.text)):
-        streamed = begin("text")
-        asked = _Text(config.text, column)
-        once(streamed, asked, lambda: keep_streams(asked.text, streamed, config.reading), inputs=text)
-        config = replace(config, text=kept_files(config.text, streamed))
-    tokenizer_directory = begin("tokenizer")
+    tokenizer_directory = _begin(work, "tokenizer")
     once(
         tokenizer_directory,
         _Tokenizer(config.text, config.vocab_size, config.shares, seed, config.options, column, kept.extend, keep),
-        lambda: _make_tokenizer(config, tokenizer_directory),
+        lambda: _make_tokenizer(job, tokenizer_directory),
         inputs=text | (english if keep else {}),
     )
     if config.dictionary is not None:
         words = word_tokens(load_tokenizer(tokenizer_directory), unspaced=True)
         english_words = word_tokens(load_gpt2(config.small)[1])
         require_direction(read_dictionary(config.dictionary), config.dictionary, words, english_words)
-    corpus = begin("corpus")
+    corpus = _begin(work, "corpus")
     once(
         corpus,
         _Corpus(config.text, block, config.shares, seed, column, config.drop.duplicates),
-        lambda: _make_corpus(config, config.text, tokenizer_directory, corpus, block),
+        lambda: _make_corpus(config, job.text, tokenizer_directory, corpus, block),
         inputs=text | {"tokenizer": file_hash(tokenizer_directory / "tokenizer.json")},
     )
-    replayed = begin("english") if kept.replay else None
-    if replayed is not None:
+    if kept.replay:
+        replayed = _begin(work, "english")
         once(
             replayed,
             _Corpus(kept.english, block, config.shares, seed, column, config.drop.duplicates),
-            lambda: _make_corpus(config, kept.english, tokenizer_directory, replayed, block),
+            lambda: _make_corpus(config, job.english, tokenizer_directory, replayed, block),
             inputs=english | {"tokenizer": file_hash(tokenizer_directory / "tokenizer.json")},
         )
 
+
+def make_model(job: Job) -> None:
+    """The stages after those of the text, each unless it is done."""
+    config, work, begin = job.config, job.work, partial(_begin, job.work)
+    corpus, replayed = work / "corpus", work / "english" if config.kept.replay else None
     relearning = RelearnConfig(
         corpus=corpus,
-        tokenizer=tokenizer_directory,
+        tokenizer=work / "tokenizer",
         out=begin("relearn"),
         model=config.small,
         dictionary=config.dictionary if config.rows.initialisation in MIXED else None,
@@ -301,7 +247,7 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
                 out=begin("finetune"),
                 unfreeze=config.unfreeze,
                 english=replayed,
-                replay=kept.replay,
+                replay=config.kept.replay,
                 stage=replace(_scaled(config.stage, config.finetune_share), lr=config.finetune_lr),
                 runtime=config.runtime,
             )
@@ -336,12 +282,27 @@ def _make_stages(config: RunConfig, work: Path, block: int, known_text: str | No
         wait_for(config.out / "config.json")
 
 
-def _text(paths: Sequence[Path]) -> str | None:
-    """The text's hash, the same to every process; None where it is gone."""
+def _begin(work: Path, name: str) -> Path:
+    """Say that a stage begins; returns its directory."""
+    if is_first_process():
+        print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
+    return work / name
+
+
+def _hash_of(text: KeptText) -> str | None:
+    """A text's hash, the same to every process; None where it is gone."""
     try:
-        return text_hash(paths, progress=is_first_process())
+        return text.hash(progress=is_first_process())
     except UserError:  # the stage that reads it complains, if it is not done
         return None
+
+
+def _read(text: KeptText) -> str:
+    """Have the first process read a text; returns its hash."""
+    if is_first_process():
+        return text.keep()
+    wait_for(text.directory / RECORD)
+    return text.hash()
 
 
 def _require_own(config: RunConfig, work: Path, text: str | None) -> None:
@@ -363,7 +324,7 @@ def _require_own(config: RunConfig, work: Path, text: str | None) -> None:
         require_own_directory(config.out)
 
 
-def _check_models(config: RunConfig) -> int:
+def check_models(config: RunConfig) -> int:
     """Load both English models once, before hours of work; returns the block that fits their positions."""
     small, small_tokenizer = load_gpt2(config.small)
     places = positions(small.config)
@@ -381,20 +342,19 @@ def _scaled(stage: StageConfig, share: float) -> StageConfig:
     return replace(stage, epochs=stage.epochs * share, tokens=round(stage.tokens * share))
 
 
-def _make_tokenizer(config: RunConfig, directory: Path) -> dict[str, Any]:
-    texts = texts_but_test(read_documents(config.text, config.reading), config.shares, config.runtime.seed)
+def _make_tokenizer(job: Job, directory: Path) -> dict[str, Any]:
+    config, documents = job.config, (document for document, _ in job.text.documents())
+    texts = texts_but_test(documents, config.shares, config.runtime.seed)
     if config.kept.extend:
-        kept = config.kept
-        tokenizer = extended(config.small, texts, kept.extend, kept.english, config.vocab_size, config.options)
+        keep = (document for document, _ in job.english.documents()) if job.english.paths else ()
+        tokenizer = extended(config.small, texts, config.kept.extend, keep, config.vocab_size, config.options)
     else:
         tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
     save_tokenizer(tokenizer, directory)
     return {"tokens": len(tokenizer), "tokenizer": describe(tokenizer)}
 
 
-def _make_corpus(
-    config: RunConfig, text: Sequence[Path], tokenizer: Path, directory: Path, block: int
-) -> dict[str, Any]:
+def _make_corpus(config: RunConfig, text: KeptText, tokenizer: Path, directory: Path, block: int) -> dict[str, Any]:
     build_corpus(
         text,
         load_tokenizer(tokenizer),
@@ -404,7 +364,6 @@ def _make_corpus(
         workers=config.workers,
         seed=config.runtime.seed,
         duplicates=config.drop.duplicates,
-        reading=config.reading,
     )
     return read_manifest(directory)
 
@@ -464,7 +423,7 @@ def _finish(config: RunConfig, work: Path, current: Path, scores: dict[str, Any]
     with reading(work, f"delete {DONE} in each folder there and give the same command again"):
         card = model_card(
             name=config.out.name,
-            language=config.language,
+            language=require_language(config.language),
             small=_public(config.small),
             large=_public(config.large),
             corpus=read_done(work / "corpus"),

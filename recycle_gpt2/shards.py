@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -21,11 +21,11 @@ import numpy as np
 
 from common.checks import UserError
 from common.files import whole_file, write_json, write_text
-from recycle_gpt2.bad_rows import TextOptions
-from recycle_gpt2.documents import Document, find_texts, read_with_positions, size_of
+from recycle_gpt2.documents import Document
 from recycle_gpt2.duplicates import Selection
 from recycle_gpt2.records import MALFORMED
 from recycle_gpt2.splits import SPLITS
+from recycle_gpt2.texts import Text
 
 COUNTED: tuple[str, ...] = ("documents", "paragraphs", "bytes", "characters", "tokens")
 SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\.\d{6,}\..*\.tmp")
@@ -43,8 +43,7 @@ _Row = tuple[str, str, str, str]
 
 
 def write_shards(
-    paths: Sequence[Path],
-    reading: TextOptions,
+    text: Text,
     selection: Selection,
     shards: Path,
     tokenizer: str,
@@ -72,8 +71,7 @@ def write_shards(
         if workers > 1
         else None
     )
-    size = sum(size_of(path) for path, _ in find_texts(paths))
-    bar = Progress(total=size, desc="corpus", unit="B", unit_scale=True, disable=not progress)
+    bar = Progress(total=text.size(), desc="corpus", unit="B", unit_scale=True, disable=not progress)
     try:
 
         def finish() -> None:
@@ -88,7 +86,7 @@ def write_shards(
             bar.set_postfix_str(f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s", refresh=False)
             bar.update(position - bar.n)
 
-        for number, (rows, position) in enumerate(_chunks(paths, reading, selection, chunk)):
+        for number, (rows, position) in enumerate(_chunks(text, selection, chunk)):
             known = [tokenizer, *setup[1:]]
             digest = _sha256([*known, rows])
             content = _sha256([*known, [row[:2] for row in rows]])
@@ -116,13 +114,11 @@ def write_shards(
     return metas
 
 
-def _chunks(
-    paths: Sequence[Path], reading: TextOptions, selection: Selection, chunk: int
-) -> Iterator[tuple[list[_Row], int]]:
+def _chunks(text: Text, selection: Selection, chunk: int) -> Iterator[tuple[list[_Row], int]]:
     """New documents in lists of at least `chunk` bytes of text, with the position in the files after each."""
     rows: list[_Row] = []
     size = position = 0
-    for document, position in read_with_positions(paths, reading):
+    for document, position in text.documents():
         taken = selection.take(document)
         if taken is None:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -92,7 +92,8 @@ def run(config: TokenizerConfig) -> None:
         )
     texts = texts_but_test(read_documents(config.text, config.reading), config.shares, config.seed)
     if config.extend:
-        tokenizer = extended(config.model, texts, config.extend, config.english, config.vocab_size, config.options)
+        english = read_documents(config.english, config.reading) if config.english else ()
+        tokenizer = extended(config.model, texts, config.extend, english, config.vocab_size, config.options)
     else:
         tokenizer = train_tokenizer(texts, config.vocab_size, options=config.options, progress=True)
     with whole_directory(config.out, "tokenizer") as partial:
@@ -104,7 +105,7 @@ def extended(
     model: str,
     texts: Iterable[str],
     count: int,
-    english: Sequence[Path],
+    english: Iterable[Document],
     vocab_size: int,
     options: TokenizerOptions,
 ) -> PreTrainedTokenizerFast:
@@ -116,7 +117,7 @@ def extended(
     from common.gpt2 import load_gpt2
 
     require_extended(vocab_size, options)
-    keep = (document.text for document in read_documents(english)) if english else ()
+    keep = (document.text for document in english)
     return extend_tokenizer(load_gpt2(model)[1], _counted(texts, True), count, keep=keep)
 
 

@@ -26,10 +26,10 @@ from recycle_gpt2.corpus import (
     corpus_hash,
     load_documents,
     run,
-    text_hash,
 )
 from recycle_gpt2.documents import Document, read_documents
 from recycle_gpt2.evaluate import with_end
+from recycle_gpt2.texts import text_hash
 from recycle_gpt2.tokenizer import load_tokenizer, save_tokenizer
 from tests.recycle_gpt2.conftest import SHARES, contents
 

@@ -10,9 +10,10 @@ import pytest
 from common.checks import UserError
 from common.runtime import RuntimeConfig
 from recycle_gpt2.bad_rows import TextOptions
-from recycle_gpt2.corpus import build_corpus, text_hash
+from recycle_gpt2.corpus import build_corpus
 from recycle_gpt2.documents import read_documents
 from recycle_gpt2.run import RunConfig, recycle
+from recycle_gpt2.texts import text_hash
 from recycle_gpt2.training import StageConfig
 
 datasets = pytest.importorskip("datasets")
@@ -84,5 +85,5 @@ def test_a_run_reads_the_stream_once(hub, english_models, tmp_path):
     recycle(config)
     recycle(config)
     assert hub == [("someone/dutch", "nl")]
-    assert json.loads((tmp_path / "out.stages" / "text" / "done.json").read_text())[str(NAME)] == 120
+    assert json.loads((tmp_path / "out.stages" / "text" / "text.json").read_text())["documents"] == 120
     assert (tmp_path / "out" / "config.json").is_file()

@@ -22,9 +22,10 @@ from recycle_gpt2 import run as run_module
 from recycle_gpt2 import stages as stages_module
 from recycle_gpt2 import takeover
 from recycle_gpt2.alignment import AlignmentConfig
-from recycle_gpt2.corpus import build_corpus, text_hash
+from recycle_gpt2.corpus import build_corpus
+from recycle_gpt2.hub import upload
 from recycle_gpt2.lexical import RowsConfig
-from recycle_gpt2.run import RunConfig, recycle, upload
+from recycle_gpt2.run import RunConfig, recycle
 from recycle_gpt2.stages import (
     AlignConfig,
     FinetuneConfig,
@@ -34,6 +35,7 @@ from recycle_gpt2.stages import (
     relearn,
     save_model,
 )
+from recycle_gpt2.texts import text_hash
 from recycle_gpt2.training import StageConfig, StageRecord
 
 
