@@ -17,7 +17,7 @@ from recycle_gpt2.documents import Document, find_texts, size_of
 from recycle_gpt2.duplicates import DUPLICATES, DuplicatesConfig, Selection
 from recycle_gpt2.hub import is_hub
 from recycle_gpt2.records import MALFORMED, read_json, reading
-from recycle_gpt2.shards import CHUNK, COUNTED, SHARD_FILE, shard_path, write_shards
+from recycle_gpt2.shards import CHUNK, COUNTED, MOST_WORKERS, SHARD_FILE, shard_path, write_shards
 from recycle_gpt2.splits import SHARES, SPLITS, require_shares
 from recycle_gpt2.texts import Text
 from recycle_gpt2.tokenizer import load_tokenizer, tokenizer_hash
@@ -122,7 +122,7 @@ def build_corpus(
         UserError: what `read_documents` raises, a split without a document, or less text than one block.
     """
     require_at_least("block", block, 2)
-    require_between("workers", workers, 1, 1024)
+    require_between("workers", workers, 1, MOST_WORKERS)
     require_at_least("seed", seed, 0)
     require_at_least("chunk", chunk, 1)
     require_shares(shares)

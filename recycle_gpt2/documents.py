@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from common.checks import UserError, require_file
+from common.checks import UserError, printable, require_file
 from recycle_gpt2.bad_rows import BadRows, TextOptions
 from recycle_gpt2.formats import COMPRESSED, SUFFIXES, Document, kind_of, read_dataset, reader_of
 from recycle_gpt2.hub import is_hub, read_hub
@@ -29,7 +31,8 @@ def read_documents(
     `.bz2` and `.zst` are unpacked on the way. Any other file that is named itself is read as `.txt`. White space at
     both ends of a paragraph is dropped.
 
-    Lines, rows and files that cannot be read are left out and named on stderr at the end, up to a share of all.
+    Lines, rows and files that cannot be read are left out and named on stderr at the end, up to a share of all; so are
+    the kinds of files in directories that are not read at all.
 
     Args:
         paths: files or directories; inside directories, files with one of `suffixes` are read; or hf:NAME of a
@@ -61,7 +64,8 @@ def read_with_positions(
     options = options or TextOptions()
     bad = BadRows(options.bad_share, opened)
     done, empty = 0, True
-    for path, genre in find_texts(paths, suffixes):
+    others: Counter[str] = Counter()
+    for path, genre in find_texts(paths, suffixes, others):
         bad.files += 1
         if is_hub(path):
             for document in read_hub(path, options.column, bad, held_out):
@@ -78,12 +82,22 @@ def read_with_positions(
                 yield document, done + position
         done += size_of(path)
     bad.settle()
+    if others:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(others.items()))
+        print(f"left out: files of kinds that are not read: {printable(kinds)}.", file=sys.stderr)
     if empty:
         raise UserError(f"{', '.join(repr(str(path)) for path in paths)}: no text there: give files with text.")
 
 
-def find_texts(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> Iterator[tuple[Path, str]]:
+def find_texts(
+    paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES, others: Counter[str] | None = None
+) -> Iterator[tuple[Path, str]]:
     """Files, and directories that `datasets` has saved, each with its genre; sorted inside directories.
+
+    Args:
+        paths: what `read_documents` takes.
+        suffixes: of the files in directories.
+        others: counts the files in directories that are of other kinds, hidden ones aside.
 
     Raises:
         UserError: a path is missing, or a directory holds no text file.
@@ -103,15 +117,18 @@ def find_texts(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> Ite
         skip: Path | None = None
         for path in sorted(given.rglob("*")):
             inside = path.relative_to(given)
-            hidden = path.name.lower() == "readme.md" or any(part.startswith(".") for part in inside.parts)
+            hidden = any(part.startswith(".") for part in inside.parts)
             if hidden or (skip is not None and skip in path.parents):
                 continue
             dataset = path.is_dir() and _is_dataset(path)
             if dataset:
                 skip = path
-            if dataset or (path.is_file() and kind_of(path) in suffixes):
+            readme = path.name.lower() == "readme.md"
+            if dataset or (path.is_file() and kind_of(path) in suffixes and not readme):
                 found = True
                 yield path, inside.parts[0] if len(inside.parts) > 1 else _stem(path)
+            elif others is not None and path.is_file():
+                others["README.md" if readme else path.suffix.lower() or "without a suffix"] += 1
         if not found:
             kinds = ", ".join(suffixes)
             raise UserError(

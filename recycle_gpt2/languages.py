@@ -182,7 +182,7 @@ def _summarise(out: Path, jobs: Mapping[str, Job], failures: Mapping[str, Except
             row, record = _row(code, job)
             records[code] |= record
         rows.append(row)
-    columns = ["language", "training tokens", "hours", "recycled", "95% interval", f"{ORDER}-gram", "recycled minus it"]
+    columns = ["language", "tokens of text", "hours", "recycled", "95% interval", f"{ORDER}-gram", "recycled minus it"]
     lines = markdown_table([*columns, "English, untouched", "model"], rows)
     text = "\n".join(lines)
     said = "Bits per byte of held-out documents. They compare models of one language, not languages."
@@ -208,7 +208,7 @@ def _row(code: str, job: Job) -> tuple[dict[str, str], dict[str, Any]]:
         tokens = read_done(job.work / "corpus")["splits"]["train"]["tokens"]
         row = {
             "language": code,
-            "training tokens": f"{tokens:,}",
+            "tokens of text": f"{tokens:,}",
             "hours": f"{sum(stage['seconds'] for stage in stages) / 3600:.2f}",
             "recycled": bits["recycled"],
             "95% interval": interval(scores["recycled"]["bits_per_byte_interval"]),

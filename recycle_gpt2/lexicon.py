@@ -278,11 +278,12 @@ def require_direction(
     """
     target, source = ({word.casefold() for word in words} for words in (target_words, source_words))
     folded = [(first.casefold(), second.casefold()) for first, second in pairs]
+    folded = [pair for pair in folded if pair[0] != pair[1]]  # the others stand either way
     right = sum(first in target and second in source for first, second in folded)
     wrong = sum(first in source and second in target for first, second in folded)
     if wrong > 2 * right:
         raise UserError(
-            f"dictionary {str(path)!r} looks the wrong way round: {right:,} of its {len(pairs):,} pairs are a word of "
+            f"dictionary {str(path)!r} looks the wrong way round: {right:,} of its {len(folded):,} pairs are a word of "
             f"the new language and an English one, {wrong:,} the reverse: put the new language's words first."
         )
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_at_least, require_between
 from common.runtime import RuntimeConfig
 from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.bad_rows import TextOptions
@@ -17,8 +17,9 @@ from recycle_gpt2.duplicates import DuplicatesConfig
 from recycle_gpt2.extend import EnglishConfig
 from recycle_gpt2.lexical import RowsConfig
 from recycle_gpt2.rows import require_rows
-from recycle_gpt2.splits import SHARES
-from recycle_gpt2.tokenizer import VOCAB_SIZE, TokenizerOptions, require_extended
+from recycle_gpt2.shards import MOST_WORKERS
+from recycle_gpt2.splits import SHARES, require_shares
+from recycle_gpt2.tokenizer import VOCAB_SIZE, TokenizerOptions, require_extended, require_vocab_size
 from recycle_gpt2.training import StageConfig
 
 
@@ -83,10 +84,20 @@ class RunConfig:
             require_at_least(name, getattr(self, name), 0)
         if not min(self.shares) > 0:
             raise UserError(f"shares are {self.shares}: use three above 0, each of train, valid and test is needed.")
+        require_shares(self.shares)
+        require_at_least("block", self.block, 2)
+        require_between("workers", self.workers, 1, MOST_WORKERS)
         require_rows(self.rows)
         self.kept.check()
         if self.kept.extend:
             require_extended(self.vocab_size, self.options)
+        else:
+            require_vocab_size(self.vocab_size)
+        if self.large:
+            require_at_least("k", self.alignment.k, 1)
+        self.stage.check()
+        if not self.finetune_lr > 0:
+            raise UserError(f"finetune_lr is {self.finetune_lr}: use a rate above 0.")
         if self.kept.replay and (self.unfreeze == "none" or self.finetune_share == 0):
             raise UserError(f"replay is {self.kept.replay:g} but nothing is fine-tuned: leave it out, or fine-tune.")
         if self.out.name in ("", ".."):

@@ -30,6 +30,7 @@ from recycle_gpt2.texts import Text
 COUNTED: tuple[str, ...] = ("documents", "paragraphs", "bytes", "characters", "tokens")
 SHARD_FILE = re.compile(r"\d{6,}\.(json|(train|valid|test)\.(bin|jsonl))|\.\d{6,}\..*\.tmp")
 """Names of what a corpus's directory of shards holds."""
+MOST_WORKERS = 1024
 CHUNK = 4 << 20
 """UTF-8 bytes of text whose documents make a shard."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.checks import UserError, require_file
-from common.files import whole_file, write_json
+from common.files import clear_leftovers, whole_file, write_json
 from common.processes import is_first_process
 from common.progress import Progress
 from recycle_gpt2.bad_rows import TextOptions
@@ -147,6 +147,8 @@ class KeptText(Text):
             and record.get("text") == self.hash()
         ):
             return self.hash()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(self.directory)
         (self.directory / RECORD).unlink(missing_ok=True)  # first, or after a stop it might vouch for another text
         stamps, hashes, number = _stamps(self.paths), FileHashes(), 0
         total = sum(size_of(path) for path, _ in find_texts(self.paths))

@@ -130,6 +130,11 @@ def require_extended(vocab_size: int, options: TokenizerOptions) -> None:
         )
 
 
+def require_vocab_size(vocab_size: int) -> None:
+    """Raise UserError for a number of tokens that no tokenizer can have."""
+    require_between("vocab_size", vocab_size, NUM_BYTES + 1, MOST_TOKENS)
+
+
 def texts_but_test(documents: Iterable[Document], shares: tuple[float, float, float], seed: int) -> Iterator[str]:
     """The texts of the documents that a corpus of these shares and seed does not hold out for its test."""
     return (document.text for document in documents if split_of(document.text, shares, seed) != "test")
@@ -161,7 +166,7 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
-    require_between("vocab_size", vocab_size, NUM_BYTES + 1, MOST_TOKENS)
+    require_vocab_size(vocab_size)
     options = options or TokenizerOptions()
     chosen, texts = _split_for(options.split_pattern, _counted(texts, progress))
     common: dict[str, Any] = dict(

@@ -76,6 +76,20 @@ class StageConfig:
     gradients: GradientConfig = field(default_factory=GradientConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
+    def check(self) -> None:
+        """Raise UserError for a value that cannot work, whatever the model and the corpus."""
+        self.scale.check()
+        self.gradients.check()
+        for name in ("batch_size", "val_every"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("patience", "warmup", "early_stopping", "weight_decay", "epochs", "tokens"):
+            require_at_least(name, getattr(self, name), 0)
+        for name in ("lr", "lr_muon"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}: use a rate above 0.")
+        if not (self.epochs or self.tokens):
+            raise UserError(f"epochs is {self.epochs} and tokens is {self.tokens}: set one of them above 0.")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -93,14 +107,9 @@ def plan(num_blocks: int, block: int, config: StageConfig) -> Plan:
     Raises:
         UserError: a number that leaves nothing to do.
     """
-    config.scale.check()
-    config.gradients.check()
-    for name in ("batch_size", "val_every"):
-        require_at_least(name, getattr(config, name), 1)
+    config.check()
     blocks_per_step = min(config.batch_size * config.gradients.accumulate * config.scale.world, num_blocks)
     tokens = config.tokens or config.epochs * num_blocks * block
-    if tokens <= 0:
-        raise UserError(f"epochs is {config.epochs} and tokens is {config.tokens}: set one of them above 0.")
     steps = max(1, math.ceil(tokens / (blocks_per_step * block) - 1e-6))
     validations = math.ceil(steps / min(config.val_every, math.ceil(steps / VALIDATIONS)))
     every = math.ceil(steps / validations)
@@ -138,11 +147,9 @@ def build_optimizer(model: torch.nn.Module, config: StageConfig) -> torch.optim.
     """The optimizer over the parameters that ask for a gradient; weight decay is for matrices only.
 
     Raises:
-        UserError: nothing to train, or a rate that is not above 0.
+        UserError: nothing to train, or a value that cannot work.
     """
-    for name in ("lr", "lr_muon"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"{name} is {getattr(config, name)}: use a rate above 0.")
+    config.check()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise UserError("no tensor is to be trained: choose what the stage trains.")

@@ -292,8 +292,8 @@ def main(config: Config) -> None:
         for heading, table in (
             ("Training tokens (bits per byte, same genre and second genre, seed 0)", budget_table(runs)),
             ("Minus the Kneser-Ney 5-gram model, document by document (bits per byte, 95%)", paired_table(runs)),
-            ("Alignment to the medium model (bits per byte, same genre)", alignment_table(directory)),
-            ("Size of the text (bits per byte, same genre)", size_table(runs)),
+            ("Alignment to the medium model (bits per byte, same genre, seed 0)", alignment_table(directory)),
+            ("Size of the text (bits per byte, same genre, seed 0)", size_table(runs)),
             ("Initialisations (frozen English layers, seed 0, bits per byte)", initialisation_table(runs)),
             ("Learning rates", tuning_table(runs)),
         ):

@@ -102,6 +102,17 @@ def test_a_damaged_file_in_many_is_left_out(tmp_path, capsys):
         list(read_documents([tmp_path]))
 
 
+def test_files_of_kinds_that_are_not_read_are_named(tmp_path, capsys):
+    for name in ("a.txt", "b.pdf", "deep/c.PDF", "d.docx", "README.md", "Makefile", ".hidden.pdf", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("goed")
+    assert len(list(read_documents([tmp_path]))) == 1
+    expected = "left out: files of kinds that are not read: 1 .docx, 2 .pdf, 1 README.md, 1 without a suffix.\n"
+    assert capsys.readouterr().err == expected
+    assert len(list(read_documents([tmp_path / "b.pdf"]))) == 1  # named itself, it is read as text
+    assert capsys.readouterr().err == ""
+
+
 def test_of_many_bad_rows_the_first_are_named(capsys):
     bad = BadRows(1)
     bad.rows = 20
@@ -127,6 +138,6 @@ def test_a_dictionary_the_wrong_way_round_is_noticed(tmp_path):
     pairs = [("kat", "cat"), ("huis", "house"), ("water", "water"), ("zeldzaam", "rare")]
     dutch, english = ["Kat", "huis", "water"], ["cat", "House", "water"]
     require_direction(pairs, tmp_path, dutch, english)
-    turned = [(second, first) for first, second in pairs if first != "water"]
+    turned = [(second, first) for first, second in pairs]
     with pytest.raises(UserError, match="wrong way round: 0 of its 3 pairs .* 2 the reverse: put the new language's"):
         require_direction(turned, tmp_path, dutch, english)
