@@ -38,7 +38,7 @@ def run(config: RunConfig) -> int:
             if one.push_to_hub:
                 print(f"uploaded: {upload(made[code], one.push_to_hub)}")
             print(f"model: {made[code]}; try: recycle-gpt2 sample {made[code]}")
-    _raise(failures)
+    _raise(failures, made)
     return 0
 
 
@@ -53,7 +53,7 @@ def recycle_each(config: RunConfig) -> dict[str, Path]:
         UserError: anything that cannot work, and after all others are made, what failed in training.
     """
     made, failures = _make(config)
-    _raise(failures)
+    _raise(failures, made)
     return made
 
 
@@ -147,14 +147,15 @@ def _make(config: RunConfig) -> tuple[dict[str, Path], dict[str, Exception]]:
     return made, failures
 
 
-def _raise(failures: Mapping[str, Exception]) -> None:
+def _raise(failures: Mapping[str, Exception], made: Mapping[str, Path]) -> None:
     """Raise what is no mistake of the user's, or else UserError with all that went wrong."""
     for error in failures.values():
         if not isinstance(error, UserError):
             raise error
     if failures:
         each = "; ".join(f"{code}: {error}" for code, error in failures.items())
-        raise UserError(f"{each} The other languages are finished: mend this and give the same command again.")
+        rest = f"; {' and '.join(made)} {'are' if len(made) > 1 else 'is'} finished" if made else ""
+        raise UserError(f"{each} Mend this and give the same command again{rest}.")
 
 
 @contextlib.contextmanager

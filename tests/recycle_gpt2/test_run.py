@@ -66,7 +66,7 @@ KILLS = """
 import os, pickle, signal, sys
 import torch
 torch.set_num_threads(1)
-import recycle_gpt2.run as run, recycle_gpt2.stages as stages, recycle_gpt2.corpus as corpus
+import recycle_gpt2.run as run, recycle_gpt2.stages as stages, recycle_gpt2.corpus as corpus, recycle_gpt2.texts as texts
 from recycle_gpt2.training import Recycling
 
 config, whole = pickle.load(open(sys.argv[1], "rb"))
@@ -86,6 +86,7 @@ def patch(owner, name):
     return lambda: setattr(owner, name, die)
 
 points = [
+    ("text", patch(texts, "write_json")),
     ("tokenizer", patch(run, "save_tokenizer")),
     ("corpus", patch(corpus, "write_json")),
     ("relearn", lambda: die_in("relearn", 7)),

@@ -11,7 +11,9 @@ import pytest
 from common.checks import UserError
 from common.files import claimed
 from recycle_gpt2 import run as run_module
+from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.corpus import build_corpus
+from recycle_gpt2.extend import EnglishConfig
 from recycle_gpt2.run import recycle
 from recycle_gpt2.stages import (
     AlignConfig,
@@ -22,11 +24,13 @@ from recycle_gpt2.stages import (
     relearn,
 )
 from recycle_gpt2.tokenizer import train_tokenizer
+from recycle_gpt2.training import StageConfig
 from tests.recycle_gpt2.test_run import settings
 
 
 def test_what_cannot_work_is_said_before_anything_is_made(tmp_path, text, english_models, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "load_gpt2", None)
     config = settings(text, english_models, tmp_path / "out")
     (tmp_path / "bad.tsv").write_text("kat cat\n")
     for change, message in (
@@ -35,6 +39,21 @@ def test_what_cannot_work_is_said_before_anything_is_made(tmp_path, text, englis
         ({"dictionary": tmp_path / "bad.tsv"}, "line 1 is not a word, a tab"),
         ({"out": Path(".")}, r"out is '\.', which names no new directory"),
         ({"out": Path("..")}, r"out is '\.\.'"),
+        ({"text": (tmp_path / "absent",)}, "absent' does not exist"),
+        ({"kept": EnglishConfig(replay=0.1, english=(tmp_path / "absent",))}, "absent' does not exist"),
+        # Each was found only after the tokenizer, the corpus, or hours of relearning.
+        ({"shares": (0.5, 0.1, 0.1)}, "use three for train, valid and test that sum to 1"),
+        ({"block": 1}, "block is 1: use at least 2"),
+        ({"vocab_size": 100}, "vocab_size is 100: use at least 257"),
+        ({"workers": 0}, "workers is 0: use at least 1"),
+        ({"stage": StageConfig(lr=-1)}, "lr is -1: use a rate above 0"),
+        ({"stage": StageConfig(batch_size=0)}, "batch_size is 0: use at least 1"),
+        ({"stage": StageConfig(early_stopping=-2)}, "early_stopping is -2: use at least 0"),
+        ({"stage": StageConfig(epochs=0)}, "epochs is 0 and tokens is 0: set one of them above 0"),
+        ({"finetune_lr": 0}, "finetune_lr is 0: use a rate above 0"),
+        ({"alignment": AlignmentConfig(method="knn", k=0)}, "k is 0: use at least 1"),
+        ({"language": "a/b"}, "language is 'a/b': give a code"),
+        ({"language": ("nld", "ita")}, "`recycle` makes one, `recycle_each` several"),
     ):
         with pytest.raises(UserError, match=message):
             recycle(replace(config, **change))
