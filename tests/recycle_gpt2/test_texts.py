@@ -6,6 +6,7 @@ import bz2
 import gzip
 import lzma
 import os
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -152,3 +153,6 @@ def test_a_run_opens_each_file_of_its_text_once(tmp_path, text, english_models, 
     assert times(opened, text, tmp_path / "english") == {1}
     recycle(config)
     assert times(opened, text, tmp_path / "english") == {0}
+    shutil.rmtree(tmp_path / "out.stages" / "text")  # of a finished model
+    recycle(config)
+    assert times(opened, text, tmp_path / "english") == {1} and not (tmp_path / "out.stages" / "text").exists()
