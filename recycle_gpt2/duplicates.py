@@ -30,8 +30,8 @@ class DuplicatesConfig:
     """What is dropped because it has occurred before."""
 
     duplicates: Duplicates = "documents"
-    """What is dropped: documents (the same text as an earlier one; 0.1 kB of memory a document), near (also those that are
-    almost an earlier one, by MinHash; 0.9 kB a document more, 4 GB at most), or paragraphs (also each line that has
+    """What is dropped: documents (the same text as an earlier one; 0.1 kB of memory a document), near (also those that
+    are almost an earlier one, by MinHash; 0.9 kB a document more, 4 GB at most), or paragraphs (also each line that has
     occurred before, 0.1 kB a line: for prose of manuals and web pages, not for dialogue, code or verse)."""
 
 
@@ -65,7 +65,10 @@ class NearDuplicates:
 
 
 class Selection:
-    """Which documents and paragraphs are new, and which split a document is in. Holds 64 bits of each one's hash, 0.1 kB in Python."""
+    """Which documents and paragraphs are new, and which split a document is in.
+
+    Holds 64 bits of each one's hash, 0.1 kB in Python.
+    """
 
     def __init__(self, shares: Sequence[float], seed: int, duplicates: str = "documents") -> None:
         self.shares, self.seed = shares, seed
