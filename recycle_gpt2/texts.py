@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -131,7 +132,7 @@ class KeptText(Text):
             try:
                 for line in gzip.open(raw):
                     yield Document(**json.loads(line.decode("utf-8", "surrogatepass"))), raw.tell()
-            except (EOFError, gzip.BadGzipFile, *MALFORMED) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error, *MALFORMED) as error:
                 raise UserError(f"{str(path)!r} is damaged ({error}): delete it, and the text is read again.") from None
 
     def keep(self, *, progress: bool = True) -> str:
