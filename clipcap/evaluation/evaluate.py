@@ -17,7 +17,15 @@ from clipcap.evaluation.caption_files import read_captions
 from clipcap.evaluation.metrics import METRICS, MetricName
 from clipcap.evaluation.page import evaluation_page, print_scores
 from clipcap.evaluation.scores import Evaluation, evaluate_captions
-from common.checks import UserError, printable, require_at_least, require_between, require_file, require_place
+from common.checks import (
+    UserError,
+    printable,
+    require_at_least,
+    require_between,
+    require_file,
+    require_one_of,
+    require_place,
+)
 from common.files import write_json
 from common.images import ImageLimit
 from common.journal import Journal, Row
@@ -203,6 +211,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise UserError("give either --model, whose captions are made, or --captions, a file of captions.")
     if not config.metrics:
         raise UserError(f"metrics is empty: choose of {', '.join(METRICS)}.")
+    for metric in config.metrics:
+        require_one_of("metrics", metric, METRICS)
     require_at_least("shown", config.shown, 0)
     require_at_least("batch_size", config.batch_size, 1)
     require_between("resamples", config.resamples, 0, MOST_RESAMPLES)
