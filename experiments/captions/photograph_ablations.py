@@ -37,10 +37,10 @@ MAPPERS: dict[str, dict[str, Any]] = {
 BEYOND: dict[str, dict[str, Any]] = {
     "mlp-one-view": {"mapper": "mlp", "tune_gpt2": True, "views": 1},
     "mlp-text-only": {"mapper": "mlp", "tune_gpt2": True, "views": 1, "text_only": True},
-    "mlp-retrieval": {"mapper": "mlp", "tune_gpt2": True, "views": 1, "retrieval": 2},
+    "mlp-retrieval": {"mapper": "mlp", "tune_gpt2": True, "views": 1, "retrieval": 1},
 }
-"""Trained on the captions alone (CapDec, Nukrai et al. 2022) and with two retrieved captions (SmallCap, Ramos et al.
-2023); the first is what they are to be compared with."""
+"""Trained on the captions alone (CapDec, Nukrai et al. 2022) and with a retrieved caption before each (SmallCap, Ramos
+et al. 2023), for more of which the small GPT-2 has no room; the first is what they are to be compared with."""
 METRICS = ("BLEU-4", "ROUGE-L", "CIDEr")
 
 
