@@ -23,6 +23,8 @@ from common.runtime import PRECISIONS, versions
 
 FORMAT = 2
 ROWS_PER_SHARD = 16_384
+ROWS_AT_ONCE = 512
+"""Of a store that is added to another."""
 CURE = "copy it again, or delete the store and embed the images again"
 RECORD = np.dtype([("id", "<u8"), ("size", "<i8"), ("mtime", "<i8"), ("content", "<u8"), ("name_end", "<i8")])
 """What is kept of each row's image: hashes of its id and content, size, time, and where its id ends in names.bin."""
@@ -197,6 +199,10 @@ class StoreWriter:
         self.rows = len(records)  # those safely written, with what `append` adds
         self._names_end = int(records["name_end"][-1]) if len(records) else 0
 
+    def rewind(self, rows: int) -> None:
+        """Begin after the first `rows` rows; those behind them are written again."""
+        self._take(self.records[:rows])
+
     @property
     def _row_bytes(self) -> int:
         return math.prod(self.state["row_shape"]) * np.dtype(self.state["dtype"]).itemsize
@@ -271,6 +277,15 @@ class StoreWriter:
         new["size"], new["mtime"], new["content"] = np.array(sources, dtype=object).T
         self._write("rows.bin", row * RECORD.itemsize, new.tobytes())
         self.rows, self._names_end = row + len(new), int(new["name_end"][-1])
+
+    def extend(self, store: EmbeddingStore) -> None:
+        """Add the rows of another store, in their order."""
+        ids = store.ids
+        for begin in range(0, len(store), ROWS_AT_ONCE):
+            end = min(begin + ROWS_AT_ONCE, len(store))
+            columns = (store.records[name][begin:end].tolist() for name in Source._fields)
+            rows = np.stack([store.array[row] for row in range(begin, end)])
+            self.append(ids[begin:end], rows, list(map(Source, *columns)))
 
     def _write(self, name: str, place: int, data: bytes) -> None:
         """Write at `place`, where an interrupted call may have left more."""

@@ -1,0 +1,165 @@
+"""Images embedded and captioned in parts: the bytes of one process, parts continued alone, faults named."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from clipcap.cli import main
+from clipcap.data.dataset import read_dataset
+from clipcap.data.embeddings import build_store, build_store_part
+from clipcap.data.store import EmbeddingStore, StoreWriter
+from common.checks import UserError
+from common.clip import load_clip
+from common.parts import Part
+
+LAUNCHED = "from clipcap.cli import main\nraise SystemExit(main())"
+
+
+@pytest.fixture
+def clip(clip_directory):
+    return load_clip(clip_directory, device="cpu")
+
+
+@pytest.fixture
+def items(photos):
+    return read_dataset(photos / "dataset.json")
+
+
+def contents(directory):
+    """Every file below a directory with its bytes, but locks."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def embed_in_parts(items, clip, directory, world, order=None, **options):
+    """What each process returns, one after the other."""
+    order = range(world) if order is None else order
+    return [build_store_part(items, clip, directory, Part(rank, world), **options) for rank in order]
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+def test_parts_join_to_the_bytes_of_one_process(items, clip, tmp_path, world):
+    items[3].path.write_bytes(b"not an image")
+    options = {"batch_size": 3, "rows_per_shard": 4}
+    build_store(items, clip, tmp_path / "one", **options)
+    *before, last = embed_in_parts(items, clip, tmp_path / "many", world, reversed(range(world)), **options)
+    assert before == [None] * (world - 1) and len(last) == 11 and list(last.skipped) == [items[3].image_id]
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    again = embed_in_parts(items, clip, tmp_path / "many", world, **options)  # nothing is left to do
+    assert [len(store) for store in again] == [11] * world and not (tmp_path / "many" / "parts").exists()
+
+
+def test_new_images_are_joined_to_a_store(items, clip, tmp_path):
+    for name in ("one", "many"):
+        build_store(items[:5], clip, tmp_path / name, batch_size=2, dtype="float32", rows_per_shard=4)
+    build_store(items, clip, tmp_path / "one", batch_size=2)
+    first, second = embed_in_parts(items, clip, tmp_path / "many", 2, batch_size=2)
+    assert first is None and len(second) == 12 and contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_an_interrupted_part_is_continued_alone(items, clip, tmp_path, capsys):
+    build_store(items, clip, tmp_path / "one", batch_size=2, rows_per_shard=4)
+
+    def interrupt(done):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    def part(rank, **more):
+        return build_store_part(items, clip, tmp_path / "many", Part(rank, 2), batch_size=2, rows_per_shard=4, **more)
+
+    assert part(0) is None
+    with pytest.raises(KeyboardInterrupt):
+        part(1, progress=interrupt)
+    kept = contents(tmp_path / "many" / "parts" / "00001")
+    capsys.readouterr()
+    assert part(0) is None and contents(tmp_path / "many" / "parts" / "00001") == kept  # nothing is done again
+    assert "part 1 of 2 is done; whoever finishes last joins all. Not done yet: 2" in capsys.readouterr().err
+    seen = []
+    assert len(part(1, progress=seen.append)) == 12 and seen == [6]
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_a_join_that_was_killed_is_begun_again(items, clip, tmp_path, monkeypatch):
+    options = {"batch_size": 2, "rows_per_shard": 4}
+    for name in ("one", "many"):
+        build_store(items[:3], clip, tmp_path / name, **options)
+    build_store(items, clip, tmp_path / "one", **options)
+    extend, calls = StoreWriter.extend, []
+
+    def killed(writer, store):
+        extend(writer, store)
+        calls.append(len(store))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "extend", killed)
+        with pytest.raises(KeyboardInterrupt):
+            embed_in_parts(items, clip, tmp_path / "many", 3, **options)
+    assert len(EmbeddingStore(tmp_path / "many")) == 3  # what was there can be read meanwhile
+    assert len(embed_in_parts(items, clip, tmp_path / "many", 3, [1], **options)[0]) == 12
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_a_part_without_a_readable_image(items, clip, tmp_path):
+    for item in items[:6]:
+        item.path.write_bytes(b"not an image")
+    build_store(items, clip, tmp_path / "one", batch_size=3)
+    first, second = embed_in_parts(items, clip, tmp_path / "many", 2, batch_size=3)
+    assert first is None and len(second) == 6 and contents(tmp_path / "many") == contents(tmp_path / "one")
+    for item in items[6:]:
+        item.path.write_bytes(b"not an image")
+    with pytest.raises(UserError, match="none of the 12 images can be read"):
+        embed_in_parts(items, clip, tmp_path / "none", 2, batch_size=3)
+
+
+def test_what_does_not_fit_the_parts_is_refused(items, clip, tmp_path):
+    store = tmp_path / "store"
+    embed_in_parts(items, clip, store, 2, [0], batch_size=2)
+    for match, call in {
+        "begun with processes 2, now it is 3": lambda: embed_in_parts(items, clip, store, 3, [1], batch_size=2),
+        "begun with batch_size 2, now it is 4": lambda: embed_in_parts(items, clip, store, 2, [1], batch_size=4),
+        "begun with images": lambda: embed_in_parts(items[1:], clip, store, 2, [1], batch_size=2),
+        "holds parts of several processes: run as many again": lambda: build_store(items, clip, store),
+    }.items():
+        with pytest.raises(UserError, match=match):
+            call()
+    held = store / "parts" / "00001"
+    shutil.copytree(held / "store", tmp_path / "copy")
+    build_store([replace(items[0], image_id="another")], clip, held / "store")
+    with pytest.raises(UserError, match="holds 7 rows instead of 6: delete it and .*00001.json', and run it again"):
+        embed_in_parts(items, clip, store, 2, [1], batch_size=2)
+    shutil.rmtree(held)
+    with pytest.raises(UserError, match="has no manifest.json"):
+        embed_in_parts(items, clip, store, 2, [1], batch_size=2)
+    (store / "parts" / "00001.json").unlink()
+    assert len(embed_in_parts(items, clip, store, 2, [0], batch_size=2)[0]) == 12
+    embed_in_parts(items, clip, tmp_path / "damaged", 2, [0], batch_size=2)
+    (tmp_path / "damaged" / "parts" / "plan.json").write_text("{")
+    with pytest.raises(UserError, match="plan.json' is damaged: delete"):
+        embed_in_parts(items, clip, tmp_path / "damaged", 2, [1], batch_size=2)
+
+
+def environment(rank, world):
+    """What torchrun tells a process."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+
+
+@pytest.mark.slow
+def test_embed_by_torchrun_and_by_itself(forks, photos, clip_directory, tmp_path):
+    def arguments(name, *more):
+        given = ["embed", photos / "dataset.json", "--out", tmp_path / name, "--clip", clip_directory, *more]
+        return [str(one) for one in (*given, "--batch-size", 2, "--workers", 0, "--device", "cpu")]
+
+    assert main(arguments("one")) == 0
+    running = [
+        forks.start(LAUNCHED, *arguments("three", "--devices", 3), env=environment(rank, 3)) for rank in range(3)
+    ]
+    done = [process.wait() for process in running]
+    assert [process.returncode for process in done] == [0, 0, 0], done
+    assert sum("12 images, 12 float16 each" in process.stdout for process in done) >= 1
+    itself = forks.run(LAUNCHED, *arguments("two", "--devices", 2))
+    assert itself.returncode == 0 and "12 images, 12 float16 each" in itself.stdout, itself.stderr
+    for name in ("two", "three"):
+        assert contents(tmp_path / name) == contents(tmp_path / "one")
