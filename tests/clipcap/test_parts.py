@@ -146,6 +146,92 @@ def environment(rank, world):
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
 
 
+@pytest.fixture
+def caption(capsys, monkeypatch, photos, model):
+    """Runs `clipcap caption` as one process of several; gives its exit code and what it says on standard error."""
+
+    def run(rank, world, *more):
+        with monkeypatch.context() as patch:
+            for name, value in environment(rank, world).items():
+                patch.setenv(name, value)
+            options = (
+                "--model",
+                model,
+                "--max-new-tokens",
+                4,
+                "--num-captions",
+                2,
+                "--batch-size",
+                2,
+                "--devices",
+                world,
+            )
+            code = main([str(one) for one in ("caption", photos, *options, *more)])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.csv", "captions.txt"])
+def test_captions_in_parts_are_the_bytes_of_one_process(caption, photos, tmp_path, name):
+    (photos / "05.jpg").write_bytes(b"not an image")
+    assert caption(0, 1, "--out", tmp_path / "one" / name)[0] == 0
+    out = tmp_path / "many" / name
+    for rank in (2, 0):
+        code, err = caption(rank, 3, "--out", out)
+        assert code == 0 and f"part {rank + 1} of 3 is done" in err and "skipped" not in err and not out.exists()
+    sheet = tmp_path / "sheet.jpg"
+    code, err = caption(1, 3, "--out", out, "--sheet", sheet)
+    assert code == 0 and "05.jpg" in err and sheet.exists()
+    assert contents(tmp_path / "many") == contents(tmp_path / "one") and [*out.parent.iterdir()] == [out]
+
+
+def test_a_part_of_captions_is_continued_alone(caption, tmp_path, monkeypatch):
+    from clipcap.captioner import Captioner
+
+    stream = Captioner.stream
+
+    def interrupted(self, images, **options):
+        for number, found in enumerate(stream(self, images, **options)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield found
+
+    one, out = tmp_path / "one.jsonl", tmp_path / "captions.jsonl"
+    assert caption(0, 1, "--out", one)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Captioner, "stream", interrupted)
+        assert caption(0, 2, "--out", out)[0] == 130
+    assert caption(1, 2, "--out", out)[0] == 0
+    for match, (rank, world, *more) in {
+        "holds parts of several processes": (0, 1),
+        "begun with processes 2, now it is 3": (0, 3),
+        "begun with num_captions 2, now it is 1": (0, 2, "--num-captions", 1),
+    }.items():
+        code, err = caption(rank, world, "--out", out, *more)
+        assert code == 2 and match in err
+    code, err = caption(0, 2, "--out", out)
+    assert code == 0 and "going on after 4 of 6 images done before" in err
+    assert out.read_bytes() == one.read_bytes() and not out.with_name("captions.jsonl.parts").exists()
+
+
+def test_captions_that_cannot_be_joined_are_refused(caption, photos, tmp_path):
+    assert "2 processes write at once: give --out" in caption(0, 2)[1]
+    assert "leave out --sheet" in caption(0, 2, "--format", "sidecar", "--sheet", tmp_path / "sheet.jpg")[1]
+    (tmp_path / "captions.csv.partial").touch()
+    assert "is what one process has begun" in caption(0, 2, "--out", tmp_path / "captions.csv")[1]
+
+
+@pytest.mark.slow
+def test_sidecars_in_parts(caption, tmp_path):
+    assert caption(0, 1, "--format", "sidecar", "--out", tmp_path / "one")[0] == 0
+    for rank in range(2):
+        assert caption(rank, 2, "--format", "sidecar", "--out", tmp_path / "many")[0] == 0
+        assert len(contents(tmp_path / "many")) == 6 * (rank + 1)
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
 @pytest.mark.slow
 def test_embed_by_torchrun_and_by_itself(forks, photos, clip_directory, tmp_path):
     def arguments(name, *more):
