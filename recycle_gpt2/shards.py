@@ -93,10 +93,10 @@ def write_shards(
         for number, (rows, position) in enumerate(_chunks(paths, reading, selection, chunk)):
             known = [tokenizer, *setup[1:]]
             digest = _sha256([*known, rows])
-            content = _sha256([*known, [row[:2] for row in rows]])
             digests.append(digest)
             future: Future[None] | None = None
             if number % part.world == part.rank and not _is_written(shards, number, digest, setup[2]):
+                content = _sha256([*known, [row[:2] for row in rows]])
                 if pool is None:
                     _write_shard(encoder, shards, number, digest, content, rows)
                     future = Future()
