@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipcap.data.images import ImageError, read_image
+from clipcap.data.members import status_of
 from clipcap.data.readers import Format, read_dataset
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.data.store import ROWS_PER_SHARD, EmbeddingStore, Source, StoreWriter, file_hash, pickle_source
@@ -388,8 +389,7 @@ class Pixels(Dataset[Any]):
             pixels = self.preprocess(image)[0]
         except ImageError as error:
             return item.image_id, None, None, str(error)
-        status = item.path.stat()
-        return item.image_id, pixels, Source(status.st_size, status.st_mtime_ns, file_hash(item.path)), ""
+        return item.image_id, pixels, Source(*status_of(item.path), file_hash(item.path)), ""
 
 
 def join_pixels(batch: list[Any]) -> tuple[Tensor | None, list[tuple[str, Source | None, str]]]:

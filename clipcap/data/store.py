@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clipcap.data.members import open_file, status_of
 from clipcap.data.readers.captioned import CaptionedImage
 from common.checks import UserError
 from common.files import write_json
@@ -327,9 +328,9 @@ def source_of(item: CaptionedImage, record: np.void) -> Source | None:
     if item.embedding_row is not None:
         return pickle_source(item.path)
     try:
-        status = item.path.stat()
-        same = (status.st_size, status.st_mtime_ns) == (int(record["size"]), int(record["mtime"]))
-        return Source(status.st_size, status.st_mtime_ns, int(record["content"]) if same else file_hash(item.path))
+        status = status_of(item.path)
+        same = status == (int(record["size"]), int(record["mtime"]))
+        return Source(*status, int(record["content"]) if same else file_hash(item.path))
     except FileNotFoundError:
         return None
 
@@ -345,7 +346,7 @@ def _hash(data: bytes) -> int:
 
 def file_hash(path: Path) -> int:
     digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return int.from_bytes(digest.digest(), "little")
