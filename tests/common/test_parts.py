@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -77,7 +79,27 @@ def test_processes_that_are_started_here(launcher, monkeypatch, tmp_path):
     assert names == {f"{what}-{rank}-{rank}" for what in ("works", "ends", "fails", "dies") for rank in range(3)}
 
 
-def test_a_part_is_one_runs_alone_and_only_the_last_joins(tmp_path, capsys):
+def test_a_stop_ends_the_processes(launcher, monkeypatch, tmp_path):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method, get=multiprocessing.get_context: get("fork"))
+
+    def work(_):
+        rank = os.environ["RANK"]
+        (tmp_path / f"begun-{rank}").touch()
+        time.sleep(60)
+        (tmp_path / f"ended-{rank}").touch()
+
+    def stop():
+        while len(list(tmp_path.glob("begun-*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(KeyboardInterrupt):
+        start_processes(work, None, 2)
+    assert not multiprocessing.active_children() and not list(tmp_path.glob("ended-*"))
+
+
+def test_one_run_at_a_time_has_a_part_and_only_the_last_joins(tmp_path, capsys):
     parts = [Parts(tmp_path / "parts", Part(rank, 2), {"seed": 1}, {"rows": 5 + rank}) for rank in range(2)]
     assert [one.plan["rows"] for one in parts] == [5, 5]
     with parts[0].own(), pytest.raises(UserError, match="is in use by process"), parts[0].own():
