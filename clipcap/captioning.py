@@ -218,7 +218,7 @@ def caption(config: CaptionConfig) -> int:
                 if journal:  # whose rows `done` are
                     journal.add(key, row)
             if parts:
-                parts.finish(len(done), skipped=skipped)
+                parts.finish(len(done), skipped)
     if parts is None:
         return _finish(config, kind, model, paths, done, skipped, places, partial)
     with parts.joined() as found:

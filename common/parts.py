@@ -145,19 +145,19 @@ def _child(run: Callable[[Config], int | None], config: Config, part: Part, erro
 
 
 class Parts:
-    """The parts of one result in a directory of their own, until the process that finishes last joins them.
+    """The parts of one result, in a directory of their own until the process that finishes last joins them.
 
-    No process waits for another, and they need not run at the same time: a part that was interrupted is continued when
-    its process is started again.
+    No process waits for another, and they need not run at the same time. A part that was interrupted resumes when its
+    process is started again.
 
     Attributes:
-        plan: what the parts were begun with; of processes that start later, too.
+        plan: `settings`, and the `kept` of the process that began the first part.
 
     Args:
         directory: is made; its file system must lock files across the machines.
         part: of this process.
         settings: what all processes must have been asked for, in JSON's types.
-        kept: what the first process notes in the plan for all.
+        kept: what all processes must know, but find otherwise once the parts are being joined.
 
     Raises:
         UserError: parts were begun there with other settings.
@@ -170,7 +170,7 @@ class Parts:
         settings = {"processes": part.world, **settings}
         if not is_begun(directory):
             write_json(directory / "plan.json", settings | dict(kept or {}))
-        self.plan = self._read(directory / "plan.json")
+        self.plan = self._read(directory / "plan.json", "processes", *(kept or {}))
         require_same_settings(directory, self.plan, settings, "use the same again, or delete it")
 
     def exist(self) -> bool:
@@ -189,9 +189,9 @@ class Parts:
         """Keep other runs out of this process's part until the block ends."""
         return claimed(self.place(self.part.rank))
 
-    def finish(self, rows: int, **found: Any) -> None:
-        """Mark this process's part as finished, with its number of rows and whatever else is asked of it later."""
-        write_json(self._mark(self.part.rank), {"rows": rows, **found})
+    def finish(self, rows: int, skipped: Any) -> None:
+        """Mark this process's part as finished, with its number of rows and what it has skipped."""
+        write_json(self._mark(self.part.rank), {"rows": rows, "skipped": skipped})
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[list[dict[str, Any]] | None]:
@@ -211,7 +211,7 @@ class Parts:
             if not self.exist():
                 yield None
                 return
-            yield [self._read(self._mark(rank)) for rank in range(self.part.world)]
+            yield [self._read(self._mark(rank), "rows", "skipped") for rank in range(self.part.world)]
             (self.directory / "plan.json").unlink()
             shutil.rmtree(self.directory)
 
@@ -226,13 +226,14 @@ class Parts:
     def _mark(self, rank: int) -> Path:
         return self.directory / f"{rank + 1:05}.json"
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path, *names: str) -> dict[str, Any]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(found, dict)
-            return found
-        except (ValueError, AssertionError, RecursionError):
-            raise UserError(f"{str(path)!r} is damaged: delete {str(self.directory)!r} and run it again.") from None
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or not found.keys() >= set(names):
+            raise UserError(f"{str(path)!r} is damaged: delete {str(self.directory)!r} and run it again.")
+        return found
 
 
 def is_begun(directory: Path) -> bool:

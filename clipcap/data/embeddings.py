@@ -216,16 +216,18 @@ def build_store_part(
 
     with alone(directory):
         writer = _writer(items, clip, directory, inputs, dtype, precision, rows_per_shard)
-        if writer.finished and not is_begun(directory / PARTS) and not missing():
+        todo = None if is_begun(directory / PARTS) else missing()
+        if writer.finished and todo == []:
             return EmbeddingStore(directory)
         settings = {"images": digest_of(item.image_id for item in items), "batch_size": batch_size}
+        settings |= writer.state["key"] | {name: writer.state[name] for name in ("dtype", "precision")}
         parts = Parts(directory / PARTS, part, settings, {"rows": writer.rows})
     writer.rewind(parts.plan["rows"])
     if not parts.is_done():
         with parts.own():
             rows, skipped = 0, dict[str, str]()
             try:
-                if own := part.take(missing(), batch_size):
+                if own := part.take(missing() if todo is None else todo, batch_size):
                     store = build_store(
                         own, clip, parts.place(part.rank) / "store", inputs=inputs, batch_size=batch_size,
                         dtype=writer.state["dtype"], precision=writer.state["precision"],
@@ -234,7 +236,7 @@ def build_store_part(
                     rows, skipped = len(store), store.skipped
             except NoneReadable as error:
                 skipped = error.skipped
-            parts.finish(rows, skipped=skipped)
+            parts.finish(rows, skipped)
     skipped = {}
     with parts.joined() as found, contextlib.closing(writer):
         for rank, mark in enumerate(found or ()):

@@ -1,19 +1,31 @@
 """Images embedded and captioned in parts: the bytes of one process, parts continued alone, faults named."""
 
+import pickle
 import shutil
 from dataclasses import replace
 
 import pytest
 
+from clipcap.captioning import CaptionConfig
+from clipcap.captioning import caption as caption_images
 from clipcap.cli import main
 from clipcap.data.dataset import read_dataset
-from clipcap.data.embeddings import build_store, build_store_part
+from clipcap.data.embeddings import EmbedConfig, build_store, build_store_part
+from clipcap.data.embeddings import run as embed
 from clipcap.data.store import EmbeddingStore, StoreWriter
 from common.checks import UserError
 from common.clip import load_clip
-from common.parts import Part
+from common.parts import Part, ProcessesConfig
 
 LAUNCHED = "from clipcap.cli import main\nraise SystemExit(main())"
+FORKING = f"""
+import multiprocessing
+get = multiprocessing.get_context
+multiprocessing.get_context = lambda method=None: get("fork")
+{LAUNCHED}
+"""
+"""The processes that it starts need not import torch again."""
+PRELOAD = ("clipcap.data.embeddings", "common.encoders.hugging_face", "transformers.models.clip.modeling_clip")
 
 
 @pytest.fixture
@@ -120,6 +132,12 @@ def test_what_does_not_fit_the_parts_is_refused(items, clip, tmp_path):
     for match, call in {
         "begun with processes 2, now it is 3": lambda: embed_in_parts(items, clip, store, 3, [1], batch_size=2),
         "begun with batch_size 2, now it is 4": lambda: embed_in_parts(items, clip, store, 2, [1], batch_size=4),
+        "begun with dtype 'float16', now it is 'float32'": lambda: embed_in_parts(
+            items, clip, store, 2, [1], batch_size=2, dtype="float32"
+        ),
+        "begun with precision 'fp32', now it is 'bf16'": lambda: embed_in_parts(
+            items, clip, store, 2, [1], batch_size=2, precision="bf16"
+        ),
         "begun with images": lambda: embed_in_parts(items[1:], clip, store, 2, [1], batch_size=2),
         "holds parts of several processes: run as many again": lambda: build_store(items, clip, store),
     }.items():
@@ -136,9 +154,10 @@ def test_what_does_not_fit_the_parts_is_refused(items, clip, tmp_path):
     (store / "parts" / "00001.json").unlink()
     assert len(embed_in_parts(items, clip, store, 2, [0], batch_size=2)[0]) == 12
     embed_in_parts(items, clip, tmp_path / "damaged", 2, [0], batch_size=2)
-    (tmp_path / "damaged" / "parts" / "plan.json").write_text("{")
-    with pytest.raises(UserError, match="plan.json' is damaged: delete"):
-        embed_in_parts(items, clip, tmp_path / "damaged", 2, [1], batch_size=2)
+    for name, content in (("00001.json", "[]"), ("plan.json", "{"), ("plan.json", "{}")):
+        (tmp_path / "damaged" / "parts" / name).write_text(content)
+        with pytest.raises(UserError, match=f"{name}' is damaged: delete"):
+            embed_in_parts(items, clip, tmp_path / "damaged", 2, [1], batch_size=2)
 
 
 def environment(rank, world):
@@ -240,12 +259,21 @@ def test_embed_by_torchrun_and_by_itself(forks, photos, clip_directory, tmp_path
 
     assert main(arguments("one")) == 0
     running = [
-        forks.start(LAUNCHED, *arguments("three", "--devices", 3), env=environment(rank, 3)) for rank in range(3)
+        forks.start(LAUNCHED, *arguments("three", "--devices", 3), env=environment(rank, 3), preload=PRELOAD)
+        for rank in range(3)
     ]
     done = [process.wait() for process in running]
     assert [process.returncode for process in done] == [0, 0, 0], done
     assert sum("12 images, 12 float16 each" in process.stdout for process in done) >= 1
-    itself = forks.run(LAUNCHED, *arguments("two", "--devices", 2))
+    itself = forks.run(FORKING, *arguments("two", "--devices", 2), preload=PRELOAD)
     assert itself.returncode == 0 and "12 images, 12 float16 each" in itself.stdout, itself.stderr
     for name in ("two", "three"):
         assert contents(tmp_path / name) == contents(tmp_path / "one")
+
+
+def test_commands_reach_the_processes_that_they_start(tmp_path):
+    for work in (
+        (embed, EmbedConfig(tmp_path, tmp_path, processes=ProcessesConfig(devices=2))),
+        (caption_images, CaptionConfig((str(tmp_path),), processes=ProcessesConfig(devices=2))),
+    ):
+        assert pickle.loads(pickle.dumps(work)) == work

@@ -104,16 +104,16 @@ def test_one_run_at_a_time_has_a_part_and_only_the_last_joins(tmp_path, capsys):
     assert [one.plan["rows"] for one in parts] == [5, 5]
     with parts[0].own(), pytest.raises(UserError, match="is in use by process"), parts[0].own():
         pass
-    parts[1].finish(3, name="b")
+    parts[1].finish(3, ["b"])
     with parts[1].joined() as found:
         assert found is None
     assert capsys.readouterr().err == "part 2 of 2 is done; whoever finishes last joins all. Not done yet: 1\n"
-    parts[0].finish(4, name="a")
+    parts[0].finish(4, ["a"])
     with pytest.raises(KeyboardInterrupt), parts[0].joined() as found:
         raise KeyboardInterrupt
     assert parts[0].is_done() and parts[0].exist()
     with parts[1].joined() as found:
-        assert found == [{"rows": 4, "name": "a"}, {"rows": 3, "name": "b"}]
+        assert found == [{"rows": 4, "skipped": ["a"]}, {"rows": 3, "skipped": ["b"]}]
     with parts[0].joined() as found:
         assert found is None and not (tmp_path / "parts").exists()
     assert capsys.readouterr().err == ""
