@@ -50,6 +50,7 @@ def embed_in_parts(items, clip, directory, world, order=None, **options):
     return [build_store_part(items, clip, directory, Part(rank, world), **options) for rank in order]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 9])
 def test_parts_join_to_the_bytes_of_one_process(items, clip, tmp_path, world):
     items[3].path.write_bytes(b"not an image")
@@ -206,6 +207,7 @@ def test_captions_in_parts_are_the_bytes_of_one_process(caption, photos, tmp_pat
     assert contents(tmp_path / "many") == contents(tmp_path / "one") and [*out.parent.iterdir()] == [out]
 
 
+@pytest.mark.slow
 def test_a_part_of_captions_is_continued_alone(caption, tmp_path, monkeypatch):
     from clipcap.captioner import Captioner
 
