@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipcap.confidence import FILE as CALIBRATION
 from clipcap.data.dataset import CaptionedImage, read_dataset
+from clipcap.data.members import open_file
 from clipcap.data.readers import Format
 from clipcap.decoding import require_options
 from clipcap.evaluation.caption_files import read_captions
@@ -107,7 +108,7 @@ def _hash(files: Sequence[Path]) -> str:
     """Of the content of files, one after another."""
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as content:
+        with open_file(file) as content:
             while block := content.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
