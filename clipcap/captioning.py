@@ -7,8 +7,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,15 @@ from common.checks import (
 )
 from common.images import ImageLimit
 from common.journal import Journal, Row
+from common.parts import (
+    Part,
+    Parts,
+    ProcessesConfig,
+    digest_of,
+    own_part,
+    require_no_parts,
+    start_processes,
+)
 from common.pretrained import CAPTION_LANGUAGES
 from common.runtime import RuntimeConfig
 
@@ -42,6 +51,9 @@ class CaptionConfig:
 
     Files that cannot be read are skipped and named at the end; the exit code is then 2 if none could be read. With
     --out, or sidecar files, an interrupted run resumes where it stopped when the same command is given again.
+
+    With --devices, or --num-nodes and torchrun or srun, each process captions a part of the images, and the one that
+    finishes last joins the parts: OUT is the same. Of strategy sample, each draws captions of its own.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -90,6 +102,7 @@ class CaptionConfig:
     spreadsheet: bool = False
     """Of csv: an apostrophe before texts that begin with =, +, -, @, a tab or a line break, which a spreadsheet would
     take for a formula. Without it the file has exactly the names and captions."""
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -98,8 +111,11 @@ def caption(config: CaptionConfig) -> int:
     from clipcap.data.images import ImageError, find_images
     from clipcap.decoding import ignored_options, require_options
     from common.progress import Progress
-    from common.runtime import resolve_dtype, start
+    from common.runtime import own_gpu, resolve_dtype, start
 
+    part = own_part(config.processes)
+    if part is None:
+        return start_processes(caption, config, config.processes.devices)
     require_at_least("batch_size", config.batch_size, 0)
     require_between("min_confidence", config.min_confidence, 0.0, 1.0)
     if config.min_confidence and config.confidence == "off":
@@ -113,9 +129,11 @@ def caption(config: CaptionConfig) -> int:
         require_place(config.out, directory=kind == "sidecar")
     if config.spreadsheet and kind != "csv":
         raise UserError(f"spreadsheet is given with format {kind!r}: use --format csv, or leave it out.")
+    partial = config.out.with_name(f"{config.out.name}.partial") if config.out and kind != "sidecar" else None
+    _require_joinable(config, kind, part, partial)
     model = _model(config)
-    device = start(config.runtime)
-    paths = find_images(config.images)
+    device = own_gpu(start(config.runtime))
+    everything = paths = find_images(config.images)
     places = _sidecars(paths, config.out) if kind == "sidecar" else {}
     skipped: list[str] = []
 
@@ -135,23 +153,15 @@ def caption(config: CaptionConfig) -> int:
     require_options(**options)
     if config.rerank is not None:
         require_at_least("rerank", config.rerank, 0)
-    for line in ignored_options(config.strategy, num_beams=config.num_beams, temperature=config.temperature):
+    ignored = ignored_options(config.strategy, num_beams=config.num_beams, temperature=config.temperature)
+    for line in ignored if part.rank == 0 else ():
         print(line, file=sys.stderr)
     more = {"prompt": config.prompt, "rerank": config.rerank}
     options |= {"seed": config.runtime.seed} | {name: value for name, value in more.items() if value is not None}
-    journal = None
-    if config.out and kind != "sidecar":
-        settings = options | {"model": model, "precision": config.runtime.precision, "int8": config.int8}
-        settings |= {"confidence": config.confidence}
-        journal = Journal(config.out.with_name(config.out.name + ".partial"), settings, _is_row)
-    done: dict[str, Row] = journal.rows if journal else {}
-    remaining = [p for p in paths if _key(p) not in done and not (p in places and os.path.exists(places[p]))]
-    kept = len(paths) - len(remaining)
-    if kept:
-        what = "sidecar files that exist" if places else "images done before"
-        print(f"going on after {kept} of {len(paths)} {what}", file=sys.stderr)
+    settings = options | {"model": model, "precision": config.runtime.precision, "int8": config.int8}
+    settings |= {"confidence": config.confidence}
 
-    def results() -> Iterator[tuple[str, Row]]:
+    def results(remaining: list[Path | str]) -> Iterator[tuple[str, Row]]:
         if not remaining:
             return
         from clipcap.captioner import Captioner
@@ -166,9 +176,10 @@ def caption(config: CaptionConfig) -> int:
             on_error=skip,
             batch_size=config.batch_size or None,
             max_pixels=config.limit.max_pixels,
-            **options,
+            **options | {"seed": config.runtime.seed + part.rank},
         )
-        for item in Progress(found, total=len(remaining), unit=" images", disable=len(remaining) < 2):
+        quiet = len(remaining) < 2 or part.rank > 0
+        for item in Progress(found, total=len(remaining), unit=" images", disable=quiet):
             row = {
                 "image": str(item.image), "captions": item.captions, "scores": [round(s, 4) for s in item.scores]
             }  # fmt: skip
@@ -181,11 +192,57 @@ def caption(config: CaptionConfig) -> int:
                 write_out(_as_text([sure]))
             yield _key(item.image), row
 
-    with closing(journal or io.StringIO()):
-        for key, row in results():
-            done[key] = row
-            if journal:  # whose rows `done` are
-                journal.add(key, row)
+    parts = None
+    if part.world > 1:
+        from clipcap.captioner import BATCH_MOST
+
+        batch_size = config.batch_size or BATCH_MOST.get(device.type, BATCH_MOST["cpu"])
+        paths = list(part.take(everything, batch_size))
+        if partial:
+            images = digest_of(map(str, everything))
+            parts = Parts(_parts_of(partial), part, settings | {"images": images, "batch_size": batch_size})
+            partial = parts.place(part.rank) / "rows.jsonl"
+    done: dict[str, Row] = {}
+    if not (parts and parts.is_done()):
+        with ExitStack() as stack:
+            if parts:
+                stack.enter_context(parts.own())
+            journal = stack.enter_context(Journal(partial, settings, _is_row)) if partial else None
+            done = journal.rows if journal else {}
+            remaining = [p for p in paths if _key(p) not in done and not (p in places and os.path.exists(places[p]))]
+            if kept := len(paths) - len(remaining):
+                what = "sidecar files that exist" if places else "images done before"
+                print(f"going on after {kept} of {len(paths)} {what}", file=sys.stderr)
+            for key, row in results(remaining):
+                done[key] = row
+                if journal:  # whose rows `done` are
+                    journal.add(key, row)
+            if parts:
+                parts.finish(len(done), skipped)
+    if parts is None:
+        return _finish(config, kind, model, paths, done, skipped, places, partial)
+    with parts.joined() as found:
+        if found is None:
+            return 0
+        done, skipped = {}, [line for mark in found for line in mark["skipped"]]
+        for rank, mark in enumerate(found):
+            with Journal(parts.place(rank) / "rows.jsonl", settings, _is_row) as one:
+                parts.require_rows(rank, len(one.rows), mark["rows"])
+                done |= one.rows
+        return _finish(config, kind, model, everything, done, skipped, places, None)
+
+
+def _finish(
+    config: CaptionConfig,
+    kind: str,
+    model: str,
+    paths: Sequence[Path | str],
+    done: dict[str, Row],
+    skipped: list[str],
+    places: Mapping[Path | str, Path],
+    partial: Path | None,
+) -> int:
+    """Write what is `done` in the order of `paths`, and say what is not as it should be. Returns an exit code."""
     if places:  # also those of earlier runs, for the sheet
         for path in (p for p in paths if _key(p) not in done and os.path.isfile(places[p])):
             lines = places[path].read_text(encoding="utf-8", errors="replace").splitlines()
@@ -194,11 +251,12 @@ def caption(config: CaptionConfig) -> int:
     rows = [row for row in (surest(row, config.min_confidence) for row in everything) if row["captions"]]
     if kind in FORMATS and (config.out or kind != "text"):
         text = _as_csv(rows, spreadsheet=True) if config.spreadsheet else FORMATS[kind](rows)
-        if config.out and journal:
+        if config.out:
             from common.files import write_text
 
             write_text(config.out, _escape(text, "utf-8"))
-            journal.path.unlink(missing_ok=True)
+            if partial:
+                partial.unlink(missing_ok=True)
         else:
             write_out(text)
     if config.sheet and rows:
@@ -213,7 +271,26 @@ def caption(config: CaptionConfig) -> int:
         print(f"skipped {len(skipped)} of {len(paths)} images:", file=sys.stderr)
         for message in skipped:
             print(f"  {printable(message)}", file=sys.stderr)
-    return 0 if everything else 2
+    return 0 if everything or not paths else 2
+
+
+def _require_joinable(config: CaptionConfig, kind: str, part: Part, partial: Path | None) -> None:
+    """Raise UserError when the results of several processes could not be joined, or have begun otherwise."""
+    if part.world == 1:
+        if partial:
+            require_no_parts(_parts_of(partial))
+        return
+    if kind != "sidecar" and not config.out:
+        raise UserError(f"{part.world} processes write at once: give --out, or --format sidecar.")
+    if kind == "sidecar" and config.sheet:
+        raise UserError(f"{part.world} processes write sidecar files and one sheet: leave out --sheet.")
+    if partial and partial.is_file():
+        raise UserError(f"{str(partial)!r} is what one process has begun: finish it with one, or delete it.")
+
+
+def _parts_of(partial: Path) -> Path:
+    """Directory of the parts of several processes, beside the file that one process would write them to."""
+    return partial.with_suffix(".parts")
 
 
 def _is_row(row: Row) -> bool:

@@ -37,41 +37,29 @@ from common.callbacks import (
 from common.checks import (
     UserError,
     require_at_least,
-    require_between,
     require_file,
     require_one_of,
     require_same_settings,
 )
 from common.files import clear_leftovers
+from common.parts import ProcessesConfig
 from common.processes import is_first_process
 from common.runtime import resolve_device
 from common.signals import Stopped, StopRequest
 
-MOST_PROCESSES = 4096
-"""On a machine, and machines."""
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 @dataclass(frozen=True)
-class ScaleConfig:
+class ScaleConfig(ProcessesConfig):
     """Processes that train together."""
 
-    devices: int = 1
-    """Processes or GPUs on each machine, each with a batch of its own."""
-    num_nodes: int = 1
-    """Machines."""
     strategy: str = "auto"
-    """auto, ddp or a variant of it."""
-
-    @property
-    def world(self) -> int:
-        """Their number."""
-        return self.devices * self.num_nodes
+    """auto, ddp or a variant of it: how processes train together, each with a batch of its own."""
 
     def check(self) -> None:
         """Raise UserError for a value that cannot work."""
-        for name in ("devices", "num_nodes"):
-            require_between(name, getattr(self, name), 1, MOST_PROCESSES)
+        ProcessesConfig.check(self)
         if self.strategy.startswith(("fsdp", "deepspeed")):
             raise UserError(
                 f"strategy is {self.strategy!r}, which spreads a model over GPUs: use ddp, these models fit on one."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.checks import UserError, require_at_least, require_between, require_one_of
 from common.files import claimed, clear_leftovers, sync_directory, write_json
+from common.parts import Part, ProcessesConfig, own_part, start_processes
 from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.documents import Document, find_texts, size_of
 from recycle_gpt2.duplicates import DUPLICATES, DuplicatesConfig, Selection
@@ -32,7 +34,12 @@ REBUILD = "delete the directory of the corpus and build it again; what was train
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Turn text into packed token blocks, split into train, valid and test documents."""
+    """Turn text into packed token blocks, split into train, valid and test documents.
+
+    On one machine, --workers tokenizes faster. With --num-nodes (or --devices) and torchrun or srun, each process
+    reads all of the text and writes a part of the shards, and the one that finishes last completes the corpus, which is
+    the same.
+    """
 
     text: tuple[Path, ...]
     """Files or directories of text: .txt, .md, .html, .jsonl, .json, .csv, .parquet (also .xz, .gz, .bz2, .zst), or a
@@ -47,18 +54,22 @@ class CorpusConfig:
     shares: tuple[float, float, float] = SHARES
     """Shares of the documents in train, valid and test."""
     workers: int = 1
-    """Processes that tokenize."""
+    """Processes that tokenize, for each of --devices."""
     seed: int = 0
     """Another seed holds out other documents."""
     drop: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     reading: TextOptions = field(default_factory=TextOptions)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
 
-def run(config: CorpusConfig) -> None:
-    """Build the corpus that `config` describes and say what is in it."""
+def run(config: CorpusConfig) -> int:
+    """Build the corpus that `config` describes, or this process's part of it, and say what is in it."""
+    part = own_part(config.processes)
+    if part is None:
+        return start_processes(run, config, config.processes.devices)
     require_outside(config.out, config.text)
     tokenizer = load_tokenizer(config.tokenizer)
-    with claimed(config.out):
+    with claimed(config.out) if part.rank == 0 else contextlib.nullcontext():
         directory = build_corpus(
             config.text,
             tokenizer,
@@ -69,7 +80,10 @@ def run(config: CorpusConfig) -> None:
             seed=config.seed,
             duplicates=config.drop.duplicates,
             reading=config.reading,
+            part=part,
         )
+    if not (directory / "manifest.json").is_file():  # other processes have yet to write their parts
+        return 0
     manifest = read_manifest(directory)
     for split in SPLITS:
         counts = manifest["splits"][split]
@@ -79,6 +93,7 @@ def run(config: CorpusConfig) -> None:
         f"duplicates dropped: {dropped['documents']:,} documents, {dropped.get('near', 0):,} near duplicates, "
         f"{dropped['paragraphs']:,} paragraphs"
     )
+    return 0
 
 
 def build_corpus(
@@ -94,6 +109,7 @@ def build_corpus(
     reading: TextOptions | None = None,
     progress: bool = True,
     chunk: int = CHUNK,
+    part: Part | None = None,
 ) -> Path:
     """Write the documents of a text as token ids in shards, with the texts of held-out documents and a manifest.
 
@@ -114,9 +130,10 @@ def build_corpus(
         reading: the column of the text, and the share that may be bad; a text that is read already has its own.
         progress: show a bar of bytes read, with tokens per second.
         chunk: UTF-8 bytes of text in a shard.
+        part: of this process, when several build the corpus from the same text at the same paths.
 
     Returns:
-        `out`.
+        `out`; while shards of other processes are missing, it holds no manifest.
 
     Raises:
         UserError: what `read_documents` raises, a split without a document, or less text than one block.
@@ -155,7 +172,7 @@ def build_corpus(
         if all(old.get(name) == value for name, value in key.items()):
             read_manifest(out)
             return out
-        finished.unlink()
+        finished.unlink(missing_ok=True)  # another process may have
         sync_directory(out)  # or a power cut might bring it back beside other shards
     shards = out / "shards"
     shards.mkdir(parents=True, exist_ok=True)
@@ -163,7 +180,9 @@ def build_corpus(
 
     selection = Selection(shares, seed, duplicates)
     setup = (tokenizer.backend_tokenizer.to_str(), key["end"], key["dtype"])
-    metas = write_shards(text, selection, shards, key["tokenizer"], setup, workers, chunk, progress)
+    metas = write_shards(text, selection, shards, key["tokenizer"], setup, workers, chunk, progress, part or Part())
+    if metas is None:
+        return out
     for file in shards.iterdir():  # of another, longer corpus
         if int(file.name.split(".")[0]) >= len(metas):
             file.unlink()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ import numpy as np
 
 from common.checks import UserError
 from common.files import whole_file, write_json, write_text
+from common.parts import Part
 from recycle_gpt2.documents import Document
 from recycle_gpt2.duplicates import Selection
 from recycle_gpt2.records import MALFORMED
@@ -52,18 +54,21 @@ def write_shards(
     workers: int,
     chunk: int,
     progress: bool,
-) -> list[dict[str, Any]]:
+    part: Part,
+) -> list[dict[str, Any]] | None:
     """Write the shards that are missing; returns what is known of each, in order.
 
     The documents are read and chosen here, in one process; the workers tokenize and write. At most two chunks for each
-    worker wait, so that memory does not grow with the corpus.
+    worker wait, so that memory does not grow with the corpus. Of several processes, each reads and chooses all, since
+    what is new depends on all that came before, and writes every so many shards; what is returned is None until those
+    of the others are written, too.
     """
     import multiprocessing
 
     from common.progress import Progress
 
-    metas: list[dict[str, Any]] = []
-    waiting: deque[tuple[int, int, Future[None] | None]] = deque()  # None: it exists already
+    digests: list[str] = []
+    waiting: deque[tuple[int, int, Future[None] | None]] = deque()  # None: it exists already, or is another process's
     encoder = Encoder(*setup)
     begun, tokens = time.monotonic(), 0
     # Started afresh and not forked: a fork would copy the threads' locks of torch and of the tokenizer.
@@ -72,7 +77,7 @@ def write_shards(
         if workers > 1
         else None
     )
-    bar = Progress(total=text.size(), desc="corpus", unit="B", unit_scale=True, disable=not progress)
+    bar = Progress(total=text.size(), desc="corpus", unit="B", unit_scale=True, disable=not progress or part.rank > 0)
     try:
 
         def finish() -> None:
@@ -80,19 +85,17 @@ def write_shards(
             number, position, future = waiting.popleft()
             if future is not None:
                 future.result()
-            meta = json.loads(shard_path(shards, number, "json").read_text(encoding="utf-8"))
-            metas.append(meta)
-            if future is not None:
-                tokens += sum(counts["tokens"] for counts in meta["counts"].values())
+                tokens += sum(counts["tokens"] for counts in _meta(shards, number)["counts"].values())
             bar.set_postfix_str(f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s", refresh=False)
             bar.update(position - bar.n)
 
         for number, (rows, position) in enumerate(_chunks(text, selection, chunk)):
             known = [tokenizer, *setup[1:]]
             digest = _sha256([*known, rows])
-            content = _sha256([*known, [row[:2] for row in rows]])
+            digests.append(digest)
             future: Future[None] | None = None
-            if not _is_written(shards, number, digest, setup[2]):
+            if number % part.world == part.rank and not _is_written(shards, number, digest, setup[2]):
+                content = _sha256([*known, [row[:2] for row in rows]])
                 if pool is None:
                     _write_shard(encoder, shards, number, digest, content, rows)
                     future = Future()
@@ -112,7 +115,19 @@ def write_shards(
         bar.close()
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-    return metas
+    missing = sum(not _is_written(shards, number, digest, setup[2]) for number, digest in enumerate(digests))
+    if missing:
+        done = f"part {part.rank + 1} of {part.world} is done"
+        print(
+            f"{done}; {missing} of {len(digests)} shards are not: whoever finishes last completes the corpus",
+            file=sys.stderr,
+        )
+        return None
+    return [_meta(shards, number) for number in range(len(digests))]
+
+
+def _meta(shards: Path, number: int) -> dict[str, Any]:
+    return json.loads(shard_path(shards, number, "json").read_text(encoding="utf-8"))
 
 
 def _chunks(text: Text, selection: Selection, chunk: int) -> Iterator[tuple[list[_Row], int]]:
@@ -139,7 +154,7 @@ def shard_path(shards: Path, number: int, suffix: str) -> Path:
 def _is_written(shards: Path, number: int, digest: str, dtype: str) -> bool:
     """Whether a shard of exactly these documents is there, whole. Its json is written last."""
     try:
-        meta = json.loads(shard_path(shards, number, "json").read_text(encoding="utf-8"))
+        meta = _meta(shards, number)
         files = [(shard_path(shards, number, f"{split}.bin"), meta["counts"][split]["tokens"]) for split in SPLITS]
     except (FileNotFoundError, *MALFORMED):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipcap.data.images import ImageError, read_image
+from clipcap.data.members import status_of
 from clipcap.data.readers import Format, read_dataset
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.data.store import ROWS_PER_SHARD, EmbeddingStore, Source, StoreWriter, file_hash, pickle_source
@@ -27,7 +29,8 @@ from clipcap.data.views import random_view
 from common.checks import UserError, printable, require_at_least
 from common.files import alone
 from common.images import MAX_PIXELS, ImageLimit
-from common.runtime import RuntimeConfig, autocast, start
+from common.parts import Part, Parts, ProcessesConfig, digest_of, is_begun, own_part, require_no_parts, start_processes
+from common.runtime import RuntimeConfig, autocast, own_gpu, start
 
 if TYPE_CHECKING:
     from common.clip import FrozenCLIP
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 
 Inputs = Literal["embedding", "patches"]
+PARTS = "parts"
+"""Directory in a store of what several processes have encoded, until it is joined."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class EmbedConfig:
 
     Started again, it resumes where it stopped; images that are new since are added. DATA is anything that
     `clipcap train` reads; the original project's pickle needs no images: its embeddings are taken over.
+
+    With --devices, or --num-nodes and torchrun or srun, each process embeds a part of the images, and the one that
+    finishes last joins the parts: the store is the same. A part that was interrupted is continued when it is run again.
     """
 
     data: tyro.conf.Positional[Path]
@@ -68,6 +76,7 @@ class EmbedConfig:
     workers: int = 2
     """Processes that read images; 0 reads them in this one."""
     limit: ImageLimit = field(default_factory=ImageLimit)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -103,7 +112,7 @@ def build_store(
     An interrupted call resumes where it stopped; what exists for other images stays. An image that cannot be read
     is left out, listed in `EmbeddingStore.skipped`, and tried again by the next call. Items of the original project's
     pickle bring their embeddings with them. Several processes may call this for one directory: one works, the others
-    wait.
+    wait; `build_store_part` has each do a part.
 
     Args:
         items: images; their ids are the keys.
@@ -126,26 +135,12 @@ def build_store(
     """
     require_at_least("batch_size", batch_size, 1)
     require_at_least("workers", workers, 0)
-    if inputs == "patches":
-        clip.require_patches("--inputs patches")
     directory.mkdir(parents=True, exist_ok=True)
-    key = {
-        "weights": clip_fingerprint(clip),
-        "preprocessing": _described(clip.preprocess),
-        "inputs": inputs,
-        "normalization": "none",
-    }
-    if all(item.embedding_row is not None for item in items):
-        precision = "fp32"  # nothing is computed
     with alone(directory):
-        writer = StoreWriter(directory, key, clip.name, dtype=dtype, precision=precision, rows_per_shard=rows_per_shard)
+        require_no_parts(directory / PARTS)
+        writer = _writer(items, clip, directory, inputs, dtype, precision, rows_per_shard)
         todo = writer.missing(items)
-        before = writer.state["precision"]
-        if before != precision == "fp32" and any(item.embedding_row is None for item in todo):
-            raise UserError(
-                f"embedding store {str(directory)!r} was computed in {before}, not fp32: give another directory, use "
-                f"--precision {before}, or delete this one."
-            )
+        _require_precision(writer, precision, todo)
         skipped: dict[str, str] = {}
         done = len(items) - len(todo)
         if not todo:
@@ -158,7 +153,7 @@ def build_store(
                 done += len(batch.names) + len(batch.skipped)
                 progress(done)
             if not writer.rows:
-                raise UserError(f"none of the {len(items)} images can be read: {next(iter(skipped.values()))}")
+                raise NoneReadable(items, skipped)
             writer.finish(skipped, tried={item.image_id for item in todo})
         except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it handed a batch over
             if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
@@ -179,6 +174,127 @@ def build_store(
         finally:
             writer.close()
     return EmbeddingStore(directory)
+
+
+def build_store_part(
+    items: Sequence[CaptionedImage],
+    clip: FrozenCLIP,
+    directory: Path,
+    part: Part,
+    *,
+    inputs: Inputs = "embedding",
+    batch_size: int = 32,
+    dtype: Literal["float16", "float32"] | None = None,
+    precision: str = "fp32",
+    rows_per_shard: int = ROWS_PER_SHARD,
+    **options: Any,
+) -> EmbeddingStore | None:
+    """Encode one process's part of the images that are not in the store yet, each in batches that one process makes.
+
+    Whoever finishes last joins the parts to the store, whose bytes are those of `build_store`. Images that the store
+    lists as skipped are not tried again.
+
+    Args:
+        items, clip, directory, inputs, batch_size, dtype, precision, rows_per_shard: as `build_store` takes them; all
+            processes must be given the same.
+        part: of this process.
+        options: further ones of `build_store`.
+
+    Returns:
+        The store; None while other parts are missing.
+
+    Raises:
+        UserError: what `build_store` raises, or parts were begun there with other images, batches or processes.
+    """
+    require_at_least("batch_size", batch_size, 1)
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def missing() -> list[CaptionedImage]:
+        todo = [item for item in writer.missing(items) if item.image_id not in writer.state["skipped"]]
+        _require_precision(writer, precision, todo)
+        return todo
+
+    with alone(directory):
+        writer = _writer(items, clip, directory, inputs, dtype, precision, rows_per_shard)
+        todo = None if is_begun(directory / PARTS) else missing()
+        if writer.finished and todo == []:
+            return EmbeddingStore(directory)
+        settings = {"images": digest_of(item.image_id for item in items), "batch_size": batch_size}
+        settings |= writer.state["key"] | {name: writer.state[name] for name in ("dtype", "precision")}
+        parts = Parts(directory / PARTS, part, settings, {"rows": writer.rows})
+    writer.rewind(parts.plan["rows"])
+    if not parts.is_done():
+        with parts.own():
+            rows, skipped = 0, dict[str, str]()
+            try:
+                if own := part.take(missing() if todo is None else todo, batch_size):
+                    store = build_store(
+                        own, clip, parts.place(part.rank) / "store", inputs=inputs, batch_size=batch_size,
+                        dtype=writer.state["dtype"], precision=writer.state["precision"],
+                        rows_per_shard=writer.state["rows_per_shard"], **options,
+                    )  # fmt: skip
+                    rows, skipped = len(store), store.skipped
+            except NoneReadable as error:
+                skipped = error.skipped
+            parts.finish(rows, skipped)
+    skipped = {}
+    with parts.joined() as found, contextlib.closing(writer):
+        for rank, mark in enumerate(found or ()):
+            skipped |= mark["skipped"]
+            if mark["rows"]:
+                store = EmbeddingStore(parts.place(rank) / "store")
+                parts.require_rows(rank, len(store), mark["rows"])
+                writer.extend(store)
+        if found and writer.rows:
+            writer.finish(skipped)
+    if found and not writer.rows:
+        raise NoneReadable(items, skipped)
+    return None if parts.exist() else EmbeddingStore(directory)
+
+
+class NoneReadable(UserError):
+    """No image can be read.
+
+    Attributes:
+        skipped: the reason for each.
+    """
+
+    def __init__(self, items: Sequence[CaptionedImage], skipped: dict[str, str]) -> None:
+        super().__init__(f"none of the {len(items)} images can be read: {next(iter(skipped.values()))}")
+        self.skipped = skipped
+
+
+def _writer(
+    items: Sequence[CaptionedImage],
+    clip: FrozenCLIP,
+    directory: Path,
+    inputs: Inputs,
+    dtype: str | None,
+    precision: str,
+    rows_per_shard: int,
+) -> StoreWriter:
+    """What writes a store of these images, with what was written there before."""
+    if inputs == "patches":
+        clip.require_patches("--inputs patches")
+    key = {
+        "weights": clip_fingerprint(clip),
+        "preprocessing": _described(clip.preprocess),
+        "inputs": inputs,
+        "normalization": "none",
+    }
+    if all(item.embedding_row is not None for item in items):
+        precision = "fp32"  # nothing is computed
+    return StoreWriter(directory, key, clip.name, dtype=dtype, precision=precision, rows_per_shard=rows_per_shard)
+
+
+def _require_precision(writer: StoreWriter, precision: str, todo: Sequence[CaptionedImage]) -> None:
+    """Raise UserError when rows that must be of fp32 would be added to others."""
+    before = writer.state["precision"]
+    if before != precision == "fp32" and any(item.embedding_row is None for item in todo):
+        raise UserError(
+            f"embedding store {str(writer.directory)!r} was computed in {before}, not fp32: give another directory, "
+            f"use --precision {before}, or delete this one."
+        )
 
 
 def _described(preprocess: Preprocess) -> dict[str, Any]:
@@ -275,8 +391,7 @@ class Pixels(Dataset[Any]):
             pixels = self.preprocess(image)[0]
         except ImageError as error:
             return item.image_id, None, None, str(error)
-        status = item.path.stat()
-        return item.image_id, pixels, Source(status.st_size, status.st_mtime_ns, file_hash(item.path)), ""
+        return item.image_id, pixels, Source(*status_of(item.path), file_hash(item.path)), ""
 
 
 def join_pixels(batch: list[Any]) -> tuple[Tensor | None, list[tuple[str, Source | None, str]]]:
@@ -285,26 +400,33 @@ def join_pixels(batch: list[Any]) -> tuple[Tensor | None, list[tuple[str, Source
 
 
 def run(config: EmbedConfig) -> int:
-    """`clipcap embed`: build the store and say what is in it."""
+    """`clipcap embed`: build the store, or this process's part of it, and say what is in it."""
     from common.clip import load_clip
     from common.progress import Progress
 
-    device = start(config.runtime)
+    part = own_part(config.processes)
+    if part is None:
+        return start_processes(run, config, config.processes.devices)
+    device = own_gpu(start(config.runtime))
     items = read_dataset(config.data, images=config.images, skip_missing=config.skip_missing, format=config.format)
     clip = load_clip(config.clip, device=device)
-    with Progress(total=len(items), desc=f"embedding images with CLIP {config.clip}", unit=" images") as bar:
-        store = build_store(
-            items,
-            clip,
-            config.out,
-            max_pixels=config.limit.max_pixels,
-            inputs=config.inputs,
-            batch_size=config.batch_size,
-            dtype=config.dtype,
-            precision=config.runtime.precision,
-            progress=lambda done: bar.update(done - bar.n),
-            workers=config.workers,
-        )
+    total, desc = len(part.take(items, config.batch_size)), f"embedding images with CLIP {config.clip}"
+    with Progress(total=total, desc=desc, unit=" images", disable=part.rank > 0) as bar:
+        options: dict[str, Any] = {
+            "max_pixels": config.limit.max_pixels,
+            "inputs": config.inputs,
+            "batch_size": config.batch_size,
+            "dtype": config.dtype,
+            "precision": config.runtime.precision,
+            "progress": lambda done: bar.update(done - bar.n),
+            "workers": config.workers,
+        }
+        if part.world > 1:
+            store = build_store_part(items, clip, config.out, part, **options)
+        else:
+            store = build_store(items, clip, config.out, **options)
+    if store is None:
+        return 0
     if store.skipped:
         print(f"skipped {len(store.skipped)} images, which cannot be read:", file=sys.stderr)
         for reason in list(store.skipped.values())[:10]:

@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeGuard, Union
 import numpy as np
 from PIL import Image
 
+from clipcap.data.members import is_member, open_file
 from clipcap.data.net import Dropped, fetch
 from common.checks import UserError, require_file
 from common.images import MAX_PIXELS, bands, decode_image, image_suffixes, images_below, require_pixels, to_rgb
@@ -50,7 +51,7 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, side: int =
         if is_url(source):
             return decode_image(io.BytesIO(_fetch(source)), f"image {source!r}", max_pixels=max_pixels, side=side)
         if isinstance(source, str | os.PathLike):
-            return _read_file(require_file(source, "image"), max_pixels, side)
+            return _read_file(source if is_member(source) else require_file(source, "image"), max_pixels, side)
     except ImageError:
         raise
     except UserError as error:
@@ -90,9 +91,9 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
     return found
 
 
-def _read_file(path: Path, max_pixels: int, side: int) -> Image.Image:
+def _read_file(path: str | os.PathLike[str], max_pixels: int, side: int) -> Image.Image:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return decode_image(file, f"image {str(path)!r}", max_pixels=max_pixels, side=side)
     except PermissionError as error:
         raise ImageError(f"image {str(path)!r} may not be read: check its permissions.") from error

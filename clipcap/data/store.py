@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clipcap.data.members import open_file, status_of
 from clipcap.data.readers.captioned import CaptionedImage
 from common.checks import UserError
 from common.files import write_json
@@ -23,6 +24,8 @@ from common.runtime import PRECISIONS, versions
 
 FORMAT = 2
 ROWS_PER_SHARD = 16_384
+ROWS_AT_ONCE = 512
+"""Of a store that is added to another."""
 CURE = "copy it again, or delete the store and embed the images again"
 RECORD = np.dtype([("id", "<u8"), ("size", "<i8"), ("mtime", "<i8"), ("content", "<u8"), ("name_end", "<i8")])
 """What is kept of each row's image: hashes of its id and content, size, time, and where its id ends in names.bin."""
@@ -197,6 +200,10 @@ class StoreWriter:
         self.rows = len(records)  # those safely written, with what `append` adds
         self._names_end = int(records["name_end"][-1]) if len(records) else 0
 
+    def rewind(self, rows: int) -> None:
+        """Begin after the first `rows` rows; those behind them are written again."""
+        self._take(self.records[:rows])
+
     @property
     def _row_bytes(self) -> int:
         return math.prod(self.state["row_shape"]) * np.dtype(self.state["dtype"]).itemsize
@@ -272,6 +279,15 @@ class StoreWriter:
         self._write("rows.bin", row * RECORD.itemsize, new.tobytes())
         self.rows, self._names_end = row + len(new), int(new["name_end"][-1])
 
+    def extend(self, store: EmbeddingStore) -> None:
+        """Add the rows of another store, in their order."""
+        ids = store.ids
+        for begin in range(0, len(store), ROWS_AT_ONCE):
+            end = min(begin + ROWS_AT_ONCE, len(store))
+            columns = (store.records[name][begin:end].tolist() for name in Source._fields)
+            rows = np.stack([store.array[row] for row in range(begin, end)])
+            self.append(ids[begin:end], rows, list(map(Source, *columns)))
+
     def _write(self, name: str, place: int, data: bytes) -> None:
         """Write at `place`, where an interrupted call may have left more."""
         file = self._files.get(name)
@@ -312,9 +328,9 @@ def source_of(item: CaptionedImage, record: np.void) -> Source | None:
     if item.embedding_row is not None:
         return pickle_source(item.path)
     try:
-        status = item.path.stat()
-        same = (status.st_size, status.st_mtime_ns) == (int(record["size"]), int(record["mtime"]))
-        return Source(status.st_size, status.st_mtime_ns, int(record["content"]) if same else file_hash(item.path))
+        status = status_of(item.path)
+        same = status == (int(record["size"]), int(record["mtime"]))
+        return Source(*status, int(record["content"]) if same else file_hash(item.path))
     except FileNotFoundError:
         return None
 
@@ -330,7 +346,7 @@ def _hash(data: bytes) -> int:
 
 def file_hash(path: Path) -> int:
     digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return int.from_bytes(digest.digest(), "little")

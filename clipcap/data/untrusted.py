@@ -11,9 +11,10 @@ import lzma
 import pickle
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from common.checks import UserError, require_file
 
@@ -89,8 +90,26 @@ class _TensorUnpickler(pickle.Unpickler):
         return allowed[module, name]
 
 
-def read_tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """The files of a tar, in its order, as (name, content); every name stays below the directory it is put in.
+class Member(NamedTuple):
+    """A file in a tar."""
+
+    name: PurePosixPath
+    """Stays below the directory that the file is put in."""
+    offset: int
+    """Where its content begins in the tar, unpacked."""
+    size: int
+    read: Callable[[], bytes]
+    """Its content; only before the next member is asked for."""
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a tar must be unpacked to be read."""
+    with open(path, "rb") as file:
+        return file.read(6).startswith(tuple(_OPENERS))
+
+
+def read_tar(path: Path) -> Iterator[Member]:
+    """The files of a tar, in its order; what is not asked for is passed over.
 
     Raises:
         UserError: a member is a link, a device or sparse, its name leaves the directory, or it is larger than
@@ -113,7 +132,7 @@ def read_tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                     continue
                 if not member.isfile() or member.issparse():
                     raise UserError(f"{where} is a link, a device or sparse: {refused} with plain files.")
-                yield name, unpacked.content(member)
+                yield Member(name, member.offset_data, member.size, partial(unpacked.content, member))
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
         if isinstance(error, UserError) or isinstance(error, OSError) and error.filename is not None:
             raise

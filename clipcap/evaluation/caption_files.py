@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcap.data.dataset import CaptionedImage
+from clipcap.data.members import name_of
 from clipcap.data.readers.csv_rows import csv_rows
 from clipcap.data.readers.text import whole_characters
 from common.checks import UserError, require_file
@@ -63,7 +64,8 @@ def _index(items: Sequence[CaptionedImage]) -> dict[str, str]:
     found: dict[str, str | None] = {}
     for item in items:
         number = re.search(r"\d+$", item.path.stem)
-        names = {str(item.path), item.path.name, item.path.stem, Path(item.image_id).name, Path(item.image_id).stem}
+        paths = (item.path, Path(item.image_id))
+        names = {str(item.path), name_of(item.path), *(path.name for path in paths), *(path.stem for path in paths)}
         if number:
             names.add(str(int(number.group())))
         for name in names:

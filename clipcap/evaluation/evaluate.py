@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipcap.confidence import FILE as CALIBRATION
 from clipcap.data.dataset import CaptionedImage, read_dataset
+from clipcap.data.members import open_file
 from clipcap.data.readers import Format
 from clipcap.decoding import require_options
 from clipcap.evaluation.caption_files import read_captions
 from clipcap.evaluation.metrics import METRICS, MetricName
 from clipcap.evaluation.page import evaluation_page, print_scores
 from clipcap.evaluation.scores import Evaluation, evaluate_captions
-from common.checks import UserError, printable, require_at_least, require_between, require_file, require_place
+from common.checks import (
+    UserError,
+    printable,
+    require_at_least,
+    require_between,
+    require_file,
+    require_one_of,
+    require_place,
+)
 from common.files import write_json
 from common.images import ImageLimit
 from common.journal import Journal, Row
@@ -99,7 +108,7 @@ def _hash(files: Sequence[Path]) -> str:
     """Of the content of files, one after another."""
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as content:
+        with open_file(file) as content:
             while block := content.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
@@ -203,6 +212,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise UserError("give either --model, whose captions are made, or --captions, a file of captions.")
     if not config.metrics:
         raise UserError(f"metrics is empty: choose of {', '.join(METRICS)}.")
+    for metric in config.metrics:
+        require_one_of("metrics", metric, METRICS)
     require_at_least("shown", config.shown, 0)
     require_at_least("batch_size", config.batch_size, 1)
     require_between("resamples", config.resamples, 0, MOST_RESAMPLES)

@@ -11,6 +11,7 @@ import torch
 
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.embeddings import build_store
+from clipcap.data.members import exists
 from clipcap.data.readers import is_plain_text, read_dataset
 from clipcap.data.store import EmbeddingStore
 from clipcap.data.views import with_views
@@ -108,7 +109,7 @@ def encode_items(config: TrainConfig, by_split: dict[str, list[CaptionedImage]],
         datastore = build_datastore(by_split["train"], store, config, clip) if config.retrieval else None
         return Material(by_split, stores, datastore, store.skipped)
     train, val = one_item_a_caption(by_split["train"]), by_split["val"]
-    if val and all(item.path.is_file() for item in val):  # judged on images all the same
+    if val and all(exists(item.path) for item in val):  # judged on images all the same
         texts = _embed_texts(train, clip, directory)
         images = embed_with_progress(val, config, clip, directory / "val")
         return Material({"train": train, "val": val}, {"train": texts, "val": images}, skipped=images.skipped)

@@ -44,22 +44,12 @@ from experiments.backbones import train_gpt2, train_photo_clip
 from experiments.captions.consensus import caption_vectors, consensus, neighbours
 from experiments.captions.tables import cell
 
-ARMS: dict[str, dict[str, Any]] = {
-    "mlp-frozen": {"mapper": "mlp"},
-    "mlp-tuned": {"mapper": "mlp", "tune_gpt2": True},
-    "transformer-frozen": {"mapper": "transformer"},
-    "transformer-tuned": {"mapper": "transformer", "tune_gpt2": True},
-    "patches-tuned": {"mapper": "transformer", "tune_gpt2": True, "inputs": "patches"},
-}
-"""The paper's two mappers, GPT-2 frozen or fine-tuned (Mokady et al. 2021, sec. 4.2), and one that reads patches."""
-BEYOND: dict[str, dict[str, Any]] = {
-    "mlp-text-only": {"mapper": "mlp", "tune_gpt2": True, "text_only": True},
-    "mlp-retrieval": {"mapper": "mlp", "tune_gpt2": True, "retrieval": 2},
-}
-"""To be compared with mlp-tuned: trained on the captions alone (CapDec), and with two retrieved captions (SmallCap)."""
+PATCHES = "patches-tuned"
+"""ClipCap on the 7x7 patches, the decoder trained with the mapper."""
 SCST = "patches-tuned-scst"
 MEAN = "patches-tuned-mean"
 """The mean of the weights of patches-tuned and of what self-critical training made of them."""
+ARMS = (PATCHES, SCST, MEAN)
 METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 NEIGHBOURS = (1, 5, 20, 60)
 """From which the consensus takes the number that is best on the validation split."""
@@ -77,10 +67,9 @@ class Config:
     """Directory of the images, when they are not beside the file."""
     out: Path = Path("out/photographs")
     """Where runs, scores and models go."""
-    arms: tuple[str, ...] = (*ARMS, SCST, MEAN)
-    """Which captioners: mlp-frozen, mlp-tuned, transformer-frozen, transformer-tuned, patches-tuned;
-    patches-tuned-scst, which continues from it; patches-tuned-mean, the mean of the weights of these two; and, beside
-    mlp-tuned, mlp-text-only and mlp-retrieval."""
+    arms: tuple[str, ...] = ARMS
+    """Which captioners: patches-tuned; patches-tuned-scst, which continues from it; patches-tuned-mean, the mean of the
+    weights of these two."""
     views: int = 3
     """Views of each training photograph."""
     clip_steps: int = 700
@@ -179,12 +168,12 @@ def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gp
         "runtime": config.runtime,
     }
     if arm == MEAN:
-        return average(config.out / "patches-tuned", config.out / SCST, config.out / MEAN)
+        return average(config.out / PATCHES, config.out / SCST, config.out / MEAN)
     if arm == SCST:
         return train(
             TrainConfig(
-                init=config.out / "patches-tuned" / "model",
-                embeddings=config.out / "embeddings-patches",
+                init=config.out / PATCHES / "model",
+                embeddings=config.out / "embeddings",
                 scst=True,
                 batch_size=32,
                 steps=config.scst_steps,
@@ -195,8 +184,6 @@ def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gp
                 **shared,
             )
         )
-    options = (ARMS | BEYOND)[arm]
-    inputs = "texts" if options.get("text_only") else options.get("inputs", "embedding")
     return train(
         TrainConfig(
             clip=str(clip),
@@ -205,15 +192,17 @@ def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gp
             mapper_heads=6,
             prefix_length=4,
             clip_length=4,
-            embeddings=config.out / f"embeddings-{inputs}",
-            views=1 if arm in BEYOND else config.views,
+            embeddings=config.out / "embeddings",
+            mapper="transformer",
+            tune_gpt2=True,
+            inputs="patches",
+            views=config.views,
             batch_size=config.batch_size,
             steps=config.steps,
             lr=config.lr,
             warmup=300,
             weight_decay=0.05,
             val_every=max(1, config.steps // 10),
-            **options,
             **shared,
         )
     )
@@ -308,8 +297,8 @@ def scored(
 def main(config: Config) -> None:
     """Make what is missing, score the test split, and write the table."""
     for arm in config.arms:
-        require_one_of("arms", arm, (*ARMS, SCST, MEAN, *BEYOND))
-    for arm, needed in ((SCST, "patches-tuned"), (MEAN, SCST)):
+        require_one_of("arms", arm, ARMS)
+    for arm, needed in ((SCST, PATCHES), (MEAN, SCST)):
         if arm in config.arms and needed not in config.arms:
             raise UserError(f"arms has {arm!r} without {needed!r}, from which it is made: give both.")
     start(config.runtime)

@@ -66,3 +66,17 @@ def folder(tmp_path):
     for name in ("a.jpg", "b.png", "c.jpg"):
         Image.new("RGB", (20, 16), "red").save(tmp_path / name)
     return tmp_path
+
+
+@pytest.fixture
+def model(tmp_path, clip_directory, gpt2_directory):
+    """A random captioner on disk."""
+    from clipcap.config import ClipCapConfig
+    from clipcap.model import ClipCapModel
+
+    torch.manual_seed(0)
+    captioner = ClipCapModel.from_backbones(
+        ClipCapConfig(clip_width=12, prefix_length=3, gpt2=str(gpt2_directory), clip=str(clip_directory))
+    )
+    captioner.save_pretrained(tmp_path / "captioner")
+    return tmp_path / "captioner"

@@ -7,22 +7,9 @@ import os
 import sys
 
 import pytest
-import torch
 from PIL import Image
 
 from clipcap.cli import SUBCOMMANDS, main
-from clipcap.config import ClipCapConfig
-from clipcap.model import ClipCapModel
-
-
-@pytest.fixture
-def model(tmp_path, clip_directory, gpt2_directory):
-    torch.manual_seed(0)
-    captioner = ClipCapModel.from_backbones(
-        ClipCapConfig(clip_width=12, prefix_length=3, gpt2=str(gpt2_directory), clip=str(clip_directory))
-    )
-    captioner.save_pretrained(tmp_path / "captioner")
-    return tmp_path / "captioner"
 
 
 def run(capsys, *arguments):

@@ -127,6 +127,8 @@ def test_java_is_started_only_for_metrics_that_are_wanted(items, photos, tmp_pat
         measure(texts, references, tokenizer="words", metrics=("Rouge",))
     with pytest.raises(UserError, match="metrics is empty: choose of BLEU, METEOR"):
         evaluate(config(photos, tmp_path, texts, metrics=()))
+    with pytest.raises(UserError, match="metrics is 'BLEU-4': choose one of BLEU, METEOR"):
+        evaluate(config(photos, tmp_path, texts, metrics=("BLEU-4",)))
 
 
 def test_a_page_without_cider_is_ranked_by_what_there_is(items, monkeypatch):

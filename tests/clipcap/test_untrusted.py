@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from clipcap.data import untrusted
+from clipcap.data.members import open_file
 from clipcap.data.readers import read_dataset
 from common.checks import UserError
 from common.files import MARKER
@@ -177,7 +178,9 @@ def test_images_are_not_written_through_links_or_over_others(tmp_path):
     elsewhere.mkdir()
     inside.mkdir()
     path = tar(inside / "s.tar", [("sub/a.jpg", b"theirs"), ("sub/a.txt", b"one")])
-    images = inside / "s.images"
+    put = inside / "put"
+    put.mkdir()
+    images = put / "s"
     for link, target in (
         (images, elsewhere),
         (images / "sub", elsewhere),
@@ -187,20 +190,22 @@ def test_images_are_not_written_through_links_or_over_others(tmp_path):
         link.symlink_to(target)
         (elsewhere / "mine").write_text("mine")
         with pytest.raises(UserError, match="is a link"):
-            read_dataset(path)
+            read_dataset(path, images=put)
         assert os.listdir(elsewhere) == ["mine"] and (elsewhere / "mine").read_text() == "mine"
         link.unlink()
     (images / "sub" / "a.jpg").write_bytes(b"mine, and")
     with pytest.raises(UserError, match="another image"):
-        read_dataset(path)
+        read_dataset(path, images=put)
     assert (images / "sub" / "a.jpg").read_bytes() == b"mine, and"
 
 
 def test_an_image_that_changed_in_the_tar_comes_again(tmp_path):
     for data in (b"first.", b"second", b"second"):
         path = tar(tmp_path / "s.tar", [("a.jpg", data), ("a.txt", b"one")])
-        [item] = read_dataset(path)
-        assert item.path.read_bytes() == data
+        for images in (None, tmp_path):
+            [item] = read_dataset(path, images=images)
+            with open_file(item.path) as file:
+                assert file.read() == data
 
 
 def test_an_archive_inside_a_pickle_is_refused(folder):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from clipcap.data.members import exists
 from clipcap.data.readers.archives import read_saved, read_shards
 from clipcap.data.readers.captioned import CaptionedImage, Gaps, hash_share
 from clipcap.data.readers.conceptual import read_conceptual
@@ -77,7 +78,8 @@ def read_dataset(
     in the name of COCO's and LAVIS's files. A picture that is named twice, such as a.jpg and ./a.jpg, is one, with the
     captions of both, and may be in one split only.
 
-    Images inside a data set, a parquet file or a tar are written out, once, below `images`, or beside the source.
+    Images inside a tar are read where they lie. Those inside a compressed tar, a parquet file or a data set are written
+    out, once, below `images`, or beside the source; with `images`, a tar's are, too.
 
     Args:
         source: the file or the folder.
@@ -110,7 +112,7 @@ def read_dataset(
             raise UserError(f"{str(source)!r}: image id {item.image_id!r} occurs twice: make the ids distinct.")
         seen.add(item.image_id)
     found = _once(found, source)
-    missing = [item for item in found if not item.path.is_file()] if need_images else []
+    missing = [item for item in found if not exists(item.path)] if need_images else []
     if missing and not skip_missing:
         raise UserError(
             f"{str(source)!r} names {len(missing)} missing images, the first {str(missing[0].path)!r}: "

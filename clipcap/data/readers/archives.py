@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from clipcap.data.members import member_path
 from clipcap.data.readers.captioned import SPLITS, CaptionedImage, Gaps
 from clipcap.data.readers.csv_rows import CAPTION_KEYS
 from clipcap.data.readers.text import LARGEST_TEXT, decode
-from clipcap.data.untrusted import read_tar
-from common.checks import UserError
+from clipcap.data.untrusted import is_compressed, read_tar
+from common.checks import UserError, require_file
 from common.files import MARKER, whole_file, write_json
 from common.images import UNREAD_SUFFIXES, ImageTooLarge, image_suffixes, open_image, tell_unread
 
@@ -75,22 +76,24 @@ def read_shards(source: Path, images: Path | None, need_images: bool, gaps: Gaps
         files: dict[str, Path] = {}
         texts: dict[str, list[Any]] = {}
         unread: list[str] = []
-        for name, data in read_tar(shard):
+        in_place = images is None and shard.suffix == ".tar" and not is_compressed(require_file(shard, "tar"))
+        for name, offset, size, read in read_tar(shard):
             key, suffix = str(name.parent / name.stem), name.suffix.lower()
             where = f"tar {str(shard)!r}, member {str(name)!r}"
-            if suffix in (".txt", ".caption", ".json") and len(data) > LARGEST_TEXT:
-                raise UserError(f"{where} has {len(data):,} bytes, of at most {LARGEST_TEXT:,}: it is no caption.")
+            if suffix in (".txt", ".caption", ".json") and size > LARGEST_TEXT:
+                raise UserError(f"{where} has {size:,} bytes, of at most {LARGEST_TEXT:,}: it is no caption.")
             if suffix in UNREAD_SUFFIXES and suffix not in image_suffixes():
                 unread.append(str(name))
             elif suffix in image_suffixes():
                 if key in files:
                     raise UserError(f"{where}: sample {key!r} has two images: make the keys distinct.")
-                files[key] = root / name
-                write_image(root, str(name), data)
+                files[key] = member_path(shard, name, offset, size) if in_place else root / name
+                if not in_place:
+                    write_image(root, str(name), read())
             elif suffix in (".txt", ".caption"):
-                texts[key] = [line for line in decode(data, where).split("\n") if line.strip()]
+                texts[key] = [line for line in decode(read(), where).split("\n") if line.strip()]
             elif suffix == ".json" and key not in texts:
-                texts[key] = _captions_of_json(data, where)
+                texts[key] = _captions_of_json(read(), where)
         if not need_images:
             files |= {key: root / key for key in texts if key not in files}
         tell_unread(unread, f"tar {str(shard)!r}")
