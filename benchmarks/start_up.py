@@ -1,4 +1,4 @@
-"""CPU seconds of `clipcap caption` for one photograph, beside the bare imports that any captioner in Python begins with.
+"""CPU seconds of `clipcap caption` for one photograph, beside the bare imports that a captioner in Python begins with.
 
 The floor imports torch and transformers' GPT-2 and does nothing. Each command is run in a process of its own, in
 turns, so that a busy machine slows all; the least of its times counts.

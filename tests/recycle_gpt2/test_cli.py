@@ -32,7 +32,20 @@ def test_help_explains_every_option(name, capsys):
     for option in dataclasses.fields(config):  # a flag that is on has only its --no- form
         name = option.name.replace("_", "-")
         assert (
-            name in ("stage", "runtime", "models", "model", "rows", "alignment", "options", "reading", "kept", "drop")
+            name
+            in (
+                "stage",
+                "runtime",
+                "models",
+                "model",
+                "rows",
+                "alignment",
+                "options",
+                "reading",
+                "kept",
+                "drop",
+                "processes",
+            )
             or f"--{name}" in words
             or f"--no-{name}" in words
         )
