@@ -51,10 +51,10 @@ def test_tables():
     # Changed alike, so it is compared with the changed one.
     runs += [record("grid+lr=0.3", 0, 23.0), record("grid-clip+lr=0.3", 0, 26.0)]
     gain, changed, small = gains(runs)
-    assert changed["arm"] == "grid-clip+lr=0.3" and changed["gain"] == 3.0
+    assert changed["arm"] == "grid-clip+lr=0.3" and changed["psnr_gain"] == 3.0
     assert [row["arm"] for row in tabulate(runs)][:2] == ["grid", "grid+lr=0.3"]
-    assert small["arm"] == "mlp-small-clip" and small["gain"] == 1.0 and small["standard_error"] is None
-    assert gain["gain"] == 0.5 and gain["pairs"] == 2 and gain["standard_error"] == pytest.approx(0.5)
+    assert small["arm"] == "mlp-small-clip" and small["psnr_gain"] == 1.0 and small["psnr_error"] is None
+    assert gain["psnr_gain"] == 0.5 and gain["pairs"] == 2 and gain["psnr_error"] == pytest.approx(0.5)
 
 
 def test_arms_are_settings(tmp_path):
