@@ -48,6 +48,8 @@ class Config:
     """choose: one seed, to choose weights by; report: three other seeds on other held-out views."""
     cases: tuple[str, ...] = tuple(CASES)
     """Training views: 8, 4 or 3 of all sides, side-3 or side-2."""
+    fields: tuple[str, ...] = ("bare", "grid")
+    """bare (the grid without any prior) and grid (with its own)."""
     encoders: tuple[str, ...] = ENCODERS
     """photo (CLIP for photographs), photo-text (and a text), imagenet (the pooled features of its tower), tiny."""
     weights: tuple[float, ...] = (1.0,)
@@ -84,17 +86,20 @@ class Config:
 
 def arms(config: Config) -> tuple[str, ...]:
     """The arms of each case, as `experiments.fields.synthetic` names them."""
-    common = f"{CHANGE}resolutions={config.resolutions}{config.changes}"
-    found = [f"bare{common}"]
-    for encoder in config.encoders:
-        require_one_of("encoders", encoder, (*ENCODERS, "photo-text"))
-        names = [f"bare-{encoder}"]
-        if config.control and encoder in ENCODERS:
-            names.append(f"bare-{encoder}{CONTROL}")
-        for weight in config.weights:
-            loss = f"{CHANGE}semantic_weight={weight:g}{CHANGE}semantic_every={config.every}{config.loss}"
-            found += [f"{name}{common}{loss}" for name in names]
-    return (*found, f"grid{CHANGE}resolutions={config.resolutions}")
+    found = []
+    for kind in config.fields:
+        require_one_of("fields", kind, ("bare", "grid"))
+        common = f"{CHANGE}resolutions={config.resolutions}{config.changes}"
+        found.append(f"{kind}{common}")
+        for encoder in config.encoders:
+            require_one_of("encoders", encoder, (*ENCODERS, "photo-text"))
+            names = [f"{kind}-{encoder}"]
+            if config.control and encoder in ENCODERS:
+                names.append(f"{kind}-{encoder}{CONTROL}")
+            for weight in config.weights:
+                loss = f"{CHANGE}semantic_weight={weight:g}{CHANGE}semantic_every={config.every}{config.loss}"
+                found += [f"{name}{common}{loss}" for name in names]
+    return tuple(found)
 
 
 def judge_of(weights: Path, path: Path) -> str:

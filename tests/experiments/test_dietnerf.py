@@ -136,12 +136,12 @@ def test_headroom_is_run_once_and_tabulated(tmp_path, few_voxels, monkeypatch):
     monkeypatch.setitem(headroom.CASES, "side-3", (0, 1))
     monkeypatch.setattr(headroom, "STAGES", {"report": ((1,), 0)})
     config = headroom.Config(
-        scene, cases=("8", "side-3"), encoders=("tiny", "photo-text"), weights=(0.5,), size=0, steps=20, rays=32,
+        scene, cases=("8", "side-3"), fields=("bare",), encoders=("tiny", "photo-text"), weights=(0.5,), size=0, steps=20, rays=32,
         resolutions="[8,12]", every=8, out=tmp_path / "out",
     )  # fmt: skip
     headroom.main(config)
     runs = read_runs(tmp_path / "out" / "report" / "8")
-    assert len(runs) == 5
+    assert len(runs) == 4
     loss = next(run["config"] for run in runs if run["arm"].startswith("bare-photo-text"))
     assert loss["semantic_start"] == 4 and loss["semantic_balance"] and loss["semantic_text"] and not loss["prune"]
     assert loss["silhouette"] == 0 and loss["min_views"] == 1
@@ -149,7 +149,11 @@ def test_headroom_is_run_once_and_tabulated(tmp_path, few_voxels, monkeypatch):
     assert table.count("| bare-tiny-random | 1 |") == 2 and table.count("| bare | 1 |") == 2 * 3
     monkeypatch.setattr(synthetic, "train", lambda settings: pytest.fail("was run again"))
     headroom.main(config)
-    for wrong, message in ((dict(cases=("9",)), "cases"), (dict(encoders=("blip",)), "encoders")):
+    for wrong, message in (
+        (dict(cases=("9",)), "cases"),
+        (dict(encoders=("blip",)), "encoders"),
+        (dict(fields=("mlp",)), "fields"),
+    ):
         with pytest.raises(UserError, match=message):
             headroom.main(replace(config, **wrong))
 
