@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 
 from common.checks import UserError, require_file, require_one_of, run_command
 from common.files import markdown_table, whole_file
+from common.report import contact_sheet
 from common.runtime import RuntimeConfig
 from dietnerf.views import PAPER_VIEWS
 from experiments import from_command_line
@@ -46,6 +48,8 @@ class Config:
     """Directory of NeRF's Lego, or another scene with as many training views."""
     stage: Literal["choose", "report"] = "report"
     """choose: one seed, to choose weights by; report: three other seeds on other held-out views."""
+    seeds: tuple[int, ...] = ()
+    """Seeds; left out, those of the stage."""
     cases: tuple[str, ...] = tuple(CASES)
     """Training views: 8, 4 or 3 of all sides, side-3 or side-2."""
     fields: tuple[str, ...] = ("bare", "grid")
@@ -125,7 +129,7 @@ def settings_of(config: Config, case: str, judge: str) -> synthetic.Config:
         arms=arms(config),
         view_ids=CASES[case],
         sizes=(config.size,),
-        seeds=seeds,
+        seeds=config.seeds or seeds,
         steps=config.steps,
         rays=config.rays,
         eval_every=EVERY,
@@ -144,9 +148,35 @@ def main(config: Config) -> None:
     cases = [settings_of(config, case, "") for case in config.cases]  # refuses what is wrong before long work
     judge = judge_of(config.judge, config.out / "judge.pth") if config.judge else ""
     cases = [settings_of(config, case, judge) for case in config.cases]
-    for case in cases:
+    for name, case in zip(config.cases, cases, strict=True):
         synthetic.main(case)
+        picture(case).save(config.out / config.stage / f"{name}.jpg", quality=85)
     (config.out / config.stage / "gains.md").write_text(gains_table(config))
+
+
+def picture(case: synthetic.Config) -> Image.Image:
+    """Held-out views (of the far side, where there is one) and their renders by each arm that has run."""
+    truths: list[Image.Image] = []
+    columns: dict[str, list[Image.Image]] = {}
+    for run in synthetic.read_runs(case.out):
+        if run["seed"] == case.seeds[0]:
+            name = f"{run['arm']}_v{run['views']}_s{run['seed']}.png"
+            sheet = Image.open(case.out / "runs" / run["scene"] / str(run["size"]) / name)
+            side = sheet.width // 2
+            rows = range(0, sheet.height, side)
+            truths = [sheet.crop((0, row, side, row + side)) for row in rows]
+            columns[run["arm"]] = [sheet.crop((side, row, 2 * side, row + side)) for row in rows]
+    columns = {"photograph": truths, **{arm: columns[arm] for arm in case.arms if arm in columns}}
+    titles = [base_name(arm) for _ in truths for arm in columns]
+    images = [column[row] for row in range(len(truths)) for column in columns.values()]
+    return contact_sheet(images, titles, columns=len(columns), size=150)
+
+
+def base_name(arm: str) -> str:
+    """An arm's name without the settings that all have."""
+    base, *changes = arm.split(CHANGE)
+    weight = [change.removeprefix("semantic_weight=") for change in changes if change.startswith("semantic_weight=")]
+    return " x ".join([base, *weight])
 
 
 def gains_table(config: Config) -> str:
@@ -154,7 +184,8 @@ def gains_table(config: Config) -> str:
     rows = []
     for case in CASES:
         for row in synthetic.gains(synthetic.read_runs(config.out / config.stage / case)):
-            shown = {"case": case, "arm": row["arm"], "less": row["against"].split(CHANGE)[0], "pairs": row["pairs"]}
+            arm, rival = base_name(row["arm"]), row["against"].split(CHANGE)[0]
+            shown = {"case": case, "arm": arm, "less": rival, "pairs": row["pairs"]}
             for name in synthetic.DIFFERENCES:
                 if (value := row.get(f"{name}_gain")) is not None:
                     error, digits = row[f"{name}_error"], 2 if name.startswith("psnr") else 3

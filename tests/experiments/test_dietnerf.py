@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("nerfstudio")
 
@@ -147,6 +148,8 @@ def test_headroom_is_run_once_and_tabulated(tmp_path, few_voxels, monkeypatch):
     assert loss["silhouette"] == 0 and loss["min_views"] == 1
     table = (tmp_path / "out" / "report" / "gains.md").read_text()
     assert table.count("| bare-tiny-random | 1 |") == 2 and table.count("| bare | 1 |") == 2 * 3
+    with Image.open(tmp_path / "out" / "report" / "side-3.jpg") as sheet:
+        assert sheet.width > 4 * 150  # photographs and three fields side by side
     monkeypatch.setattr(synthetic, "train", lambda settings: pytest.fail("was run again"))
     headroom.main(config)
     for wrong, message in (
