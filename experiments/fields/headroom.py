@@ -32,7 +32,7 @@ CASES: dict[str, tuple[int, ...]] = {
     "side-3": (26, 42, 0),
     "side-2": (26, 42),
 }
-"""Training views of each case: the paper's, the first of these, and views 14 degrees around one of Lego's."""
+"""Training views of each case: the paper's, the first of these, and of Lego's three within 20 degrees of each other."""
 ENCODERS = ("photo", "imagenet", "tiny")
 JUDGE = "tf_efficientnet_lite2"
 STAGES: dict[str, tuple[tuple[int, ...], int]] = {"choose": ((0,), 2), "report": ((1, 2, 3), 0)}
