@@ -385,6 +385,9 @@ class DietGridModelConfig(FewViewModelConfig):
     """Samples along a ray for each voxel that it crosses."""
     occupancy_every: int = 100
     """Steps between two looks at which cells are empty."""
+    prune: bool = True
+    """Leave what is empty out of the march, and crop the box to the rest; without, anything may still grow anywhere,
+    and training takes longer."""
     min_views: int = 2
     """What fewer training cameras see stays empty, where images have alpha; 1 lets one camera suffice."""
 
@@ -422,7 +425,7 @@ class DietGridModel(FewViewModel):
         """Grow into the next level when its step has come, and look now and then which cells are empty."""
         level = sum(start <= step for start in self.config.grow_at)
         # Before, what is thin may only be unlearnt.
-        settled = step - self.began >= 2 * self.config.occupancy_every
+        settled = self.config.prune and step - self.began >= 2 * self.config.occupancy_every
         while int(self.field.level) < level:
             self.field.grow(crop=settled)
         if step % self.config.occupancy_every == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 import torch
@@ -13,6 +13,9 @@ from dietnerf.regularizers import Samples, depth_smoothness, distortion_loss, oc
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.rays import RayBundle
+
+LEAST_GRADIENT = 1e-12
+"""A smaller norm of the semantic loss's gradient is none."""
 
 
 class TrainedField(Protocol):
@@ -32,6 +35,7 @@ class TrainedField(Protocol):
     def as_photographed(self, rgb: Tensor, rays: RayBundle) -> Tensor: ...
     def render_view(self, rays: RayBundle) -> dict[str, Tensor]: ...
     def needs_semantic_view(self, step: int) -> bool: ...
+    def get_param_groups(self) -> dict[str, list[Any]]: ...
 
 
 class PointRays(NamedTuple):
@@ -87,7 +91,11 @@ def compute_losses(
     if model.config.regularizers.depth_smoothness:
         losses["depth_smoothness"] = patch_loss(model, batch.get("patches"))
     if model.needs_semantic_view(step):
-        losses |= semantic_losses(model, batch.get("semantic_view"), generator)
+        semantic = semantic_losses(model, batch.get("semantic_view"), generator)
+        if model.config.semantic.balance:
+            scale = balance(model, [losses[name] for name in ("rgb", "rgb_coarse") if name in losses], semantic)
+            semantic = {name: scale * value for name, value in semantic.items()}
+        losses |= semantic
     return losses
 
 
@@ -157,6 +165,19 @@ def prior_losses(model: TrainedField, outputs: dict[str, Any]) -> dict[str, Tens
         if config.colour_variation:
             losses["colour_variation"] = config.colour_variation / model.num_train_data * colour
     return losses
+
+
+def balance(model: TrainedField, images: list[Tensor], semantic: dict[str, Tensor]) -> Tensor:
+    """What the semantic losses are multiplied by, so that `weight` is the ratio of their gradient's norm to that of the
+    images' losses, both with respect to the field's parameters; 0 where they have no gradient, as beyond the hinge."""
+    parameters = model.get_param_groups()["fields"]
+
+    def norm(losses: Iterable[Tensor]) -> Tensor:
+        found = torch.autograd.grad(torch.stack(list(losses)).sum(), parameters, retain_graph=True, allow_unused=True)
+        return torch.stack([gradient.norm() for gradient in found if gradient is not None]).norm()
+
+    unweighted = norm(semantic.values()) / model.config.semantic.weight
+    return norm(images) / unweighted if unweighted > LEAST_GRADIENT else torch.zeros_like(unweighted)
 
 
 def semantic_losses(

@@ -29,6 +29,9 @@ class SemanticConfig:
 
     weight: float = 0.0
     """Weight λ of the loss; 0 switches it off. Published: 0.1."""
+    balance: bool = False
+    """The weight is the ratio of gradients: at each of its steps, the loss is scaled so that the norm of its gradient
+    with respect to the field's parameters is so many times that of the images' squared error."""
     encoder: str = "tiny"
     """Image encoder: tiny, a Hugging Face id or directory, open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or
     torchvision:NAME[/PATH]."""

@@ -89,6 +89,9 @@ class TrainConfig:
     min_views: int | None = None
     """Of the grid, how many training cameras must see what is not empty, where images have alpha; left out, the
     method's own."""
+    prune: bool | None = None
+    """Of the grid, whether what is empty is left out; with False anything may still grow anywhere, and training takes
+    longer. Left out, the method's own."""
     near: float = 0.0
     """Where rays start, in training and in renders; 0 suits the layout of the scene. Cameras of photographs reach to 1
     from the centre; Blender's that are not about 4 units from it are scaled to be."""
@@ -208,14 +211,16 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     if isinstance(model, DietGridModelConfig):
         model.harmonics = model.harmonics if config.harmonics is None else config.harmonics
         model.min_views = model.min_views if config.min_views is None else config.min_views
+        model.prune = model.prune if config.prune is None else config.prune
         if config.resolutions:
             model.grow_at = spread_levels(model.grow_at, len(config.resolutions))
             model.resolutions = config.resolutions
         # Never so early that the coarse grid has found nothing yet to crop to.
         model.grow_at = tuple(max(GROW_AFTER * i, round(at * scale)) for i, at in enumerate(model.grow_at, start=1))
-    elif config.resolutions or config.harmonics is not None or config.min_views is not None:
+    elif config.resolutions or any(getattr(config, name) is not None for name in ("harmonics", "min_views", "prune")):
         raise UserError(
-            f"resolutions, harmonics and min_views are the grid's, but method is {config.method!r}: leave them out."
+            f"resolutions, harmonics, min_views and prune are the grid's, but method is {config.method!r}: leave them "
+            f"out."
         )
     for name, group in run.optimizers.items():
         if name not in EXTRA:

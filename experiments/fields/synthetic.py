@@ -9,15 +9,20 @@ sheets are made of whatever exists. --budget ends the work early, between runs.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from common.checks import UserError, require_at_least, require_same_settings, run_command
 from common.files import write_json
@@ -27,56 +32,22 @@ from common.runtime import RuntimeConfig, hardware, start, versions
 from dietnerf.cli import silence_nerfstudio
 from dietnerf.evaluation import score_scene
 from dietnerf.metrics import MetricsConfig
+from dietnerf.poses import estimate_ranges
 from dietnerf.scene import Scene
 from dietnerf.settings import TrainConfig, changed, nerfstudio_config, options_of, train_config, without_effect
 from dietnerf.training import train
 from experiments import from_command_line
+from experiments.fields.arms import ARMS, BASELINES, CHANGE, CONTROL
 
-ARMS: dict[str, dict[str, Any]] = {
-    "nerf": dict(method="mlp", semantic_weight=0.0),
-    "simplified": dict(method="simplified", semantic_weight=0.0),
-    "dietnerf": dict(method="mlp", semantic_weight=0.1, semantic_poses="published"),
-    "dietnerf-random": dict(method="mlp", semantic_weight=0.1, semantic_poses="published", semantic_random=True),
-    "mlp-small": dict(method="mlp-small", semantic_weight=0.0),
-    "mlp-small-clip": dict(method="mlp-small", semantic_weight=0.1),
-    "mlp-small-random": dict(method="mlp-small", semantic_weight=0.1, semantic_random=True),
-    "mlp-small-clip-weak": dict(method="mlp-small", semantic_weight=0.01),
-    "mlp-small-random-weak": dict(method="mlp-small", semantic_weight=0.01, semantic_random=True),
-    "nerfacto": dict(method="nerfacto", semantic_weight=0.0),
-    "nerfacto-clip": dict(method="nerfacto", semantic_weight=0.01, semantic_hinge=True, semantic_augment=True),
-    "nerfacto-random": dict(
-        method="nerfacto", semantic_weight=0.01, semantic_random=True, semantic_hinge=True, semantic_augment=True
-    ),
-    "grid": dict(semantic_weight=0.0),
-    "grid-box": dict(semantic_weight=0.0, contraction="off", appearance="off", depth=0.0),
-    "grid-space": dict(semantic_weight=0.0, contraction="on", appearance="off", depth=0.0),
-    "grid-exposure": dict(semantic_weight=0.0, depth=0.0),
-    "grid-poses": dict(semantic_weight=0.0, refine_poses=True),
-    "grid-plain": dict(semantic_weight=0.0, density_variation=0.0, colour_variation=0.0),
-    "grid-occlusion": dict(semantic_weight=0.0, occlusion=0.01),
-    "grid-distortion": dict(semantic_weight=0.0, distortion=0.01),
-    "grid-depth": dict(semantic_weight=0.0, depth_smoothness=0.01),
-    "grid-background": dict(semantic_weight=0.0, background="random"),
-    "grid-clip-strong": dict(semantic_weight=0.1),
-    "grid-clip": dict(semantic_weight=0.01),
-    "grid-clip-weak": dict(semantic_weight=0.001),
-    "grid-hinge": dict(semantic_weight=0.01, semantic_hinge=True),
-    "grid-augment": dict(semantic_weight=0.01, semantic_augment=True),
-    "grid-hinge-augment": dict(semantic_weight=0.01, semantic_hinge=True, semantic_augment=True),
-    "grid-text": dict(semantic_weight=0.01, semantic_feature="embedding"),
-    "grid-random-weak": dict(semantic_weight=0.001, semantic_random=True),
-    "grid-random": dict(semantic_weight=0.01, semantic_random=True),
-    "grid-random-augment": dict(semantic_weight=0.01, semantic_random=True, semantic_hinge=True, semantic_augment=True),
-}
-"""What each row of the table changes. Names that end in -random are the control: an encoder with random weights whose
-gradient has the norm that the trained encoder's would have; in -text, --text becomes one more target."""
-CHANGE = "+"
-"""grid+lr=0.3+rays=4096 is the arm grid with these settings of dietnerf train."""
-BASELINES = {"grid": "grid", "nerfacto": "nerfacto", "mlp-small": "mlp-small", "dietnerf": "nerf"}
-"""The row without a semantic loss that each row, by the beginning of its name, is compared with."""
 FINE_TUNED = "-tuned"
 """An arm's name with this ending drops the semantic loss for the last fifth of the steps (the paper's MSE tuning)."""
 SCORES = ("psnr", "psnr_farthest", "psnr_foreground", "ssim", "similarity")
+FAR_SIDE = tuple(f"{name}_far_side" for name in ("psnr", "psnr_foreground", "similarity"))
+"""The same over the views from behind, where all training cameras stand on one side."""
+DIFFERENCES = ("psnr", "similarity", *FAR_SIDE)
+"""Scores whose paired differences are shown."""
+NEAR = 60.0
+"""Training cameras within so many degrees of their mean direction stand on one side."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +78,8 @@ class Config:
     """The first one: settings are chosen on other views than those that are reported."""
     resolution: int = 64
     """Side of the semantic loss's renders."""
+    start: float = 0.0
+    """Share of the steps before the first semantic loss."""
     encoder: str = "tiny"
     """Encoder of the semantic loss."""
     text: str = ""
@@ -155,8 +128,11 @@ def training_config(config: Config, scene: Path, size: int, arm: str, views: int
         if not config.text:
             raise UserError(f"arm {arm!r} needs a description: give --text.")
         chosen = changed(chosen, semantic_text=config.text)
+    steps = nerfstudio_config(chosen).max_num_iterations
+    if config.start and chosen.semantic.weight:
+        chosen = changed(chosen, semantic_start=round(config.start * steps))
     if base.endswith(FINE_TUNED):
-        chosen = changed(chosen, semantic_end=round(0.8 * nerfstudio_config(chosen).max_num_iterations))
+        chosen = changed(chosen, semantic_end=round(0.8 * steps))
     return chosen
 
 
@@ -178,6 +154,12 @@ def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str,
         metrics=MetricsConfig(second_encoder=config.second_encoder),
         progress=False,
     )
+    behind = far_side(scene, found.ids)
+    rows = found.scores.per_view
+    for name in SCORES if behind else ():
+        values = [float(rows[i][name]) for i in behind if name in rows[i]]
+        if values and f"{name}_far_side" in FAR_SIDE:
+            found.scores.values[f"{name}_far_side"] = statistics.fmean(values)
     record = {
         **labels,
         "scores": found.scores.values,
@@ -193,13 +175,31 @@ def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str,
         "hardware": hardware(),
         "versions": versions(),
     }
-    shown = list(range(0, len(found.ids), max(1, len(found.ids) // 3)))[:3]
+    seen = behind or list(range(len(found.ids)))
+    shown = seen[:: max(1, len(seen) // 3)][:3]
     pairs = [np.concatenate((found.truths[i].numpy(), found.renderings[i].rgb.numpy()), axis=1) for i in shown]
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = (np.concatenate(pairs, axis=0).clip(0, 1) * 255 + 0.5).astype(np.uint8)
     Image.fromarray(picture).save(path.with_suffix(".png"))
     write_json(path, record)
     return record
+
+
+def far_side(scene: Scene, ids: Sequence[int]) -> list[int]:
+    """Places among the scored views `ids` of those from behind: more than 90 degrees, around the vertical axis, from
+    the mean direction in which the training cameras stand. None where these do not stand on one side."""
+    views, training = scene.held_out_views, scene.training_views.cameras.camera_to_worlds
+    centre = torch.tensor(estimate_ranges(training).centre)
+
+    def directions(positions: Float[Tensor, "n 3"]) -> Float[Tensor, "n 2"]:
+        return torch.nn.functional.normalize((positions - centre)[:, :2], dim=1)
+
+    trained = directions(training[:, :, 3].cpu())
+    middle = torch.nn.functional.normalize(trained.mean(dim=0), dim=0)
+    if (trained @ middle).min() < math.cos(math.radians(NEAR)):
+        return []
+    held_out = views.cameras.camera_to_worlds[[views.view_ids.index(i) for i in ids], :, 3].cpu()
+    return (directions(held_out) @ middle < 0).nonzero()[:, 0].tolist()
 
 
 def require_same_run(path: Path, config: Config, settings: TrainConfig) -> None:
@@ -233,7 +233,7 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for key in sorted(groups, key=lambda k: (*k[:3], order.index(base_arm(k[3])), k[3])):
         group = groups[key]
         row: dict[str, Any] = dict(zip(("scene", "size", "views", "arm"), key, strict=True)) | {"seeds": len(group)}
-        for name in SCORES:
+        for name in (*SCORES, *FAR_SIDE):
             values = [run["scores"][name] for run in group if run["scores"].get(name) is not None]
             if values:
                 row[name] = statistics.fmean(values)
@@ -243,26 +243,36 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def gains(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """PSNR of each arm less its baseline's, all else being equal: mean and standard error."""
-    found = {(r["scene"], r["size"], r["views"], r["seed"], r["arm"]): r["scores"]["psnr"] for r in runs}
-    paired: dict[tuple[Any, ...], list[float]] = {}
-    for (scene, size, views, seed, arm), value in found.items():
-        _, *changes = arm.split(CHANGE)
-        beginning = next((value for name, value in BASELINES.items() if arm.startswith(name)), "")
-        baseline = CHANGE.join([beginning, *changes])
-        other = found.get((scene, size, views, seed, baseline))
-        if arm != baseline and other is not None:
-            paired.setdefault((scene, size, views, arm), []).append(value - other)
+def rivals(arm: str) -> list[str]:
+    """What an arm is compared with: the same field without a semantic loss, and its control."""
+    base, *changes = arm.split(CHANGE)
+    beginning = next((name for start, name in BASELINES.items() if arm.startswith(start)), "")
+    plain = [change for change in changes if not change.startswith("semantic_")]
     return [
-        dict(zip(("scene", "size", "views", "arm"), key, strict=True))
-        | {
-            "pairs": len(values),
-            "gain": statistics.fmean(values),
-            "standard_error": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
-        }
-        for key, values in sorted(paired.items())
+        other for other in (CHANGE.join([beginning, *plain]), CHANGE.join([base + CONTROL, *changes])) if other != arm
     ]
+
+
+def gains(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of each arm less those of each of its `rivals`, all else being equal: mean and standard error."""
+    found = {(r["scene"], r["size"], r["views"], r["seed"], r["arm"]): r["scores"] for r in runs}
+    paired: dict[tuple[Any, ...], list[tuple[dict[str, float], dict[str, float]]]] = {}
+    for (scene, size, views, seed, arm), scores in found.items():
+        for rival in rivals(arm):
+            other = found.get((scene, size, views, seed, rival))
+            if other is not None:
+                paired.setdefault((scene, size, views, arm, rival), []).append((scores, other))
+    rows = []
+    for key, pairs in sorted(paired.items()):
+        row: dict[str, Any] = dict(zip(("scene", "size", "views", "arm", "against"), key, strict=True))
+        row["pairs"] = len(pairs)
+        for name in DIFFERENCES:
+            values = [ours[name] - theirs[name] for ours, theirs in pairs if name in ours and name in theirs]
+            if values:
+                row[f"{name}_gain"] = statistics.fmean(values)
+                row[f"{name}_error"] = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        rows.append(row)
+    return rows
 
 
 def write_tables(out: Path) -> list[dict[str, Any]]:
@@ -270,7 +280,7 @@ def write_tables(out: Path) -> list[dict[str, Any]]:
     runs = read_runs(out)
     rows, differences = tabulate(runs), gains(runs)
     write_json(out / "results.json", {"rows": rows, "gains": differences, "runs": len(runs)})
-    names = [name for name in SCORES if any(name in row for row in rows)]
+    names = [name for name in (*SCORES, *FAR_SIDE) if any(name in row for row in rows)]
     lines = ["| scene | size | views | arm | seeds | " + " | ".join(names) + " | CPU s |"]
     lines.append("|" + "---|" * (6 + len(names)))
     for row in rows:
@@ -282,7 +292,7 @@ def write_tables(out: Path) -> list[dict[str, Any]]:
     page.section("Scores", "Means over seeds; PSNR in dB.")
     page.table([{k: v for k, v in row.items() if not k.endswith("_spread")} for row in rows])
     if differences:
-        page.section("Against no semantic loss", "PSNR less that of the same field with the same views and seed.")
+        page.section("Against no semantic loss and the control", "Less the score with the same views and seed.")
         page.table(differences)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:

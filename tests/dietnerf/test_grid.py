@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import SceneBox
 
-from dietnerf.grid import CELLS, VoxelGrid, vertices_along, views_of
+from dietnerf.grid import CELLS, DietGridModelConfig, VoxelGrid, vertices_along, views_of
 from dietnerf.poses import pose_spherical
 from dietnerf.regularizers import total_variation
 
@@ -197,3 +198,17 @@ def test_what_one_camera_sees_stays_empty():
     grid.keep_to(cameras, 1)
     grid.update_occupancy()
     assert grid.occupied.all()
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_without_pruning_anything_may_still_grow_anywhere(prune):
+    cube = torch.tensor([[-1.5] * 3, [1.5] * 3])
+    config = DietGridModelConfig(resolutions=(8, 12), grow_at=(300,), prune=prune)
+    model = config.setup(scene_box=SceneBox(cube.clone()), num_train_data=3)
+    with torch.no_grad():
+        model.field.density_tables[0].fill_(-9.0)
+        model.field.density_tables[0].view(8, 8, 8)[3:5, 3:5, 3:5] = 50.0
+    for step in (0, 200, 300, 400):
+        model.before_step(step)
+        assert model.field.occupied.all() == (not prune or step == 0)
+    assert torch.equal(model.field.aabb, cube) == (not prune) and int(model.field.level) == 1

@@ -8,7 +8,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import SceneBox
 
 from common.checks import UserError
-from dietnerf.losses import compute_losses, reconstruction_losses
+from dietnerf.losses import balance, compute_losses, reconstruction_losses
 from dietnerf.poses import pose_spherical
 from dietnerf.rays import PATCH, patch_rays
 from dietnerf.regularizers import RegularizerConfig
@@ -175,6 +175,37 @@ def test_the_semantic_loss_comes_on_its_steps_for_coarse_and_fine(name):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.get_param_groups()["fields"])
     assert not any("semantic" in key for key in model.state_dict())
     assert set(compute_losses(model, batch(), 10)) == BASE[name]
+
+
+def gradient_norm(model, losses):
+    found = torch.autograd.grad(sum(losses), model.get_param_groups()["fields"], retain_graph=True, allow_unused=True)
+    return float(torch.cat([gradient.flatten() for gradient in found if gradient is not None]).norm())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_balanced_semantic_weight_is_the_ratio_of_gradients_whatever_the_feature(name):
+    found = []
+    for weight, feature in ((0.5, "embedding"), (2.0, "class_token")):
+        semantic = SemanticConfig(weight=weight, balance=True, resolution=8, chunk=20, feature=feature)
+        model = make(name, semantic=semantic)
+        model.set_semantic_targets(torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(2)))
+        view = ViewSampler(semantic, CAMERAS)(torch.Generator().manual_seed(0))
+        torch.manual_seed(5)
+        losses = compute_losses(model, {**batch(), "semantic_view": view}, 0)
+        images = [losses[term] for term in ("rgb", "rgb_coarse") if term in losses]
+        terms = [losses[term] for term in ("semantic", "semantic_coarse") if term in losses]
+        found.append(gradient_norm(model, images))
+        assert gradient_norm(model, terms) == pytest.approx(weight * found[-1], rel=1e-3)
+        sum(losses.values()).backward()  # the graph is still whole
+    assert found[0] == found[1] > 0
+
+
+def test_balance_scales_nothing_where_the_hinge_is_reached():
+    semantic = SemanticConfig(weight=1.0, balance=True, resolution=8)
+    model = make("grid", semantic=semantic)
+    parameter = model.get_param_groups()["fields"][0]
+    flat = {"semantic": (0 * parameter).sum()}
+    assert balance(model, [parameter.sum()], flat) == 0
 
 
 def test_a_semantic_step_without_view_or_targets_is_named():

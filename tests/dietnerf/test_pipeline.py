@@ -317,5 +317,5 @@ def test_levels_of_the_grid_are_spread_over_the_same_steps(ball_scene):
         and list(model.grow_at) == sorted(model.grow_at)
     )
     assert nerfstudio_config(train_config(scene=ball_scene, resolutions=(20,))).pipeline.model.grow_at == ()
-    with pytest.raises(UserError, match=r"resolutions, harmonics and min_views are the grid's"):
+    with pytest.raises(UserError, match=r"resolutions, harmonics, min_views and prune are the grid's"):
         nerfstudio_config(train_config(scene=ball_scene, method="nerfacto", resolutions=(8, 12)))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 pytest.importorskip("nerfstudio")
 
@@ -14,9 +18,9 @@ from common.files import write_json
 from common.report import Page
 from common.runtime import RuntimeConfig
 from experiments.demo import scene as demo_scene
-from experiments.fields import synthetic
-from experiments.fields.synthetic import ARMS, Config, gains, main, read_runs, tabulate, training_config
-from tests.dietnerf.ball import write_scene
+from experiments.fields import headroom, synthetic
+from experiments.fields.synthetic import ARMS, Config, far_side, gains, main, read_runs, tabulate, training_config
+from tests.dietnerf.ball import look_at_origin, write_scene
 
 
 @pytest.fixture
@@ -51,10 +55,40 @@ def test_tables():
     # Changed alike, so it is compared with the changed one.
     runs += [record("grid+lr=0.3", 0, 23.0), record("grid-clip+lr=0.3", 0, 26.0)]
     gain, changed, small = gains(runs)
-    assert changed["arm"] == "grid-clip+lr=0.3" and changed["gain"] == 3.0
+    assert changed["arm"] == "grid-clip+lr=0.3" and changed["psnr_gain"] == 3.0
     assert [row["arm"] for row in tabulate(runs)][:2] == ["grid", "grid+lr=0.3"]
-    assert small["arm"] == "mlp-small-clip" and small["gain"] == 1.0 and small["standard_error"] is None
-    assert gain["gain"] == 0.5 and gain["pairs"] == 2 and gain["standard_error"] == pytest.approx(0.5)
+    assert small["arm"] == "mlp-small-clip" and small["psnr_gain"] == 1.0 and small["psnr_error"] is None
+    assert gain["psnr_gain"] == 0.5 and gain["pairs"] == 2 and gain["psnr_error"] == pytest.approx(0.5)
+
+
+def test_arms_are_compared_with_their_control_and_on_the_far_side():
+    scores = {"bare": (20.0, 10.0), "bare-tiny": (21.0, 12.0), "bare-tiny-random": (20.5, 13.0)}
+    runs = []
+    for seed in (0, 1):
+        for arm, (psnr, behind) in scores.items():
+            loss = "" if arm == "bare" else "+semantic_weight=0.3"
+            run = record(f"{arm}+lr=0.3{loss}", seed, psnr + seed * (arm == "bare-tiny"))
+            run["scores"]["psnr_far_side"] = behind
+            runs.append(run)
+    rows = {(row["arm"].split("+")[0], row["against"].split("+")[0]): row for row in gains(runs)}
+    assert set(rows) == {("bare-tiny", "bare"), ("bare-tiny", "bare-tiny-random"), ("bare-tiny-random", "bare")}
+    row = rows["bare-tiny", "bare-tiny-random"]
+    assert (row["psnr_gain"], row["psnr_error"]) == (pytest.approx(1.0), pytest.approx(0.5))
+    assert (row["psnr_far_side_gain"], row["psnr_far_side_error"]) == (-1.0, 0.0) and "similarity_gain" not in row
+
+
+def test_the_far_side_is_what_cameras_on_one_side_do_not_face():
+    def views(*azimuths):
+        poses = torch.tensor(np.stack([look_at_origin(a, 20)[:3] for a in azimuths]), dtype=torch.float32)
+        return SimpleNamespace(
+            cameras=SimpleNamespace(camera_to_worlds=poses), view_ids=[10 * i for i in range(len(azimuths))]
+        )
+
+    held_out = views(0, 80, 100, 180, 250, 290)
+    one_side = SimpleNamespace(training_views=views(-20, 0, 20), held_out_views=held_out)
+    assert far_side(one_side, held_out.view_ids) == [2, 3, 4]
+    assert far_side(one_side, [30, 0, 20]) == [0, 2]
+    assert far_side(SimpleNamespace(training_views=views(0, 120, 240), held_out_views=held_out), [0, 30]) == []
 
 
 def test_arms_are_settings(tmp_path):
@@ -94,6 +128,43 @@ def test_runs_are_made_once(tmp_path, few_voxels, monkeypatch, capsys):
     monkeypatch.undo()
     main(replace(config, seeds=(0, 1), budget=1e-9))
     assert "budget" in capsys.readouterr().out and len(read_runs(tmp_path / "out")) == 2
+
+
+@pytest.mark.slow
+def test_headroom_is_run_once_and_tabulated(tmp_path, few_voxels, monkeypatch):
+    scene = write_scene(tmp_path / "scene", splits={"train": 6, "test": 8})
+    monkeypatch.setitem(headroom.CASES, "8", (0, 2, 4))
+    monkeypatch.setitem(headroom.CASES, "side-3", (0, 1))
+    monkeypatch.setattr(headroom, "STAGES", {"report": ((1,), 0)})
+    config = headroom.Config(
+        scene, cases=("8", "side-3"), fields=("bare",), encoders=("tiny", "photo-text"), weights=(0.5,), size=0, steps=20, rays=32,
+        resolutions="[8,12]", every=8, out=tmp_path / "out",
+    )  # fmt: skip
+    headroom.main(config)
+    runs = read_runs(tmp_path / "out" / "report" / "8")
+    assert len(runs) == 4
+    loss = next(run["config"] for run in runs if run["arm"].startswith("bare-photo-text"))
+    assert loss["semantic_start"] == 4 and loss["semantic_balance"] and loss["semantic_text"] and not loss["prune"]
+    assert loss["silhouette"] == 0 and loss["min_views"] == 1
+    table = (tmp_path / "out" / "report" / "gains.md").read_text()
+    assert table.count("| bare-tiny-random | 1 |") == 2 and table.count("| bare | 1 |") == 2 * 3
+    with Image.open(tmp_path / "out" / "report" / "side-3.jpg") as sheet:
+        assert sheet.width > 4 * 150  # photographs and three fields side by side
+    monkeypatch.setattr(synthetic, "train", lambda settings: pytest.fail("was run again"))
+    headroom.main(config)
+    for wrong, message in (
+        (dict(cases=("9",)), "cases"),
+        (dict(encoders=("blip",)), "encoders"),
+        (dict(fields=("mlp",)), "fields"),
+    ):
+        with pytest.raises(UserError, match=message):
+            headroom.main(replace(config, **wrong))
+
+
+def test_another_judge_is_refused(tmp_path):
+    torch.save({"conv": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="give EfficientNet-Lite2's"):
+        headroom.judge_of(tmp_path / "other.pth", tmp_path / "judge.pth")
 
 
 @pytest.mark.slow
