@@ -404,6 +404,8 @@ def run(config: EmbedConfig) -> int:
     from common.clip import load_clip
     from common.progress import Progress
 
+    require_at_least("batch_size", config.batch_size, 1)
+    require_at_least("workers", config.workers, 0)
     part = own_part(config.processes)
     if part is None:
         return start_processes(run, config, config.processes.devices)

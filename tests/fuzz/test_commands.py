@@ -215,7 +215,7 @@ def changed(config: Any, path: tuple[str, ...], value: Any) -> Any:
         value = changed(before, tuple(rest), value)
     elif isinstance(before, tuple):
         value = (value, *before[1:])
-    elif "tuple" in str(type(config).__annotations__[name]):
+    elif "tuple" in str(typing.get_type_hints(type(config))[name]):
         value = (value,)
     return dataclasses.replace(config, **{name: value})
 
