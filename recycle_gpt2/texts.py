@@ -152,7 +152,7 @@ class KeptText(Text):
         clear_leftovers(self.directory)
         (self.directory / RECORD).unlink(missing_ok=True)  # first, or after a stop it might vouch for another text
         stamps, hashes, number = _stamps(self.paths), FileHashes(), 0
-        total = sum(size_of(path) for path, _ in find_texts(self.paths))
+        total = super().size()
         bar = Progress(total=total, desc="text", unit="B", unit_scale=True, disable=not progress)
         with bar, whole_file(self.directory / KEPT) as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
             for document, position in read_with_positions(self.paths, self.options, opened=hashes.opened):
@@ -198,13 +198,6 @@ class _Counted(io.FileIO):
 
     def readall(self) -> bytes:
         content = super().readall()
-        self.digest.update(content or b"")
-        return content
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            return self.readall()
-        content = super().read(size)
         self.digest.update(content or b"")
         return content
 

@@ -31,6 +31,7 @@ from common.files import write_json, write_text
 from common.report import plot_bars
 from common.runtime import RuntimeConfig, hardware, seed_everything, versions
 from experiments import from_command_line
+from experiments.captions.tables import MAPPERS
 from experiments.scenes.captions import looks, names_all, parse
 from experiments.scenes.dataset import load_split
 from experiments.scenes.graph import HELD_OUT
@@ -38,11 +39,7 @@ from experiments.scenes.karpathy import export, filename
 from experiments.scenes.records import ViewRecord
 from experiments.scenes.wording import ENGLISH, Wording
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "mlp-frozen": {"mapper": "mlp", "tune_gpt2": False},
-    "mlp-tuned": {"mapper": "mlp", "tune_gpt2": True},
-    "transformer-frozen": {"mapper": "transformer", "tune_gpt2": False},
-    "transformer-tuned": {"mapper": "transformer", "tune_gpt2": True},
+VARIANTS: dict[str, dict[str, Any]] = MAPPERS | {
     "patches-frozen": {"mapper": "transformer", "tune_gpt2": False, "inputs": "patches"},
     "patches-tuned": {"mapper": "transformer", "tune_gpt2": True, "inputs": "patches"},
 }

@@ -10,6 +10,7 @@ of GPT-2 alone, with 5 beams. The table is written again after each; what is fin
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,15 +26,8 @@ from common.files import markdown_table, write_json, write_text
 from common.report import plot_lines
 from common.runtime import RuntimeConfig, hardware, start, versions
 from experiments import from_command_line
+from experiments.captions.tables import MAPPERS, VARIANTS
 
-PAIR = ("transformer-frozen", "mlp-tuned")
-"""The paper's two captioners (sec. 3), of which there are several seeds and lengths."""
-MAPPERS: dict[str, dict[str, Any]] = {
-    "mlp-frozen": {"mapper": "mlp"},
-    "mlp-tuned": {"mapper": "mlp", "tune_gpt2": True},
-    "transformer-frozen": {"mapper": "transformer"},
-    "transformer-tuned": {"mapper": "transformer", "tune_gpt2": True},
-}
 BEYOND: dict[str, dict[str, Any]] = {
     "mlp-one-view": {"mapper": "mlp", "tune_gpt2": True, "views": 1},
     "mlp-text-only": {"mapper": "mlp", "tune_gpt2": True, "views": 1, "text_only": True},
@@ -95,7 +89,7 @@ def runs_of(config: Config) -> Iterator[Run]:
     first = config.runtime.seed
     for name in config.captioners:
         yield Run(name, config.length, first)
-    pair = [name for name in PAIR if name in config.captioners]
+    pair = [name for name in VARIANTS if name in config.captioners]
     for length in config.lengths:
         yield from (Run(name, length, first) for name in pair if length != config.length)
     for seed in range(first + 1, first + config.seeds):
@@ -163,8 +157,6 @@ def score(run: Run, config: Config) -> dict[str, Any]:
 
 def validation_losses(run: Path) -> dict[int, float]:
     """Validation loss by step, in nats a token."""
-    import csv
-
     with open(run / "metrics.csv", encoding="utf-8") as file:
         return {int(row["step"]): float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")}
 
@@ -202,7 +194,7 @@ def write_page(found: list[dict[str, Any]], config: Config) -> str:
             sorted(length for captioner, length in groups if captioner == name),
             [100 * mean(s["CIDEr"] for s in groups[key]) for key in sorted(groups) if key[0] == name],
         )
-        for name in PAIR
+        for name in VARIANTS
     }
     several = any(len(lengths) > 1 for lengths, _ in curves.values())
     for folder in (config.out, config.docs):

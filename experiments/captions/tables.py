@@ -19,11 +19,15 @@ from common.pretrained import ASSETS
 from common.runtime import RuntimeConfig, hardware, versions
 
 SCENES = ASSETS / "samples" / "scenes" / "dataset.json"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "transformer-frozen": {"mapper": "transformer", "tune_gpt2": False},
+MAPPERS: dict[str, dict[str, Any]] = {
+    "mlp-frozen": {"mapper": "mlp", "tune_gpt2": False},
     "mlp-tuned": {"mapper": "mlp", "tune_gpt2": True},
+    "transformer-frozen": {"mapper": "transformer", "tune_gpt2": False},
+    "transformer-tuned": {"mapper": "transformer", "tune_gpt2": True},
 }
-"""The paper's two captioners (Mokady et al. 2021, sec. 3)."""
+"""The paper's ablation of mapper and decoder (Mokady et al. 2021, sec. 4.2)."""
+VARIANTS = {name: MAPPERS[name] for name in ("transformer-frozen", "mlp-tuned")}
+"""The paper's two captioners (sec. 3)."""
 METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "CLIPScore", "RefCLIPScore")
 PUBLISHED_CLIP, PUBLISHED_GPT2 = "openai/clip-vit-base-patch32", "gpt2"
 

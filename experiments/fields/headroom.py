@@ -9,7 +9,7 @@ reported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from common.checks import UserError, require_file, require_one_of, run_command
-from common.files import markdown_table, whole_file
+from common.files import markdown_table, whole_file, write_text
 from common.report import contact_sheet
 from common.runtime import RuntimeConfig
 from dietnerf.views import PAPER_VIEWS
@@ -120,7 +120,7 @@ def judge_of(weights: Path, path: Path) -> str:
     return f"timm:{JUDGE}/{path}"
 
 
-def settings_of(config: Config, case: str, judge: str) -> synthetic.Config:
+def settings_of(config: Config, case: str) -> synthetic.Config:
     """What `experiments.fields.synthetic` runs for a case."""
     require_one_of("cases", case, list(CASES))
     seeds, first = STAGES[config.stage]
@@ -137,7 +137,6 @@ def settings_of(config: Config, case: str, judge: str) -> synthetic.Config:
         resolution=config.resolution,
         start=0.2,
         text=config.text,
-        second_encoder=judge,
         budget=config.budget,
         out=config.out / config.stage / case,
         runtime=config.runtime,
@@ -145,13 +144,12 @@ def settings_of(config: Config, case: str, judge: str) -> synthetic.Config:
 
 
 def main(config: Config) -> None:
-    cases = [settings_of(config, case, "") for case in config.cases]  # refuses what is wrong before long work
+    cases = [settings_of(config, case) for case in config.cases]  # refuses what is wrong before long work
     judge = judge_of(config.judge, config.out / "judge.pth") if config.judge else ""
-    cases = [settings_of(config, case, judge) for case in config.cases]
     for name, case in zip(config.cases, cases, strict=True):
-        synthetic.main(case)
+        synthetic.main(replace(case, second_encoder=judge))
         picture(case).save(config.out / config.stage / f"{name}.jpg", quality=85)
-    (config.out / config.stage / "gains.md").write_text(gains_table(config))
+    write_text(config.out / config.stage / "gains.md", gains_table(config))
 
 
 def picture(case: synthetic.Config) -> Image.Image:

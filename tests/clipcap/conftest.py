@@ -69,6 +69,21 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def clip(clip_directory):
+    from common.clip import load_clip
+
+    return load_clip(clip_directory, device="cpu")
+
+
+@pytest.fixture
+def items(photos):
+    """The images of `photos` with their captions."""
+    from clipcap.data.dataset import read_dataset
+
+    return read_dataset(photos / "dataset.json")
+
+
+@pytest.fixture
 def model(tmp_path, clip_directory, gpt2_directory):
     """A random captioner on disk."""
     from clipcap.config import ClipCapConfig

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from clipcap.data import tokens
 from clipcap.data.dataset import CaptionDataset, collate, read_dataset
@@ -11,13 +10,6 @@ from common.batches import BatchOrder
 from common.checks import UserError
 from common.gpt2 import load_gpt2
 from common.language import IGNORE
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name in ("a.jpg", "b.png", "c.jpg"):
-        Image.new("RGB", (20, 16), "red").save(tmp_path / name)
-    return tmp_path
 
 
 class Store(dict):

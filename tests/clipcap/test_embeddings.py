@@ -28,16 +28,6 @@ from common.clip import load_clip
 from common.gpt2 import load_gpt2
 
 
-@pytest.fixture
-def clip(clip_directory):
-    return load_clip(clip_directory, device="cpu")
-
-
-@pytest.fixture
-def items(photos):
-    return read_dataset(photos / "dataset.json")
-
-
 @pytest.mark.parametrize(("inputs", "workers"), [("embedding", 0), ("embedding", 2), ("patches", 0)])
 def test_every_row_is_its_images_embedding(items, clip, tmp_path, inputs, workers):
     store = build_store(

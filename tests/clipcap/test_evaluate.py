@@ -9,20 +9,16 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from clipcap import captioner as captioner_module
 from clipcap.cli import main
-from clipcap.config import ClipCapConfig
-from clipcap.data.dataset import read_dataset
 from clipcap.evaluation import metrics
 from clipcap.evaluation.caption_files import read_captions
 from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
 from clipcap.evaluation.metrics import score_captions
 from clipcap.evaluation.page import evaluation_page
 from clipcap.evaluation.scores import evaluate_captions
-from clipcap.model import ClipCapModel
 from common import clip as clip_module
 from common.checks import UserError
 from common.clip import FrozenCLIP
@@ -34,21 +30,6 @@ WHICH = shutil.which
 def no_java(monkeypatch):
     """METEOR has its test with the metrics; starting it costs seconds."""
     monkeypatch.setattr(metrics.shutil, "which", lambda name: None if name == "java" else WHICH(name))
-
-
-@pytest.fixture
-def model(tmp_path, clip_directory, gpt2_directory):
-    torch.manual_seed(0)
-    captioner = ClipCapModel.from_backbones(
-        ClipCapConfig(clip_width=12, prefix_length=3, gpt2=str(gpt2_directory), clip=str(clip_directory))
-    )
-    captioner.save_pretrained(tmp_path / "captioner")
-    return tmp_path / "captioner"
-
-
-@pytest.fixture
-def items(photos):
-    return read_dataset(photos / "dataset.json", images=photos)
 
 
 @pytest.fixture

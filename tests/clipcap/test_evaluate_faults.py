@@ -7,7 +7,6 @@ import subprocess
 import numpy as np
 import pytest
 
-from clipcap.data.dataset import read_dataset
 from clipcap.evaluation import metrics
 from clipcap.evaluation.caption_files import read_captions
 from clipcap.evaluation.clip_score import clip_scores
@@ -21,11 +20,6 @@ from common.checks import UserError
 from common.clip import load_clip
 
 PLAIN = ("BLEU", "ROUGE-L", "CIDEr")
-
-
-@pytest.fixture
-def items(photos):
-    return read_dataset(photos / "dataset.json", images=photos)
 
 
 def config(photos, tmp_path, captions, **changes):

@@ -8,22 +8,10 @@ from torch.nn import functional as F
 
 from clipcap.captioner import Captioner
 from clipcap.cli import main
-from clipcap.config import ClipCapConfig
 from clipcap.data.images import read_image
 from clipcap.evaluation.interpret import common_share, interpret, nearest_tokens
-from clipcap.model import ClipCapModel
 from common.checks import UserError
 from common.gpt2 import token_table
-
-
-@pytest.fixture
-def model(tmp_path, clip_directory, gpt2_directory):
-    torch.manual_seed(0)
-    captioner = ClipCapModel.from_backbones(
-        ClipCapConfig(clip_width=12, prefix_length=3, gpt2=str(gpt2_directory), clip=str(clip_directory))
-    )
-    captioner.save_pretrained(tmp_path / "captioner")
-    return tmp_path / "captioner"
 
 
 def test_nearest_tokens_are_the_nearest(model):

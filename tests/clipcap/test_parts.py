@@ -9,12 +9,10 @@ import pytest
 from clipcap.captioning import CaptionConfig
 from clipcap.captioning import caption as caption_images
 from clipcap.cli import main
-from clipcap.data.dataset import read_dataset
 from clipcap.data.embeddings import EmbedConfig, build_store, build_store_part
 from clipcap.data.embeddings import run as embed
 from clipcap.data.store import EmbeddingStore, StoreWriter
 from common.checks import UserError
-from common.clip import load_clip
 from common.parts import Part, ProcessesConfig
 
 LAUNCHED = "from clipcap.cli import main\nraise SystemExit(main())"
@@ -26,16 +24,6 @@ multiprocessing.get_context = lambda method=None: get("fork")
 """
 """The processes that it starts need not import torch again."""
 PRELOAD = ("clipcap.data.embeddings", "common.encoders.hugging_face", "transformers.models.clip.modeling_clip")
-
-
-@pytest.fixture
-def clip(clip_directory):
-    return load_clip(clip_directory, device="cpu")
-
-
-@pytest.fixture
-def items(photos):
-    return read_dataset(photos / "dataset.json")
 
 
 def contents(directory):
