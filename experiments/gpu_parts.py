@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lightning import LightningModule
     from transformers import CLIPConfig, GPT2Config
 
+    from common.clip import FrozenCLIP
+
 BATCH, CAPTION, PREFIX = 40, 13, 10
 """ClipCap's: captions in a batch, tokens of a caption with its end (COCO's mean), positions of the prefix."""
 BEAMS, TOKENS = 5, 20
@@ -117,6 +119,14 @@ def clip_config(work: Work) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=work.pick(768, 16))
 
 
+def load_random_clip(work: Work, config: CLIPConfig) -> FrozenCLIP:
+    """A CLIP of these sizes with random weights, in bf16."""
+    from common.clip import load_clip
+
+    with tempfile.TemporaryDirectory() as place:
+        return load_clip(random_clip(Path(place), config), device=work.device, dtype=torch.bfloat16)
+
+
 def rates(work: Work) -> list[Measurement]:
     """The roofline: a large matrix product in each precision, and a large copy in memory."""
     side, found = work.pick(8192, 256), []
@@ -139,11 +149,9 @@ def rates(work: Work) -> list[Measurement]:
 def embed(work: Work) -> list[Measurement]:
     """Images through ViT-L/14 in bf16, as `clipcap embed` encodes them."""
     from clipcap.data.embeddings import encode
-    from common.clip import load_clip
 
     found, config = [], clip_config(work)
-    with tempfile.TemporaryDirectory() as place:
-        clip = load_clip(random_clip(Path(place), config), device=work.device, dtype=torch.bfloat16)
+    clip = load_random_clip(work, config)
     vision = config.vision_config
     patches = 1 + (vision.image_size // vision.patch_size) ** 2
     tower: Any = clip.backbone
@@ -261,11 +269,9 @@ def captioners(work: Work) -> list[Measurement]:
     from clipcap.data.embeddings import encode
     from clipcap.model import ClipCapModel
     from clipcap.training.module import CaptionTraining
-    from common.clip import load_clip
     from experiments.captions.tables import VARIANTS
 
-    with tempfile.TemporaryDirectory() as place:
-        clip = load_clip(random_clip(Path(place), clip_config(work)), device=work.device, dtype=torch.bfloat16)
+    clip = load_random_clip(work, clip_config(work))
     batch_size, steps = work.pick(BATCH, 4), work.pick(40, 4)
     with fork_generators(work.seed):
         pixels = torch.randn(batch_size, 3, clip.image_size, clip.image_size)

@@ -40,20 +40,7 @@ def scene_section(
     """
     target = resolve_device(device)
     begun = time.monotonic()
-    run = train(
-        train_config(
-            SCENE,
-            out=out / "scene",
-            method="grid",
-            num_views=8,
-            image_size=size,
-            steps=steps,
-            val_views=0,
-            semantic_weight=0.0,
-            resume=False,
-            runtime=RuntimeConfig(device=str(target)),
-        )
-    )
+    run = train_grid(SCENE, out / "scene", target, num_views=8, image_size=size, steps=steps)
     trained = time.monotonic() - begun
     scene = Scene.load(run, device=target)
     orbit = [scene.render(pose, size=size) for pose in path_poses(scene, "orbit", frames)]
@@ -103,6 +90,12 @@ def scene_section(
     }
     write_json(out / "scene.json", record)
     return record
+
+
+def train_grid(data: Path, out: Path, device: torch.device, **settings: Any) -> Path:
+    """Train the demo's field, a grid without the semantic loss, from the beginning; returns its run."""
+    shared: dict[str, Any] = {"method": "grid", "val_views": 0, "semantic_weight": 0.0, "resume": False}
+    return train(train_config(data, out=out, runtime=RuntimeConfig(device=str(device)), **shared, **settings))
 
 
 def show_held_out(page: Page, found: Evaluation, *, width: int, what: str) -> None:

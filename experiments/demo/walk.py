@@ -11,14 +11,12 @@ import torch
 from common.files import write_json
 from common.pretrained import ASSETS
 from common.report import Page
-from common.runtime import RuntimeConfig, resolve_device
+from common.runtime import resolve_device
 from dietnerf.evaluation import score_scene
 from dietnerf.posing import PoseConfig, pose
 from dietnerf.render import frames_of, path_poses, write_gif
 from dietnerf.scene import Scene
-from dietnerf.settings import train_config
-from dietnerf.training import train
-from experiments.demo.scene import show_held_out
+from experiments.demo.scene import show_held_out, train_grid
 
 WALK = ASSETS / "samples" / "walk"
 HOLD_OUT = 5
@@ -50,20 +48,7 @@ def walk_section(
     begun = time.monotonic()
     posed = pose(PoseConfig(WALK, out / "walk" / "scene", image_size=image_size))
     placed = time.monotonic() - begun
-    run = train(
-        train_config(
-            posed.scene,
-            out=out / "walk" / "run",
-            method="grid",
-            hold_out=HOLD_OUT,
-            image_size=size,
-            steps=steps,
-            val_views=0,
-            semantic_weight=0.0,
-            resume=False,
-            runtime=RuntimeConfig(device=str(target)),
-        )
-    )
+    run = train_grid(posed.scene, out / "walk" / "run", target, hold_out=HOLD_OUT, image_size=size, steps=steps)
     scene = Scene.load(run, device=target)
     path = [scene.render(place, size=size) for place in path_poses(scene, "interpolate", frames)]
     gif = write_gif(out / "walk.gif", frames_of(path), fps=8)
