@@ -14,23 +14,22 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Subset
 
-from common.checks import require_at_least, require_one_of, run_command
+from common.checks import require_above, require_at_least, require_one_of, run_command
 from common.decoders.families import base_model, is_norm
 from common.files import write_json
 from common.gpt2 import load_gpt2
 from common.runtime import RuntimeConfig, autocast, fork_generators, hardware, start, versions
 from experiments import from_command_line
 from experiments.languages import arms as small
-from experiments.languages.recycle import best_rate, finished, prepare, stage
+from experiments.languages.recycle import finished, prepare, stage
 from experiments.languages.smollm2_page import write_page
 from experiments.languages.text import read_split
 from recycle_gpt2.baseline import name_of
@@ -56,6 +55,7 @@ PAIR = (FROZEN, RANDOM)
 """Arms of more than one seed."""
 OWN_TOKENIZER = (UNTOUCHED, CONTINUED)
 VALIDATIONS = 5
+MOST_TRIALS = 6
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,10 @@ class Config:
     tokens: int = 250_000
     """Training tokens of each run."""
     tune_tokens: int = 30_000
-    """Training tokens of each rate that is tried."""
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    """Learning rates of AdamW that are tried, judged on validation blocks; a single one is used as it is."""
+    """Training tokens of each rate that is tried; 0 tries none and takes --rate."""
+    rate: float = 1e-3
+    """Learning rate of AdamW that is tried first in the first language: it is doubled, or else halved, as long as that
+    is better on validation blocks. The other languages take the rates of the first."""
     seeds: int = 2
     """Seeds of the main pair, FOCUS-like and random rows in frozen layers."""
     vocab_size: int = 4096
@@ -268,9 +269,31 @@ def _small(config: Config) -> small.Config:
 def tuned(arm: str, setting: Setting) -> float:
     """The rate with the lowest validation loss after a short run of seed 0."""
     config = setting.config
-    if arm == UNTOUCHED:
-        return config.rates[0]
-    return best_rate(arm, config.rates, partial(run_arm, arm, setting, tokens=config.tune_tokens))
+    if arm == UNTOUCHED or not config.tune_tokens:
+        return config.rate
+
+    def loss(rate: float) -> float:
+        name = f"tune-{small.slug(arm)}-{rate:g}"
+        return run_arm(arm, setting, seed=0, rate=rate, tokens=config.tune_tokens, name=name, report=False)["val_loss"]
+
+    return climb(config.rate, loss)
+
+
+def climb(first: float, loss: Callable[[float], float]) -> float:
+    """The best of the rates that are `first` times powers of 2, for a loss with one valley.
+
+    A loss that is not a number is worse than any. At most `MOST_TRIALS` rates are tried in each direction.
+    """
+    best, lowest = first, loss(first)
+    for factor in (2.0, 0.5):
+        for _ in range(MOST_TRIALS):
+            found = loss(best * factor)
+            if not (found < lowest or math.isnan(lowest)):
+                break
+            best, lowest = best * factor, found
+        if best != first:
+            break
+    return best
 
 
 def ngram_row(setting: Setting) -> dict[str, Any]:
@@ -300,10 +323,13 @@ def main(config: Config) -> None:
     """Make the runs asked for, those finished excepted, and write the page after each."""
     for arm in config.arms:
         require_one_of("arm", arm, ARMS)
-    for name in ("tokens", "tune_tokens", "seeds", "valid_blocks", "held_out_bytes"):
+    for name in ("tokens", "seeds", "valid_blocks", "held_out_bytes"):
         require_at_least(name, getattr(config, name), 1)
+    require_at_least("tune_tokens", config.tune_tokens, 0)
+    require_above("rate", config.rate, 0)
     start(config.runtime)
     results: dict[str, dict[str, Any]] = {}
+    rates: dict[str, float] = {}
     for name in config.languages:
         with fork_generators(config.runtime.seed):
             setting = prepare_language(config, name)
@@ -313,8 +339,9 @@ def main(config: Config) -> None:
                 if seed and arm not in PAIR:
                     continue
                 label = f"{small.slug(arm)}-{config.tokens}-seed{seed}"
-                rate = tuned(arm, setting)
-                run = run_arm(arm, setting, seed=seed, rate=rate, tokens=config.tokens, name=label, report=True)
+                if arm not in rates:
+                    rates[arm] = tuned(arm, setting)
+                run = run_arm(arm, setting, seed=seed, rate=rates[arm], tokens=config.tokens, name=label, report=True)
                 base = found["runs"].get(f"{small.slug(UNTOUCHED)}-{config.tokens}-seed0")
                 if base is not None:
                     run = run | {"minus_untouched": differences(run, base["held_out"])}

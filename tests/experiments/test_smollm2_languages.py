@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def config(tmp_path_factory) -> smollm2.Config:
     tokenizer.save_pretrained(folder / "model")
     return smollm2.Config(
         model=folder / "model", text=folder, languages=("nld",), out=folder / "out", docs=folder / "docs", tokens=512,
-        tune_tokens=128, rates=(1e-3, 1e-2), vocab_size=320, block=32, valid_blocks=4, held_out_bytes=1000,
+        tune_tokens=128, rate=1e-3, vocab_size=320, block=32, valid_blocks=4, held_out_bytes=1000,
         runtime=RuntimeConfig(device="cpu", threads=1),
     )  # fmt: skip
 
@@ -73,6 +74,18 @@ def test_controls_have_the_scale_of_the_model_and_its_logits(config):
         assert [name for name, p in models[arm].named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
     assert torch.equal(models[smollm2.RANDOM].model.layers[1].mlp.up_proj.weight, weight)
     assert not torch.equal(token_table(models[smollm2.RANDOM]), token_table(models[smollm2.FROZEN]))
+
+
+@pytest.mark.parametrize("best", [1e-3, 8e-3, 2.5e-4])
+def test_the_rate_is_searched_beyond_the_first(best):
+    tried = []
+
+    def loss(rate):
+        tried.append(rate)
+        return math.nan if rate > 2e-2 else abs(math.log(rate / best))
+
+    assert smollm2.climb(1e-3, loss) == pytest.approx(best)
+    assert len(tried) == len(set(tried)) <= 6
 
 
 @pytest.mark.slow
