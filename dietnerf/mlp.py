@@ -152,6 +152,7 @@ class DietNeRFModel(FewViewModel):
 
     def populate_modules(self) -> None:
         super().populate_modules()
+        require_at_least("position_bands", self.config.position_bands, 1)
         require_at_least("num_coarse_samples", self.config.num_coarse_samples, 2)
         require_at_least("num_importance_samples", self.config.num_importance_samples, 0)
         self.field_coarse = self._make_field()

@@ -19,6 +19,7 @@ from common.training import LogConfig, ScaleConfig, flat, settings_of
 from dietnerf.bounds import BoxConfig
 from dietnerf.grid import DietGridModelConfig
 from dietnerf.methods import EXTRA, FewViewTrainerConfig, method_config
+from dietnerf.mlp import DietNeRFModelConfig
 from dietnerf.regularizers import RegularizerConfig
 from dietnerf.semantic import SemanticConfig, check_semantic_config
 from dietnerf.views import PROTOCOLS, ViewsConfig
@@ -38,6 +39,11 @@ FREE = (
 MOST_STEPS = 10_000_000
 GROW_AFTER = 100
 """A grid's level lasts at least so many steps, however short the run."""
+OF_FIELD: dict[type, tuple[str, tuple[str, ...]]] = {
+    DietGridModelConfig: ("the grid", ("resolutions", "harmonics", "min_views", "prune")),
+    DietNeRFModelConfig: ("the MLPs", ("position_bands", "density_activation")),
+}
+"""Options that one kind of field has."""
 SEMANTIC = {one.name: f"semantic_{one.name}" for one in fields(SemanticConfig)}
 SEMANTIC |= {"random_weights": "semantic_random", "chunk": "chunk"}
 """Options of the semantic loss's fields."""
@@ -92,6 +98,10 @@ class TrainConfig:
     prune: bool | None = None
     """Of the grid, whether what is empty is left out; with False anything may still grow anywhere, and training takes
     longer. Left out, the method's own."""
+    position_bands: int | None = None
+    """Of the MLPs, the frequency bands of positions; left out, the method's own (published: 10)."""
+    density_activation: Literal["relu", "softplus"] | None = None
+    """Of the MLPs: relu as published, or softplus, which cannot die; left out, the method's own."""
     near: float = 0.0
     """Where rays start, in training and in renders; 0 suits the layout of the scene. Cameras of photographs reach to 1
     from the centre; Blender's that are not about 4 units from it are scaled to be."""
@@ -208,20 +218,17 @@ def nerfstudio_config(config: TrainConfig) -> FewViewTrainerConfig:
     scale = steps / run.max_num_iterations
     run.max_num_iterations = steps
     data.crop_steps = round(data.crop_steps * scale)
+    for kind, (owner, names) in OF_FIELD.items():
+        given = {name: value for name in names if (value := getattr(config, name)) not in (None, ())}
+        if isinstance(model, kind):
+            vars(model).update(given)
+        elif given:
+            raise UserError(f"{' and '.join(given)}: of {owner} only, but method is {config.method!r}; leave it out.")
     if isinstance(model, DietGridModelConfig):
-        model.harmonics = model.harmonics if config.harmonics is None else config.harmonics
-        model.min_views = model.min_views if config.min_views is None else config.min_views
-        model.prune = model.prune if config.prune is None else config.prune
         if config.resolutions:
             model.grow_at = spread_levels(model.grow_at, len(config.resolutions))
-            model.resolutions = config.resolutions
         # Never so early that the coarse grid has found nothing yet to crop to.
         model.grow_at = tuple(max(GROW_AFTER * i, round(at * scale)) for i, at in enumerate(model.grow_at, start=1))
-    elif config.resolutions or any(getattr(config, name) is not None for name in ("harmonics", "min_views", "prune")):
-        raise UserError(
-            f"resolutions, harmonics, min_views and prune are the grid's, but method is {config.method!r}: leave them "
-            f"out."
-        )
     for name, group in run.optimizers.items():
         if name not in EXTRA:
             group["optimizer"].lr = config.lr or group["optimizer"].lr

@@ -8,6 +8,8 @@ BARE: dict[str, Any] = dict(
     semantic_weight=0.0, density_variation=0.0, colour_variation=0.0, silhouette=0.0, min_views=1, prune=False
 )
 """The grid without any prior: what no image contradicts may be there."""
+RELU: dict[str, Any] = dict(method="mlp-small", semantic_weight=0.0, position_bands=10, density_activation="relu")
+"""The small MLP with the published frequencies and activation, which degenerates on few views when trained for long."""
 BALANCED: dict[str, Any] = dict(semantic_weight=1.0, semantic_balance=True, semantic_poses="published")
 """A semantic loss by the ratio of its gradient to that of the images, from poses all around."""
 PHOTO: dict[str, Any] = dict(semantic_encoder="photo", semantic_feature="embedding")
@@ -58,6 +60,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "grid-imagenet-random": BALANCED | IMAGENET | dict(semantic_random=True),
     "grid-tiny": BALANCED | TINY,
     "grid-tiny-random": BALANCED | TINY | dict(semantic_random=True),
+    "mlp-relu": RELU,
+    "mlp-relu-imagenet": RELU | BALANCED | IMAGENET,
+    "mlp-relu-imagenet-random": RELU | BALANCED | IMAGENET | dict(semantic_random=True),
     "bare": BARE,
     "bare-photo": BARE | BALANCED | PHOTO,
     "bare-photo-random": BARE | BALANCED | PHOTO | dict(semantic_random=True),
@@ -73,5 +78,12 @@ CONTROL = "-random"
 """What the name of an arm's control adds to its own."""
 CHANGE = "+"
 """grid+lr=0.3+rays=4096 is the arm grid with these settings of dietnerf train."""
-BASELINES = {"grid": "grid", "bare": "bare", "nerfacto": "nerfacto", "mlp-small": "mlp-small", "dietnerf": "nerf"}
+BASELINES = {
+    "grid": "grid",
+    "bare": "bare",
+    "nerfacto": "nerfacto",
+    "mlp-small": "mlp-small",
+    "mlp-relu": "mlp-relu",
+    "dietnerf": "nerf",
+}
 """The row without a semantic loss that each row, by the beginning of its name, is compared with."""

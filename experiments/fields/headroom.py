@@ -53,7 +53,8 @@ class Config:
     cases: tuple[str, ...] = tuple(CASES)
     """Training views: 8, 4 or 3 of all sides, side-3 or side-2."""
     fields: tuple[str, ...] = ("bare", "grid")
-    """bare (the grid without any prior) and grid (with its own)."""
+    """bare (the grid without any prior), grid (with its own), mlp-relu (the small MLP with the published frequencies and
+    activation; for imagenet)."""
     encoders: tuple[str, ...] = ENCODERS
     """photo (CLIP for photographs), photo-text (and a text), imagenet (the pooled features of its tower), tiny."""
     weights: tuple[float, ...] = (1.0,)
@@ -92,8 +93,9 @@ def arms(config: Config) -> tuple[str, ...]:
     """The arms of each case, as `experiments.fields.synthetic` names them."""
     found = []
     for kind in config.fields:
-        require_one_of("fields", kind, ("bare", "grid"))
-        common = f"{CHANGE}resolutions={config.resolutions}{config.changes}"
+        require_one_of("fields", kind, ("bare", "grid", "mlp-relu"))
+        levels = "" if kind == "mlp-relu" else f"{CHANGE}resolutions={config.resolutions}"
+        common = levels + config.changes
         found.append(f"{kind}{common}")
         for encoder in config.encoders:
             require_one_of("encoders", encoder, (*ENCODERS, "photo-text"))

@@ -317,5 +317,15 @@ def test_levels_of_the_grid_are_spread_over_the_same_steps(ball_scene):
         and list(model.grow_at) == sorted(model.grow_at)
     )
     assert nerfstudio_config(train_config(scene=ball_scene, resolutions=(20,))).pipeline.model.grow_at == ()
-    with pytest.raises(UserError, match=r"resolutions, harmonics, min_views and prune are the grid's"):
+    with pytest.raises(UserError, match=r"^resolutions: of the grid only, but method is 'nerfacto'; leave it out\.$"):
         nerfstudio_config(train_config(scene=ball_scene, method="nerfacto", resolutions=(8, 12)))
+
+
+def test_bands_and_activation_are_the_mlps(ball_scene):
+    asked = dict(position_bands=3, density_activation="relu")
+    model = nerfstudio_config(train_config(scene=ball_scene, method="mlp-small", **asked)).pipeline.model
+    assert (model.position_bands, model.density_activation) == (3, "relu")
+    own = nerfstudio_config(train_config(scene=ball_scene, method="mlp-small")).pipeline.model
+    assert (own.position_bands, own.density_activation) == (5, "softplus")
+    with pytest.raises(UserError, match="^position_bands and density_activation: of the MLPs only"):
+        nerfstudio_config(train_config(scene=ball_scene, method="grid", **asked))
