@@ -53,8 +53,8 @@ class Config:
     cases: tuple[str, ...] = tuple(CASES)
     """Training views: 8, 4 or 3 of all sides, side-3 or side-2."""
     fields: tuple[str, ...] = ("bare", "grid")
-    """bare (the grid without any prior), grid (with its own), mlp-relu (the small MLP with the published frequencies and
-    activation; for imagenet)."""
+    """bare (the grid without any prior), grid (with its own), mlp-relu (the small MLP, the published bands and
+    activation)."""
     encoders: tuple[str, ...] = ENCODERS
     """photo (CLIP for photographs), photo-text (and a text), imagenet (the pooled features of its tower), tiny."""
     weights: tuple[float, ...] = (1.0,)
