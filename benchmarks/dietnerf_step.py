@@ -84,9 +84,10 @@ def measure(field: str, *, quick: bool, seed: int) -> dict[str, float]:
 
     # A field that is still fog costs more than one that has found its surfaces.
     train_a_little(1 if published else (20 if quick else 200))
+    model.before_step(last)  # looks which voxels are empty, as training does now and then
     repeats = 1 if published else 3
     plain = cpu_seconds(lambda: step(last + 1), repeats)
-    due = next(n for n in range(last, last + EVERY + 1) if model.needs_semantic_view(n))
+    due = next(n for n in range(last + 1, last + EVERY + 1) if model.needs_semantic_view(n))
     semantic = cpu_seconds(lambda: step(due), 1 if published or quick else 2)
     if published:  # linear in rays: the semantic part is what the render adds
         render = max(semantic - plain, 0.0) * (RESOLUTION / side) ** 2
