@@ -41,8 +41,9 @@ from clipcap.data.readers import read_dataset
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.data.views import with_views
 from common.batches import BatchOrder, ResumableLoader
-from common.checks import UserError, require_file, run_command
+from common.checks import UserError, run_command
 from common.clip import FrozenCLIP, load_clip
+from common.encoders.checkpoint import put_in_order
 from common.files import whole_file
 from common.optimizers import scheduled, warmup_cosine
 from common.progress import Progress
@@ -110,14 +111,7 @@ def build_model(tokenizer: CLIPTokenizer, tower: Path, config: Config) -> Vision
     model = VisionTextDualEncoderModel(
         VisionTextDualEncoderConfig(vision_config=vision, text_config=text.to_dict(), projection_dim=config.projection)
     )
-    trunk = model.vision_model.timm_model
-    # The file has other names than timm, in the same order.
-    given = list(torch.load(require_file(tower, "tower"), weights_only=True, map_location="cpu").values())
-    needed = trunk.state_dict()
-    for (name, tensor), value in zip(needed.items(), given, strict=False):
-        if value.shape != tensor.shape:
-            raise UserError(f"tower {str(tower)!r}: {name} has shape {tuple(value.shape)}: give EfficientNet-Lite0's.")
-    trunk.load_state_dict(dict(zip(needed, given, strict=False)))
+    put_in_order(model.vision_model.timm_model, tower, "EfficientNet-Lite0's weights")
     return model
 
 
