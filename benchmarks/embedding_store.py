@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import print_result
 from clipcap.data.dataset import CaptionDataset, CaptionedImage
 from clipcap.data.store import EmbeddingStore, Source, StoreWriter
 from common.gpt2 import load_gpt2
-from common.runtime import hardware, versions
 
 IMAGES, CAPTIONS, WIDTH = 113_287, 566_747, 512
 
@@ -141,7 +141,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.way, arguments.directory, arguments.seed)))
         return
     images, captions = sizes(arguments.quick)
-    result: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "images": images, "captions": captions}
+    result: dict[str, Any] = {"images": images, "captions": captions}
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), images, captions, arguments.seed)
         for way in ("store", "original"):
@@ -152,7 +152,7 @@ def main() -> None:
             result |= {f"{way}_{name}": value for name, value in found.items()}
     result["open_ratio"] = result["original_open_seconds"] / result["store_open_seconds"]
     result["memory_ratio"] = result["original_above_imports_mb"] / result["store_above_imports_mb"]
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

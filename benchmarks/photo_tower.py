@@ -12,27 +12,15 @@ each photograph; `difference`, the largest of an embedding of length 1.
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import print_result
+from benchmarks.timing import in_turns
 from common.clip import load_clip
-from common.runtime import hardware, versions
-
-
-def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Least CPU seconds of each way, each run once in every round."""
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(repeats):
-        for name, work in ways.items():
-            begin = time.process_time()
-            work()
-            best[name] = min(best[name], time.process_time() - begin)
-    return best
 
 
 def main() -> None:
@@ -68,8 +56,6 @@ def main() -> None:
         shown = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in times.items())
         print(f"{what}: {shown} a photograph, {times['eager'] / times['shipped']:.2f}x", flush=True)
     result = {
-        "hardware": hardware(),
-        "versions": versions(),
         "clip": arguments.clip,
         "batch_size": len(pixels),
         "shipped_ratio": single["eager"] / single["shipped"],
@@ -80,7 +66,7 @@ def main() -> None:
         "shipped_batch_seconds": batch["shipped"],
         "difference": difference,
     }
-    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

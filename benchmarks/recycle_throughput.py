@@ -27,7 +27,8 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from common.runtime import fork_generators, hardware, versions
+from benchmarks import print_result
+from common.runtime import fork_generators
 from recycle_gpt2.lexical import train_only
 from recycle_gpt2.loss import next_token_loss, tied_cross_entropy
 from recycle_gpt2.training import StageConfig, build_optimizer, flops_per_token
@@ -165,10 +166,8 @@ def main() -> None:
         "embedding_only_tokens_per_second": frozen["tokens_per_second"],
         "vocab": arguments.vocab,
         "tokens": tokens,
-        "hardware": hardware(),
-        "versions": versions(),
     }
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

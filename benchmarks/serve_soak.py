@@ -35,11 +35,11 @@ import numpy as np
 import requests
 from PIL import Image
 
+from benchmarks import print_result
 from common.checks import UserError, require_at_least, run_command
 from common.files import write_json
 from common.pretrained import ASSETS
 from common.report import plot_lines
-from common.runtime import hardware, versions
 
 SCENES = ASSETS / "samples" / "scenes"
 MAX_UPLOAD = 2
@@ -262,13 +262,12 @@ def main() -> int:
     total = 56 if arguments.quick else arguments.requests
     with tempfile.TemporaryDirectory() as folder, server(arguments.threads, Path(folder) / "log") as (address, process):
         result = soak(address, process, total=total, clients=arguments.clients)
-    result = {"hardware": hardware(), "versions": versions(), "server_threads": arguments.threads} | result
+    result = print_result({"server_threads": arguments.threads} | result)
     if arguments.docs:
         write_json(arguments.docs / "serve_soak.json", result)
         xs, ys, *_ = zip(*result["curve"], strict=True)
         figure = plot_lines({"": (xs, ys)}, x="requests answered", y="resident memory of the server, MB")
         figure.savefig(arguments.docs / "serve_soak.png", dpi=110)
-    print(json.dumps(result))
     return 1 if result["unexpected"] or result["hung"] else 0
 
 

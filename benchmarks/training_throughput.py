@@ -15,7 +15,6 @@ processor without bf16 leaves `bf16` out.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,12 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config
 
-from benchmarks.caption_throughput import cpu_seconds, fast_precisions, stock_activation
+from benchmarks import print_result
+from benchmarks.caption_throughput import fast_precisions, stock_activation
+from benchmarks.timing import cpu_seconds
 from clipcap.config import ClipCapConfig
 from clipcap.data.dataset import collate
 from clipcap.model import ClipCapModel
 from common.batches import BatchOrder
-from common.runtime import autocast, fork_generators, hardware, resolve_dtype, versions
+from common.runtime import autocast, fork_generators, resolve_dtype
 
 PADDED = 40
 """Length to which the original pads every caption: about the mean of COCO's and ten standard deviations."""
@@ -140,7 +141,7 @@ def main() -> None:
     typical = sorted(buckets, key=lambda rows: abs(lengths[rows].max() - padded))[:steps]
     batches = [join([items[row] for row in rows]) for rows in typical]
     result: dict[str, object] = {
-        "hardware": hardware(), "versions": versions(), "batch_size": batch_size, "steps": steps,
+        "batch_size": batch_size, "steps": steps,
         "mean_tokens": float(lengths[order].mean()), "mean_padded_tokens": padded, "original_padded_tokens": PADDED,
     }  # fmt: skip
     rates = {precision: matrix_rate(resolve_dtype(precision)) for precision in fast_precisions()}
@@ -195,7 +196,7 @@ def main() -> None:
                 f"loss apart by {difference:.1e}",
                 flush=True,
             )
-    print(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":
