@@ -16,7 +16,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ SCST = "patches-tuned-scst"
 MEAN = "patches-tuned-mean"
 """The mean of the weights of patches-tuned and of what self-critical training made of them."""
 ARMS = (PATCHES, SCST, MEAN)
+RECIPE: dict[str, Any] = {"mapper_layers": 2, "mapper_heads": 6, "warmup": 300, "weight_decay": 0.05}
+"""Of captioners on the small GPT-2 beside what varies."""
 METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 NEIGHBOURS = (1, 5, 20, 60)
 """From which the consensus takes the number that is best on the validation split."""
@@ -159,40 +161,37 @@ def make_gpt2(config: Config, items: list[CaptionedImage]) -> Path:
 
 def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gpt2: Path) -> Path:
     """The directory of a captioner, trained or resumed."""
-    shared: dict[str, Any] = {
-        "data": data,
-        "images": images,
-        "out": config.out / arm,
-        "val_captions": 100,
-        "workers": 0,
-        "runtime": config.runtime,
-    }
     if arm == MEAN:
         return average(config.out / PATCHES, config.out / SCST, config.out / MEAN)
+    shared = TrainConfig(
+        data=data,
+        images=images,
+        out=config.out / arm,
+        embeddings=config.out / "embeddings",
+        val_captions=100,
+        workers=0,
+        runtime=config.runtime,
+    )
     if arm == SCST:
         return train(
-            TrainConfig(
+            replace(
+                shared,
                 init=config.out / PATCHES / "model",
-                embeddings=config.out / "embeddings",
                 scst=True,
                 batch_size=32,
                 steps=config.scst_steps,
                 lr=config.scst_lr,
                 warmup=20,
-                val_every=max(1, config.scst_steps // 10),
                 max_tokens=30,
-                **shared,
             )
         )
     return train(
-        TrainConfig(
+        replace(
+            shared,
             clip=str(clip),
             gpt2=str(gpt2),
-            mapper_layers=2,
-            mapper_heads=6,
             prefix_length=4,
             clip_length=4,
-            embeddings=config.out / "embeddings",
             mapper="transformer",
             tune_gpt2=True,
             inputs="patches",
@@ -200,10 +199,7 @@ def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gp
             batch_size=config.batch_size,
             steps=config.steps,
             lr=config.lr,
-            warmup=300,
-            weight_decay=0.05,
-            val_every=max(1, config.steps // 10),
-            **shared,
+            **RECIPE,
         )
     )
 
