@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from common.checks import UserError, require_directory, require_same_settings, require_text
-from common.files import require_own_directory, whole_directory, write_json
+from common.files import hash_content, require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2, token_tables
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, hardware, start, versions
@@ -133,11 +133,8 @@ def file_hash(path: Path) -> str | None:
     """SHA-256 of what a file holds; None where there is none."""
     if not path.is_file():
         return None
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return str(hash_content(file, hashlib.sha256()).hexdigest())
 
 
 def model_hash(model: Path | str) -> str | None:

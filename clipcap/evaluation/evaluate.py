@@ -27,7 +27,7 @@ from common.checks import (
     require_one_of,
     require_place,
 )
-from common.files import write_json
+from common.files import hash_content, write_json
 from common.images import ImageLimit
 from common.journal import Journal, Row
 from common.language import MOST_RESAMPLES
@@ -109,8 +109,7 @@ def _hash(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with open_file(file) as content:
-            while block := content.read(1 << 22):
-                digest.update(block)
+            hash_content(content, digest)
     return digest.hexdigest()
 
 
