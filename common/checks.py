@@ -30,6 +30,11 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message names the value and the fix."""
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of another library says, in one line; its kind where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def printable(text: object, *, lines: bool = False) -> str:
     """`text` as a terminal may show it: a name from somebody's data cannot colour, hide or overwrite what is there.
 

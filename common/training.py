@@ -36,6 +36,7 @@ from common.callbacks import (
 )
 from common.checks import (
     UserError,
+    reason_of,
     require_at_least,
     require_file,
     require_one_of,
@@ -348,7 +349,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _does_not_fit(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"checkpoint {str(path)!r} is damaged or does not fit this run ({' '.join(str(error).split())[:200]}): use the "
+        f"checkpoint {str(path)!r} is damaged or does not fit this run ({reason_of(error)}): use the "
         f"settings it was written with, delete it to start over, or give another output directory."
     )
 
