@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,8 @@ class Caption:
     """Its tokens; the last is the stop token unless `max_new_tokens` ended it."""
     score: float
     """Mean log-probability of its tokens under the model, stop token included, in nats."""
+    similarity: float | None = field(default=None, compare=False)
+    """CLIP's cosine of image and caption, where it was ranked by that."""
 
 
 class Search:

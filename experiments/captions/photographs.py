@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from clipcap.calibrate import choose_rerank
+from clipcap.calibrate import choose_rerank, encoded
 from clipcap.captioner import Captioner
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import Pixels, join_pixels
@@ -309,7 +309,7 @@ def main(config: Config) -> None:
     for arm in config.arms:
         directory = train_arm(config, arm, data, images, clip, gpt2)
         captioner = Captioner.from_pretrained(directory, device=config.runtime.device)
-        choose_rerank(captioner, directory, held_out)
+        choose_rerank(captioner, directory, encoded(captioner, held_out))
         if arm == config.arms[-1]:
             found[f"{arm}, ranked by GPT-2 alone"] = scored(config, arm, data, images, directory, rerank=0)
         found[arm] = scored(config, arm, data, images, directory)
