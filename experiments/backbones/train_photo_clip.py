@@ -49,7 +49,7 @@ from common.optimizers import scheduled, warmup_cosine
 from common.progress import Progress
 from common.runtime import RuntimeConfig, hardware, start, versions
 from common.training import TrainerConfig, build_trainer, fit
-from experiments.backbones.train_clip import train_tokenizer
+from experiments.backbones.train_clip import symmetric_cross_entropy, train_tokenizer
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 IMAGE_SIZE, FEATURES, CONTEXT = 224, 1280, 64
@@ -200,9 +200,7 @@ class LockedTuning(LightningModule):
         features = F.dropout(batch["features"], dropout, training=self.training)
         images = F.normalize(self.to_image(features), dim=-1)
         texts = F.normalize(self.to_text(self.text(input_ids=batch["ids"]).pooler_output), dim=-1)
-        similarity = self.logit_scale.exp().clamp(max=100) * images @ texts.T
-        target = torch.arange(len(similarity), device=similarity.device)
-        return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+        return symmetric_cross_entropy(self.logit_scale.exp().clamp(max=100) * images @ texts.T)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch, self.config.dropout)
