@@ -14,7 +14,7 @@ from common.checks import UserError, require_at_least, require_file, require_pla
 from common.files import write_json
 from common.progress import Progress
 from common.report import Page, contact_sheet
-from common.runtime import hardware, versions
+from common.runtime import provenance
 from dietnerf.metrics import MetricsConfig, Scores, overfitted, psnr, score_views
 from dietnerf.scene import Rendering, Scene
 from dietnerf.views import PROTOCOLS
@@ -132,8 +132,7 @@ def score_scene(
         "scores": scores.values,
         "not_measured": scores.not_measured,
         "per_view": scores.per_view,
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     warning = None
     if scene.holds_views_out:

@@ -33,7 +33,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from common.batches import BatchOrder, ResumableLoader
 from common.checks import require_at_least, run_command
 from common.optimizers import MuonAndAdam, scheduled, warmup_cosine
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from common.training import TrainerConfig, build_trainer, fit
 from experiments.scenes.captions import caption, counterfactual
 from experiments.scenes.dataset import load_split
@@ -433,8 +433,7 @@ def main(config: Config) -> None:
         "epochs": round(config.steps / len(order), 2),
         "cpu_seconds": round(time.process_time() - begun),
         "temperature": math.exp(-model.logit_scale.item()),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     model.half().save_pretrained(directory)
     CLIPImageProcessor(

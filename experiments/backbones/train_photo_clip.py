@@ -47,7 +47,7 @@ from common.encoders.checkpoint import put_in_order
 from common.files import whole_file
 from common.optimizers import scheduled, warmup_cosine
 from common.progress import Progress
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from common.training import TrainerConfig, build_trainer, fit
 from experiments.backbones.train_clip import symmetric_cross_entropy, train_tokenizer
 
@@ -257,8 +257,7 @@ def main(config: Config) -> None:
         "epochs": round(config.steps / len(order), 2),
         "cpu_seconds": round(time.process_time() - begun),
         "temperature": math.exp(-model.logit_scale.item()),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     save(model, directory)
     (directory / "training.json").write_text(json.dumps(record, indent=1) + "\n")

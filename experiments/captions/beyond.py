@@ -24,7 +24,7 @@ from clipcap.training.train import train
 from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
 from common.files import write_json, write_text
-from common.runtime import RuntimeConfig, hardware, seed_everything, versions
+from common.runtime import RuntimeConfig, provenance, seed_everything
 from experiments import from_command_line
 from experiments.captions.mapper_ablation import caption_images, score_scenes
 from experiments.scenes.dataset import load_split
@@ -178,7 +178,7 @@ def main(config: Config) -> None:
     data = export(config.scenes, config.out / "data")
     for name in config.variants:
         result = run_variant(name, config, data)
-        about = {"variant": name, "seed": config.runtime.seed, "hardware": hardware(), "versions": versions()}
+        about = {"variant": name, "seed": config.runtime.seed, **provenance()}
         write_json(run_directory(name, config) / "scores.json", about | result)
         scores = result[config.split]
         right = {n: round(part["share"], 3) for n, part in scores["all_right"].items()}

@@ -30,7 +30,7 @@ from common.checks import UserError, run_command
 from common.files import markdown_table, whole_file, write_json, write_text
 from common.probes import wilson_interval
 from common.report import plot_lines
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line
 from experiments.captions.photographs import cleaned
 
@@ -214,7 +214,7 @@ def main(config: Config) -> None:
     brier = {name: float(((part["confidence"] - part["right"]) ** 2).mean()) for name, part in groups.items()}
     record = {"ranking": ranking, "levels": levels, "far": apart, "Brier score": brier, "config": config}
     record["captions"] = dict(zip(together["texts"], together["confidence"].tolist(), strict=False))
-    write_json(config.out / "results.json", record | {"hardware": hardware(), "versions": versions()})
+    write_json(config.out / "results.json", record | provenance())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from common.checks import UserError, require_at_least, require_one_of, require_s
 from common.clip import load_clip
 from common.files import markdown_table, write_json, write_text
 from common.gpt2 import PACKAGED
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line
 from experiments.captions.mapper_ablation import caption_images, score_scenes
 from experiments.captions.tables import VARIANTS
@@ -268,8 +268,7 @@ def run(job: Run, config: Config, scenes: Scenes) -> dict[str, Any]:
         "fully_right": sum(part["share"] * part["images"] for part in shares if part["images"]) / len(tests),
         "scores": scores,
         "cpu_seconds": round(time.process_time() - begun, 1),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(directory / "captions.json", captions)
     write_json(path, result)

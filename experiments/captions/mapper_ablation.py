@@ -29,7 +29,7 @@ from common.checks import require_one_of, run_command
 from common.clip import load_clip
 from common.files import write_json, write_text
 from common.report import plot_bars
-from common.runtime import RuntimeConfig, hardware, seed_everything, versions
+from common.runtime import RuntimeConfig, provenance, seed_everything
 from experiments import from_command_line
 from experiments.captions.tables import MAPPERS
 from experiments.scenes.captions import looks, names_all, parse
@@ -257,8 +257,7 @@ def main(config: Config) -> None:
                 "variant": name,
                 "seed": config.runtime.seed,
                 "steps": config.steps,
-                "hardware": hardware(),
-                "versions": versions(),
+                **provenance(),
             }
             | result,
         )

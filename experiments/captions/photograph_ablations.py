@@ -24,7 +24,7 @@ from clipcap.training.train import train
 from common.checks import require_at_least, require_file, require_one_of, run_command
 from common.files import markdown_table, write_json, write_text
 from common.report import plot_lines
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line
 from experiments.captions.photographs import RECIPE
 from experiments.captions.tables import MAPPERS, VARIANTS
@@ -199,7 +199,7 @@ def write_page(found: list[dict[str, Any]], config: Config) -> str:
             if several:
                 figure = plot_lines(curves, x="prefix length K", y="CIDEr x 100")
                 figure.savefig(folder / "photograph_prefix_length.png", dpi=110)
-    record = {"runs": found, "config": config, "hardware": hardware(), "versions": versions()}
+    record = {"runs": found, "config": config, **provenance()}
     write_json(config.out / "results.json", record)
     return table
 

@@ -38,7 +38,7 @@ from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
 from common.files import markdown_table, whole_directory, write_json, write_text
 from common.probes import recall_at, retrieval_ranks
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line
 from experiments.backbones import train_gpt2, train_photo_clip
 from experiments.captions.consensus import caption_vectors, consensus, neighbours
@@ -320,7 +320,7 @@ def main(config: Config) -> None:
         for name, scores in found.items()
     ]
     record = {"rows": rows, "recall": recall(items, clip, config), "config": config}
-    write_json(config.out / "results.json", record | {"hardware": hardware(), "versions": versions()})
+    write_json(config.out / "results.json", record | provenance())
     table = "\n".join(markdown_table(("captions", *METRICS, "distinct"), rows)) + "\n"
     print(table)
     if config.docs:

@@ -16,7 +16,7 @@ from clipcap.training.train import train
 from common.checks import UserError
 from common.files import markdown_table, write_json, write_text
 from common.pretrained import ASSETS
-from common.runtime import RuntimeConfig, hardware, versions
+from common.runtime import RuntimeConfig, hardware, provenance
 
 SCENES = ASSETS / "samples" / "scenes" / "dataset.json"
 MAPPERS: dict[str, dict[str, Any]] = {
@@ -275,7 +275,7 @@ def write_table(
     ]
     write_json(
         setting.out / "table.json",
-        {"rows": rows, "recipe": setting.training, "config": config, "hardware": hardware(), "versions": versions()},
+        {"rows": rows, "recipe": setting.training, "config": config, **provenance()},
     )
     name = f"{setting.name}{'_small' * config.small}.md"
     if config.docs:
