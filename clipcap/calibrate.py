@@ -19,7 +19,7 @@ from torch import Tensor
 from clipcap.confidence import FILE, SCORES, Calibration, Ground, caption_scores, whole_picture
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import mapper_input
-from clipcap.data.images import ImageError, read_image
+from clipcap.data.images import ImageError, read_image, readable
 from clipcap.data.readers import Format
 from clipcap.evaluation.metrics import score_captions, tokenize
 from clipcap.ranking import WEIGHTS, pool_of, reranked, similarities
@@ -179,20 +179,15 @@ def encoded(
         progress: called with the number of images of each batch when it is done.
         max_pixels: of an image.
     """
+
+    def pixels(item: CaptionedImage) -> Tensor:
+        preprocess = captioner.clip.preprocess
+        return preprocess([read_image(item.path, max_pixels=max_pixels, side=preprocess.size)])
+
     for begin in range(0, len(items), BATCH):
-        batch, kept, pixels = items[begin : begin + BATCH], [], []
-        for item in batch:
-            try:
-                image = read_image(item.path, max_pixels=max_pixels, side=captioner.clip.preprocess.size)
-            except ImageError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-            else:
-                kept.append(item)
-                pixels.append(captioner.clip.preprocess([image]))
-        if kept:
-            yield kept, captioner.features(torch.cat(pixels))
+        batch = items[begin : begin + BATCH]
+        if found := readable(batch, pixels, on_error):
+            yield [item for item, _ in found], captioner.features(torch.cat([one for _, one in found]))
         progress(len(batch))
 
 
