@@ -104,6 +104,12 @@ def require_at_least(name: str, value: float, least: float) -> None:
         raise UserError(f"{name} is {value}: use at least {least}.")
 
 
+def require_fields_at_least(config: object, least: float, *names: str) -> None:
+    """Raise UserError when one of these fields is below `least` or not a finite number."""
+    for name in names:
+        require_at_least(name, getattr(config, name), least)
+
+
 def require_between(name: str, value: float, least: float, most: float) -> None:
     """Raise UserError when `value` is below `least`, above `most` or not a number."""
     require_at_least(name, value, least)

@@ -38,6 +38,7 @@ from common.checks import (
     UserError,
     reason_of,
     require_at_least,
+    require_fields_at_least,
     require_file,
     require_one_of,
     require_same_settings,
@@ -122,8 +123,7 @@ class TrainerConfig(ScaleConfig, GradientConfig, LogConfig):
         ScaleConfig.check(self)
         GradientConfig.check(self)
         require_at_least("val_every", self.val_every, 1)
-        for name in ("patience", "save_minutes"):
-            require_at_least(name, getattr(self, name), 0)
+        require_fields_at_least(self, 0, "patience", "save_minutes")
 
 
 def build_trainer(

@@ -31,7 +31,7 @@ from clipcap.data.store import EmbeddingStore
 from clipcap.model import ClipCapModel
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
-from common.checks import UserError, require_at_least, require_one_of, require_same_settings, run_command
+from common.checks import UserError, require_fields_at_least, require_one_of, require_same_settings, run_command
 from common.clip import load_clip
 from common.files import markdown_table, write_json, write_text
 from common.gpt2 import PACKAGED
@@ -389,8 +389,7 @@ def check(config: Config) -> None:
     for share in config.shares:
         if not 0 < share <= 1:
             raise UserError(f"share is {share:g}: use more than 0, at most 1.")
-    for name in ("images", "steps", "batch_size", "val_images", "test_images"):
-        require_at_least(name, getattr(config, name), 1)
+    require_fields_at_least(config, 1, "images", "steps", "batch_size", "val_images", "test_images")
 
 
 def main(config: Config) -> None:

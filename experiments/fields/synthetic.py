@@ -24,7 +24,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from common.checks import UserError, require_at_least, require_same_settings, run_command
+from common.checks import UserError, require_fields_at_least, require_same_settings, run_command
 from common.files import write_json
 from common.pretrained import ASSETS
 from common.report import Page, contact_sheet, plot_lines
@@ -328,8 +328,7 @@ def _with_spread(row: dict[str, Any], name: str) -> str:
 
 
 def main(config: Config) -> None:
-    for name in ("budget", "steps", "rays"):
-        require_at_least(name, getattr(config, name), 0)
+    require_fields_at_least(config, 0, "budget", "steps", "rays")
     silence_nerfstudio()
     start(config.runtime)
     begun = time.process_time()
