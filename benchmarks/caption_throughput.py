@@ -16,7 +16,6 @@ without bf16 leaves `bf16` out, and computes in fp32 what is bf16 elsewhere.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config
 from transformers.activations import NewGELUActivation
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from benchmarks.timing import cpu_seconds
 from clipcap.config import ClipCapConfig
 from clipcap.decoding import decode
@@ -122,15 +121,12 @@ def multiply_adds(model: ClipCapModel, vision: CLIPVisionModelWithProjection, be
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one image in the plain loop and batch 8 only")
+    parser = parser_of(__doc__, quick="one image in the loop, batch 8 only", threads=True, seed="weights and images")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32), help="images captioned at once")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=tuple(STRATEGIES), help="decodings")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of our side; all that are fast here")
     parser.add_argument("--plain-images", type=int, default=8, help="images that the plain loop captions")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind, of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     quick = arguments.quick

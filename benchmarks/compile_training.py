@@ -10,7 +10,6 @@ does; `skipped`, a reason instead of all of these where there is no C++ compiler
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import tempfile
@@ -18,18 +17,15 @@ import time
 
 import torch
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from benchmarks.timing import cpu_seconds, with_children
 from benchmarks.training_throughput import build_model, our_loss, training_step
 from common.runtime import fork_generators
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two of GPT-2's layers, a batch of 10")
+    parser = parser_of(__doc__, quick="two of GPT-2's layers, a batch of 10", threads=True, seed="weights and captions")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the matrix products")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and captions")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result: dict[str, object] = {"precision": arguments.precision}

@@ -10,7 +10,6 @@ matrix rate measured in this run, as a share of our time.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from benchmarks.caption_throughput import matrix_rate
 from benchmarks.timing import in_turns
 from clipcap.config import ClipCapConfig
@@ -72,14 +71,11 @@ SIDES: dict[str, Callable] = {"library": library, "ours": ours}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one batch of 8, beam search alone")
+    parser = parser_of(__doc__, quick="one batch of 8, beam search alone", threads=True, seed="weights and embeddings")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8), help="images captioned at once")
     parser.add_argument("--beams", type=int, nargs="+", default=(5, 1), help="beams; 1 is greedy")
     parser.add_argument("--layers", type=int, default=SMOLLM2_135M["num_hidden_layers"], help="of the decoder")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind, of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and embeddings")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     batches, widths, repeats = arguments.batches, arguments.beams, arguments.repeats

@@ -17,7 +17,6 @@ every 10 steps over its cost without, and `{field}_semantic_overhead_168`; `{fie
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
 from dataclasses import replace
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from benchmarks.timing import cpu_seconds
 from common.files import write_json
 from common.pretrained import ASSETS
@@ -134,9 +133,7 @@ def measure_alone(field: str, *, quick: bool, seed: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rays of the published field, short warm-up")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and rays")
+    parser = parser_of(__doc__, quick="few rays of the published field, short warm-up", seed="weights and rays")
     parser.add_argument("--docs", type=Path, help="directory that gets dietnerf_step.json")
     given = parser.parse_args(arguments)
     silence_nerfstudio()

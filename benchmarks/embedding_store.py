@@ -12,7 +12,6 @@ the whole was read, `..._peak_mb`, and `..._above_imports_mb`, the peak without 
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import resource
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from clipcap.data.dataset import CaptionDataset, CaptionedImage
 from clipcap.data.store import EmbeddingStore, Source, StoreWriter
 from common.gpt2 import load_gpt2
@@ -131,9 +130,7 @@ def measure(way: str, directory: Path, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a twentieth of COCO")
-    parser.add_argument("--seed", type=int, default=0, help="seed of embeddings and captions")
+    parser = parser_of(__doc__, quick="a twentieth of COCO", seed="embeddings and captions")
     parser.add_argument("--way", choices=("store", "original"), help="measure this one alone (used by the benchmark)")
     parser.add_argument("--directory", type=Path, help="files to measure (used by the benchmark)")
     arguments = parser.parse_args()

@@ -12,7 +12,6 @@ ratio when the plain side encodes an image once per caption. A processor without
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from benchmarks.caption_throughput import fast_precisions, matrix_rate
 from benchmarks.timing import cpu_seconds
 from common.runtime import fork_generators, resolve_dtype
@@ -31,11 +30,8 @@ TOKENS = 50
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="16 images instead of 64, once")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser = parser_of(__doc__, quick="16 images instead of 64, once", threads=True, seed="weights and images")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     count, repeats = (16, 1) if arguments.quick else (64, 3)

@@ -17,7 +17,6 @@ in fp32 is an error, after everything is written. A processor without bf16 leave
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from transformers import (
     ViTConfig,
 )
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from benchmarks.caption_throughput import PRECISIONS as ALL_PRECISIONS
 from benchmarks.caption_throughput import fast_precisions, stock_activation
 from benchmarks.timing import in_turns
@@ -218,13 +217,10 @@ def table(rows: list[tuple[str, int, dict[tuple[str, str], float]]]) -> list[str
 
 
 def main(arguments: list[str] | None = None, sizes: Sizes = Sizes()) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one image at once, in fp32, once")
+    parser = parser_of(__doc__, quick="one image at once, in fp32, once", threads=True, seed="weights and images")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32), help="images captioned at once")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of all sides; all that are fast here")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side, of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     parser.add_argument("--docs", type=Path, help="directory that gets peers.json")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)

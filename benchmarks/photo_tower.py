@@ -11,25 +11,21 @@ each photograph; `difference`, the largest of an embedding of length 1.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from benchmarks.timing import in_turns
 from common.clip import load_clip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser = parser_of(__doc__, quick="fewer rounds", threads=True, seed="the pixels")
     parser.add_argument("--batch-size", type=int, default=16, help="photographs in a batch")
     parser.add_argument("--clip", default="photo", help="a convolutional encoder of transformers or a packaged one")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pixels")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     repeats = 3 if arguments.quick else 15

@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from common.runtime import fork_generators
 from recycle_gpt2.lexical import train_only
 from recycle_gpt2.loss import next_token_loss, tied_cross_entropy
@@ -130,9 +130,7 @@ def in_process(arguments: argparse.Namespace, kind: str, which: str, **sizes: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="256 tokens and one step instead of 1,024 and three")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser = parser_of(__doc__, quick="256 tokens and one step instead of 1,024 and three", threads=True)
     parser.add_argument("--vocab", type=int, default=40_000, help="tokens of the vocabulary")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

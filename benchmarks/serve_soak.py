@@ -11,7 +11,6 @@ line: `requests`, `unexpected`, `hung`, `seconds`, `p50_seconds` and `p95_second
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -35,7 +34,7 @@ import numpy as np
 import requests
 from PIL import Image
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from common.checks import UserError, require_at_least, run_command
 from common.files import write_json
 from common.pretrained import ASSETS
@@ -250,8 +249,7 @@ def server(threads: int, log: Path) -> Iterator[tuple[str, int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="56 requests")
+    parser = parser_of(__doc__, quick="56 requests")
     parser.add_argument("--requests", type=int, default=1000, help="requests in all")
     parser.add_argument("--clients", type=int, default=8, help="clients at the same time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the server")

@@ -9,13 +9,12 @@ alone) and `help_seconds` (`clipcap caption --help`).
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 from functools import partial
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from benchmarks.timing import in_turns, with_children
 from common.pretrained import ASSETS
 
@@ -36,9 +35,7 @@ def run(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, quick="fewer rounds").parse_args()
     ways = {name: partial(run, command) for name, command in COMMANDS.items()}
     best = in_turns(ways, 2 if arguments.quick else 5, with_children)
     result = {

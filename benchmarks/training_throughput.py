@@ -14,7 +14,6 @@ processor without bf16 leaves `bf16` out.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config
 
-from benchmarks import print_result
+from benchmarks import parser_of, print_result
 from benchmarks.caption_throughput import fast_precisions, stock_activation
 from benchmarks.timing import cpu_seconds
 from clipcap.config import ClipCapConfig
@@ -115,11 +114,8 @@ def multiply_adds(model: ClipCapModel, tokens: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="batches of 10 and one step of each kind")
+    parser = parser_of(__doc__, quick="batches of 10, one step of each", threads=True, seed="weights and captions")
     parser.add_argument("--steps", type=int, default=3, help="steps of each kind, of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and captions")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     batch_size, steps = (10, 1) if arguments.quick else (40, arguments.steps)
