@@ -16,11 +16,8 @@ without bf16 leaves `bf16` out, and computes in fp32 what is bf16 elsewhere.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -30,12 +27,14 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config
 from transformers.activations import NewGELUActivation
 
+from benchmarks import parser_of, print_result
+from benchmarks.timing import cpu_seconds
 from clipcap.config import ClipCapConfig
 from clipcap.decoding import decode
 from clipcap.model import ClipCapModel
 from clipcap.packing import Head, can_use_int8, largest_int8_weight
 from common.packing import can_pack
-from common.runtime import fork_generators, hardware, resolve_dtype, versions
+from common.runtime import fork_generators, resolve_dtype
 from common.vision import packed_vision
 
 TOKENS = 20
@@ -98,19 +97,9 @@ def plain_beam(model: ClipCapModel, embedding: Float[Tensor, "1 e"], beams: int)
     return tokens[(scores / lengths).argsort(descending=True)].tolist()
 
 
-def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Least CPU seconds of `repeats` runs."""
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        work()
-        times.append(time.process_time() - begin)
-    return min(times)
-
-
-def matrix_rate(dtype: torch.dtype, int8: bool = False) -> float:
+def matrix_rate(dtype: torch.dtype, int8: bool = False, sizes: tuple[int, int] = (768, 3072)) -> float:
     """Multiply-adds per CPU second of a large matrix product, in the best layout there is."""
-    x, weight = torch.randn(1024, 768).to(dtype), torch.randn(3072, 768).to(dtype)
+    x, weight = torch.randn(1024, sizes[0]).to(dtype), torch.randn(*sizes[::-1]).to(dtype)
     with torch.inference_mode():
         head = Head(weight, packed=can_pack(weight.device, dtype), int8=int8)
         return 1024 * weight.numel() / cpu_seconds(lambda: list(head.chunks(x)), 5)
@@ -132,15 +121,12 @@ def multiply_adds(model: ClipCapModel, vision: CLIPVisionModelWithProjection, be
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one image in the plain loop and batch 8 only")
+    parser = parser_of(__doc__, quick="one image in the loop, batch 8 only", threads=True, seed="weights and images")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32), help="images captioned at once")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=tuple(STRATEGIES), help="decodings")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of our side; all that are fast here")
     parser.add_argument("--plain-images", type=int, default=8, help="images that the plain loop captions")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind, of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     quick = arguments.quick
@@ -152,7 +138,7 @@ def main() -> None:
     model, vision = build_models(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     pixels = torch.randn(max(batches), 3, 224, 224, generator=generator)
-    result: dict[str, object] = {"hardware": hardware(), "versions": versions(), "tokens": TOKENS}
+    result: dict[str, object] = {"tokens": TOKENS}
 
     @torch.no_grad()
     def embed(images: Tensor) -> Tensor:
@@ -226,7 +212,7 @@ def main() -> None:
                 result |= {f"{key}_ratio": ratio, f"{key}_seconds": seconds, f"{key}_of_floor": floor / seconds}
                 result[f"{key}_weights_read_seconds"] = moved
                 print(f"{key}: {seconds:.3f} s a caption, {ratio:.1f}x, {floor / seconds:.0%} of the floor", flush=True)
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

@@ -10,39 +10,27 @@ does; `skipped`, a reason instead of all of these where there is no C++ compiler
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 
 import torch
 
-from benchmarks.caption_throughput import cpu_seconds
+from benchmarks import parser_of, print_result
+from benchmarks.timing import cpu_seconds, with_children
 from benchmarks.training_throughput import build_model, our_loss, training_step
-from common.runtime import fork_generators, hardware, versions
-
-
-def whole_cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of this process and of those that it starts, as compilers are."""
-    begin = sum(os.times()[:4])
-    work()
-    return sum(os.times()[:4]) - begin
+from common.runtime import fork_generators
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two of GPT-2's layers, a batch of 10")
+    parser = parser_of(__doc__, quick="two of GPT-2's layers, a batch of 10", threads=True, seed="weights and captions")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the matrix products")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and captions")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result: dict[str, object] = {"hardware": hardware(), "versions": versions(), "precision": arguments.precision}
+    result: dict[str, object] = {"precision": arguments.precision}
     if not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "")))):
-        print(json.dumps(result | {"skipped": "torch.compile needs a C++ compiler and there is none"}))
+        print_result(result | {"skipped": "torch.compile needs a C++ compiler and there is none"})
         return
     batch_size, tokens = 10 if arguments.quick else 40, 12
     with fork_generators(arguments.seed):
@@ -65,7 +53,7 @@ def main() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that nothing of an earlier run is found
         torch._inductor.config.compile_threads = 1  # in this process, where its time is counted
         model.gpt2.transformer.compile()
-        first = whole_cpu_seconds(step)
+        first = cpu_seconds(step, clock=with_children)
         seconds = cpu_seconds(step, 2)
         difference = abs(step() - loss)
     cost = first - seconds
@@ -76,7 +64,7 @@ def main() -> None:
         "steps_to_pay": round(cost / (eager - seconds)) if eager > seconds else None,
     }  # fmt: skip
     print(f"compiled: {seconds:.2f} s a step, {eager / seconds:.2f}x, after {cost:.0f} s of compiling", flush=True)
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,22 @@ matrix rate measured in this run, as a share of our time.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from benchmarks import parser_of, print_result
+from benchmarks.caption_throughput import matrix_rate
+from benchmarks.timing import in_turns
 from clipcap.config import ClipCapConfig
 from clipcap.decoding import decode
 from clipcap.model import ClipCapModel
-from clipcap.packing import Head
 from common.decoders.families import blocks
-from common.packing import can_pack
-from common.runtime import fork_generators, hardware, versions
+from common.runtime import fork_generators
 
 TOKENS = 20
 SMOLLM2_135M = {
@@ -41,13 +40,6 @@ def build_model(layers: int, seed: int) -> ClipCapModel:
     with fork_generators(seed):
         sizes = SMOLLM2_135M | {"num_hidden_layers": layers}
         return ClipCapModel(ClipCapConfig(gpt2_config=sizes, clip_width=512, prefix_length=10)).eval()
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of one run."""
-    begin = time.process_time()
-    work()
-    return time.process_time() - begin
 
 
 @torch.no_grad()
@@ -75,23 +67,15 @@ def ours(model: ClipCapModel, embeddings: Float[Tensor, "b e"], beams: int) -> l
     return [captions[0].token_ids for captions in found]
 
 
-def matrix_rate() -> float:
-    """Multiply-adds per CPU second of a large matrix product, in the best layout there is."""
-    x, weight = torch.randn(1024, 576), torch.randn(1536, 576)
-    with torch.inference_mode():
-        head = Head(weight, packed=can_pack(weight.device, weight.dtype))
-        return 1024 * weight.numel() / min(cpu_seconds(lambda: list(head.chunks(x))) for _ in range(5))
+SIDES: dict[str, Callable] = {"library": library, "ours": ours}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one batch of 8, beam search alone")
+    parser = parser_of(__doc__, quick="one batch of 8, beam search alone", threads=True, seed="weights and embeddings")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8), help="images captioned at once")
     parser.add_argument("--beams", type=int, nargs="+", default=(5, 1), help="beams; 1 is greedy")
     parser.add_argument("--layers", type=int, default=SMOLLM2_135M["num_hidden_layers"], help="of the decoder")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind, of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and embeddings")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     batches, widths, repeats = arguments.batches, arguments.beams, arguments.repeats
@@ -101,26 +85,22 @@ def main() -> None:
     model = build_model(arguments.layers, arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     embeddings = torch.randn(max(batches), 512, generator=generator)
-    result: dict[str, object] = {
-        "hardware": hardware(), "versions": versions(), "tokens": TOKENS,
-        "parameters": model.gpt2.num_parameters(), "threads": arguments.threads,
-    }  # fmt: skip
-    rate = matrix_rate()
+    parameters = model.gpt2.num_parameters()
+    result: dict[str, object] = {"tokens": TOKENS, "parameters": parameters, "threads": arguments.threads}
+    rate = matrix_rate(torch.float32, sizes=(576, 1536))
     ours(model, embeddings[:1], 1)  # warm up: packs the weights, once for a model
     in_blocks = sum(p.numel() for p in blocks(model.gpt2).parameters())
     head = model.gpt2.get_output_embeddings().weight.numel()
+    captions: dict[str, Any] = {}
+
+    def keep(name: str, rows: Tensor, beams: int) -> None:
+        captions[name] = SIDES[name](model, rows, beams)
+
     for batch in batches:
         for beams in widths:
-            times: dict[str, list[float]] = {"ours": [], "library": []}
-            captions: dict[str, Tensor] = {}
-            for _ in range(repeats):  # turn by turn, so that both meet the same machine
-                for name, side in (("library", library), ("ours", ours)):
-
-                    def keep(name: str = name, side: Callable = side, rows: Tensor = embeddings[:batch]) -> None:
-                        captions[name] = side(model, rows, beams)  # noqa: B023
-
-                    times[name].append(cpu_seconds(partial(keep)))
-            seconds, theirs = min(times["ours"]) / batch, min(times["library"]) / batch
+            ways = {name: partial(keep, name, embeddings[:batch], beams) for name in SIDES}
+            times = in_turns(ways, repeats)
+            seconds, theirs = times["ours"] / batch, times["library"] / batch
             same = [a == b for a, b in zip(captions["ours"], captions["library"].tolist(), strict=True)]
             floor = (10 * in_blocks + head + (TOKENS - 1) * beams * (in_blocks + head)) / rate
             key = f"{'beam' if beams > 1 else 'greedy'}_b{batch}"
@@ -134,7 +114,7 @@ def main() -> None:
                 f"{key}: {seconds:.3f} s a caption, {theirs / seconds:.2f}x, {floor / seconds:.0%} of the floor",
                 flush=True,
             )
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

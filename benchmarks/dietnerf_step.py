@@ -17,8 +17,6 @@ every 10 steps over its cost without, and `{field}_semantic_overhead_168`; `{fie
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import resource
 from dataclasses import replace
@@ -28,10 +26,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.caption_throughput import cpu_seconds
+from benchmarks import parser_of, print_result
+from benchmarks.timing import cpu_seconds
 from common.files import write_json
 from common.pretrained import ASSETS
-from common.runtime import hardware, seed_everything, versions
+from common.runtime import seed_everything
 from dietnerf.cli import silence_nerfstudio
 from dietnerf.methods import method_config
 
@@ -135,13 +134,11 @@ def measure_alone(field: str, *, quick: bool, seed: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rays of the published field, short warm-up")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and rays")
+    parser = parser_of(__doc__, quick="few rays of the published field, short warm-up", seed="weights and rays")
     parser.add_argument("--docs", type=Path, help="directory that gets dietnerf_step.json")
     given = parser.parse_args(arguments)
     silence_nerfstudio()
-    result: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "every": EVERY}
+    result: dict[str, Any] = {"every": EVERY}
     found = {}
     for field in FIELDS:
         found[field] = values = measure_alone(field, quick=given.quick, seed=given.seed)
@@ -154,11 +151,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for field in ("nerfacto", "grid"):
         for name, key in (("step", "step_seconds"), ("render", "megapixel_seconds")):
             result[f"{field}_{name}_ratio"] = found["published"][key] / found[field][key]
-    result = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
+    said = print_result(result)
     if given.docs:
-        write_json(given.docs / "dietnerf_step.json", {"quick": given.quick, "seed": given.seed, **result})
-    print(json.dumps(result))
-    return result
+        write_json(given.docs / "dietnerf_step.json", {"quick": given.quick, "seed": given.seed, **said})
+    return said
 
 
 if __name__ == "__main__":

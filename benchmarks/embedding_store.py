@@ -12,7 +12,6 @@ the whole was read, `..._peak_mb`, and `..._above_imports_mb`, the peak without 
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import resource
@@ -26,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import parser_of, print_result
 from clipcap.data.dataset import CaptionDataset, CaptionedImage
 from clipcap.data.store import EmbeddingStore, Source, StoreWriter
 from common.gpt2 import load_gpt2
-from common.runtime import hardware, versions
 
 IMAGES, CAPTIONS, WIDTH = 113_287, 566_747, 512
 
@@ -131,9 +130,7 @@ def measure(way: str, directory: Path, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a twentieth of COCO")
-    parser.add_argument("--seed", type=int, default=0, help="seed of embeddings and captions")
+    parser = parser_of(__doc__, quick="a twentieth of COCO", seed="embeddings and captions")
     parser.add_argument("--way", choices=("store", "original"), help="measure this one alone (used by the benchmark)")
     parser.add_argument("--directory", type=Path, help="files to measure (used by the benchmark)")
     arguments = parser.parse_args()
@@ -141,7 +138,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.way, arguments.directory, arguments.seed)))
         return
     images, captions = sizes(arguments.quick)
-    result: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "images": images, "captions": captions}
+    result: dict[str, Any] = {"images": images, "captions": captions}
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), images, captions, arguments.seed)
         for way in ("store", "original"):
@@ -152,7 +149,7 @@ def main() -> None:
             result |= {f"{way}_{name}": value for name, value in found.items()}
     result["open_ratio"] = result["original_open_seconds"] / result["store_open_seconds"]
     result["memory_ratio"] = result["original_above_imports_mb"] / result["store_above_imports_mb"]
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ ratio when the plain side encodes an image once per caption. A processor without
 
 from __future__ import annotations
 
-import argparse
-import json
 from functools import partial
 
 import torch
@@ -21,8 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from benchmarks.caption_throughput import cpu_seconds, fast_precisions, matrix_rate
-from common.runtime import fork_generators, hardware, resolve_dtype, versions
+from benchmarks import parser_of, print_result
+from benchmarks.caption_throughput import fast_precisions, matrix_rate
+from benchmarks.timing import cpu_seconds
+from common.runtime import fork_generators, resolve_dtype
 from common.vision import packed_vision
 
 CAPTIONS = 5
@@ -30,18 +30,15 @@ TOKENS = 50
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="16 images instead of 64, once")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser = parser_of(__doc__, quick="16 images instead of 64, once", threads=True, seed="weights and images")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     count, repeats = (16, 1) if arguments.quick else (64, 3)
     with fork_generators(arguments.seed):
         vision = CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=512)).eval()
     pixels = torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(arguments.seed))
-    result: dict[str, object] = {"hardware": hardware(), "versions": versions(), "images": count, "captions": CAPTIONS}
+    result: dict[str, object] = {"images": count, "captions": CAPTIONS}
 
     @torch.inference_mode()
     def plain() -> Tensor:
@@ -74,7 +71,7 @@ def main() -> None:
         }
         ratio, share = plain_seconds / seconds, floor / seconds
         print(f"{key}: {seconds:.4f} s an image, {ratio:.2f}x, {share:.0%} of the floor", flush=True)
-    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

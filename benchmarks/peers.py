@@ -17,8 +17,6 @@ in fp32 is an error, after everything is written. A processor without bf16 leave
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,14 +38,15 @@ from transformers import (
     ViTConfig,
 )
 
+from benchmarks import parser_of, print_result
 from benchmarks.caption_throughput import PRECISIONS as ALL_PRECISIONS
 from benchmarks.caption_throughput import fast_precisions, stock_activation
-from benchmarks.photo_tower import in_turns
+from benchmarks.timing import in_turns
 from clipcap.config import ClipCapConfig
 from clipcap.decoding import decode
 from clipcap.model import ClipCapModel
 from common.files import markdown_table, write_json
-from common.runtime import fork_generators, hardware, resolve_dtype, versions
+from common.runtime import fork_generators, resolve_dtype
 from common.vision import packed_vision
 
 TOKENS = 20
@@ -218,13 +217,10 @@ def table(rows: list[tuple[str, int, dict[tuple[str, str], float]]]) -> list[str
 
 
 def main(arguments: list[str] | None = None, sizes: Sizes = Sizes()) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one image at once, in fp32, once")
+    parser = parser_of(__doc__, quick="one image at once, in fp32, once", threads=True, seed="weights and images")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32), help="images captioned at once")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of all sides; all that are fast here")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side, of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     parser.add_argument("--docs", type=Path, help="directory that gets peers.json")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
@@ -233,9 +229,7 @@ def main(arguments: list[str] | None = None, sizes: Sizes = Sizes()) -> dict[str
         batches, repeats, precisions = (1,), 1, ("fp32",)
 
     models = build(sizes, max(batches), given.seed)
-    result: dict[str, Any] = {
-        "hardware": hardware(), "versions": versions(), "tokens": TOKENS, "beams": BEAMS, "threads": given.threads,
-    }  # fmt: skip
+    result: dict[str, Any] = {"tokens": TOKENS, "beams": BEAMS, "threads": given.threads}
     rows, differ = [], []
     for precision in precisions:
         models.to(resolve_dtype(precision))
@@ -250,13 +244,12 @@ def main(arguments: list[str] | None = None, sizes: Sizes = Sizes()) -> dict[str
             if precision == "fp32" and found["generate", "identical"] < 1:
                 differ.append(batch)
     print("\n".join(table(rows)))
-    result = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
+    said = print_result(result)
     if given.docs:
-        write_json(given.docs / "peers.json", {"quick": given.quick, "seed": given.seed, **result})
-    print(json.dumps(result))
+        write_json(given.docs / "peers.json", {"quick": given.quick, "seed": given.seed, **said})
     if differ:
         sys.exit(f"error: in fp32, captions of batch {differ} are not those of `generate`.")
-    return result
+    return said
 
 
 if __name__ == "__main__":

@@ -11,37 +11,21 @@ each photograph; `difference`, the largest of an embedding of length 1.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import parser_of, print_result
+from benchmarks.timing import in_turns
 from common.clip import load_clip
-from common.runtime import hardware, versions
-
-
-def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Least CPU seconds of each way, each run once in every round."""
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(repeats):
-        for name, work in ways.items():
-            begin = time.process_time()
-            work()
-            best[name] = min(best[name], time.process_time() - begin)
-    return best
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser = parser_of(__doc__, quick="fewer rounds", threads=True, seed="the pixels")
     parser.add_argument("--batch-size", type=int, default=16, help="photographs in a batch")
     parser.add_argument("--clip", default="photo", help="a convolutional encoder of transformers or a packaged one")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pixels")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     repeats = 3 if arguments.quick else 15
@@ -68,8 +52,6 @@ def main() -> None:
         shown = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in times.items())
         print(f"{what}: {shown} a photograph, {times['eager'] / times['shipped']:.2f}x", flush=True)
     result = {
-        "hardware": hardware(),
-        "versions": versions(),
         "clip": arguments.clip,
         "batch_size": len(pixels),
         "shipped_ratio": single["eager"] / single["shipped"],
@@ -80,7 +62,7 @@ def main() -> None:
         "shipped_batch_seconds": batch["shipped"],
         "difference": difference,
     }
-    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

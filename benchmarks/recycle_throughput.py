@@ -27,7 +27,8 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from common.runtime import fork_generators, hardware, versions
+from benchmarks import parser_of, print_result
+from common.runtime import fork_generators
 from recycle_gpt2.lexical import train_only
 from recycle_gpt2.loss import next_token_loss, tied_cross_entropy
 from recycle_gpt2.training import StageConfig, build_optimizer, flops_per_token
@@ -129,9 +130,7 @@ def in_process(arguments: argparse.Namespace, kind: str, which: str, **sizes: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="256 tokens and one step instead of 1,024 and three")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser = parser_of(__doc__, quick="256 tokens and one step instead of 1,024 and three", threads=True)
     parser.add_argument("--vocab", type=int, default=40_000, help="tokens of the vocabulary")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -165,10 +164,8 @@ def main() -> None:
         "embedding_only_tokens_per_second": frozen["tokens_per_second"],
         "vocab": arguments.vocab,
         "tokens": tokens,
-        "hardware": hardware(),
-        "versions": versions(),
     }
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

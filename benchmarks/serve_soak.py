@@ -11,7 +11,6 @@ line: `requests`, `unexpected`, `hung`, `seconds`, `p50_seconds` and `p95_second
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -35,11 +34,11 @@ import numpy as np
 import requests
 from PIL import Image
 
+from benchmarks import parser_of, print_result
 from common.checks import UserError, require_at_least, run_command
 from common.files import write_json
 from common.pretrained import ASSETS
 from common.report import plot_lines
-from common.runtime import hardware, versions
 
 SCENES = ASSETS / "samples" / "scenes"
 MAX_UPLOAD = 2
@@ -250,8 +249,7 @@ def server(threads: int, log: Path) -> Iterator[tuple[str, int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="56 requests")
+    parser = parser_of(__doc__, quick="56 requests")
     parser.add_argument("--requests", type=int, default=1000, help="requests in all")
     parser.add_argument("--clients", type=int, default=8, help="clients at the same time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the server")
@@ -262,13 +260,12 @@ def main() -> int:
     total = 56 if arguments.quick else arguments.requests
     with tempfile.TemporaryDirectory() as folder, server(arguments.threads, Path(folder) / "log") as (address, process):
         result = soak(address, process, total=total, clients=arguments.clients)
-    result = {"hardware": hardware(), "versions": versions(), "server_threads": arguments.threads} | result
+    result = print_result({"server_threads": arguments.threads} | result)
     if arguments.docs:
         write_json(arguments.docs / "serve_soak.json", result)
         xs, ys, *_ = zip(*result["curve"], strict=True)
         figure = plot_lines({"": (xs, ys)}, x="requests answered", y="resident memory of the server, MB")
         figure.savefig(arguments.docs / "serve_soak.png", dpi=110)
-    print(json.dumps(result))
     return 1 if result["unexpected"] or result["hung"] else 0
 
 

@@ -9,15 +9,14 @@ alone) and `help_seconds` (`clipcap caption --help`).
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import resource
 import subprocess
 import sys
+from functools import partial
 
+from benchmarks import parser_of, print_result
+from benchmarks.timing import in_turns, with_children
 from common.pretrained import ASSETS
-from common.runtime import hardware, versions
 
 PHOTOGRAPH = next((ASSETS / "samples" / "photographs").glob("*.jpg"))
 COMMANDS = {
@@ -28,31 +27,22 @@ COMMANDS = {
 }
 
 
-def cpu_seconds(arguments: list[str]) -> float:
-    """Of a Python process with one thread, children included, user and system."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def run(arguments: list[str]) -> None:
+    """A Python process with one thread."""
     subprocess.run(
         [sys.executable, *arguments], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    arguments = parser.parse_args()
-    best = dict.fromkeys(COMMANDS, float("inf"))
-    for _ in range(2 if arguments.quick else 5):
-        for name, command in COMMANDS.items():
-            best[name] = min(best[name], cpu_seconds(command))
+    arguments = parser_of(__doc__, quick="fewer rounds").parse_args()
+    ways = {name: partial(run, command) for name, command in COMMANDS.items()}
+    best = in_turns(ways, 2 if arguments.quick else 5, with_children)
     result = {
-        "hardware": hardware(),
-        "versions": versions(),
         "ratio": best["caption"] / best["floor"],
         **{f"{name}_seconds": seconds for name, seconds in best.items()},
     }
-    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

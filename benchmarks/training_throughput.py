@@ -14,8 +14,6 @@ processor without bf16 leaves `bf16` out.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,12 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config
 
-from benchmarks.caption_throughput import cpu_seconds, fast_precisions, stock_activation
+from benchmarks import parser_of, print_result
+from benchmarks.caption_throughput import fast_precisions, stock_activation
+from benchmarks.timing import cpu_seconds
 from clipcap.config import ClipCapConfig
 from clipcap.data.dataset import collate
 from clipcap.model import ClipCapModel
 from common.batches import BatchOrder
-from common.runtime import autocast, fork_generators, hardware, resolve_dtype, versions
+from common.runtime import autocast, fork_generators, resolve_dtype
 
 PADDED = 40
 """Length to which the original pads every caption: about the mean of COCO's and ten standard deviations."""
@@ -114,11 +114,8 @@ def multiply_adds(model: ClipCapModel, tokens: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="batches of 10 and one step of each kind")
+    parser = parser_of(__doc__, quick="batches of 10, one step of each", threads=True, seed="weights and captions")
     parser.add_argument("--steps", type=int, default=3, help="steps of each kind, of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and captions")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     batch_size, steps = (10, 1) if arguments.quick else (40, arguments.steps)
@@ -140,7 +137,7 @@ def main() -> None:
     typical = sorted(buckets, key=lambda rows: abs(lengths[rows].max() - padded))[:steps]
     batches = [join([items[row] for row in rows]) for rows in typical]
     result: dict[str, object] = {
-        "hardware": hardware(), "versions": versions(), "batch_size": batch_size, "steps": steps,
+        "batch_size": batch_size, "steps": steps,
         "mean_tokens": float(lengths[order].mean()), "mean_padded_tokens": padded, "original_padded_tokens": PADDED,
     }  # fmt: skip
     rates = {precision: matrix_rate(resolve_dtype(precision)) for precision in fast_precisions()}
@@ -195,7 +192,7 @@ def main() -> None:
                 f"loss apart by {difference:.1e}",
                 flush=True,
             )
-    print(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in result.items()}))
+    print_result(result)
 
 
 if __name__ == "__main__":

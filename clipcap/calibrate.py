@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ from torch import Tensor
 from clipcap.confidence import FILE, SCORES, Calibration, Ground, caption_scores, whole_picture
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import mapper_input
-from clipcap.data.images import ImageError, read_image
+from clipcap.data.images import ImageError, read_image, readable
 from clipcap.data.readers import Format
 from clipcap.evaluation.metrics import score_captions, tokenize
 from clipcap.ranking import WEIGHTS, pool_of, reranked, similarities
-from common.checks import UserError, printable, require_at_least
+from common.checks import UserError, printable
 from common.files import write_text
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, start
@@ -43,6 +43,10 @@ CAPTIONS = 3
 """Of each image that are learned from, so that a second and third caption's confidence is calibrated too."""
 TRAINING = 2000
 """Training images, at most, that say what is known."""
+BATCH = 16
+"""Images at once."""
+Encoded = tuple[list[CaptionedImage], "ImageFeatures"]
+"""Images that were read, and what CLIP makes of them."""
 
 
 @dataclass(frozen=True)
@@ -163,79 +167,71 @@ def encoded(
     items: Sequence[CaptionedImage],
     *,
     on_error: Callable[[ImageError], object] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
     max_pixels: int = MAX_PIXELS,
-) -> Iterator[tuple[list[CaptionedImage], ImageFeatures]]:
-    """The images that can be read, and what CLIP makes of them, all at once; nothing if there are none.
+) -> Iterator[Encoded]:
+    """The images that can be read, in batches, and what CLIP makes of them.
 
     Args:
+        captioner: with its CLIP.
+        items: captioned images.
         on_error: called with the error of each other image; None raises it.
+        progress: called with the number of images of each batch when it is done.
+        max_pixels: of an image.
     """
-    kept, pixels = [], []
-    for item in items:
-        try:
-            image = read_image(item.path, max_pixels=max_pixels, side=captioner.clip.preprocess.size)
-        except ImageError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-        else:
-            kept.append(item)
-            pixels.append(captioner.clip.preprocess([image]))
-    if kept:
-        yield kept, captioner.features(torch.cat(pixels))
+
+    def pixels(item: CaptionedImage) -> Tensor:
+        preprocess = captioner.clip.preprocess
+        return preprocess([read_image(item.path, max_pixels=max_pixels, side=preprocess.size)])
+
+    for begin in range(0, len(items), BATCH):
+        batch = items[begin : begin + BATCH]
+        if found := readable(batch, pixels, on_error):
+            yield [item for item, _ in found], captioner.features(torch.cat([one for _, one in found]))
+        progress(len(batch))
 
 
 def scores_by_weight(
-    captioner: Captioner,
-    items: Sequence[CaptionedImage],
-    *,
-    batch_size: int = 16,
-    on_error: Callable[[ImageError], object] | None = None,
-    progress: Callable[[int], object] = lambda done: None,
-    max_pixels: int = MAX_PIXELS,
+    captioner: Captioner, batches: Iterable[Encoded], *, progress: Callable[[int], object] = lambda done: None
 ) -> dict[float, float]:
     """CIDEr of the captions that `Captioner.decode` ranks first, by its weight `rerank`: of each of `WEIGHTS`.
 
     Args:
         captioner: its CLIP has a text tower.
-        items: images with captions by people, none of them trained on.
-        batch_size, on_error, progress, max_pixels: as in `calibrate`.
+        batches: images with captions by people, none of them trained on, as `encoded` gives them.
+        progress: called with the number of images of each batch when it is done.
 
     Raises:
-        UserError: none of the images can be read.
+        UserError: there are none.
     """
     chosen: dict[float, dict[str, str]] = {weight: {} for weight in WEIGHTS}
-    for begin in range(0, len(items), batch_size):
-        batch = items[begin : begin + batch_size]
-        for kept, features in encoded(captioner, batch, on_error=on_error, max_pixels=max_pixels):
-            pools = captioner.decode(features, rerank=0, **pool_of(captioner.model.decode_options({})))
-            texts = [[captioner.text(caption) for caption in pool] for pool in pools]
-            cosines = similarities(captioner.clip, features.embedding, texts)
-            for item, pool, cosine in zip(kept, pools, cosines, strict=True):
-                for weight, captions in chosen.items():
-                    captions[item.image_id] = captioner.text(reranked(pool, cosine, weight)[0])
-        progress(begin + len(batch))
-    references = {item.image_id: list(item.captions) for item in items}
-    if not chosen[0.0]:
-        raise UserError(f"none of the {len(items)} images can be read: check the messages about them.")
+    references = {}
+    for items, features in batches:
+        pools = captioner.decode(features, rerank=0, **pool_of(captioner.model.decode_options({})))
+        texts = [[captioner.text(caption) for caption in pool] for pool in pools]
+        cosines = similarities(captioner.clip, features.embedding, texts)
+        for item, pool, cosine in zip(items, pools, cosines, strict=True):
+            references[item.image_id] = list(item.captions)
+            for weight, captions in chosen.items():
+                captions[item.image_id] = captioner.text(reranked(pool, cosine, weight)[0])
+        progress(len(items))
+    if not references:
+        raise UserError("none of the held-out images can be read: check the messages about them.")
     return {weight: score_captions(found, references, tokenizer="words").cider for weight, found in chosen.items()}
 
 
-def choose_rerank(
-    captioner: Captioner, place: Path, items: Sequence[CaptionedImage], **options: Any
-) -> dict[float, float]:
+def choose_rerank(captioner: Captioner, place: Path, batches: Iterable[Encoded], **options: Any) -> dict[float, float]:
     """Set the captioner's own weight `rerank`, in memory and in its directory's config.json, to the best of
     `scores_by_weight` (of equals, the smallest); returns the scores.
 
     Args:
         captioner: its CLIP has a text tower.
         place: its directory.
-        items: images with captions by people, none of them trained on.
-        options: as in `scores_by_weight`.
+        batches, options: as in `scores_by_weight`.
     """
     from common.pretrained import saving
 
-    ciders = scores_by_weight(captioner, items, **options)
+    ciders = scores_by_weight(captioner, batches, **options)
     weight = max(ciders, key=lambda weight: (round(ciders[weight], 4), -weight))
     captioner.model.config.rerank = weight
     file = place / "config.json"
@@ -248,11 +244,10 @@ def choose_rerank(
 def calibrate(
     captioner: Captioner,
     training: Sequence[CaptionedImage],
-    items: Sequence[CaptionedImage],
-    others: Sequence[CaptionedImage] = (),
+    items: Sequence[Encoded],
+    others: Sequence[Encoded] = (),
     *,
     language: str = "en",
-    batch_size: int = 16,
     on_error: Callable[[ImageError], object] | None = None,
     progress: Callable[[int], object] = lambda done: None,
     max_pixels: int = MAX_PIXELS,
@@ -262,52 +257,38 @@ def calibrate(
     Args:
         captioner: with its CLIP.
         training: images that it was trained on, of which at most `TRAINING` are looked at, evenly chosen.
-        items: other images of the same kind, with captions by people.
+        items: other images of the same kind, with captions by people, as `encoded` gives them.
         others: more images with captions, of any kind.
         language: code of the captions' language.
-        batch_size: images at once.
-        on_error: called with the error of an image that cannot be read, which is left out; None raises it.
-        progress: called with the number of images done.
-        max_pixels: of an image.
+        on_error, max_pixels: of the training images, as `encoded` takes them.
+        progress: called with the number of images of each batch when it is done.
 
     Raises:
         UserError: too few images of a kind, or captions that are right or wrong nearly always.
     """
-    require_at_least("batch_size", batch_size, 1)
-    known = looked_at(training)
-    done = 0
-
-    def batches(several: Sequence[CaptionedImage]) -> Iterator[tuple[list[CaptionedImage], ImageFeatures]]:
-        nonlocal done
-        for begin in range(0, len(several), batch_size):
-            batch = several[begin : begin + batch_size]
-            yield from encoded(captioner, batch, on_error=on_error, max_pixels=max_pixels)
-            done += len(batch)
-            progress(done)
 
     @torch.inference_mode()
     def prefixes(features: ImageFeatures) -> Float[Tensor, "b K d"]:
         return captioner.model.prefix(mapper_input(features, captioner.model.config.inputs))
 
     pictures, total = [], torch.zeros(())
-    for _, features in batches(known):
+    for _, features in encoded(
+        captioner, looked_at(training), on_error=on_error, progress=progress, max_pixels=max_pixels
+    ):
         pictures.append(whole_picture(features).cpu())
         total = total + prefixes(features).float().sum(0).cpu()
     length = captioner.model.decode_options({})["max_new_tokens"]  # as `Captioner.stream` has it
     judged: list[CaptionedImage] = []
     found: list[tuple[ImageFeatures, Tensor, list[Any]]] = []
-    held_out = []
-    for part in (items, others):
-        for kept, features in batches(part):
-            made = prefixes(features)
-            found.append((features, made, captioner.decode(features, num_captions=CAPTIONS, max_new_tokens=length)))
-            judged += kept
-            if part is items:
-                held_out.append(whole_picture(features).cpu())
-    if not pictures or not held_out:
-        raise UserError(f"there are {len(known)} training and {len(items)} other images: calibrating needs both.")
+    if not pictures or not items:
+        raise UserError("no training images or no others can be read: calibrating needs both.")
+    for kept, features in [*items, *others]:
+        made = prefixes(features)
+        found.append((features, made, captioner.decode(features, num_captions=CAPTIONS, max_new_tokens=length)))
+        judged += kept
+        progress(len(kept))
     known_pictures = torch.cat(pictures)
-    ground = Ground.fit(known_pictures, torch.cat(held_out))
+    ground = Ground.fit(known_pictures, torch.cat([whole_picture(features).cpu() for _, features in items]))
     blank = total / len(known_pictures)
     scores = [rows for part in found for rows in caption_scores(captioner, *part, blank, ground)]
     texts = [[captioner.text(one) for one in captions] for _, _, several in found for captions in several]
@@ -363,30 +344,21 @@ def run(config: CalibrateConfig) -> int:
             raise UserError(f"{str(config.others)!r} has no images of split {config.split!r} with captions: give some.")
     captioner = Captioner.from_pretrained(config.model, device=device)
     skipped: list[ImageError] = []
-    held_out = [*splits[config.split], *others]
+    options: dict[str, Any] = {"on_error": skipped.append, "max_pixels": config.limit.max_pixels}
+    parts = splits[config.split], others
+    with Progress(total=sum(map(len, parts)), desc="embedding", unit=" images") as bar:
+        known, strange = (list(encoded(captioner, part, progress=bar.update, **options)) for part in parts)
+    held_out = [*known, *strange]
+    count = sum(len(batch) for batch, _ in held_out)
     if config.rerank and captioner.clip.has_text:
-        with Progress(total=len(held_out), desc="ranking", unit=" images") as bar:
-            ciders = choose_rerank(
-                captioner,
-                place,
-                held_out,
-                on_error=lambda error: None,
-                progress=lambda done: bar.update(done - bar.n),
-                max_pixels=config.limit.max_pixels,
-            )
+        with Progress(total=count, desc="ranking", unit=" images") as bar:
+            ciders = choose_rerank(captioner, place, held_out, progress=bar.update)
         weight = captioner.model.config.rerank
         print(f"rerank: {weight:g} ({', '.join(f'CIDEr {value:.3f} with {w:g}' for w, value in ciders.items())})")
-    total = len(looked_at(splits["train"])) + len(held_out)
+    total = len(looked_at(splits["train"])) + count
     with Progress(total=total, desc="calibrating", unit=" images") as bar:
         found = calibrate(
-            captioner,
-            splits["train"],
-            splits[config.split],
-            others,
-            language=config.language,
-            on_error=skipped.append,
-            progress=lambda done: bar.update(done - bar.n),
-            max_pixels=config.limit.max_pixels,
+            captioner, splits["train"], known, strange, language=config.language, progress=bar.update, **options
         )
     if skipped:
         print(f"skipped {len(skipped)} images, the first: {printable(skipped[0])}", file=sys.stderr)

@@ -21,7 +21,7 @@ from clipcap.backbones import absolute
 from clipcap.checkpoint import one_dtype
 from clipcap.confidence import Calibration, Judgement
 from clipcap.data.embeddings import mapper_input
-from clipcap.data.images import ImageError, ImageSource, read_image
+from clipcap.data.images import ImageError, ImageSource, read_image, readable
 from clipcap.decoding import bytes_of, decode, require_options
 from clipcap.generation import prompt_tokens
 from clipcap.model import ClipCapModel
@@ -238,21 +238,14 @@ class Captioner:
             batch = begin()
             while batch:
                 following = begin() if ahead else []
-                readable: list[tuple[ImageSource, Tensor]] = []
-                for source, reading in batch:
-                    try:
-                        readable.append((source, reading.result()))
-                    except ImageError as error:
-                        if on_error is None:
-                            raise
-                        on_error(error)
-                if readable:
-                    features = self.features(torch.cat([pixels for _, pixels in readable]))
+                read = readable(batch, lambda one: one[1].result(), on_error)
+                if read:
+                    features = self.features(torch.cat([pixels for _, pixels in read]))
                     embeddings = mapper_input(features, self.model.config.inputs)
                     found = self.decode(features, rerank=rerank, **options)
                     judged = self.judge(features, found) if confidence else [Judgement([], 0.0)] * len(found)
                     rows = embeddings.cpu() if embeddings.ndim == 2 else [None] * len(found)
-                    for (source, _), captions, row, sure in zip(readable, found, rows, judged, strict=True):
+                    for ((source, _), _), captions, row, sure in zip(read, found, rows, judged, strict=True):
                         texts = [self.text(caption) for caption in captions]
                         scores = [caption.score for caption in captions]
                         yield ImageCaptions(source, texts, scores, row, sure.confidences, sure.far)

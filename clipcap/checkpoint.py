@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.checks import UserError
 from common.files import move_into
+from common.pretrained import optional_file
 
 if TYPE_CHECKING:
     from clipcap.config import ClipCapConfig
@@ -51,17 +52,6 @@ def local_file(source: str, name: str, hub: dict[str, Any]) -> Path:
     if os.path.isdir(source):
         return Path(source) / name
     return Path(cached_file(source, name, **hub))
-
-
-def optional_file(source: str, name: str, hub: dict[str, Any]) -> str | None:
-    """A file of a captioner, or None where it has none."""
-    return cached_file(
-        source,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub,
-    )
 
 
 def has_tokenizer(source: str, hub: dict[str, Any]) -> bool:

@@ -241,6 +241,9 @@ def caption_scores(
     distance = (ground.distance(whole_picture(features)) / ground.limit).double().cpu()[owners]
     columns = [seen, seen - unseen, distance]
     if captioner.clip.has_text:
-        texts = [[captioner.text(caption) for caption in several] for several in captions]
-        columns.append(torch.cat(similarities(captioner.clip, features.embedding, texts)).double())
+        cosines: Any = [caption.similarity for several in captions for caption in several]
+        if None in cosines:
+            texts = [[captioner.text(caption) for caption in several] for several in captions]
+            cosines = torch.cat(similarities(captioner.clip, features.embedding, texts))
+        columns.append(torch.as_tensor(cosines, dtype=torch.float64))
     return list(torch.stack(columns, dim=1).split([len(several) for several in captions]))

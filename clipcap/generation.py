@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from clipcap.decoding import decode
-from common.checks import UserError, require_at_least
+from common.checks import UserError, reason_of, require_at_least
 
 FILE = "generation_config.json"
 LENGTHS = frozenset({"max_new_tokens", "max_length", "generation_config"})
@@ -54,8 +54,7 @@ def read_generation(path: str) -> GenerationConfig:
     try:
         return GenerationConfig(**json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path!r} is no generation config ({reason}): correct it, or delete it.") from error
+        raise UserError(f"{path!r} is no generation config ({reason_of(error)}): correct it, or delete it.") from error
 
 
 def decode_options(asked: Mapping[str, Any], saved: GenerationConfig, prompt: int = 0) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def reranked(
     captions: Sequence[Caption], similarity: Float[Tensor, " c"] | Sequence[float], weight: float
 ) -> list[Caption]:
     """By mean log-probability of a token + weight x cosine of image and caption, best first; ties stay in order."""
-    values = [caption.score + weight * float(cosine) for caption, cosine in zip(captions, similarity, strict=True)]
-    return [captions[i] for i in sorted(range(len(captions)), key=lambda i: -values[i])]
+    known = [replace(caption, similarity=float(one)) for caption, one in zip(captions, similarity, strict=True)]
+    return sorted(known, key=lambda caption: -(caption.score + weight * (caption.similarity or 0.0)))
 
 
 def pool_of(options: dict[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +26,8 @@ class Caption:
     """Its tokens; the last is the stop token unless `max_new_tokens` ended it."""
     score: float
     """Mean log-probability of its tokens under the model, stop token included, in nats."""
+    similarity: float | None = field(default=None, compare=False)
+    """CLIP's cosine of image and caption, where it was ranked by that."""
 
 
 class Search:
@@ -34,6 +36,9 @@ class Search:
     tensors: tuple[str, ...]
     """Names of the attributes with a row per image."""
     tokens: Int[Tensor, "b w t"]
+    sums: Float[Tensor, "b w"]
+    """Log-probabilities of the captions so far."""
+    lengths: Shaped[Tensor, "b w"]
     constraints: Constraints | None = None
 
     def start(self, images: int, device: torch.device) -> None:
@@ -47,8 +52,12 @@ class Search:
         raise NotImplementedError
 
     def captions(self, row: int) -> list[Caption]:
-        """The captions of one image, best first."""
-        raise NotImplementedError
+        """The captions of one image, best first by mean log-probability."""
+        scores = self.sums[row] / self.lengths[row]
+        return [
+            Caption(self.tokens[row, place, : int(self.lengths[row, place])].tolist(), scores[place].item())
+            for place in scores.argsort(descending=True, stable=True).tolist()
+        ]
 
     def keep(self, order: Int[Tensor, " a"]) -> None:
         """Go on with these images only."""
@@ -97,13 +106,6 @@ class OriginalBeam(Search):
         self.sums = means * self.lengths
         self.stopped = self.stopped.gather(1, parents) | torch.isin(chosen, self.stops)
         return chosen, parents, self.stopped.all(1)
-
-    def captions(self, row: int) -> list[Caption]:
-        scores = self.sums[row] / self.lengths[row]
-        return [
-            Caption(self.tokens[row, beam, : int(self.lengths[row, beam])].tolist(), scores[beam].item())
-            for beam in scores.argsort(descending=True, stable=True).tolist()
-        ]
 
 
 class Beam(Search):
@@ -201,13 +203,6 @@ class Draws(Search):
         own = torch.arange(self.width, device=chosen.device)
         parents = (torch.zeros_like(own) if first else own).expand_as(chosen)
         return chosen, parents, self.stopped.all(1)
-
-    def captions(self, row: int) -> list[Caption]:
-        scores = self.sums[row] / self.lengths[row]
-        return [
-            Caption(self.tokens[row, draw, : int(self.lengths[row, draw])].tolist(), scores[draw].item())
-            for draw in scores.argsort(descending=True, stable=True).tolist()
-        ]
 
 
 def greedy(

@@ -30,6 +30,11 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message names the value and the fix."""
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of another library says, in one line; its kind where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def printable(text: object, *, lines: bool = False) -> str:
     """`text` as a terminal may show it: a name from somebody's data cannot colour, hide or overwrite what is there.
 
@@ -97,6 +102,12 @@ def require_at_least(name: str, value: float, least: float) -> None:
     """Raise UserError when `value` is below `least` or not a finite number."""
     if not (value >= least and math.isfinite(value)):
         raise UserError(f"{name} is {value}: use at least {least}.")
+
+
+def require_fields_at_least(config: object, least: float, *names: str) -> None:
+    """Raise UserError when one of these fields is below `least` or not a finite number."""
+    for name in names:
+        require_at_least(name, getattr(config, name), least)
 
 
 def require_between(name: str, value: float, least: float, most: float) -> None:

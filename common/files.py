@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -105,6 +105,14 @@ def sync_directory(directory: Path) -> None:
     """Have a directory's own entries, such as a file that took another's place, survive a power cut."""
     with contextlib.suppress(OSError):  # some file systems cannot
         sync(directory)
+
+
+def hash_content(file: IO[bytes], digest: Any, told: Callable[[int], object] = lambda size: None) -> Any:
+    """Add what is left of a file to one of hashlib's digests, which is returned; `told` gets each part's bytes."""
+    while part := file.read(1 << 20):
+        digest.update(part)
+        told(len(part))
+    return digest
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -21,24 +21,21 @@ def scheduled(
 
 def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:
     """Factor on the learning rate: linear to 1 over `warmup` steps, then a half cosine to `floor` at `total`."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + float(np.cos(np.pi * progress)))
-
-    return factor
+    return _warmup(warmup, total, lambda progress: floor + (1 - floor) * 0.5 * (1 + float(np.cos(np.pi * progress))))
 
 
 def warmup_linear(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:
     """Factor on the learning rate: linear to 1 over `warmup` steps, then linear to `floor` at `total`."""
+    return _warmup(warmup, total, lambda progress: 1 - (1 - floor) * progress)
+
+
+def _warmup(warmup: int, total: int, after: Callable[[float], float]) -> Callable[[int], float]:
+    """Linear to 1, then what `after` makes of the share of the remaining steps that are done."""
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return 1 - (1 - floor) * progress
+        return after(min(1.0, (step - warmup) / max(1, total - warmup)))
 
     return factor
 

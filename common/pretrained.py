@@ -208,7 +208,7 @@ def read_config(source: str, what: str, model_type: str | None, **hub: Any) -> d
         raise UserError(f"{source!r} is a {_cut(kind)} model, not a {what}: give another name or directory.")
     if fields.get("quantization_config") is not None:
         raise UserError(f"{what} {source!r} is quantized (quantization_config): give its unquantized weights.")
-    if _optional_file(source, "adapter_config.json", hub):
+    if optional_file(source, "adapter_config.json", hub):
         raise UserError(
             f"{what} {source!r} holds an adapter (adapter_config.json) for other weights: merge the two first, with "
             f"peft's merge_and_unload."
@@ -259,7 +259,7 @@ def require_room(source: str, what: str, build: Callable[[], nn.Module], **hub: 
         )
 
 
-def _optional_file(source: str, name: str, hub: dict[str, Any]) -> str | None:
+def optional_file(source: str, name: str, hub: dict[str, Any]) -> str | None:
     """A file of a directory or hub id; None where there is none, or none in the cache and no connection."""
     from transformers.utils import cached_file
 
@@ -283,7 +283,7 @@ def _weights_files(source: str, hub: dict[str, Any]) -> list[str]:
     from transformers.utils.hub import get_checkpoint_shard_files
 
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        file = _optional_file(source, name, hub)
+        file = optional_file(source, name, hub)
         if file and name.endswith(".json"):
             return get_checkpoint_shard_files(source, file, **hub)[0]
         if file:

@@ -163,3 +163,8 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def provenance() -> dict[str, Any]:
+    """What a result was made with, for the files that hold one: "hardware" and "versions"."""
+    return {"hardware": hardware(), "versions": versions()}

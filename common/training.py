@@ -36,7 +36,9 @@ from common.callbacks import (
 )
 from common.checks import (
     UserError,
+    reason_of,
     require_at_least,
+    require_fields_at_least,
     require_file,
     require_one_of,
     require_same_settings,
@@ -121,8 +123,7 @@ class TrainerConfig(ScaleConfig, GradientConfig, LogConfig):
         ScaleConfig.check(self)
         GradientConfig.check(self)
         require_at_least("val_every", self.val_every, 1)
-        for name in ("patience", "save_minutes"):
-            require_at_least(name, getattr(self, name), 0)
+        require_fields_at_least(self, 0, "patience", "save_minutes")
 
 
 def build_trainer(
@@ -348,7 +349,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _does_not_fit(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"checkpoint {str(path)!r} is damaged or does not fit this run ({' '.join(str(error).split())[:200]}): use the "
+        f"checkpoint {str(path)!r} is damaged or does not fit this run ({reason_of(error)}): use the "
         f"settings it was written with, delete it to start over, or give another output directory."
     )
 

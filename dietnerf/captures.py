@@ -12,7 +12,7 @@ from nerfstudio.data.utils import colmap_parsing_utils
 from nerfstudio.data.utils.dataparsers_utils import get_train_eval_split_fraction, get_train_eval_split_interval
 from nerfstudio.process_data.colmap_utils import parse_colmap_camera_params
 
-from common.checks import UserError, require_file
+from common.checks import UserError, reason_of, require_file
 from dietnerf.images import IMAGE_SUFFIXES, find_image
 from dietnerf.layouts import Kind, check_pose, find_scene, natural_order, read_frames
 from dietnerf.lenses import lens_of
@@ -220,11 +220,8 @@ def read_colmap(model: Path, split: str, skip_missing: bool) -> Capture:
     directory = next((place for place in list(model.absolute().parents)[:3] if (place / "images").is_dir()), None)
     if directory is None:
         raise UserError(f"COLMAP's model {str(model)!r} has no folder images beside it: put the photographs there.")
-    suffix = ".txt" if (model / "cameras.txt").is_file() else ".bin"
-    kind = "text" if suffix == ".txt" else "binary"
+    cameras, images = read_model(model, "cameras", "images")
     try:
-        cameras = getattr(colmap_parsing_utils, f"read_cameras_{kind}")(model / f"cameras{suffix}")
-        images = getattr(colmap_parsing_utils, f"read_images_{kind}")(model / f"images{suffix}")
         lenses = {number: _colmap_lens(camera) for number, camera in cameras.items()}
         entries = []
         for image in sorted(images.values(), key=lambda one: natural_order(one.name)):
@@ -232,11 +229,8 @@ def read_colmap(model: Path, split: str, skip_missing: bool) -> Capture:
             view[:3, :3], view[:3, 3] = colmap_parsing_utils.qvec2rotmat(image.qvec), image.tvec
             pose = COLMAP_WORLD @ np.linalg.inv(view) @ np.diag([1.0, -1, -1, 1])
             entries.append({"file_path": image.name, "transform_matrix": pose, **lenses[image.camera_id]})
-    except OSError:
-        raise
-    except Exception as error:  # whatever nerfstudio's readers come upon in a broken file
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"scene {str(directory)!r} cannot be read: {reason}") from error
+    except Exception as error:  # whatever nerfstudio comes upon in a lens or a pose
+        raise UserError(f"scene {str(directory)!r} cannot be read: {reason_of(error)}") from error
     if not entries:
         raise UserError(f"COLMAP's model {str(model)!r} has no images: run COLMAP again, with more photographs.")
     frames = _frames(directory / "images", entries, {}, skip_missing)
@@ -248,6 +242,25 @@ def read_colmap(model: Path, split: str, skip_missing: bool) -> Capture:
             listed[name] = _listed(names, directory / "images", frames, repr(str(list_file)), skip_missing)
     ids, source = _split(listed, get_train_eval_split_interval(frames, 8), split, str(directory))
     return Capture("colmap", model, frames, ids, source, source == "train" != split, applied=COLMAP_WORLD)
+
+
+def read_model(model: Path, *parts: str) -> list[dict[int, Any]]:
+    """Parts of COLMAP's model ("cameras", "images", "points3D"), in text or binary, each by its numbers.
+
+    Raises:
+        UserError: a part is broken.
+    """
+    found = []
+    for part in parts:
+        text = model / f"{part}.txt"
+        kind, path = ("text", text) if text.is_file() else ("binary", model / f"{part}.bin")
+        try:
+            found.append(getattr(colmap_parsing_utils, f"read_{part}_{kind}")(path))
+        except OSError:
+            raise
+        except Exception as error:  # whatever nerfstudio's readers come upon in a broken file
+            raise UserError(f"COLMAP's {str(path)!r} cannot be read ({reason_of(error)}): copy it again.") from error
+    return found
 
 
 def _colmap_lens(camera: Any) -> dict[str, Any]:
@@ -264,8 +277,7 @@ def read_llff(directory: Path, split: str, skip_missing: bool) -> Capture:
     try:
         table = np.asarray(np.load(path), dtype=np.float64)
     except Exception as error:  # numpy reads the head as Python, which has errors of its own
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"poses file {str(path)!r} cannot be read ({reason}): write it again.") from error
+        raise UserError(f"poses file {str(path)!r} cannot be read ({reason_of(error)}): write it again.") from error
     if table.ndim != 2 or table.shape[1] != 17 or not len(table) or not np.isfinite(table).all():
         raise UserError(f"poses file of {str(directory)!r} has shape {table.shape}: give (images, 17), without NaN.")
     paths = sorted(p for p in (directory / "images").glob("*") if p.suffix in IMAGE_SUFFIXES)

@@ -17,7 +17,7 @@ from common.files import write_json
 from common.images import ImageLimit
 from common.progress import Progress
 from common.report import Page
-from common.runtime import RuntimeConfig, autocast, hardware, start, versions
+from common.runtime import RuntimeConfig, autocast, provenance, start
 from dietnerf.data import FewViewDataset, FewViewParserConfig
 from dietnerf.semantic import load_encoder
 
@@ -140,8 +140,7 @@ def measure(config: ConsistencyConfig) -> dict[str, Any]:
         "within": summary(everything),
         "across": summary(found.across) if len(found.across) else None,
         "scenes": {name: {"views": len(embeddings[name]), **summary(v)} for name, v in found.within.items()},
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(config.out / "results.json", record)
     figure = plot_similarities(found)

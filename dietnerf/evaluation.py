@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from common.checks import UserError, require_at_least, require_file, require_place
+from common.checks import UserError, require_fields_at_least, require_file, require_place
 from common.files import write_json
 from common.progress import Progress
 from common.report import Page, contact_sheet
-from common.runtime import hardware, versions
+from common.runtime import provenance
 from dietnerf.metrics import MetricsConfig, Scores, overfitted, psnr, score_views
 from dietnerf.scene import Rendering, Scene
 from dietnerf.views import PROTOCOLS
@@ -132,8 +132,7 @@ def score_scene(
         "scores": scores.values,
         "not_measured": scores.not_measured,
         "per_view": scores.per_view,
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     warning = None
     if scene.holds_views_out:
@@ -158,8 +157,7 @@ def kind_of(scene: Scene) -> str:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a run and write results.json, views.png and index.html; returns what results.json holds."""
-    for name in ("every", "first", "chunk"):
-        require_at_least(name, getattr(config, name), 0)
+    require_fields_at_least(config, 0, "every", "first", "chunk")
     if config.out:
         require_place(config.out, directory=True)
     for path, what in ((config.metrics.vgg, "VGG weights"), (config.metrics.inception, "Inception weights")):

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
-from common.checks import UserError, require_file, require_one_of
+from common.checks import UserError, reason_of, require_file, require_one_of
 from common.pretrained import require_finite
 from common.runtime import resolve_device
 from dietnerf.data import FewViewDataset
@@ -217,8 +217,9 @@ def read_config(directory: Path) -> FewViewTrainerConfig:
     except OSError:
         raise
     except Exception as error:  # yaml's own, and what its constructors come upon in a damaged file
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"config.yml of {str(directory)!r} cannot be read ({reason}): train it again.") from error
+        raise UserError(
+            f"config.yml of {str(directory)!r} cannot be read ({reason_of(error)}): train it again."
+        ) from error
     if not isinstance(config, FewViewTrainerConfig):
         raise UserError(f"{str(directory)!r} is no run of dietnerf: open it with the ns- commands.")
     return config
@@ -285,9 +286,9 @@ def load_checkpoint(pipeline: FewViewPipeline, directory: Path) -> int:
     try:
         pipeline.load_pipeline(weights, step)
     except Exception as error:  # torch's RuntimeError for other sizes, anything where no tensors are
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"checkpoint {str(path)!r} is of another field than config.yml says ({reason}): keep the two together."
+            f"checkpoint {str(path)!r} is of another field than config.yml says ({reason_of(error)}): "
+            f"keep the two together."
         ) from error
     require_finite(dict(pipeline.named_parameters()), f"checkpoint {str(path)!r}")
     return step

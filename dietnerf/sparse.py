@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from nerfstudio.data.utils import colmap_parsing_utils
 
-from common.checks import UserError, require_file
-from dietnerf.captures import COLMAP_WORLD, Capture
+from common.checks import UserError, reason_of, require_file
+from dietnerf.captures import COLMAP_WORLD, Capture, read_model
 from dietnerf.layouts import colmap_model, read_frames
 from dietnerf.world import World
 
@@ -77,18 +77,9 @@ def _of_model(model: Path, capture: Capture, transform: Float[np.ndarray, "4 4"]
     Args:
         transform: from the model's coordinates to those of the capture.
     """
-    suffix = ".bin" if (model / "points3D.bin").is_file() else ".txt"
-    if not (model / f"points3D{suffix}").is_file():
+    if not any((model / f"points3D{suffix}").is_file() for suffix in (".txt", ".bin")):
         return None
-    kind = "binary" if suffix == ".bin" else "text"
-    try:
-        points = getattr(colmap_parsing_utils, f"read_points3D_{kind}")(model / f"points3D{suffix}")
-        images = getattr(colmap_parsing_utils, f"read_images_{kind}")(model / f"images{suffix}")
-    except OSError:
-        raise
-    except Exception as error:  # whatever nerfstudio's readers come upon in a broken file
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise UserError(f"COLMAP's points {str(model)!r} cannot be read ({reason}): copy the model again.") from error
+    points, images = read_model(model, "points3D", "images")
     if not points:
         return None
     places = {number: place for place, number in enumerate(points)}
@@ -134,7 +125,6 @@ def _of_ply(path: Path) -> SparsePoints | None:
         cloud: Any = trimesh.load(path, process=False)
         positions = np.asarray(cloud.vertices, dtype=np.float64).reshape(-1, 3)
     except Exception as error:  # whatever trimesh comes upon in a broken file
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise UserError(f"point cloud {str(path)!r} cannot be read ({reason}): write it again.") from error
+        raise UserError(f"point cloud {str(path)!r} cannot be read ({reason_of(error)}): write it again.") from error
     positions = positions[np.isfinite(positions).all(axis=1)]
     return SparsePoints(positions) if len(positions) else None

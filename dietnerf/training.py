@@ -21,7 +21,7 @@ from common.checks import UserError, require_place
 from common.files import clear_leftovers, write_json, write_text
 from common.optimizers import fused, scheduled
 from common.processes import is_first_process, sole_run
-from common.runtime import hardware, start, versions
+from common.runtime import provenance, start
 from common.training import (
     TrainerConfig,
     build_trainer,
@@ -246,8 +246,7 @@ def _train(config: TrainConfig, run: FewViewTrainerConfig) -> Path:
                 "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
                 "seconds": round(time.perf_counter() - begun, 1),
                 "cpu_seconds": round(time.process_time() - cpu, 1),
-                "hardware": hardware(),
-                "versions": versions(),
+                **provenance(),
             },
         )
     return config.out

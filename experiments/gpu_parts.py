@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.files import plain
 from common.pretrained import ASSETS
-from common.runtime import RuntimeConfig, fork_generators, hardware, start, versions
+from common.runtime import RuntimeConfig, fork_generators, provenance, start
 from experiments.reproduce.rehearsal import clock, peak_memory, random_clip
 
 if TYPE_CHECKING:
@@ -387,7 +387,7 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     found = PARTS[given.part](Work(device, given.small, given.seed))
-    print(json.dumps(plain({"hardware": hardware(), "versions": versions(), "measurements": found})))
+    print(json.dumps(plain({**provenance(), "measurements": found})))
 
 
 if __name__ == "__main__":

@@ -234,26 +234,21 @@ def held_out_error(
     small_source: Float[Tensor, "v s"],
     large_source: Float[Tensor, "v l"],
     *,
-    method: str = "least_squares",
-    k: int = 1,
-    centre: bool = False,
-    ridge: float = 0.0,
     weights: Float[Tensor, " v"] | None = None,
-    scale: bool = False,
     share: float = 0.1,
     importance: Float[Tensor, " v"] | None = None,
     generator: torch.Generator | None = None,
+    **options: Any,
 ) -> float:
     """Squared error of aligned source rows that the map was not fitted on, over that of the fitted rows' mean.
 
     0 is perfect, 1 no better than one row for all.
 
     Args:
+        small_source, large_source, weights, options: as `align` takes them.
         share: of the rows that are held out.
         importance: how much each row's error counts; None is equally.
         generator: of the choice of rows; None always makes the same.
-
-    The other arguments are those of `align`.
     """
     _require_tables(small_source, large_source)
     size = len(small_source)
@@ -266,12 +261,8 @@ def held_out_error(
         small_source[fitted],
         large_source[fitted],
         small_source[held],
-        method=method,
-        k=k,
-        centre=centre,
-        ridge=ridge,
         weights=None if weights is None else weights.to(order.device)[fitted],
-        scale=scale,
+        **options,
     )
     truth = large_source[held].double()
     counted = torch.ones(size, device=order.device) if importance is None else importance.to(order.device)

@@ -18,7 +18,7 @@ from common.files import write_json
 from common.language import MOST_RESAMPLES, score_texts
 from common.language import score as score  # one of the public names
 from common.progress import Progress
-from common.runtime import RuntimeConfig, autocast, hardware, start, versions
+from common.runtime import RuntimeConfig, autocast, provenance, start
 from recycle_gpt2.bad_rows import TextOptions
 from recycle_gpt2.corpus import load_documents
 from recycle_gpt2.documents import Document, read_documents
@@ -265,8 +265,7 @@ def run(config: EvaluateConfig) -> int:
                 "models": results,
                 "differences": differences,
                 "config": asdict(config),
-                "hardware": hardware(),
-                "versions": versions(),
+                **provenance(),
             },
         )
         print(f"written to {config.out}")

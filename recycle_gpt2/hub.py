@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.checks import UserError
+from common.checks import UserError, reason_of
 from common.files import MARKER
 from recycle_gpt2.bad_rows import BadRows
 from recycle_gpt2.formats import Document, rows_of_splits
@@ -35,10 +35,9 @@ def read_hub(path: Path, column: str, bad: BadRows, held_out: bool) -> Iterator[
     try:
         found = datasets.load_dataset(name, configuration or None, streaming=True)
     except Exception as error:  # of datasets, of the hub's client, of the network
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"dataset {name!r} cannot be streamed from the hub ({reason}): check its name and configuration, or save "
-            f"it to disk where it can be reached and give the directory."
+            f"dataset {name!r} cannot be streamed from the hub ({reason_of(error)}): check its name and configuration, "
+            f"or save it to disk where it can be reached and give the directory."
         ) from error
     parts = dict(found) if isinstance(found, dict) else {"": found}
     try:
@@ -59,8 +58,7 @@ def upload(directory: Path, repository: str) -> str:
         HfApi().create_repo(repository, exist_ok=True)
         return str(HfApi().upload_folder(folder_path=directory, repo_id=repository, ignore_patterns=[MARKER]))
     except Exception as error:  # the client's library decides which: no connection, no token, no such name
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{str(directory)!r} could not be uploaded to {repository!r} ({reason}): log in with `hf auth login` and "
-            f"give the same command again; nothing is trained again."
+            f"{str(directory)!r} could not be uploaded to {repository!r} ({reason_of(error)}): log in with "
+            f"`hf auth login` and give the same command again; nothing is trained again."
         ) from error

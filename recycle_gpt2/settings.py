@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from common.checks import UserError, require_at_least, require_between
+from common.checks import UserError, require_at_least, require_between, require_fields_at_least
 from common.runtime import RuntimeConfig
 from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.bad_rows import TextOptions
@@ -80,8 +80,7 @@ class RunConfig:
     def check(self) -> None:
         """Raise UserError for values that cannot work, before any file is opened but the vectors."""
         require_language(self.language)
-        for name in ("large_share", "finetune_share"):
-            require_at_least(name, getattr(self, name), 0)
+        require_fields_at_least(self, 0, "large_share", "finetune_share")
         if not min(self.shares) > 0:
             raise UserError(f"shares are {self.shares}: use three above 0, each of train, valid and test is needed.")
         require_shares(self.shares)

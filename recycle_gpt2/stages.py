@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from common.checks import UserError, require_directory, require_same_settings, require_text
-from common.files import require_own_directory, whole_directory, write_json
+from common.files import hash_content, require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2, token_tables
 from common.processes import is_first_process, sole_run
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from common.training import flat, settings_of
 from recycle_gpt2.alignment import AlignmentConfig, align, choose_options, held_out_error, neighbour_overlap
 from recycle_gpt2.blocks import TokenBlocks
@@ -133,11 +133,8 @@ def file_hash(path: Path) -> str | None:
     """SHA-256 of what a file holds; None where there is none."""
     if not path.is_file():
         return None
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return str(hash_content(file, hashlib.sha256()).hexdigest())
 
 
 def model_hash(model: Path | str) -> str | None:
@@ -295,7 +292,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 
 def described(record: StageRecord) -> dict[str, Any]:
     """A training record with where it was made."""
-    return asdict(record) | {"hardware": hardware(), "versions": versions()}
+    return asdict(record) | provenance()
 
 
 def relearn(config: RelearnConfig) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.checks import UserError, require_file
-from common.files import clear_leftovers, whole_file, write_json
+from common.files import clear_leftovers, hash_content, whole_file, write_json
 from common.processes import is_first_process
 from common.progress import Progress
 from recycle_gpt2.bad_rows import TextOptions
@@ -52,12 +52,8 @@ def text_hash(paths: Sequence[Path], *, known: Mapping[Path, bytes] | None = Non
                 if file in known:
                     digest.update(known[file])
                     continue
-                content = hashlib.sha256()
                 with open(file, "rb") as stream:
-                    while part := stream.read(1 << 20):
-                        content.update(part)
-                        bar.update(len(part))
-                digest.update(content.digest())
+                    digest.update(hash_content(stream, hashlib.sha256(), bar.update).digest())
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.batches import BatchOrder, ResumableLoader
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_fields_at_least
 from common.decoders.families import blocks, blocks_name, is_norm, positions
 from common.decoders.tables import is_tied
 from common.files import write_json
@@ -80,10 +80,8 @@ class StageConfig:
         """Raise UserError for a value that cannot work, whatever the model and the corpus."""
         self.scale.check()
         self.gradients.check()
-        for name in ("batch_size", "val_every"):
-            require_at_least(name, getattr(self, name), 1)
-        for name in ("patience", "warmup", "early_stopping", "weight_decay", "epochs", "tokens"):
-            require_at_least(name, getattr(self, name), 0)
+        require_fields_at_least(self, 1, "batch_size", "val_every")
+        require_fields_at_least(self, 0, "patience", "warmup", "early_stopping", "weight_decay", "epochs", "tokens")
         for name in ("lr", "lr_muon"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: use a rate above 0.")

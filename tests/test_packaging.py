@@ -76,6 +76,12 @@ def test_public_names_are_light_too(root):
     )
 
 
+@cold
+def test_a_process_that_tokenizes_starts_light(root):
+    """Each of `recycle-gpt2 corpus --workers` imports this."""
+    run("import sys, recycle_gpt2.shards\nassert not {'torch', 'lightning', 'transformers'} & set(sys.modules)", root)
+
+
 @pytest.mark.parametrize("package", ["clipcap", "dietnerf", "recycle_gpt2"])
 def test_a_package_of_the_callers_that_is_called_common_is_named(root, tmp_path, package):
     """A script in a folder with a `common` of its own gets one line that names it; the commands never look there."""

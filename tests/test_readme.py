@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import sys
 
 import pytest
 import tyro
@@ -208,7 +209,10 @@ def help_of(module, known, capsys):
                 tyro.cli(place.Config, args=["--help"], config=flat)
             known[module] = capsys.readouterr().out
         else:
-            known[module] = importlib.util.find_spec(module).loader.get_source(module)  # argparse
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+                patch.setattr(sys, "argv", [module, "--help"])
+                place.main()
+            known[module] = capsys.readouterr().out
     return known[module]
 
 

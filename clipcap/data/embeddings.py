@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import inspect
 import json
 import sys
 import traceback
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 Inputs = Literal["embedding", "patches"]
 PARTS = "parts"
 """Directory in a store of what several processes have encoded, until it is joined."""
+
+KEPT = ("dtype", "precision", "rows_per_shard")
+"""Options of `build_store` that a store holds on to."""
 
 
 @dataclass(frozen=True)
@@ -177,17 +181,7 @@ def build_store(
 
 
 def build_store_part(
-    items: Sequence[CaptionedImage],
-    clip: FrozenCLIP,
-    directory: Path,
-    part: Part,
-    *,
-    inputs: Inputs = "embedding",
-    batch_size: int = 32,
-    dtype: Literal["float16", "float32"] | None = None,
-    precision: str = "fp32",
-    rows_per_shard: int = ROWS_PER_SHARD,
-    **options: Any,
+    items: Sequence[CaptionedImage], clip: FrozenCLIP, directory: Path, part: Part, **options: Any
 ) -> EmbeddingStore | None:
     """Encode one process's part of the images that are not in the store yet, each in batches that one process makes.
 
@@ -195,10 +189,9 @@ def build_store_part(
     lists as skipped are not tried again.
 
     Args:
-        items, clip, directory, inputs, batch_size, dtype, precision, rows_per_shard: as `build_store` takes them; all
-            processes must be given the same.
+        items, clip, directory: as `build_store` takes them; all processes must be given the same.
         part: of this process.
-        options: further ones of `build_store`.
+        options: those of `build_store`; of all but progress, workers and max_pixels, the same for all processes.
 
     Returns:
         The store; None while other parts are missing.
@@ -206,6 +199,9 @@ def build_store_part(
     Raises:
         UserError: what `build_store` raises, or parts were begun there with other images, batches or processes.
     """
+    call = inspect.signature(build_store).bind(items, clip, directory, **options)
+    call.apply_defaults()
+    options, batch_size, precision = call.kwargs, call.kwargs["batch_size"], call.kwargs["precision"]
     require_at_least("batch_size", batch_size, 1)
     directory.mkdir(parents=True, exist_ok=True)
 
@@ -215,7 +211,7 @@ def build_store_part(
         return todo
 
     with alone(directory):
-        writer = _writer(items, clip, directory, inputs, dtype, precision, rows_per_shard)
+        writer = _writer(items, clip, directory, *(options[name] for name in ("inputs", *KEPT)))
         todo = None if is_begun(directory / PARTS) else missing()
         if writer.finished and todo == []:
             return EmbeddingStore(directory)
@@ -228,11 +224,8 @@ def build_store_part(
             rows, skipped = 0, dict[str, str]()
             try:
                 if own := part.take(missing() if todo is None else todo, batch_size):
-                    store = build_store(
-                        own, clip, parts.place(part.rank) / "store", inputs=inputs, batch_size=batch_size,
-                        dtype=writer.state["dtype"], precision=writer.state["precision"],
-                        rows_per_shard=writer.state["rows_per_shard"], **options,
-                    )  # fmt: skip
+                    options |= {name: writer.state[name] for name in KEPT}
+                    store = build_store(own, clip, parts.place(part.rank) / "store", **options)
                     rows, skipped = len(store), store.skipped
             except NoneReadable as error:
                 skipped = error.skipped

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeAlias, TypeGuard, Union
+from typing import TypeAlias, TypeGuard, TypeVar, Union
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,10 @@ URL_BYTES = 32 << 20
 URL_SECONDS = 30.0
 """Longest time that an image's URL may take."""
 ImageSource: TypeAlias = Union[str, "os.PathLike[str]", Image.Image, np.ndarray]
+
+
+Source = TypeVar("Source")
+Made = TypeVar("Made")
 
 
 class ImageError(UserError):
@@ -57,6 +61,25 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, side: int =
     except UserError as error:
         raise ImageError(str(error)) from error
     raise ImageError(f"image is a {type(source).__name__}: give a path, a PIL image or a NumPy array.")
+
+
+def readable(
+    sources: Iterable[Source], read: Callable[[Source], Made], on_error: Callable[[ImageError], object] | None = None
+) -> list[tuple[Source, Made]]:
+    """Each source with what `read` makes of it; `on_error` is called with the error of one that cannot be read.
+
+    Raises:
+        ImageError: of one, where `on_error` is None.
+    """
+    found = []
+    for source in sources:
+        try:
+            found.append((source, read(source)))
+        except ImageError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+    return found
 
 
 def is_url(source: object) -> TypeGuard[str]:

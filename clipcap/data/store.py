@@ -19,7 +19,7 @@ from torch import Tensor
 from clipcap.data.members import open_file, status_of
 from clipcap.data.readers.captioned import CaptionedImage
 from common.checks import UserError
-from common.files import write_json
+from common.files import hash_content, write_json
 from common.runtime import PRECISIONS, versions
 
 FORMAT = 2
@@ -345,11 +345,8 @@ def _hash(data: bytes) -> int:
 
 
 def file_hash(path: Path) -> int:
-    digest = hashlib.blake2b(digest_size=8)
     with open_file(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return int.from_bytes(digest.digest(), "little")
+        return int.from_bytes(hash_content(file, hashlib.blake2b(digest_size=8)).digest(), "little")
 
 
 def _difference(first: Any, second: Any) -> tuple[str, str]:

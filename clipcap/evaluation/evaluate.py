@@ -27,11 +27,11 @@ from common.checks import (
     require_one_of,
     require_place,
 )
-from common.files import write_json
+from common.files import hash_content, write_json
 from common.images import ImageLimit
 from common.journal import Journal, Row
 from common.language import MOST_RESAMPLES
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,8 +109,7 @@ def _hash(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with open_file(file) as content:
-            while block := content.read(1 << 22):
-                digest.update(block)
+            hash_content(content, digest)
     return digest.hexdigest()
 
 
@@ -277,7 +276,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         config.out / "results.json",
         {"images": len(found.captions), "images in the split": len(items), "skipped": skipped}
         | result
-        | {"config": config, "hardware": hardware(), "versions": versions()},
+        | {"config": config, **provenance()},
     )
     write_json(
         config.out / "per_image.json",
@@ -288,7 +287,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         found, items, title=f"Captions of {title}", shown=config.shown, max_pixels=config.limit.max_pixels
     )
     page.details("configuration", config)
-    page.details("hardware and versions", {"hardware": hardware(), "versions": versions()})
+    page.details("hardware and versions", provenance())
     page.write(config.out / "index.html")
     return found
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -125,7 +126,7 @@ def interpret(
         UserError: no image can be read.
     """
     from clipcap.data.embeddings import mapper_input
-    from clipcap.data.images import ImageError, read_image
+    from clipcap.data.images import read_image, readable
 
     require_at_least("batch size", batch_size, 1)
     paths = list(images)
@@ -133,24 +134,17 @@ def interpret(
     captioner.require_room(batch_size)
     table = unit_tokens(captioner.model)
     longest = min(67, positions(captioner.model.gpt2.config) - captioner.model.config.prefix_length + 1)
+    read = partial(read_image, max_pixels=max_pixels, side=captioner.clip.preprocess.size)
     found: list[ImageReading] = []
     total: Tensor | None = None
     energy: Tensor | None = None
     for begin in range(0, len(paths), batch_size):
-        readable = []
-        for path in paths[begin : begin + batch_size]:
-            try:
-                image = read_image(path, max_pixels=max_pixels, side=captioner.clip.preprocess.size)
-                readable.append((path, image))
-            except ImageError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-        if readable:
-            features = captioner.features(captioner.clip.preprocess([image for _, image in readable]))
+        batch = readable(paths[begin : begin + batch_size], read, on_error)
+        if batch:
+            features = captioner.features(captioner.clip.preprocess([image for _, image in batch]))
             prefixes = captioner.model.prefix(mapper_input(features, captioner.model.config.inputs))  # (b, K, d)
             captions = captioner.decode(features, max_new_tokens=longest)
-            for (path, _), prefix, several in zip(readable, prefixes, captions, strict=True):
+            for (path, _), prefix, several in zip(batch, prefixes, captions, strict=True):
                 tokens = nearest_tokens(captioner.model, prefix, k=k, table=table)
                 found.append(ImageReading(str(path), captioner.text(several[0]), tokens))
             prefixes = prefixes.float().cpu().double()  # Apple's GPUs have no doubles

@@ -11,7 +11,7 @@ from clipcap.backbones import absolute, located, require_copyable
 from clipcap.config import ClipCapConfig
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.readers import Format
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_fields_at_least
 from common.images import ImageLimit
 from common.runtime import RuntimeConfig
 from common.training import GradientConfig, ScaleConfig, settings_of
@@ -171,32 +171,10 @@ def check(config: TrainConfig) -> None:
     """Raise UserError for settings that cannot work."""
     config.scale.check()
     config.gradients.check()
-    least_one = (
-        "batch_size",
-        "max_tokens",
-        "mapper_layers",
-        "prefix_length",
-        "val_beams",
-        "epochs",
-        "scst_samples",
-        "views",
-    )
-    for name in least_one:
-        require_at_least(name, getattr(config, name), 1)
-    least_zero = (
-        "lora",
-        "retrieval",
-        "val_every",
-        "val_captions",
-        "patience",
-        "text_noise",
-        "warmup",
-        "steps",
-        "weight_decay",
-        "workers",
-    )
-    for name in least_zero:
-        require_at_least(name, getattr(config, name), 0)
+    least_one = "batch_size max_tokens mapper_layers prefix_length val_beams epochs scst_samples views"
+    require_fields_at_least(config, 1, *least_one.split())
+    least_zero = "lora retrieval val_every val_captions patience text_noise warmup steps weight_decay workers"
+    require_fields_at_least(config, 0, *least_zero.split())
     if config.embeddings is not None and config.embeddings.resolve() == config.out.resolve():
         raise UserError(f"embeddings and out are both {str(config.out)!r}: give each a directory of its own.")
     if not config.lr > 0:

@@ -31,7 +31,7 @@ from common.decoders.configs import require_decoder
 from common.decoders.families import positions
 from common.files import clear_leftovers, require_own_directory, whole_directory, write_json
 from common.processes import is_first_process, sole_run
-from common.runtime import hardware, own_gpu, resolve_device, start, versions
+from common.runtime import own_gpu, provenance, resolve_device, start
 from common.training import TrainerConfig, build_trainer, fit, flat, load_best, require_same_run, validation_interval
 
 
@@ -212,8 +212,7 @@ def _train(config: TrainConfig) -> Path:
             "trained_parameters": trained,
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "cpu_seconds": round(cpu_seconds),
-            "hardware": hardware(),
-            "versions": versions(),
+            **provenance(),
         },
     )
     return directory

@@ -93,6 +93,19 @@ def put_in(network: nn.Module, state: dict[str, Tensor], place: str, *, spared: 
     network.load_state_dict({key: state[key] for key in needed.keys() & state.keys()}, strict=False)
 
 
+def put_in_order(network: nn.Module, path: Path, what: str) -> None:
+    """Put a file's weights into a network that has them in the same order under other names.
+
+    What the file has behind them, such as a classifier, is left out.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    place = f"{what} {str(path)!r}"
+    given = read_weights(require_file(path, what), place).values()
+    put_in(network, dict(zip(network.state_dict(), given, strict=False)), place)
+
+
 def load_weights(kind: Any, source: str, config: Any, what: str) -> tuple[Any, list[str]]:
     """A model of transformers in float32, and the names of weights that `source` lacks, sorted.
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.checks import UserError
+from common.checks import UserError, reason_of
 from common.encoders.checkpoint import load_weights
 from common.encoders.folded import folded
 from common.encoders.interface import Backbone, ImageFeatures, from_map
@@ -276,10 +276,9 @@ def _try(source: str, backbone: Backbone, size: int) -> ImageFeatures:
             f"{WHAT} {source!r} has no pooled output, which would be its embedding: use one of {', '.join(VISION)}."
         ) from error
     except (ValueError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{WHAT} {source!r}: its config.json and an image of {size} x {size} pixels, as its processor makes it, do "
-            f"not fit ({reason}): use both as they were saved with the weights."
+            f"not fit ({reason_of(error)}): use both as they were saved with the weights."
         ) from error
     if 0 in (*found.patches.shape, *found.embedding.shape):
         raise UserError(f"{WHAT} {source!r}: an image of {size} x {size} pixels has no patch: use its own config.json.")
@@ -323,10 +322,9 @@ def _try_text(source: str, backbone: Backbone) -> None:
         try:
             found = backbone.text_embeddings(["a photo"])
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{WHAT} {source!r}: its tokenizer and its text tower do not fit ({reason}): use both as they were "
-                f"saved with the weights."
+                f"{WHAT} {source!r}: its tokenizer and its text tower do not fit ({reason_of(error)}): use both as "
+                f"they were saved with the weights."
             ) from error
     if found.shape != (1, backbone.width):
         raise UserError(

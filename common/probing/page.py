@@ -16,7 +16,7 @@ from common.files import write_json
 from common.images import decode_image
 from common.probes import Scores
 from common.report import Page, thumbnail
-from common.runtime import hardware, versions
+from common.runtime import provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,7 +162,7 @@ def prediction_rows(
 
 def write_results(out: Path, page: Page, config: Any, results: dict[str, Any]) -> None:
     """Write results.json, with configuration, versions and hardware, and index.html; say where they are."""
-    about = {"configuration": asdict(config), "versions": versions(), "hardware": hardware()}
+    about = {"configuration": asdict(config), **provenance()}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", about | results)
     page.section("How this was made").details("Configuration, versions, hardware", about)

@@ -17,7 +17,7 @@ from transformers import GPT2TokenizerFast
 from common.checks import require_at_least, require_file, run_command
 from common.files import write_json
 from common.ngram import WittenBell
-from common.runtime import hardware, versions
+from common.runtime import provenance
 from experiments import from_command_line
 from experiments.backbones.train_gpt2 import encode, read_documents
 
@@ -66,8 +66,7 @@ def main(config: Config) -> None:
             "valid_tokens": len(valid_ids) - 1,
             "valid_bytes": num_bytes,
             "orders": scores,
-            "hardware": hardware(),
-            "versions": versions(),
+            **provenance(),
         },
     )
     print(f"written to {config.out}")

@@ -24,7 +24,7 @@ from common.files import write_json, write_text
 from common.probes import TEMPLATES, Scores, linear_probe, score, zero_shot
 from common.probing.data import Labelled
 from common.probing.embed import EncoderConfig, embed_classes, embed_images, load
-from common.runtime import hardware, versions
+from common.runtime import hardware, provenance
 from experiments import from_command_line
 
 VOTES = 2
@@ -179,7 +179,7 @@ def main(config: Config) -> None:
     if config.docs:
         require_place(config.docs)
     found = evaluate(config)
-    about = {"configuration": asdict(config), "versions": versions(), "hardware": hardware()}
+    about = {"configuration": asdict(config), **provenance()}
     write_json(config.out, about | found)
     page = table(config, found, hardware())
     print(page)

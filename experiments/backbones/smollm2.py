@@ -24,7 +24,7 @@ from common.checks import UserError, require_file, run_command
 from common.files import require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2
 from common.language import IGNORE
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from recycle_gpt2.evaluate import score
 
 TEXT = "The quick brown fox jumps over the lazy dog. Free software is a matter of liberty, not price."
@@ -92,8 +92,7 @@ def main(config: Config) -> None:
         "end_token": tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id),
         "loss": {"ours": ours.nats / ours.tokens, "the library's": theirs},
         "bits_per_byte": ours.bits_per_byte(len(TEXT.encode())),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(config.out / "conversion.json", record)
     print(json.dumps({name: record[name] for name in ("parameters", "end_token", "loss", "bits_per_byte")}, indent=1))

@@ -33,7 +33,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from common.batches import BatchOrder, ResumableLoader
 from common.checks import require_at_least, run_command
 from common.optimizers import MuonAndAdam, scheduled, warmup_cosine
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from common.training import TrainerConfig, build_trainer, fit
 from experiments.scenes.captions import caption, counterfactual
 from experiments.scenes.dataset import load_split
@@ -275,6 +275,12 @@ def encode_texts(model: CLIPModel, tokens: Tensor) -> Float[Tensor, "b e"]:
     return F.normalize(model.text_projection(pooled).float(), dim=-1)
 
 
+def symmetric_cross_entropy(similarity: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
+    """Mean cross entropy of the right column for each row and the right row for each column: those of its number."""
+    target = torch.arange(len(similarity), device=similarity.device)
+    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+
+
 def contrastive_loss(
     images: Float[Tensor, "n e"],
     texts: Float[Tensor, "n e"],
@@ -298,9 +304,7 @@ def contrastive_loss(
 
 def view_loss(first: Float[Tensor, "s e"], second: Float[Tensor, "s e"], temperature: float = 0.1) -> Float[Tensor, ""]:
     """Symmetric cross entropy that tells a scene's second view among the other scenes' (Chen et al. 2020, eq. 1)."""
-    similarity = first @ second.T / temperature
-    target = torch.arange(len(first), device=first.device)
-    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+    return symmetric_cross_entropy(first @ second.T / temperature)
 
 
 def phrase_loss(
@@ -429,8 +433,7 @@ def main(config: Config) -> None:
         "epochs": round(config.steps / len(order), 2),
         "cpu_seconds": round(time.process_time() - begun),
         "temperature": math.exp(-model.logit_scale.item()),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     model.half().save_pretrained(directory)
     CLIPImageProcessor(

@@ -30,7 +30,7 @@ from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError, run_command
 from common.language import chunked_cross_entropy, score
 from common.optimizers import MuonAndAdam, scheduled, warmup_cosine
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from common.training import TrainerConfig, build_trainer, fit
 from recycle_gpt2.tokenizer import save_tokenizer, train_tokenizer
 
@@ -206,8 +206,7 @@ def main(config: Config) -> None:
             "bits_per_byte": exact.bits_per_byte(num_bytes),
         },
         "cpu_seconds": round(cpu_seconds),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     directory = config.out / NAMES[config.size]
     model.half().save_pretrained(directory)

@@ -41,14 +41,15 @@ from clipcap.data.readers import read_dataset
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.data.views import with_views
 from common.batches import BatchOrder, ResumableLoader
-from common.checks import UserError, require_file, run_command
+from common.checks import UserError, run_command
 from common.clip import FrozenCLIP, load_clip
+from common.encoders.checkpoint import put_in_order
 from common.files import whole_file
 from common.optimizers import scheduled, warmup_cosine
 from common.progress import Progress
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from common.training import TrainerConfig, build_trainer, fit
-from experiments.backbones.train_clip import train_tokenizer
+from experiments.backbones.train_clip import symmetric_cross_entropy, train_tokenizer
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 IMAGE_SIZE, FEATURES, CONTEXT = 224, 1280, 64
@@ -110,14 +111,7 @@ def build_model(tokenizer: CLIPTokenizer, tower: Path, config: Config) -> Vision
     model = VisionTextDualEncoderModel(
         VisionTextDualEncoderConfig(vision_config=vision, text_config=text.to_dict(), projection_dim=config.projection)
     )
-    trunk = model.vision_model.timm_model
-    # The file has other names than timm, in the same order.
-    given = list(torch.load(require_file(tower, "tower"), weights_only=True, map_location="cpu").values())
-    needed = trunk.state_dict()
-    for (name, tensor), value in zip(needed.items(), given, strict=False):
-        if value.shape != tensor.shape:
-            raise UserError(f"tower {str(tower)!r}: {name} has shape {tuple(value.shape)}: give EfficientNet-Lite0's.")
-    trunk.load_state_dict(dict(zip(needed, given, strict=False)))
+    put_in_order(model.vision_model.timm_model, tower, "EfficientNet-Lite0's weights")
     return model
 
 
@@ -206,9 +200,7 @@ class LockedTuning(LightningModule):
         features = F.dropout(batch["features"], dropout, training=self.training)
         images = F.normalize(self.to_image(features), dim=-1)
         texts = F.normalize(self.to_text(self.text(input_ids=batch["ids"]).pooler_output), dim=-1)
-        similarity = self.logit_scale.exp().clamp(max=100) * images @ texts.T
-        target = torch.arange(len(similarity), device=similarity.device)
-        return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+        return symmetric_cross_entropy(self.logit_scale.exp().clamp(max=100) * images @ texts.T)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch, self.config.dropout)
@@ -265,8 +257,7 @@ def main(config: Config) -> None:
         "epochs": round(config.steps / len(order), 2),
         "cpu_seconds": round(time.process_time() - begun),
         "temperature": math.exp(-model.logit_scale.item()),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     save(model, directory)
     (directory / "training.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -14,21 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from clipcap.data.embeddings import build_store
-from clipcap.data.readers import read_dataset
-from clipcap.model import ClipCapModel
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
 from common.checks import UserError, require_one_of, run_command
-from common.clip import load_clip
 from common.files import write_json, write_text
-from common.runtime import RuntimeConfig, hardware, seed_everything, versions
+from common.runtime import RuntimeConfig, provenance, seed_everything
 from experiments import from_command_line
-from experiments.captions.mapper_ablation import caption_images, score_scenes
-from experiments.scenes.dataset import load_split
-from experiments.scenes.karpathy import export, filename
+from experiments.captions.mapper_ablation import score_split
+from experiments.scenes.karpathy import export
 
 VARIANTS = ("plain", "text-only", "text-only, no noise", "retrieval", "scst")
 
@@ -115,22 +108,12 @@ def run_directory(name: str, config: Config) -> Path:
 def run_variant(name: str, config: Config, data: Path) -> dict[str, Any]:
     """Train one captioner and score it."""
     directory = train(settings(name, config, data))
-    model = ClipCapModel.from_pretrained(directory)
-    _, records = load_split(config.scenes, config.split)
-    items = read_dataset(export(config.scenes, config.out / f"data-{config.split}", (config.split,)))
-    if config.images:
-        items = items[:: max(1, len(items) // config.images)]
-    store = build_store(items, load_clip(config.clip, device="cpu"), config.out / f"embeddings-{config.split}")
-    rows = torch.stack([store[store.row(item.image_id)] for item in items])
-    captions = dict(zip((item.image_id for item in items), caption_images(model, rows), strict=True))
     record = json.loads((directory.parent / "training.json").read_text())
-    write_json(directory.parent / f"captions-{config.split}.json", captions)
-    named = {filename(record): record for record in records}
     return {
         "steps": record["steps"],
         "cpu_seconds": record["cpu_seconds"],
         "metrics": record["metrics"],
-        config.split: score_scenes(captions, named),
+        config.split: score_split(directory, config, config.split, most=config.images),
     }
 
 
@@ -178,7 +161,7 @@ def main(config: Config) -> None:
     data = export(config.scenes, config.out / "data")
     for name in config.variants:
         result = run_variant(name, config, data)
-        about = {"variant": name, "seed": config.runtime.seed, "hardware": hardware(), "versions": versions()}
+        about = {"variant": name, "seed": config.runtime.seed, **provenance()}
         write_json(run_directory(name, config) / "scores.json", about | result)
         scores = result[config.split]
         right = {n: round(part["share"], 3) for n, part in scores["all_right"].items()}

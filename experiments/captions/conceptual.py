@@ -18,7 +18,6 @@ from common.checks import UserError, require_one_of, run_command
 from common.files import write_json
 from experiments import from_command_line
 from experiments.captions.tables import (
-    METRICS,
     VARIANTS,
     Setting,
     TableConfig,
@@ -79,17 +78,7 @@ def main(config: Config) -> None:
         setting, config.variants, PUBLISHED, data=config.test, images=config.test_images, split=split
     )
     text = [f"Scores times 100 with 95% intervals over the images (split: {split}), one reference each.", *absent]
-    if config.small:
-        text.append("Rendered scenes and the packaged tiny backbones: not comparable with the published table.")
-    write_table(
-        setting,
-        "Conceptual Captions, in small" if config.small else "Conceptual Captions",
-        text,
-        ("captioner", *METRICS, "CPU min"),
-        rows,
-        command="python -m experiments.captions.conceptual",
-        tokenizer=tokenizer,
-    )
+    write_table(setting, "Conceptual Captions", text, rows, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from clipcap.calibrate import CalibrateConfig, right_captions, run
+from clipcap.calibrate import CalibrateConfig, encoded, right_captions, run
 from clipcap.captioner import Captioner
 from clipcap.confidence import SCORES
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import mapper_input
-from clipcap.data.images import read_image
 from clipcap.evaluation.metrics import score_captions
 from common.checks import UserError, run_command
 from common.files import markdown_table, whole_file, write_json, write_text
 from common.probes import wilson_interval
 from common.report import plot_lines
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line
 from experiments.captions.photographs import cleaned
 
@@ -100,9 +99,7 @@ def judged(captioner: Captioner, items: list[CaptionedImage], known: list[Captio
     calibration = captioner.require_calibration()
     texts, scores, confidences, far = [], [], [], []
     length = captioner.model.decode_options({})["max_new_tokens"]
-    for begin in range(0, len(items), 16):
-        images = [read_image(item.path, side=captioner.clip.preprocess.size) for item in items[begin : begin + 16]]
-        features = captioner.features(captioner.clip.preprocess(images))
+    for _, features in encoded(captioner, items):
         inputs = mapper_input(features, captioner.model.config.inputs)
         found = captioner.decode(features, max_new_tokens=length)
         texts += [captioner.text(several[0]) for several in found]
@@ -214,7 +211,7 @@ def main(config: Config) -> None:
     brier = {name: float(((part["confidence"] - part["right"]) ** 2).mean()) for name, part in groups.items()}
     record = {"ranking": ranking, "levels": levels, "far": apart, "Brier score": brier, "config": config}
     record["captions"] = dict(zip(together["texts"], together["confidence"].tolist(), strict=False))
-    write_json(config.out / "results.json", record | {"hardware": hardware(), "versions": versions()})
+    write_json(config.out / "results.json", record | provenance())
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ from clipcap.data.store import EmbeddingStore
 from clipcap.model import ClipCapModel
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
-from common.checks import UserError, require_at_least, require_one_of, require_same_settings, run_command
+from common.checks import UserError, require_fields_at_least, require_one_of, require_same_settings, run_command
 from common.clip import load_clip
 from common.files import markdown_table, write_json, write_text
 from common.gpt2 import PACKAGED
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line
 from experiments.captions.mapper_ablation import caption_images, score_scenes
 from experiments.captions.tables import VARIANTS
@@ -268,8 +268,7 @@ def run(job: Run, config: Config, scenes: Scenes) -> dict[str, Any]:
         "fully_right": sum(part["share"] * part["images"] for part in shares if part["images"]) / len(tests),
         "scores": scores,
         "cpu_seconds": round(time.process_time() - begun, 1),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(directory / "captions.json", captions)
     write_json(path, result)
@@ -390,8 +389,7 @@ def check(config: Config) -> None:
     for share in config.shares:
         if not 0 < share <= 1:
             raise UserError(f"share is {share:g}: use more than 0, at most 1.")
-    for name in ("images", "steps", "batch_size", "val_images", "test_images"):
-        require_at_least(name, getattr(config, name), 1)
+    require_fields_at_least(config, 1, "images", "steps", "batch_size", "val_images", "test_images")
 
 
 def main(config: Config) -> None:

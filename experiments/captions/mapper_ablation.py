@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from clipcap.data.dataset import CaptionedImage, read_dataset
-from clipcap.data.embeddings import build_store
+from clipcap.data.dataset import read_dataset
+from clipcap.data.embeddings import Inputs, build_store
 from clipcap.decoding import decode
 from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapModel
@@ -29,7 +29,7 @@ from common.checks import require_one_of, run_command
 from common.clip import load_clip
 from common.files import write_json, write_text
 from common.report import plot_bars
-from common.runtime import RuntimeConfig, hardware, seed_everything, versions
+from common.runtime import RuntimeConfig, provenance, seed_everything
 from experiments import from_command_line
 from experiments.captions.tables import MAPPERS
 from experiments.scenes.captions import looks, names_all, parse
@@ -148,6 +148,31 @@ def _partial(
     return {str(n): share([right[k] for k in captions if counts[k] == n]) for n in (1, 2, 3)}
 
 
+def score_split(
+    directory: Path, config: Any, split: str, *, inputs: Inputs = "embedding", most: int = 0
+) -> dict[str, Any]:
+    """Scores of a captioner on a split's scenes, all or evenly chosen ones; its captions go beside it.
+
+    Args:
+        directory: of the captioner.
+        config: has scenes, clip and out.
+        split: of the scenes.
+        inputs: what the captioner reads.
+        most: scenes, about; 0 is all.
+    """
+    _, records = load_split(config.scenes, split)
+    items = read_dataset(export(config.scenes, config.out / f"data-{split}", (split,)))
+    if most:
+        items = items[:: max(1, len(items) // most)]
+    clip = load_clip(config.clip, device="cpu")
+    store = build_store(items, clip, config.out / f"embeddings-{inputs}-{split}", inputs=inputs)
+    rows = torch.stack([store[store.row(item.image_id)] for item in items])
+    texts = caption_images(ClipCapModel.from_pretrained(directory), rows)
+    captions = dict(zip((item.image_id for item in items), texts, strict=True))
+    write_json(directory.parent / f"captions-{split}.json", captions)
+    return score_scenes(captions, {filename(record): record for record in records})
+
+
 def run_variant(name: str, config: Config, data: Path) -> dict[str, Any]:
     """Train one captioner and score it."""
     settings = VARIANTS[name]
@@ -171,19 +196,10 @@ def run_variant(name: str, config: Config, data: Path) -> dict[str, Any]:
             **settings,
         )
     )
-    model = ClipCapModel.from_pretrained(directory)
-    clip = load_clip(config.clip, device="cpu")
     record = json.loads((run / "training.json").read_text())
     result: dict[str, Any] = {"training": record["metrics"], "cpu_seconds": record["cpu_seconds"]}
     for split in ("val",) if config.split == "val" else SPLITS:
-        _, records = load_split(config.scenes, split)
-        path = export(config.scenes, config.out / f"data-{split}", (split,))
-        items: list[CaptionedImage] = read_dataset(path)
-        store = build_store(items, clip, config.out / f"embeddings-{inputs}-{split}", inputs=inputs)
-        rows = torch.stack([store[store.row(item.image_id)] for item in items])
-        captions = dict(zip((item.image_id for item in items), caption_images(model, rows), strict=True))
-        result[split] = score_scenes(captions, {filename(record): record for record in records})
-        write_json(run / f"captions-{split}.json", captions)
+        result[split] = score_split(directory, config, split, inputs=inputs)
     return result
 
 
@@ -257,8 +273,7 @@ def main(config: Config) -> None:
                 "variant": name,
                 "seed": config.runtime.seed,
                 "steps": config.steps,
-                "hardware": hardware(),
-                "versions": versions(),
+                **provenance(),
             }
             | result,
         )

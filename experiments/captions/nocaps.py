@@ -108,19 +108,17 @@ def main(config: Config) -> None:
     text = ["Scores times 100 with 95% intervals over the images; CIDEr uses the document frequencies of all.", *absent]
     if config.small:
         text += [
-            "Rendered scenes and the packaged tiny backbones: not comparable with the published table. Domains, by the",
-            "pairs of colour and shape that training never showed: in, none; near, some; out, all (often one object).",
+            "Domains, by the pairs of colour and shape that training never showed: in, none; near, some; out, all",
+            "(often one object).",
         ]
     write_table(
         setting,
-        "nocaps, in small" if config.small else "nocaps, validation",
+        "nocaps, validation",
         text,
-        ("captioner", *columns.values(), "images"),
         rows,
-        command=" ".join(
-            ["python -m experiments.captions.nocaps", *["--models"][: len(config.models)], *config.models]
-        ),
         tokenizer=tokenizer,
+        columns=("captioner", *columns.values(), "images"),
+        options="".join(f" {word}" for word in (*["--models"][: len(config.models)], *config.models)),
     )
 
 

@@ -24,8 +24,9 @@ from clipcap.training.train import train
 from common.checks import require_at_least, require_file, require_one_of, run_command
 from common.files import markdown_table, write_json, write_text
 from common.report import plot_lines
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line
+from experiments.captions.photographs import RECIPE
 from experiments.captions.tables import MAPPERS, VARIANTS
 
 BEYOND: dict[str, dict[str, Any]] = {
@@ -109,20 +110,15 @@ def score(run: Run, config: Config) -> dict[str, Any]:
             clip=str(config.made / "clip" / "clip-photo"),
             gpt2=str(config.made / "gpt2" / "gpt2-captions"),
             embeddings=config.out / ("texts" if options.get("text_only") else "embeddings"),
-            mapper_layers=2,
-            mapper_heads=6,
             prefix_length=run.length,
             clip_length=run.length,
             batch_size=config.batch_size,
             steps=config.steps,
             lr=config.lr,
-            warmup=min(300, config.steps // 5),
-            weight_decay=0.05,
-            val_every=max(1, config.steps // 10),
             val_captions=0,
             workers=0,
             runtime=runtime,
-            **{"views": config.views} | options,
+            **RECIPE | {"views": config.views} | options,
         )
     )
     found = evaluate(
@@ -203,7 +199,7 @@ def write_page(found: list[dict[str, Any]], config: Config) -> str:
             if several:
                 figure = plot_lines(curves, x="prefix length K", y="CIDEr x 100")
                 figure.savefig(folder / "photograph_prefix_length.png", dpi=110)
-    record = {"runs": found, "config": config, "hardware": hardware(), "versions": versions()}
+    record = {"runs": found, "config": config, **provenance()}
     write_json(config.out / "results.json", record)
     return table
 

@@ -16,7 +16,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from clipcap.calibrate import choose_rerank
+from clipcap.calibrate import choose_rerank, encoded
 from clipcap.captioner import Captioner
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.embeddings import Pixels, join_pixels
@@ -38,7 +38,7 @@ from common.checks import UserError, require_one_of, run_command
 from common.clip import load_clip
 from common.files import markdown_table, whole_directory, write_json, write_text
 from common.probes import recall_at, retrieval_ranks
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line
 from experiments.backbones import train_gpt2, train_photo_clip
 from experiments.captions.consensus import caption_vectors, consensus, neighbours
@@ -50,6 +50,8 @@ SCST = "patches-tuned-scst"
 MEAN = "patches-tuned-mean"
 """The mean of the weights of patches-tuned and of what self-critical training made of them."""
 ARMS = (PATCHES, SCST, MEAN)
+RECIPE: dict[str, Any] = {"mapper_layers": 2, "mapper_heads": 6, "warmup": 300, "weight_decay": 0.05}
+"""Of captioners on the small GPT-2 beside what varies."""
 METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 NEIGHBOURS = (1, 5, 20, 60)
 """From which the consensus takes the number that is best on the validation split."""
@@ -159,40 +161,37 @@ def make_gpt2(config: Config, items: list[CaptionedImage]) -> Path:
 
 def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gpt2: Path) -> Path:
     """The directory of a captioner, trained or resumed."""
-    shared: dict[str, Any] = {
-        "data": data,
-        "images": images,
-        "out": config.out / arm,
-        "val_captions": 100,
-        "workers": 0,
-        "runtime": config.runtime,
-    }
     if arm == MEAN:
         return average(config.out / PATCHES, config.out / SCST, config.out / MEAN)
+    shared = TrainConfig(
+        data=data,
+        images=images,
+        out=config.out / arm,
+        embeddings=config.out / "embeddings",
+        val_captions=100,
+        workers=0,
+        runtime=config.runtime,
+    )
     if arm == SCST:
         return train(
-            TrainConfig(
+            replace(
+                shared,
                 init=config.out / PATCHES / "model",
-                embeddings=config.out / "embeddings",
                 scst=True,
                 batch_size=32,
                 steps=config.scst_steps,
                 lr=config.scst_lr,
                 warmup=20,
-                val_every=max(1, config.scst_steps // 10),
                 max_tokens=30,
-                **shared,
             )
         )
     return train(
-        TrainConfig(
+        replace(
+            shared,
             clip=str(clip),
             gpt2=str(gpt2),
-            mapper_layers=2,
-            mapper_heads=6,
             prefix_length=4,
             clip_length=4,
-            embeddings=config.out / "embeddings",
             mapper="transformer",
             tune_gpt2=True,
             inputs="patches",
@@ -200,10 +199,7 @@ def train_arm(config: Config, arm: str, data: Path, images: Path, clip: Path, gp
             batch_size=config.batch_size,
             steps=config.steps,
             lr=config.lr,
-            warmup=300,
-            weight_decay=0.05,
-            val_every=max(1, config.steps // 10),
-            **shared,
+            **RECIPE,
         )
     )
 
@@ -313,7 +309,7 @@ def main(config: Config) -> None:
     for arm in config.arms:
         directory = train_arm(config, arm, data, images, clip, gpt2)
         captioner = Captioner.from_pretrained(directory, device=config.runtime.device)
-        choose_rerank(captioner, directory, held_out)
+        choose_rerank(captioner, directory, encoded(captioner, held_out))
         if arm == config.arms[-1]:
             found[f"{arm}, ranked by GPT-2 alone"] = scored(config, arm, data, images, directory, rerank=0)
         found[arm] = scored(config, arm, data, images, directory)
@@ -324,7 +320,7 @@ def main(config: Config) -> None:
         for name, scores in found.items()
     ]
     record = {"rows": rows, "recall": recall(items, clip, config), "config": config}
-    write_json(config.out / "results.json", record | {"hardware": hardware(), "versions": versions()})
+    write_json(config.out / "results.json", record | provenance())
     table = "\n".join(markdown_table(("captions", *METRICS, "distinct"), rows)) + "\n"
     print(table)
     if config.docs:

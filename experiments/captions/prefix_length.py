@@ -60,8 +60,6 @@ def main(config: Config) -> None:
             rows.append({"captioner": name, "K": length} | scores | {"CPU min": cpu_minutes(setting.out / run)})
     figure = plot_lines(curves, x="prefix length K", y="CIDEr x 100")
     text = ["Scores times 100 with 95% intervals over the test images."]
-    if config.small:
-        text.append("Rendered scenes and the packaged tiny backbones.")
     picture = f"clipcap_prefix_length{'_small' * config.small}.png"
     for folder in (setting.out, config.docs):
         if folder:
@@ -70,12 +68,12 @@ def main(config: Config) -> None:
     lengths = " ".join(map(str, config.lengths))
     write_table(
         setting,
-        f"Prefix length{', in small' * config.small}",
+        "Prefix length",
         [*text, "", f"![CIDEr by prefix length]({picture})"],
-        ("captioner", "K", *METRICS, "CPU min"),
         rows,
-        command=f"python -m experiments.captions.prefix_length --lengths {lengths}",
         tokenizer=tokenizer,
+        columns=("captioner", "K", *METRICS, "CPU min"),
+        options=f" --lengths {lengths}",
     )
 
 

@@ -16,7 +16,7 @@ from clipcap.training.train import train
 from common.checks import UserError
 from common.files import markdown_table, write_json, write_text
 from common.pretrained import ASSETS
-from common.runtime import RuntimeConfig, hardware, versions
+from common.runtime import RuntimeConfig, hardware, provenance
 
 SCENES = ASSETS / "samples" / "scenes" / "dataset.json"
 MAPPERS: dict[str, dict[str, Any]] = {
@@ -237,14 +237,28 @@ def write_table(
     setting: Setting,
     title: str,
     text: Sequence[str],
-    columns: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     *,
-    command: str,
     tokenizer: str,
+    columns: Sequence[str] = ("captioner", *METRICS, "CPU min"),
+    options: str = "",
 ) -> Path:
-    """Write the table as Markdown and JSON to the run's directory, and to `docs` where asked; returns its path."""
-    config = setting.config
+    """Write the table as Markdown and JSON to the run's directory, and to `docs` where asked; returns its path.
+
+    Args:
+        setting: of the table.
+        title: its name and, behind a comma, what is scored at full size.
+        text: lines above it.
+        rows: a value for each of `columns`.
+        tokenizer: that the scores were made with.
+        columns: of the table.
+        options: of its script, beside those that all have.
+    """
+    config, command = setting.config, f"python -m experiments.captions.{setting.name.removeprefix('clipcap_')}{options}"
+    if config.small:
+        title = f"{title.partition(',')[0]}, in small"
+        remark = "Rendered scenes and the packaged tiny backbones: not comparable with the published table."
+        text = [*text[:1], remark, *text[1:]]
     changed = f" --steps {config.steps}" if config.steps else ""
     changed += f" --scored-images {config.scored_images}" if config.small and config.scored_images else ""
     lines = [
@@ -261,7 +275,7 @@ def write_table(
     ]
     write_json(
         setting.out / "table.json",
-        {"rows": rows, "recipe": setting.training, "config": config, "hardware": hardware(), "versions": versions()},
+        {"rows": rows, "recipe": setting.training, "config": config, **provenance()},
     )
     name = f"{setting.name}{'_small' * config.small}.md"
     if config.docs:

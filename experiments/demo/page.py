@@ -30,7 +30,7 @@ from common.gpt2 import load_gpt2
 from common.language import score
 from common.pretrained import ASSETS, CAPTION_LANGUAGES
 from common.report import Page, contact_sheet, plot_bars
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, hardware, provenance, start
 from experiments.demo.recycling import recycling_section
 from experiments.scenes.captions import looks, names_all, parse
 from experiments.scenes.karpathy import SAMPLES, captioned_in, packaged_records
@@ -370,7 +370,7 @@ def write_demo(
     seconds = time.monotonic() - steps.begun
     page.details(
         "hardware, versions and time",
-        {"hardware": hardware(), "versions": versions(), "seconds": round(seconds, 1), "seed": config.runtime.seed},
+        {**provenance(), "seconds": round(seconds, 1), "seed": config.runtime.seed},
     )
     path = page.write(config.out / "index.html")
     contact_sheet([read_image(paths[key]) for key in shown], [captions[key] for key in shown]).save(
@@ -387,8 +387,7 @@ def write_demo(
             **results,
             "steps": steps.table(),
             "seconds": seconds,
-            "hardware": hardware(),
-            "versions": versions(),
+            **provenance(),
         },
     )
     return path

@@ -21,7 +21,7 @@ from common.files import write_json
 from common.gpt2 import load_gpt2, token_table
 from common.pretrained import ASSETS
 from common.report import Page, plot_bars, plot_lines
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line
 from experiments.languages.text import surest_new_words
 from recycle_gpt2.alignment import align, choose_options, held_out_error
@@ -215,9 +215,9 @@ def main(config: Config) -> None:
     result = recycling_section(page, config.out, device=device, tokens=config.tokens, brief_tokens=config.brief_tokens)
     page.details(
         "hardware, versions and time",
-        {"hardware": hardware(), "versions": versions(), "seconds": round(result["seconds"], 1)},
+        {**provenance(), "seconds": round(result["seconds"], 1)},
     )
-    write_json(config.out / "results.json", result | {"hardware": hardware(), "versions": versions()})
+    write_json(config.out / "results.json", result | provenance())
     for name, value in result["bits_per_byte"].items():
         print(f"{value:.3f} bits per byte: {name}")
     print(f"page: {page.write(config.out / 'index.html')} ({result['seconds']:.0f} s)")

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from common.checks import UserError, require_file, require_one_of, run_command
+from common.checks import require_one_of, run_command
 from common.files import markdown_table, whole_file, write_text
 from common.report import contact_sheet
 from common.runtime import RuntimeConfig
@@ -110,15 +110,13 @@ def arms(config: Config) -> tuple[str, ...]:
 
 def judge_of(weights: Path, path: Path) -> str:
     """The encoder's name for `common.clip.load_clip`, its weights renamed as timm has them, in `path`."""
+    from common.encoders.checkpoint import put_in_order
     from common.encoders.timm import import_timm
 
-    needed = import_timm().create_model(JUDGE).state_dict()
-    # The file has other names than timm, in the same order.
-    given = list(torch.load(require_file(weights, "judge"), weights_only=True, map_location="cpu").values())
-    if [tuple(v.shape) for v in given] != [tuple(v.shape) for v in needed.values()]:
-        raise UserError(f"judge {str(weights)!r} holds other weights: give EfficientNet-Lite2's.")
+    model = import_timm().create_model(JUDGE)
+    put_in_order(model, weights, "EfficientNet-Lite2's weights")
     with whole_file(path) as file:
-        torch.save(dict(zip(needed, given, strict=True)), file)
+        torch.save(model.state_dict(), file)
     return f"timm:{JUDGE}/{path}"
 
 

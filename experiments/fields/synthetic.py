@@ -24,11 +24,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from common.checks import UserError, require_at_least, require_same_settings, run_command
+from common.checks import UserError, require_fields_at_least, require_same_settings, run_command
 from common.files import write_json
 from common.pretrained import ASSETS
 from common.report import Page, contact_sheet, plot_lines
-from common.runtime import RuntimeConfig, hardware, start, versions
+from common.runtime import RuntimeConfig, provenance, start
 from dietnerf.cli import silence_nerfstudio
 from dietnerf.evaluation import score_scene
 from dietnerf.metrics import MetricsConfig
@@ -172,8 +172,7 @@ def run_one(config: Config, settings: TrainConfig, path: Path, labels: dict[str,
         "seconds": round(time.perf_counter() - wall, 1),
         "config": options_of(settings),
         "scoring": scoring(config),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     seen = behind or list(range(len(found.ids)))
     shown = seen[:: max(1, len(seen) // 3)][:3]
@@ -329,8 +328,7 @@ def _with_spread(row: dict[str, Any], name: str) -> str:
 
 
 def main(config: Config) -> None:
-    for name in ("budget", "steps", "rays"):
-        require_at_least(name, getattr(config, name), 0)
+    require_fields_at_least(config, 0, "budget", "steps", "rays")
     silence_nerfstudio()
     start(config.runtime)
     begun = time.process_time()

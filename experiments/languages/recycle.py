@@ -28,7 +28,7 @@ from common.checks import require_at_least, require_one_of, run_command
 from common.files import write_json
 from common.gpt2 import load_gpt2, token_table
 from common.ngram import WittenBell
-from common.runtime import RuntimeConfig, fork_generators, hardware, start, versions
+from common.runtime import RuntimeConfig, fork_generators, hardware, provenance, start
 from experiments import from_command_line
 from experiments.languages.arms import (
     ARMS,
@@ -205,8 +205,7 @@ def run_arm(
         "vocab_size": len(language.tokenizer),
         "held_out": score_held_out(model, language.tokenizer, language) if report else None,
         "cpu_seconds": round(time.process_time() - begun, 1),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     if keep:
         model.save_pretrained(directory / "model")

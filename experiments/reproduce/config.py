@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from common.files import write_json, write_text
-from common.runtime import RuntimeConfig, hardware, versions
+from common.runtime import RuntimeConfig, provenance
 
 CLIP, GPT2, MEDIUM = "openai/clip-vit-base-patch32", "gpt2", "gpt2-medium"
 BLENDER = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
@@ -58,5 +58,5 @@ def conclude(config: Config, lines: list[str]) -> None:
     write_text(config.place / "table.md", "\n".join(lines) + "\n")
     write_json(
         config.place / "reproduction.json",
-        {"lines": lines, "config": config, "hardware": hardware(), "versions": versions()},
+        {"lines": lines, "config": config, **provenance()},
     )

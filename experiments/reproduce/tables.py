@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.checks import UserError, require_at_least
+from common.checks import UserError, require_fields_at_least
 from common.runtime import free_memory, hardware, resolve_dtype, start
 from experiments.reproduce.captioners import (
     coco_needs,
@@ -144,8 +144,7 @@ TABLES: dict[str, Table] = {
 
 def main(config: Config) -> None:
     """Say what is missing and what it costs, and run when nothing is missing; or the costs and the dry run."""
-    for name in ("steps", "matrix_rate"):
-        require_at_least(name, getattr(config, name), 0)
+    require_fields_at_least(config, 0, "steps", "matrix_rate")
     warnings.filterwarnings("ignore", module=r"nerfstudio\b|torch\b")  # of what they will drop one day
     table, device = TABLES[config.name], start(config.runtime)
     print(table.title)

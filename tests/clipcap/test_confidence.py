@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -198,6 +199,20 @@ def test_confidence_costs_nothing_unless_asked_for(tiny, monkeypatch):
     assert found.confidences == [] and not found.far
 
 
+@pytest.mark.slow
+def test_ranked_captions_are_embedded_once(monkeypatch):
+    """Judged from the cosines by which they were ranked, they are as sure as those that are embedded again."""
+    photo, counts = Captioner.from_pretrained("photo", device="cpu"), []
+    plain = photo.clip.encode_texts
+    monkeypatch.setattr(photo.clip, "encode_texts", lambda texts: counts.append(len(texts)) or plain(texts))
+    [found] = photo.stream([PHOTOGRAPH], confidence=True, rerank=1.0, num_captions=2, max_new_tokens=8)
+    assert counts == [5]
+    features = photo.features(photo.clip.preprocess([read_image(PHOTOGRAPH)]))
+    captions = photo.decode(features, rerank=1.0, num_captions=2, max_new_tokens=8)
+    [again] = photo.judge(features, [[replace(caption, similarity=None) for caption in captions[0]]])
+    assert counts == [5, 5, 2] and found.confidences == pytest.approx(again.confidences, abs=1e-6)
+
+
 def test_options_that_cannot_be_are_one_line(capsys):
     for options, said in (
         (["--min-confidence", "2"], "use at most 1"),
@@ -232,7 +247,7 @@ def test_a_captioner_takes_its_calibration_along_and_leaves_none_behind(tiny, tm
 
 
 @pytest.mark.slow
-def test_a_captioner_is_calibrated_and_says_how_sure_it_is(tmp_path, capsys):
+def test_a_captioner_is_calibrated_and_says_how_sure_it_is(tmp_path, capsys, monkeypatch):
     """On the packaged scenes: 32 to know, 72 to learn from."""
     scenes = SAMPLES / "scenes"
     place = tmp_path / "captioner"
@@ -240,7 +255,10 @@ def test_a_captioner_is_calibrated_and_says_how_sure_it_is(tmp_path, capsys):
     data = ["--data", str(scenes / "dataset.json"), "--model", str(place)]
     assert main(["calibrate", *data, "--split", "train"]) == 2
     assert "split is 'train'" in capsys.readouterr().err
+    seen, plain = [], Captioner.features
+    monkeypatch.setattr(Captioner, "features", lambda self, pixels: seen.append(len(pixels)) or plain(self, pixels))
     assert main(["calibrate", *data, "--split", "test", "--threads", "1"]) == 0
+    assert sum(seen) == 32 + 72  # each once
     said = capsys.readouterr().out
     assert "216 captions of 72 images" in said and "AUROC" in said and (place / FILE).is_file()
     ciders = {float(weight): float(value) for value, weight in re.findall(r"CIDEr ([\d.]+) with ([\d.]+)", said)}

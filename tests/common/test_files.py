@@ -1,6 +1,7 @@
 """Whole or not at all: files, directories, and who may write there."""
 
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -11,7 +12,16 @@ import textwrap
 import pytest
 
 from common.checks import UserError
-from common.files import LOCK, MARKER, claimed, clear_leftovers, require_own_directory, whole_directory, whole_file
+from common.files import (
+    LOCK,
+    MARKER,
+    claimed,
+    clear_leftovers,
+    hash_content,
+    require_own_directory,
+    whole_directory,
+    whole_file,
+)
 
 
 def fill(directory, **files):
@@ -231,3 +241,13 @@ def test_a_file_cleared_away_before_it_is_locked_is_begun_again(tmp_path, monkey
     with whole_file(tmp_path / "a.bin") as file:
         file.write(b"whole")
     assert (tmp_path / "a.bin").read_bytes() == b"whole" and len(calls) == 2
+
+
+def test_a_hash_is_of_all_that_is_left_of_a_file_whatever_its_size(tmp_path):
+    content, told = os.urandom((2 << 20) + 5), []
+    (tmp_path / "file").write_bytes(content)
+    with open(tmp_path / "file", "rb") as file:
+        file.seek(3)
+        found = hash_content(file, hashlib.blake2b(b"before", digest_size=8), told.append)
+    assert found.digest() == hashlib.blake2b(b"before" + content[3:], digest_size=8).digest()
+    assert sum(told) == len(content) - 3 and len(told) == 3

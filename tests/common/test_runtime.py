@@ -16,6 +16,7 @@ from common.runtime import (
     free_memory,
     hardware,
     own_gpu,
+    provenance,
     require_memory,
     resolve_device,
     resolve_dtype,
@@ -130,6 +131,7 @@ def test_fork_generators_leaves_the_outer_state():
 
 def test_hardware_and_versions_for_cards():
     assert "cores" in hardware() and "\n" not in hardware()
+    assert provenance() == {"hardware": hardware(), "versions": versions()}
     assert f"({torch.backends.cpu.get_cpu_capability()})" in hardware()
     assert versions()["torch"] == torch.__version__.split("+")[0] or "torch" in versions()
 

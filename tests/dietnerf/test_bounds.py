@@ -55,7 +55,7 @@ def test_a_colmap_scene_has_its_own_points(tmp_path):
     points = read_points(capture)
     assert np.allclose(points.positions, ball_points(), atol=1e-6) and len(points.seen) == 6
     (scene / "colmap/sparse/0/points3D.txt").write_text("1 2 3\n")
-    with pytest.raises(UserError, match=r"COLMAP's points .* cannot be read"):
+    with pytest.raises(UserError, match=r"COLMAP's .*points3D.txt' cannot be read"):
         read(scene)
 
 

@@ -231,7 +231,7 @@ def test_colmap_layout(tmp_path):
     assert len(read(tmp_path, "test")) == 2  # every 8th of 10
     (sparse / "cameras.txt").rename(sparse / "cameras.bin")
     (sparse / "cameras.bin").write_bytes(b"\1\0\0")
-    with pytest.raises(UserError, match="cannot be read: unpack requires"):
+    with pytest.raises(UserError, match=r"cameras.bin' cannot be read \(unpack requires"):
         read(tmp_path)
 
 

@@ -104,7 +104,7 @@ def test_another_tower_is_refused_by_the_layer(data, tower, tmp_path):
     weights = torch.load(tower, weights_only=True)
     weights["layer0"] = torch.zeros(3)
     torch.save(weights, tower)
-    with pytest.raises(UserError, match=r"conv_stem.weight has shape \(3,\): give EfficientNet-Lite0's"):
+    with pytest.raises(UserError, match=r"EfficientNet-Lite0's weights .*: conv_stem.weight has shape \(3,\) but"):
         photographs.main(settings(data, tower))
 
 

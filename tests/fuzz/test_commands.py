@@ -59,7 +59,7 @@ WORDS = ["-1", "0", str(LARGE), "nan", "inf", "-inf", "1e-320", "1e308", "", "a\
 LONG_STEPS = {
     ("clipcap", "serve"): "clipcap.serve.build_page",
     ("clipcap", "train"): "clipcap.training.train.fit",
-    ("clipcap", "calibrate"): "clipcap.calibrate.choose_rerank",
+    ("clipcap", "calibrate"): "clipcap.calibrate.encoded",
     ("recycle-gpt2", "run"): "recycle_gpt2.training.fit",
     ("recycle-gpt2", "relearn"): "recycle_gpt2.training.fit",
     ("recycle-gpt2", "finetune"): "recycle_gpt2.training.fit",

@@ -77,30 +77,39 @@ def test_a_build_that_was_stopped_vouches_for_nothing_it_has_overwritten(built, 
     assert contents(built) == before
 
 
+ENDLESS = """
+import itertools, sys, time
+from recycle_gpt2 import cli, corpus
+from recycle_gpt2.formats import Document
+from recycle_gpt2.texts import Text
+def documents(self):
+    for number in itertools.count():
+        yield Document(f"{number} de kat en het huis zijn op een mat", "endless.txt", "prose"), number
+        time.sleep(0.001)
+Text.documents = documents
+corpus.build_corpus.__kwdefaults__["chunk"] = 1000
+sys.exit(cli.main(["corpus", "--text", sys.argv[1], "--tokenizer", sys.argv[2], "--out", sys.argv[3], "--workers", "2"]))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_build_ends_its_workers(stop, tokenizer, tmp_path, root):
+def test_a_stopped_build_ends_its_workers(stop, forks, text, tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    path = tmp_path / "much.txt"
-    path.write_text("\n\n".join(f"{number} de kat en het huis zijn op een mat" for number in range(600_000)))
-    command = [sys.executable, "-m", "recycle_gpt2.cli", "corpus", "--text", str(path), "--tokenizer",
-               str(tmp_path / "tokenizer"), "--out", str(tmp_path / "out"), "--workers", "2"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    process = forks.start(ENDLESS, text, tmp_path / "tokenizer", tmp_path / "out")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
     def workers() -> list[int]:
         found = map(int, children.read_text().split())
         return [pid for pid in found if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
 
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + 250
     while not (len(workers()) == 2 and list((tmp_path / "out").glob("shards/*"))):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.poll() is None, process.wait()
         time.sleep(0.02)
     pids = workers()
-    process.send_signal(stop)
-    process.wait(60)
-    assert process.returncode != 0
+    os.kill(process.pid, stop)
+    assert process.wait(60).returncode == 128 + stop
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)

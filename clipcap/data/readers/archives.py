@@ -15,7 +15,7 @@ from clipcap.data.readers.captioned import SPLITS, CaptionedImage, Gaps
 from clipcap.data.readers.csv_rows import CAPTION_KEYS
 from clipcap.data.readers.text import LARGEST_TEXT, decode
 from clipcap.data.untrusted import is_compressed, read_tar
-from common.checks import UserError, require_file
+from common.checks import UserError, reason_of, require_file
 from common.files import MARKER, whole_file, write_json
 from common.images import UNREAD_SUFFIXES, ImageTooLarge, image_suffixes, open_image, tell_unread
 
@@ -26,8 +26,7 @@ def read_saved(source: Path, images: Path | None, need_images: bool, gaps: Gaps)
     try:
         loaded = load_from_disk(str(source))
     except Exception as error:  # pyarrow and datasets each have their own for a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data set {str(source)!r} cannot be loaded ({reason}): save it again.") from error
+        raise UserError(f"data set {str(source)!r} cannot be loaded ({reason_of(error)}): save it again.") from error
     root = images.resolve() if images else source.with_name(f"{source.name}.images")
     for name, part in loaded.items() if isinstance(loaded, DatasetDict) else [("", loaded)]:
         if name and name not in SPLITS:

@@ -11,7 +11,7 @@ from clipcap.data.readers.archives import image_suffix, write_image
 from clipcap.data.readers.captioned import CaptionedImage, Gaps, split_in
 from clipcap.data.readers.csv_rows import CAPTION_KEYS, IMAGE_KEYS, column, needed
 from clipcap.data.readers.tables import group_rows
-from common.checks import UserError, require_file
+from common.checks import UserError, reason_of, require_file
 
 ROWS = 64
 """Read at once."""
@@ -63,8 +63,7 @@ def _rows(file: Path, root: Path, written: set[str], need_images: bool) -> Itera
     except (ArrowException, OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError) or isinstance(error, OSError) and error.filename is not None:
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"parquet file {str(file)!r} cannot be read ({reason}): copy it again.") from error
+        raise UserError(f"parquet file {str(file)!r} cannot be read ({reason_of(error)}): copy it again.") from error
 
 
 def _file_of(value: Any, root: Path, written: set[str], number: int, where: str, need_images: bool) -> str:
