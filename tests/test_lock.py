@@ -65,6 +65,15 @@ def test_the_lock_holds_what_the_project_names_and_not_what_it_leaves_out(projec
     assert {normal(requirement) for requirement in project["tool"]["uv"]["override-dependencies"]} <= locked
 
 
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_what_breaks_in_minor_versions_is_bounded_by_the_next_one(root, project, name):
+    """After the newest that the lock has, which is what the tests run with."""
+    versions = re.findall(rf"^{name}==(\d+)\.(\d+)", (root / "requirements.lock").read_text(), flags=re.MULTILINE)
+    major, minor = max((int(major), int(minor)) for major, minor in versions)
+    [requirement] = [item for item in project["project"]["dependencies"] if normal(item) == name]
+    assert requirement.endswith(f",<{major}.{minor + 1}")
+
+
 WITHOUT = """
 import importlib
 import sys
