@@ -75,7 +75,8 @@ class NGrams(ABC):
         """P of every token after those before it, float64 (n,); a history ends at the text's beginning."""
         ids = _checked(token_ids, self.vocab_size)
         result = np.full(len(ids), 1.0 / self.vocab_size)
-        history = np.zeros(len(ids), dtype=np.int64)  # number of each token's history, -1 where it was never seen
+        # The number of each token's history, -1 where it was never seen.
+        history: np.ndarray = np.zeros(len(ids), dtype=np.int64)
         for length, (keys, kept, passed, total) in enumerate(
             zip(self._keys, self._kept, self._passed, self._total, strict=True), start=1
         ):

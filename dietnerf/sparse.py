@@ -123,7 +123,7 @@ def _of_ply(path: Path) -> SparsePoints | None:
     require_file(path, "point cloud")
     try:
         cloud: Any = trimesh.load(path, process=False)
-        positions = np.asarray(cloud.vertices, dtype=np.float64).reshape(-1, 3)
+        positions: np.ndarray = np.asarray(cloud.vertices, dtype=np.float64).reshape(-1, 3)
     except Exception as error:  # whatever trimesh comes upon in a broken file
         raise UserError(f"point cloud {str(path)!r} cannot be read ({reason_of(error)}): write it again.") from error
     positions = positions[np.isfinite(positions).all(axis=1)]

@@ -149,7 +149,8 @@ def cooccurrence_embeddings(
     ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)
     if len(ids) == 0:
         raise UserError("the text has 0 tokens: co-occurrence needs some.")
-    keys = counts = np.zeros(0, dtype=np.int64)
+    keys: np.ndarray = np.zeros(0, dtype=np.int64)
+    counts: np.ndarray = keys
     for begin in range(0, len(ids), PIECE):
         part = ids[max(0, begin - window) : begin + PIECE]
         text = np.cumsum(part == end) if end is not None else np.zeros(len(part), dtype=np.int64)
@@ -164,9 +165,9 @@ def cooccurrence_embeddings(
         fresh, number = np.unique(np.concatenate(pairs), return_counts=True)
         keys, inverse = np.unique(np.concatenate([keys, fresh]), return_inverse=True)
         counts = np.bincount(inverse.reshape(-1), np.concatenate([counts, number]), len(keys)).astype(np.int64)
-    left, right = np.divmod(keys, vocab_size)
+    rows, columns = np.divmod(keys, vocab_size)
     matrix = torch.sparse_coo_tensor(
-        torch.from_numpy(np.stack([np.r_[left, right], np.r_[right, left]])),
+        torch.from_numpy(np.stack([np.r_[rows, columns], np.r_[columns, rows]])),
         torch.from_numpy(np.r_[counts, counts].astype(np.float64)),
         (vocab_size, vocab_size),
         check_invariants=True,

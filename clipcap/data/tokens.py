@@ -73,7 +73,8 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, cache:
 
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> CaptionTokens:
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    parts, lengths = [np.empty(0, dtype)], [np.zeros(1, np.int64)]
+    parts: list[np.ndarray] = [np.empty(0, dtype)]
+    lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
     # The bar shows where it takes more than a moment.
     for begin in Progress(
         range(0, len(texts), CHUNK), desc="tokenizing captions", unit_scale=CHUNK, delay=2, leave=False

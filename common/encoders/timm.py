@@ -18,6 +18,9 @@ from common.imports import without
 from common.pretrained import require_finite, require_reachable
 from common.runtime import fork_generators
 
+OLDEST = "1.0.22"
+"""The timm to ask for where one before 1.0 is installed, which lacks what this file and transformers import."""
+
 
 class _Timm(Backbone):
     has_text = False
@@ -60,6 +63,11 @@ def import_timm() -> Any:
     """timm, without Weights & Biases, which its training utilities import and which takes longer than all of timm."""
     with without("wandb"):
         import timm
+    if timm.__version__.startswith("0."):
+        raise UserError(
+            f"timm is {timm.__version__}, which is too old: pip install 'timm>={OLDEST},<2' "
+            f"(nerfstudio asks for 0.6.7, which it never imports)."
+        )
     return timm
 
 

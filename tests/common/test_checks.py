@@ -57,7 +57,7 @@ def test_ctrl_c_is_130(capsys):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
-def test_signals_unwind_a_command_as_ctrl_c_does(name, code, capsys):
+def test_signals_unwind_a_command_as_ctrl_c_does(name, code, capsys, heard):
     signum, kept = signal.Signals[name], []
 
     def command() -> int:

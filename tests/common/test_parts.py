@@ -79,7 +79,7 @@ def test_processes_that_are_started_here(launcher, monkeypatch, tmp_path):
     assert names == {f"{what}-{rank}-{rank}" for what in ("works", "ends", "fails", "dies") for rank in range(3)}
 
 
-def test_a_stop_ends_the_processes(launcher, monkeypatch, tmp_path):
+def test_a_stop_ends_the_processes(launcher, monkeypatch, tmp_path, heard):
     monkeypatch.setattr(multiprocessing, "get_context", lambda method, get=multiprocessing.get_context: get("fork"))
 
     def work(_):

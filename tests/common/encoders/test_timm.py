@@ -14,7 +14,7 @@ from torchvision import models
 from common.checks import UserError
 from common.clip import load_clip
 from common.encoders.preprocess import Preprocess, resize_lanczos
-from common.encoders.timm import trunk_features
+from common.encoders.timm import OLDEST, import_timm, trunk_features
 from experiments.backbones.tiny_encoders import shake
 from tests.common.encoders.pictures import SIZES, as_tensor, photo
 
@@ -32,6 +32,15 @@ TOKENS = {
 """Tokens before the patches."""
 CLASSLESS = ("vit_wee_patch16_reg1_gap_256", "vit_little_patch16_reg4_gap_256")
 """With registers but no class token."""
+
+
+def test_a_timm_that_is_too_old_is_named_with_its_cure(monkeypatch):
+    """`pip install` takes nerfstudio's when it installs both."""
+    assert import_timm() is timm
+    monkeypatch.setattr(timm, "__version__", "0.6.7")
+    for name in ("photo", "timm:test_vit"):
+        with pytest.raises(UserError, match=rf"timm is 0\.6\.7, .* pip install 'timm>={OLDEST},<2'"):
+            load_clip(name, device="cpu")
 
 
 def saved(name: str, path, **options):
