@@ -7,6 +7,7 @@ vertices, are interpolated linearly and only then activated, so that surfaces ma
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from common.checks import UserError, require_above, require_at_least, require_be
 from common.runtime import require_memory
 from dietnerf.contraction import Contraction
 from dietnerf.data import BLENDER_SIDE
+from dietnerf.interpolation import Corners, interpolate, refine
 from dietnerf.model import VISIBLE_WEIGHT, BoxCollider, FewViewModel, FewViewModelConfig
 from dietnerf.regularizers import Samples, total_variation
 
@@ -41,18 +43,6 @@ SLAB = 0.25
 """Share of the grid that one evaluation of the total variation looks at: a random slab, right on average."""
 
 
-class Corners(NamedTuple):
-    """The eight vertices around each of n points."""
-
-    row: Int[Tensor, "n 8"]
-    """Of a table (int32, which the look-up reads fastest)."""
-    weight: Float[Tensor, "n 8"]
-    """Trilinear weights."""
-
-    def of(self, chosen: Bool[Tensor, " n"]) -> Corners:
-        return Corners(self.row[chosen], self.weight[chosen])
-
-
 class Marched(NamedTuple):
     """Samples in occupied cells, ray by ray, in order along each."""
 
@@ -66,12 +56,21 @@ class Marched(NamedTuple):
     """How much longer a step is in the scene's units than in the grid's."""
 
 
-class VoxelGrid(nn.Module):
-    """Tables of every level, of which the one at `level` is in use.
+class Values(NamedTuple):
+    """Before activation, at the vertices of the present level."""
 
-    All levels are parameters from the start, so that checkpoints, optimizers and processes never meet another shape:
-    growing copies into the next. A level has at most resolution³ vertices; how many lie along each axis follows the
-    box, which growing crops to what is occupied.
+    density: Float[Tensor, "v 1"]
+    colour: Float[Tensor, "v c"]
+
+
+class VoxelGrid(nn.Module):
+    """Tables of every level; values are the sum of those up to `level`, the coarser ones interpolated linearly.
+
+    Growing puts the sum into the next table and sets the coarser ones to zero, so that these learn what still changes
+    over many voxels at once. A field that is seen from few sides alone gets smoother by that, without a loss of detail.
+    All levels are parameters from the start, so that checkpoints, optimizers and processes never meet another shape. A
+    level has at most resolution³ vertices; how many lie along each axis follows the box, which growing crops to what is
+    occupied.
     """
 
     aabb: Tensor
@@ -107,6 +106,10 @@ class VoxelGrid(nn.Module):
         self.density_scale: Tensor
         self.register_buffer("density_scale", 64 / (aabb[1] - aabb[0]).mean())
         self.density_shift = math.log(math.expm1(START_OPACITY / 64))
+        self.summed: Tensor
+        self.register_buffer("summed", torch.tensor(True))
+        self._held: Values | None = None
+        self.register_load_state_dict_pre_hook(_take)
         self._cameras: Cameras | None = None
         self._min_views = 1
 
@@ -132,18 +135,46 @@ class VoxelGrid(nn.Module):
         weight = (x[:, :, None, None] * y[:, None, :, None] * z[:, None, None, :]).flatten(1)
         return Corners(index, weight)
 
-    def density(self, corners: Corners) -> Float[Tensor, " n"]:
+    def train(self, mode: bool = True) -> VoxelGrid:
+        self._held = None
+        return super().train(mode)
+
+    def values(self) -> Values:
+        """Sums of the levels. Without gradients they are kept until the grid is trained, grows or is loaded."""
+        if self.training or torch.is_grad_enabled():
+            return Values(*(self._sum(tables) for tables in (self.density_tables, self.colour_tables)))
+        if self._held is None:
+            self._held = Values(*(self._sum(tables) for tables in (self.density_tables, self.colour_tables)))
+        return self._held
+
+    def density(self, corners: Corners, values: Values | None = None) -> Float[Tensor, " n"]:
         """Density per unit of length."""
-        raw = interpolate(self.density_tables[int(self.level)], corners)[:, 0]
+        raw = interpolate((values or self.values()).density, corners)[:, 0]
         return self.density_scale * F.softplus(raw + self.density_shift)
 
-    def colour(self, corners: Corners, directions: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
+    def colour(
+        self, corners: Corners, directions: Float[Tensor, "n 3"], values: Values | None = None
+    ) -> Float[Tensor, "n 3"]:
         """Colour in [0, 1], seen along unit directions."""
-        raw = interpolate(self.colour_tables[int(self.level)], corners)
+        raw = interpolate((values or self.values()).colour, corners)
         if self.harmonics:
             basis = components_from_spherical_harmonics(self.harmonics + 1, directions)  # (n, h)
             raw = (raw.unflatten(-1, (3, -1)) * basis[:, None]).sum(dim=-1)
         return torch.sigmoid(raw)
+
+    def _sum(self, tables: Sequence[Tensor], planes: slice = slice(None)) -> Float[Tensor, "v c"]:
+        """Values at the vertices of the present level, or on some planes of them across the first axis."""
+        level, extent = int(self.level), self.aabb[1] - self.aabb[0]
+        below: Tensor | None = None
+        for number, table in enumerate(list(tables)[: level + 1]):
+            sizes = self.sizes if number == level else vertices_along(extent, self.resolutions[number])
+            x, y, z = sizes.tolist()
+            chosen = planes if number == level else slice(None)
+            first, last, _ = chosen.indices(x)
+            rows = table[first * y * z : last * y * z].view(last - first, y, z, -1)
+            below = rows if below is None else rows + refine(below, (x, y, z), chosen)
+        assert below is not None
+        return below.flatten(0, 2)
 
     @torch.no_grad()
     def march(
@@ -223,8 +254,8 @@ class VoxelGrid(nn.Module):
         first = int(torch.randint(x - width + 1, ()))
         found = []
         for tables in (self.density_tables, self.colour_tables):
-            rows = tables[int(self.level)][first * y * z : (first + width) * y * z]
-            found.append(total_variation(rows.view(width, y, z, -1), self.voxel))
+            slab = self._sum(tables, slice(first, first + width)).view(width, y, z, -1)
+            found.append(total_variation(slab, self.voxel))
         return found[0], found[1]
 
     @torch.no_grad()
@@ -235,7 +266,7 @@ class VoxelGrid(nn.Module):
             crop: False keeps the box and takes nothing for empty yet.
         """
         box = self._occupied_box() if crop else self.aabb.clone()
-        level = int(self.level)
+        level, values = int(self.level), self.values()
         sizes = vertices_along(box[1] - box[0], self.resolutions[level + 1])
         counts = sizes.tolist()
         axes = [
@@ -246,11 +277,15 @@ class VoxelGrid(nn.Module):
             points = torch.cartesian_prod(x[None], axes[1], axes[2])
             corners = self.locate(points)
             part = slice(plane * counts[1] * counts[2], (plane + 1) * counts[1] * counts[2])
-            for tables in (self.density_tables, self.colour_tables):
-                tables[level + 1].data[part] = interpolate(tables[level], corners)
+            for tables, whole in zip((self.density_tables, self.colour_tables), values, strict=True):
+                tables[level + 1].data[part] = interpolate(whole, corners)
+        for number in range(level + 1):
+            self.density_tables[number].data.zero_()
+            self.colour_tables[number].data.zero_()
         self.aabb.copy_(box)
         self.sizes.copy_(sizes)
         self.level += 1
+        self._held = None
         if crop:
             self.update_occupancy()
 
@@ -289,9 +324,9 @@ class VoxelGrid(nn.Module):
     def _find_occupied(self) -> Bool[Tensor, "c c c"]:
         """Cells that enough cameras see and whose density, or a neighbour's, is not negligible; where none is left, all
         that are seen, as rays without a sample would teach nothing."""
-        middles = self._middles()
+        middles, values = self._middles(), self.values()
         found = [
-            self.density(self.locate(torch.cartesian_prod(x[None], middles[1], middles[2]))).view(CELLS, CELLS)
+            self.density(self.locate(torch.cartesian_prod(x[None], middles[1], middles[2])), values).view(CELLS, CELLS)
             for x in middles[0]
         ]
         opacity = 1 - torch.exp(-torch.stack(found) * self.voxel.max())
@@ -304,6 +339,18 @@ class VoxelGrid(nn.Module):
         cells = self._find_occupied().nonzero()
         cell = (self.aabb[1] - self.aabb[0]) / CELLS
         return torch.stack([self.aabb[0] + cells.amin(0) * cell, self.aabb[0] + (cells.amax(0) + 1) * cell])
+
+
+def _take(grid: VoxelGrid, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: one of a version whose levels were not summed has, in the coarser ones, what they were
+    when the grid grew out of them."""
+    grid._held = None
+    if f"{prefix}summed" not in state and f"{prefix}level" in state:
+        state[f"{prefix}summed"] = torch.tensor(True)
+        for number in range(int(state[f"{prefix}level"])):
+            for name in ("density_tables", "colour_tables"):
+                key = f"{prefix}{name}.{number}"
+                state[key] = torch.zeros_like(state[key])
 
 
 def ray_by_ray(kept: Bool[Tensor, "r s"]) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
@@ -341,33 +388,6 @@ def vertices_along(extent: Float[Tensor, " 3"], resolution: int) -> Int[Tensor, 
     while int(sizes.prod()) > resolution**3:  # a flat box, one side of which was raised to 2
         sizes[sizes.argmax()] -= 1
     return sizes
-
-
-def interpolate(table: Float[Tensor, "v c"], corners: Corners) -> Float[Tensor, "n c"]:
-    """Weighted sum of eight rows for each point, differentiable in the table."""
-    return _Interpolate.apply(table, corners.row, corners.weight)
-
-
-class _Interpolate(torch.autograd.Function):
-    """An embedding bag, whose own gradient sorts the indices and takes ten times as long on a CPU."""
-
-    @staticmethod
-    def forward(context, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        context.save_for_backward(index, weight, table if context.needs_input_grad[2] else table[:0])
-        context.rows = len(table)
-        return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
-
-    @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        index, weight, table = context.saved_tensors
-        flat = index.flatten()
-        found = gradient.new_empty(context.rows, gradient.shape[1])
-        for channel, column in enumerate(gradient.unbind(1)):
-            found[:, channel] = torch.bincount(flat, (weight * column[:, None]).flatten(), context.rows)
-        moved = None
-        if context.needs_input_grad[2]:  # poses that are refined
-            moved = (F.embedding(index, table) * gradient[:, None]).sum(dim=-1)
-        return found, None, moved
 
 
 @dataclass
@@ -440,26 +460,27 @@ class DietGridModel(FewViewModel):
         assert near is not None and far is not None
         step = grid.voxel.mean().item() / self.config.steps_per_voxel
         march = grid.march if grid.contraction is None else grid.march_contracted
+        values = grid.values()
         ray, slot, middle, stretch = march(origins, directions, near, far, step, jitter=self.training)
         width = int(slot.max()) + 1 if len(slot) else 1
         corners = grid.locate(grid.place(origins[ray] + middle[:, None] * directions[ray]))
         table = (len(origins), width)
         where = (ray, slot)
         length = step * stretch
-        density = origins.new_zeros(table).index_put(where, grid.density(corners) / stretch)
+        density = origins.new_zeros(table).index_put(where, grid.density(corners, values) / stretch)
         starts = near.expand(table).index_put(where, middle - length / 2)
         ends = starts.index_put(where, middle + length / 2)  # unused slots have no length
         samples = ray_bundle.get_ray_samples(bin_starts=starts[..., None], bin_ends=ends[..., None])
         weights = samples.get_weights(density[..., None])
         seen = weights.detach()[ray, slot, 0] > VISIBLE_WEIGHT
-        colour = grid.colour(corners.of(seen), directions[ray[seen]])
+        colour = grid.colour(corners.of(seen), directions[ray[seen]], values)
         rgb = origins.new_zeros(*table, 3).index_put((ray[seen], slot[seen]), colour)
         rendered = self.renderer_rgb(rgb=rgb, weights=weights)
         accumulation = self.renderer_accumulation(weights=weights)
         if (
             grid.contraction is not None and self.renderer_rgb.background_color == "black"
         ):  # what is farther than the last sample, such as the sky
-            behind = grid.colour(grid.locate(grid.place(origins + far * directions)), directions)
+            behind = grid.colour(grid.locate(grid.place(origins + far * directions)), directions, values)
             rendered = rendered + (1 - accumulation) * behind
         outputs: dict[str, Any] = {
             "rgb": rendered,
