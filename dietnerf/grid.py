@@ -7,7 +7,6 @@ vertices, are interpolated linearly and only then activated, so that surfaces ma
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -162,19 +161,16 @@ class VoxelGrid(nn.Module):
             raw = (raw.unflatten(-1, (3, -1)) * basis[:, None]).sum(dim=-1)
         return torch.sigmoid(raw)
 
-    def _sum(self, tables: Sequence[Tensor], planes: slice = slice(None)) -> Float[Tensor, "v c"]:
-        """Values at the vertices of the present level, or on some planes of them across the first axis."""
+    def _sum(self, tables: nn.ParameterList) -> Float[Tensor, "v c"]:
+        """Values at the vertices of the present level."""
         level, extent = int(self.level), self.aabb[1] - self.aabb[0]
-        below: Tensor | None = None
-        for number, table in enumerate(list(tables)[: level + 1]):
+        found: Tensor | None = None
+        for number in range(level + 1):
             sizes = self.sizes if number == level else vertices_along(extent, self.resolutions[number])
-            x, y, z = sizes.tolist()
-            chosen = planes if number == level else slice(None)
-            first, last, _ = chosen.indices(x)
-            rows = table[first * y * z : last * y * z].view(last - first, y, z, -1)
-            below = rows if below is None else rows + refine(below, (x, y, z), chosen)
-        assert below is not None
-        return below.flatten(0, 2)
+            own = tables[number][: int(sizes.prod())].view(*sizes.tolist(), -1)
+            found = own if found is None else own + refine(found, sizes.tolist())
+        assert found is not None
+        return found.flatten(0, 2)
 
     @torch.no_grad()
     def march(
@@ -247,16 +243,14 @@ class VoxelGrid(nn.Module):
         row, column, slot = ray_by_ray(kept)
         return Marched(row, slot, middle[row, column], stretch[row, column])
 
-    def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def variation(self, values: Values | None = None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Total variation of density's and colour's values before activation, in a random slab of the grid."""
         x, y, z = self.sizes.tolist()
         width = min(x, max(2, round(SLAB * x)))
         first = int(torch.randint(x - width + 1, ()))
-        found = []
-        for tables in (self.density_tables, self.colour_tables):
-            slab = self._sum(tables, slice(first, first + width)).view(width, y, z, -1)
-            found.append(total_variation(slab, self.voxel))
-        return found[0], found[1]
+        rows = slice(first * y * z, (first + width) * y * z)
+        density, colour = (total_variation(v[rows].view(width, y, z, -1), self.voxel) for v in values or self.values())
+        return density, colour
 
     @torch.no_grad()
     def grow(self, crop: bool = True) -> None:
@@ -417,6 +411,8 @@ class DietGridModel(FewViewModel):
 
     config: DietGridModelConfig
     behind_all = "black"  # to which the colour at the far plane is added
+    _values: Values | None = None
+    """Of the field in this step, once they are computed."""
 
     def populate_modules(self) -> None:
         super().populate_modules()
@@ -461,6 +457,9 @@ class DietGridModel(FewViewModel):
         step = grid.voxel.mean().item() / self.config.steps_per_voxel
         march = grid.march if grid.contraction is None else grid.march_contracted
         values = grid.values()
+        if self.training and values.density.requires_grad:
+            self._values = values
+            values.density.register_hook(self._forget)  # a graph is walked once
         ray, slot, middle, stretch = march(origins, directions, near, far, step, jitter=self.training)
         width = int(slot.max()) + 1 if len(slot) else 1
         corners = grid.locate(grid.place(origins[ray] + middle[:, None] * directions[ray]))
@@ -492,4 +491,7 @@ class DietGridModel(FewViewModel):
         return outputs
 
     def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        return self.field.variation()
+        return self.field.variation(self._values)
+
+    def _forget(self, _: Tensor) -> None:
+        self._values = None
