@@ -65,11 +65,10 @@ class Values(NamedTuple):
 class VoxelGrid(nn.Module):
     """Tables of every level; values are the sum of those up to `level`, the coarser ones interpolated linearly.
 
-    Growing puts the sum into the next table and sets the coarser ones to zero, so that these learn what still changes
-    over many voxels at once. A field that is seen from few sides alone gets smoother by that, without a loss of detail.
-    All levels are parameters from the start, so that checkpoints, optimizers and processes never meet another shape. A
-    level has at most resolution³ vertices; how many lie along each axis follows the box, which growing crops to what is
-    occupied.
+    Growing puts the sum into the next table and sets the coarser ones to zero, which from then on learn what changes
+    over many voxels at once. All levels are parameters from the start, so that checkpoints, optimizers and processes
+    never meet another shape. A level has at most resolution³ vertices; how many lie along each axis follows the box,
+    which growing crops to what is occupied.
     """
 
     aabb: Tensor
