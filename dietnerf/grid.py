@@ -141,7 +141,7 @@ class VoxelGrid(nn.Module):
         """Sums of the levels. Without gradients they are kept until the grid is trained, grows or is loaded."""
         if self.training or torch.is_grad_enabled():
             return Values(*(self._sum(tables) for tables in (self.density_tables, self.colour_tables)))
-        if self._held is None:
+        if self._held is None or self._held.density.device != self.aabb.device:
             self._held = Values(*(self._sum(tables) for tables in (self.density_tables, self.colour_tables)))
         return self._held
 
