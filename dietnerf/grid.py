@@ -23,6 +23,7 @@ from common.checks import UserError, require_above, require_at_least, require_be
 from common.runtime import require_memory
 from dietnerf.contraction import Contraction
 from dietnerf.data import BLENDER_SIDE
+from dietnerf.interpolation import Corners, interpolate, refine
 from dietnerf.model import VISIBLE_WEIGHT, BoxCollider, FewViewModel, FewViewModelConfig
 from dietnerf.regularizers import Samples, total_variation
 
@@ -41,18 +42,6 @@ SLAB = 0.25
 """Share of the grid that one evaluation of the total variation looks at: a random slab, right on average."""
 
 
-class Corners(NamedTuple):
-    """The eight vertices around each of n points."""
-
-    row: Int[Tensor, "n 8"]
-    """Of a table (int32, which the look-up reads fastest)."""
-    weight: Float[Tensor, "n 8"]
-    """Trilinear weights."""
-
-    def of(self, chosen: Bool[Tensor, " n"]) -> Corners:
-        return Corners(self.row[chosen], self.weight[chosen])
-
-
 class Marched(NamedTuple):
     """Samples in occupied cells, ray by ray, in order along each."""
 
@@ -66,12 +55,20 @@ class Marched(NamedTuple):
     """How much longer a step is in the scene's units than in the grid's."""
 
 
-class VoxelGrid(nn.Module):
-    """Tables of every level, of which the one at `level` is in use.
+class Values(NamedTuple):
+    """Before activation, at the vertices of the present level."""
 
-    All levels are parameters from the start, so that checkpoints, optimizers and processes never meet another shape:
-    growing copies into the next. A level has at most resolution³ vertices; how many lie along each axis follows the
-    box, which growing crops to what is occupied.
+    density: Float[Tensor, "v 1"]
+    colour: Float[Tensor, "v c"]
+
+
+class VoxelGrid(nn.Module):
+    """Tables of every level; values are the sum of those up to `level`, the coarser ones interpolated linearly.
+
+    Growing puts the sum into the next table and sets the coarser ones to zero, which from then on learn what changes
+    over many voxels at once. All levels are parameters from the start, so that checkpoints, optimizers and processes
+    never meet another shape. A level has at most resolution³ vertices; how many lie along each axis follows the box,
+    which growing crops to what is occupied.
     """
 
     aabb: Tensor
@@ -107,6 +104,10 @@ class VoxelGrid(nn.Module):
         self.density_scale: Tensor
         self.register_buffer("density_scale", 64 / (aabb[1] - aabb[0]).mean())
         self.density_shift = math.log(math.expm1(START_OPACITY / 64))
+        self.summed: Tensor
+        self.register_buffer("summed", torch.tensor(True))
+        self._held: Values | None = None
+        self.register_load_state_dict_pre_hook(_take)
         self._cameras: Cameras | None = None
         self._min_views = 1
 
@@ -132,18 +133,43 @@ class VoxelGrid(nn.Module):
         weight = (x[:, :, None, None] * y[:, None, :, None] * z[:, None, None, :]).flatten(1)
         return Corners(index, weight)
 
-    def density(self, corners: Corners) -> Float[Tensor, " n"]:
+    def train(self, mode: bool = True) -> VoxelGrid:
+        self._held = None
+        return super().train(mode)
+
+    def values(self) -> Values:
+        """Sums of the levels. Without gradients they are kept until the grid is trained, grows or is loaded."""
+        if self.training or torch.is_grad_enabled():
+            return Values(*(self._sum(tables) for tables in (self.density_tables, self.colour_tables)))
+        if self._held is None or self._held.density.device != self.aabb.device:
+            self._held = Values(*(self._sum(tables) for tables in (self.density_tables, self.colour_tables)))
+        return self._held
+
+    def density(self, corners: Corners, values: Values | None = None) -> Float[Tensor, " n"]:
         """Density per unit of length."""
-        raw = interpolate(self.density_tables[int(self.level)], corners)[:, 0]
+        raw = interpolate((values or self.values()).density, corners)[:, 0]
         return self.density_scale * F.softplus(raw + self.density_shift)
 
-    def colour(self, corners: Corners, directions: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
+    def colour(
+        self, corners: Corners, directions: Float[Tensor, "n 3"], values: Values | None = None
+    ) -> Float[Tensor, "n 3"]:
         """Colour in [0, 1], seen along unit directions."""
-        raw = interpolate(self.colour_tables[int(self.level)], corners)
+        raw = interpolate((values or self.values()).colour, corners)
         if self.harmonics:
             basis = components_from_spherical_harmonics(self.harmonics + 1, directions)  # (n, h)
             raw = (raw.unflatten(-1, (3, -1)) * basis[:, None]).sum(dim=-1)
         return torch.sigmoid(raw)
+
+    def _sum(self, tables: nn.ParameterList) -> Float[Tensor, "v c"]:
+        """Values at the vertices of the present level."""
+        level, extent = int(self.level), self.aabb[1] - self.aabb[0]
+        found: Tensor | None = None
+        for number in range(level + 1):
+            sizes = self.sizes if number == level else vertices_along(extent, self.resolutions[number])
+            own = tables[number][: int(sizes.prod())].view(*sizes.tolist(), -1)
+            found = own if found is None else own + refine(found, sizes.tolist())
+        assert found is not None
+        return found.flatten(0, 2)
 
     @torch.no_grad()
     def march(
@@ -216,16 +242,14 @@ class VoxelGrid(nn.Module):
         row, column, slot = ray_by_ray(kept)
         return Marched(row, slot, middle[row, column], stretch[row, column])
 
-    def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def variation(self, values: Values | None = None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Total variation of density's and colour's values before activation, in a random slab of the grid."""
         x, y, z = self.sizes.tolist()
         width = min(x, max(2, round(SLAB * x)))
         first = int(torch.randint(x - width + 1, ()))
-        found = []
-        for tables in (self.density_tables, self.colour_tables):
-            rows = tables[int(self.level)][first * y * z : (first + width) * y * z]
-            found.append(total_variation(rows.view(width, y, z, -1), self.voxel))
-        return found[0], found[1]
+        rows = slice(first * y * z, (first + width) * y * z)
+        density, colour = (total_variation(v[rows].view(width, y, z, -1), self.voxel) for v in values or self.values())
+        return density, colour
 
     @torch.no_grad()
     def grow(self, crop: bool = True) -> None:
@@ -235,7 +259,7 @@ class VoxelGrid(nn.Module):
             crop: False keeps the box and takes nothing for empty yet.
         """
         box = self._occupied_box() if crop else self.aabb.clone()
-        level = int(self.level)
+        level, values = int(self.level), self.values()
         sizes = vertices_along(box[1] - box[0], self.resolutions[level + 1])
         counts = sizes.tolist()
         axes = [
@@ -246,11 +270,15 @@ class VoxelGrid(nn.Module):
             points = torch.cartesian_prod(x[None], axes[1], axes[2])
             corners = self.locate(points)
             part = slice(plane * counts[1] * counts[2], (plane + 1) * counts[1] * counts[2])
-            for tables in (self.density_tables, self.colour_tables):
-                tables[level + 1].data[part] = interpolate(tables[level], corners)
+            for tables, whole in zip((self.density_tables, self.colour_tables), values, strict=True):
+                tables[level + 1].data[part] = interpolate(whole, corners)
+        for number in range(level + 1):
+            self.density_tables[number].data.zero_()
+            self.colour_tables[number].data.zero_()
         self.aabb.copy_(box)
         self.sizes.copy_(sizes)
         self.level += 1
+        self._held = None
         if crop:
             self.update_occupancy()
 
@@ -289,9 +317,9 @@ class VoxelGrid(nn.Module):
     def _find_occupied(self) -> Bool[Tensor, "c c c"]:
         """Cells that enough cameras see and whose density, or a neighbour's, is not negligible; where none is left, all
         that are seen, as rays without a sample would teach nothing."""
-        middles = self._middles()
+        middles, values = self._middles(), self.values()
         found = [
-            self.density(self.locate(torch.cartesian_prod(x[None], middles[1], middles[2]))).view(CELLS, CELLS)
+            self.density(self.locate(torch.cartesian_prod(x[None], middles[1], middles[2])), values).view(CELLS, CELLS)
             for x in middles[0]
         ]
         opacity = 1 - torch.exp(-torch.stack(found) * self.voxel.max())
@@ -306,6 +334,18 @@ class VoxelGrid(nn.Module):
         return torch.stack([self.aabb[0] + cells.amin(0) * cell, self.aabb[0] + (cells.amax(0) + 1) * cell])
 
 
+def _take(grid: VoxelGrid, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: one of a version whose levels were not summed has, in the coarser ones, what they were
+    when the grid grew out of them."""
+    grid._held = None
+    if f"{prefix}summed" not in state and f"{prefix}level" in state:
+        state[f"{prefix}summed"] = torch.tensor(True)
+        for number in range(int(state[f"{prefix}level"])):
+            for name in ("density_tables", "colour_tables"):
+                key = f"{prefix}{name}.{number}"
+                state[key] = torch.zeros_like(state[key])
+
+
 def ray_by_ray(kept: Bool[Tensor, "r s"]) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
     """Row and column of each sample that is kept, and how many of its row are kept before it."""
     row, column = kept.nonzero(as_tuple=True)
@@ -314,9 +354,10 @@ def ray_by_ray(kept: Bool[Tensor, "r s"]) -> tuple[Int[Tensor, " k"], Int[Tensor
 
 
 def bytes_of(resolutions: tuple[int, ...], harmonics: int) -> int:
-    """Memory of a grid's tables, of all levels, in training: with the gradient and Adam's two moments in float32."""
+    """Memory of a grid's tables, of all levels, in training: with the gradient and Adam's two moments in float32, and
+    of the sum of the levels with its own gradient."""
     channels = 1 + 3 * (harmonics + 1) ** 2
-    return 4 * 4 * channels * sum(resolution**3 for resolution in resolutions)
+    return 4 * channels * (4 * sum(resolution**3 for resolution in resolutions) + 2 * max(resolutions) ** 3)
 
 
 def views_of(points: Float[Tensor, "n 3"], cameras: Cameras) -> Int[Tensor, " n"]:
@@ -341,33 +382,6 @@ def vertices_along(extent: Float[Tensor, " 3"], resolution: int) -> Int[Tensor, 
     while int(sizes.prod()) > resolution**3:  # a flat box, one side of which was raised to 2
         sizes[sizes.argmax()] -= 1
     return sizes
-
-
-def interpolate(table: Float[Tensor, "v c"], corners: Corners) -> Float[Tensor, "n c"]:
-    """Weighted sum of eight rows for each point, differentiable in the table."""
-    return _Interpolate.apply(table, corners.row, corners.weight)
-
-
-class _Interpolate(torch.autograd.Function):
-    """An embedding bag, whose own gradient sorts the indices and takes ten times as long on a CPU."""
-
-    @staticmethod
-    def forward(context, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        context.save_for_backward(index, weight, table if context.needs_input_grad[2] else table[:0])
-        context.rows = len(table)
-        return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
-
-    @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        index, weight, table = context.saved_tensors
-        flat = index.flatten()
-        found = gradient.new_empty(context.rows, gradient.shape[1])
-        for channel, column in enumerate(gradient.unbind(1)):
-            found[:, channel] = torch.bincount(flat, (weight * column[:, None]).flatten(), context.rows)
-        moved = None
-        if context.needs_input_grad[2]:  # poses that are refined
-            moved = (F.embedding(index, table) * gradient[:, None]).sum(dim=-1)
-        return found, None, moved
 
 
 @dataclass
@@ -397,6 +411,8 @@ class DietGridModel(FewViewModel):
 
     config: DietGridModelConfig
     behind_all = "black"  # to which the colour at the far plane is added
+    _values: Values | None = None
+    """Of the field in this step, once they are computed."""
 
     def populate_modules(self) -> None:
         super().populate_modules()
@@ -440,26 +456,30 @@ class DietGridModel(FewViewModel):
         assert near is not None and far is not None
         step = grid.voxel.mean().item() / self.config.steps_per_voxel
         march = grid.march if grid.contraction is None else grid.march_contracted
+        values = grid.values()
+        if self.training and values.density.requires_grad:
+            self._values = values
+            values.density.register_hook(self._forget)  # a graph is walked once
         ray, slot, middle, stretch = march(origins, directions, near, far, step, jitter=self.training)
         width = int(slot.max()) + 1 if len(slot) else 1
         corners = grid.locate(grid.place(origins[ray] + middle[:, None] * directions[ray]))
         table = (len(origins), width)
         where = (ray, slot)
         length = step * stretch
-        density = origins.new_zeros(table).index_put(where, grid.density(corners) / stretch)
+        density = origins.new_zeros(table).index_put(where, grid.density(corners, values) / stretch)
         starts = near.expand(table).index_put(where, middle - length / 2)
         ends = starts.index_put(where, middle + length / 2)  # unused slots have no length
         samples = ray_bundle.get_ray_samples(bin_starts=starts[..., None], bin_ends=ends[..., None])
         weights = samples.get_weights(density[..., None])
         seen = weights.detach()[ray, slot, 0] > VISIBLE_WEIGHT
-        colour = grid.colour(corners.of(seen), directions[ray[seen]])
+        colour = grid.colour(corners.of(seen), directions[ray[seen]], values)
         rgb = origins.new_zeros(*table, 3).index_put((ray[seen], slot[seen]), colour)
         rendered = self.renderer_rgb(rgb=rgb, weights=weights)
         accumulation = self.renderer_accumulation(weights=weights)
         if (
             grid.contraction is not None and self.renderer_rgb.background_color == "black"
         ):  # what is farther than the last sample, such as the sky
-            behind = grid.colour(grid.locate(grid.place(origins + far * directions)), directions)
+            behind = grid.colour(grid.locate(grid.place(origins + far * directions)), directions, values)
             rendered = rendered + (1 - accumulation) * behind
         outputs: dict[str, Any] = {
             "rgb": rendered,
@@ -471,4 +491,7 @@ class DietGridModel(FewViewModel):
         return outputs
 
     def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        return self.field.variation()
+        return self.field.variation(self._values)
+
+    def _forget(self, _: Tensor) -> None:
+        self._values = None

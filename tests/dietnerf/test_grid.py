@@ -8,6 +8,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import SceneBox
 
 from dietnerf.grid import CELLS, DietGridModelConfig, VoxelGrid, vertices_along, views_of
+from dietnerf.interpolation import interpolate, refine
 from dietnerf.poses import pose_spherical
 from dietnerf.regularizers import total_variation
 
@@ -39,16 +40,12 @@ def test_look_up_is_trilinear(generator):
     grid = random_grid()
     points = BOX[0] + (BOX[1] - BOX[0]) * torch.rand(6, 3, generator=generator)
     points = torch.cat([points, BOX])  # the corners of the box belong to it
-    from dietnerf.grid import interpolate
-
     found = interpolate(grid.colour_tables[0], grid.locate(points))
     for row, point in zip(found, points, strict=True):
         torch.testing.assert_close(row, naive_lookup(grid, grid.colour_tables[0], point), atol=1e-4, rtol=0)
 
 
 def test_gradient_of_the_look_up_is_embedding_bags(generator):
-    from dietnerf.grid import interpolate
-
     grid = random_grid()
     corners = grid.locate(BOX[0] + (BOX[1] - BOX[0]) * torch.rand(40, 3, generator=generator))
     target = torch.randn(40, 3, generator=generator)
@@ -65,6 +62,100 @@ def test_voxels_are_nearly_cubes_and_fit_their_table():
         sizes = vertices_along(torch.tensor(extent), 20)
         assert sizes.prod() <= 20**3 and sizes.min() >= 2
     assert vertices_along(torch.tensor([1.0, 2.0, 0.5]), 20).tolist() == [20, 40, 10]
+
+
+def test_refining_is_trilinear_from_end_to_end(generator):
+    coarse = torch.randn(4, 3, 5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    sizes = (9, 7, 6)
+    found = refine(coarse, sizes)
+    whole = torch.nn.functional.interpolate(
+        coarse.permute(3, 0, 1, 2)[None], sizes, mode="trilinear", align_corners=True
+    )[0].permute(1, 2, 3, 0)
+    torch.testing.assert_close(found, whole)
+    target = torch.randn(*sizes, 2, generator=generator, dtype=torch.float64)
+    slopes = [torch.autograd.grad((values * target).sum(), coarse)[0] for values in (refine(coarse, sizes), whole)]
+    torch.testing.assert_close(*slopes)
+    torch.testing.assert_close(refine(coarse, (4, 3, 5)), coarse)  # the same vertices
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(refine(coarse.float(), sizes), found.float())
+
+
+def test_values_are_the_sum_of_the_levels(generator):
+    grid = random_grid((5, 7, 9))
+    grid.level.fill_(2)
+    grid.sizes.copy_(vertices_along(BOX[1] - BOX[0], 9))
+    vertices = torch.cartesian_prod(
+        *(torch.linspace(*ends, n) for ends, n in zip(BOX.T, grid.sizes.tolist(), strict=True))
+    )
+    values = grid.values()
+    assert len(values.density) == len(values.colour) == len(vertices)
+
+    def naive(tables, number, point):
+        """The level's own value, and below it that of the vertices of the level before, which surround the point."""
+        sizes = vertices_along(BOX[1] - BOX[0], grid.resolutions[number])
+        x, y, z = sizes.tolist()
+        scaled = (point - BOX[0]) / (BOX[1] - BOX[0]) * (sizes - 1)
+        total = 0
+        for i, j, k in itertools.product(range(x), range(y), range(z)):
+            weight = (1 - (scaled - torch.tensor([i, j, k])).abs()).clamp(min=0).prod()
+            if weight > 1e-6:
+                vertex = BOX[0] + torch.tensor([i, j, k]) / (sizes - 1) * (BOX[1] - BOX[0])
+                below = naive(tables, number - 1, vertex) if number else 0
+                total = total + weight * (tables[number][(i * y + j) * z + k].detach() + below)
+        return total
+
+    for place in torch.randint(len(vertices), (12,), generator=generator).tolist():
+        for found, tables in zip(values, (grid.density_tables, grid.colour_tables), strict=True):
+            torch.testing.assert_close(found[place].detach(), naive(tables, 2, vertices[place]), atol=1e-4, rtol=0)
+
+
+def test_values_are_kept_without_gradients_until_the_grid_changes():
+    grid = random_grid((6, 8, 10))
+    with torch.no_grad():
+        grid.density_tables[0].abs_()
+    grid.grow(crop=False)
+    assert grid.values().density.requires_grad
+    grid.eval()
+    with torch.no_grad():
+        kept = grid.values()
+        assert grid.values() is kept
+        assert grid.density(grid.locate(BOX)).shape == (2,)
+    assert grid.values().density.requires_grad
+    grid.train()
+    with torch.no_grad():
+        grid.density_tables[1] += 1
+        grid.eval()
+        torch.testing.assert_close(grid.values().density, kept.density + 1)
+        other = VoxelGrid(BOX, (6, 8, 10)).eval()
+        assert other.values().density.abs().max() == 0
+        other.load_state_dict(grid.state_dict())
+        assert torch.equal(other.values().density, grid.values().density)
+        before = grid.density(grid.locate(BOX))
+        grid.grow(crop=False)
+        torch.testing.assert_close(grid.density(grid.locate(BOX)), before, atol=1e-3, rtol=1e-4)
+
+
+def test_a_state_from_before_levels_were_summed_is_the_same_field():
+    grid = random_grid((6, 8))
+    grid.grow(crop=False)
+    with torch.no_grad():
+        own = grid.density_tables[1].clone()
+        state = {name: value.clone() for name, value in grid.state_dict().items() if name != "summed"}
+        state["density_tables.0"].normal_()  # what the first level was when the grid grew out of it
+        other = VoxelGrid(BOX, (6, 8))
+        other.load_state_dict(state)
+        assert torch.equal(other.values().density, own[: len(other.values().density)])
+        other.load_state_dict(grid.state_dict() | {"density_tables.0": torch.ones(6**3, 1)})
+        torch.testing.assert_close(other.values().density, own[: len(other.values().density)] + 1)
+
+
+def test_every_level_up_to_the_present_one_learns():
+    grid = random_grid((5, 7, 9))
+    grid.grow(crop=False)
+    corners = grid.locate(BOX.mean(dim=0)[None])
+    (grid.density(corners).sum() + grid.colour(corners, BOX[:1]).sum()).backward()
+    for tables in (grid.density_tables, grid.colour_tables):
+        assert [table.grad is not None and bool(table.grad.any()) for table in tables] == [True, True, False]
 
 
 def test_growing_keeps_the_field():

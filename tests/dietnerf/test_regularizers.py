@@ -81,6 +81,11 @@ def test_total_variation_is_the_naive_sum_in_world_units(generator):
     assert total_variation(grid, voxel) == pytest.approx(total / count, rel=1e-4)
 
 
+def test_gradient_of_the_total_variation(generator):
+    grid = torch.randn(3, 4, 5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda values: 3 * total_variation(values, torch.tensor([0.5, 0.25, 2.0])), grid)
+
+
 def test_total_variation_does_not_change_with_the_resolution():
     def ramp(n):
         line = torch.linspace(0, 3, n)
