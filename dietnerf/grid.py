@@ -355,9 +355,10 @@ def ray_by_ray(kept: Bool[Tensor, "r s"]) -> tuple[Int[Tensor, " k"], Int[Tensor
 
 
 def bytes_of(resolutions: tuple[int, ...], harmonics: int) -> int:
-    """Memory of a grid's tables, of all levels, in training: with the gradient and Adam's two moments in float32."""
+    """Memory of a grid's tables, of all levels, in training: with the gradient and Adam's two moments in float32, and
+    of the sum of the levels with its own gradient."""
     channels = 1 + 3 * (harmonics + 1) ** 2
-    return 4 * 4 * channels * sum(resolution**3 for resolution in resolutions)
+    return 4 * channels * (4 * sum(resolution**3 for resolution in resolutions) + 2 * max(resolutions) ** 3)
 
 
 def views_of(points: Float[Tensor, "n 3"], cameras: Cameras) -> Int[Tensor, " n"]:

@@ -53,15 +53,17 @@ class _Interpolate(torch.autograd.Function):
 def refine(coarse: Float[Tensor, "a b d c"], sizes: Sequence[int]) -> Float[Tensor, "x y z c"]:
     """Trilinear values at the x, y, z = `sizes` vertices of a finer grid over the same box.
 
-    Three matrix products, one along each axis, whose gradients are three more.
+    Three matrix products, one along each axis, whose gradients are three more; in the table's own precision, where
+    mixed precision would round what the levels add up to.
     """
     a, b, d, channels = coarse.shape
     _, y, z = sizes
     along_x, along_y, along_z = (linear_weights(*pair, coarse) for pair in zip(sizes, (a, b, d), strict=True))
     channelwise = torch.kron(along_z.T.contiguous(), torch.eye(channels, device=coarse.device, dtype=coarse.dtype))
-    found = (coarse.reshape(a * b, d * channels) @ channelwise).view(a, b, z * channels)
-    found = (along_y @ found).view(a, y * z * channels)
-    return (along_x @ found).view(-1, y, z, channels)
+    with torch.autocast(coarse.device.type, enabled=False):
+        found = (coarse.reshape(a * b, d * channels) @ channelwise).view(a, b, z * channels)
+        found = (along_y @ found).view(a, y * z * channels)
+        return (along_x @ found).view(-1, y, z, channels)
 
 
 def linear_weights(many: int, few: int, like: Tensor) -> Float[Tensor, "many few"]:

@@ -108,10 +108,10 @@ def method_config(method: str) -> FewViewTrainerConfig:
         return _trainer(method, model, lr=1e-2, steps=3000, decay=DecayConfig(steps=3000), rays_from="all")
     model = DietGridModelConfig(
         grow_at=(150, 400),
-        regularizers=RegularizerConfig(density_variation=2.4e-3, colour_variation=2.4e-3, depth=DEPTH, silhouette=1.0),
+        regularizers=RegularizerConfig(density_variation=1.2e-3, colour_variation=2.4e-3, depth=DEPTH, silhouette=1.0),
         semantic=SemanticConfig(poses="sphere"),
     )
-    return _trainer(method, model, lr=0.3, steps=1000, decay=DecayConfig(steps=1000), rays_from="all", rays=2048)
+    return _trainer(method, model, lr=0.3, steps=1000, decay=DecayConfig(steps=1000), rays_from="all", rays=4096)
 
 
 def _trainer(

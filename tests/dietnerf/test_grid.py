@@ -76,6 +76,8 @@ def test_refining_is_trilinear_from_end_to_end(generator):
     slopes = [torch.autograd.grad((values * target).sum(), coarse)[0] for values in (refine(coarse, sizes), whole)]
     torch.testing.assert_close(*slopes)
     torch.testing.assert_close(refine(coarse, (4, 3, 5)), coarse)  # the same vertices
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(refine(coarse.float(), sizes), found.float())
 
 
 def test_values_are_the_sum_of_the_levels(generator):
