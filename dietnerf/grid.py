@@ -393,8 +393,9 @@ class DietGridModelConfig(FewViewModelConfig):
     """Cube root of the number of voxels, level by level."""
     grow_at: tuple[int, ...] = (300, 900)
     """Steps at which the next level starts; one fewer than the levels."""
-    harmonics: int = 0
-    """Degree of the spherical harmonics of colour; 0 is plain colour."""
+    harmonics: int | None = None
+    """Degree of the spherical harmonics of colour, 0 for plain colour; None is 1 where the space outside the box is
+    contracted, as what photographs show shines, and else 0."""
     steps_per_voxel: float = 1.5
     """Samples along a ray for each voxel that it crosses."""
     occupancy_every: int = 100
@@ -424,15 +425,16 @@ class DietGridModel(FewViewModel):
             )
         for resolution in config.resolutions:
             require_at_least("resolutions", resolution, 4)
-        require_between("harmonics", config.harmonics, 0, 4)
+        harmonics = int(self.contraction is not None) if config.harmonics is None else config.harmonics
+        require_between("harmonics", harmonics, 0, 4)
         require_at_least("occupancy_every", config.occupancy_every, 1)
         require_at_least("min_views", config.min_views, 1)
         require_above("steps_per_voxel", config.steps_per_voxel, 0)
-        size = bytes_of(config.resolutions, config.harmonics)
+        size = bytes_of(config.resolutions, harmonics)
         require_memory(f"resolutions is {config.resolutions}", size, torch.device("cpu"), "use smaller ones")
         if config.regularizers.frequency_steps:
             raise UserError("regularizers.frequency_steps: a grid has none; its levels (grow_at) do the same.")
-        self.field = VoxelGrid(self.scene_box.aabb, config.resolutions, config.harmonics, self.contraction)
+        self.field = VoxelGrid(self.scene_box.aabb, config.resolutions, harmonics, self.contraction)
         chosen = config.near, config.far
         if self.contraction is None:
             self.collider = BoxCollider(SceneBox(self.field.aabb), self.near, chosen, self.field)

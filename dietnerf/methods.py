@@ -23,8 +23,6 @@ from dietnerf.rays import FewViewDataManagerConfig
 from dietnerf.regularizers import RegularizerConfig
 from dietnerf.semantic import SemanticConfig
 
-DEPTH = 3e-3
-"""Weight of the depths of sparse points."""
 EXTRA = {"appearance": 5e-3, "camera_opt": 3e-4}
 """Learning rates of what may be learnt beside the field: exposures of photographs, and their poses."""
 DESCRIPTIONS = {
@@ -103,12 +101,14 @@ def method_config(method: str) -> FewViewTrainerConfig:
         return _trainer("dietnerf", model, lr=3e-3, steps=1000, decay=decay, rays_from="all", rays=512)
     if method == "dietnerf-nerfacto":
         model = DietNerfactoModelConfig(
-            regularizers=RegularizerConfig(distortion=0.002, depth=DEPTH), semantic=SemanticConfig(poses="sphere")
+            regularizers=RegularizerConfig(distortion=2e-3, depth=3e-3), semantic=SemanticConfig(poses="sphere")
         )
         return _trainer(method, model, lr=1e-2, steps=3000, decay=DecayConfig(steps=3000), rays_from="all")
     model = DietGridModelConfig(
         grow_at=(150, 400),
-        regularizers=RegularizerConfig(density_variation=1.2e-3, colour_variation=2.4e-3, depth=DEPTH, silhouette=1.0),
+        regularizers=RegularizerConfig(
+            density_variation=1.2e-3, colour_variation=2.4e-3, distortion=3e-3, depth=0.03, silhouette=1.0
+        ),
         semantic=SemanticConfig(poses="sphere"),
     )
     return _trainer(method, model, lr=0.3, steps=1000, decay=DecayConfig(steps=1000), rays_from="all", rays=4096)

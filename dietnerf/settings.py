@@ -90,8 +90,8 @@ class TrainConfig:
     resolutions: tuple[int, ...] = ()
     """Of the grid, the cube root of the number of voxels, level by level; left out, the method's own."""
     harmonics: int | None = None
-    """Of the grid, the degree of the spherical harmonics of colour (0 is the same from all sides); left out, the
-    method's own."""
+    """Of the grid, the degree of the spherical harmonics of colour (0 is the same from all sides); left out, 1 where
+    the space outside the box is contracted, else 0."""
     min_views: int | None = None
     """Of the grid, how many training cameras must see what is not empty, where images have alpha; left out, the
     method's own."""

@@ -172,13 +172,13 @@ def test_a_run_that_version_0_1_began_goes_on(ball_scene, tmp_path, small_grid):
     base = settings(ball_scene, tmp_path / "run", steps=4, val_views=0, semantic_weight=0.0)
     last = train(base) / "last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
-    older = {"semantic_poses": "sphere", "occlusion": None, "silhouette": None, "distortion": 0.0, "semantic_every": 5}
+    older = {"semantic_poses": "sphere", "occlusion": None, "silhouette": None, "semantic_every": 5}
     new = ("semantic_text_weight", "occlusion_distance", "depth_patches")
     checkpoint["settings"] = {n: v for n, v in checkpoint["settings"].items() if n not in new} | older
     torch.save(checkpoint, last)
     assert Scene.load(train(changed(base, steps=6)), device="cpu").step == 5
     torch.save(checkpoint, last)
-    with pytest.raises(UserError, match=r"was begun with distortion 0.0, now it is 0.1: use the same again"):
+    with pytest.raises(UserError, match=r"was begun with distortion 0.003, now it is 0.1: use the same again"):
         train(changed(base, distortion=0.1))
 
 
