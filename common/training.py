@@ -289,12 +289,13 @@ def require_same_run(directory: Path, settings: Mapping[str, Any], *, unset: boo
     """Raise UserError when the run in `directory` was begun with other `settings` (see `build_trainer`).
 
     Args:
-        unset: what version 0.1 recorded as None was left to the method, as what it did not know: neither is compared.
+        unset: an earlier version, which did not know some of the settings, recorded None for what it left to the method:
+            neither is compared.
     """
     last = directory / "last.ckpt"
     if last.exists():
         before = _read_checkpoint(last).get("settings", settings)  # older ones have none
-        if unset:
+        if unset and not settings.keys() <= before.keys():
             before = {**settings, **{name: value for name, value in before.items() if value is not None}}
         cure = "use the same again, --no-resume to start over, or another --out"
         require_same_settings(directory, before, settings, cure)

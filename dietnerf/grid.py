@@ -7,7 +7,7 @@ vertices, are interpolated linearly and only then activated, so that surfaces ma
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,8 @@ CHORDS = 96
 SHORTEST = 1e-3
 """A ray's first sample there lies at least this share of a step behind the near plane: at the plane it would have no
 length, and density is divided by that."""
+CONTRACTED_DISTORTION = 3e-3
+"""The distortion loss's own weight where the space outside the box is contracted, which leaves room for fog."""
 SLAB = 0.25
 """Share of the grid that one evaluation of the total variation looks at: a random slab, right on average."""
 
@@ -425,7 +427,10 @@ class DietGridModel(FewViewModel):
             )
         for resolution in config.resolutions:
             require_at_least("resolutions", resolution, 4)
-        harmonics = int(self.contraction is not None) if config.harmonics is None else config.harmonics
+        contracted = self.contraction is not None
+        harmonics = int(contracted) if config.harmonics is None else config.harmonics
+        if config.regularizers.distortion is None:
+            config.regularizers = replace(config.regularizers, distortion=CONTRACTED_DISTORTION * contracted)
         require_between("harmonics", harmonics, 0, 4)
         require_at_least("occupancy_every", config.occupancy_every, 1)
         require_at_least("min_views", config.min_views, 1)

@@ -107,7 +107,7 @@ def method_config(method: str) -> FewViewTrainerConfig:
     model = DietGridModelConfig(
         grow_at=(150, 400),
         regularizers=RegularizerConfig(
-            density_variation=1.2e-3, colour_variation=2.4e-3, distortion=3e-3, depth=0.03, silhouette=1.0
+            density_variation=1.2e-3, colour_variation=2.4e-3, distortion=None, depth=0.03, silhouette=1.0
         ),
         semantic=SemanticConfig(poses="sphere"),
     )

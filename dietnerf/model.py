@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from common.checks import UserError, require_above, require_at_least, require_one_of
+from common.checks import UserError, require_above, require_at_least, require_fields_at_least, require_one_of
 from dietnerf.appearance import Appearance
 from dietnerf.contraction import Contraction
 from dietnerf.data import BLENDER_PLANES
@@ -100,6 +100,8 @@ class FewViewModel(Model):
         require_at_least("near", self.near, 0)
         require_above("far", self.far, self.near)
         check_semantic_config(config.semantic)
+        weights = [name for name, value in vars(config.regularizers).items() if value is not None]
+        require_fields_at_least(config.regularizers, 0, *weights)
         self.contraction = Contraction(self.scene_box.aabb) if metadata.get("unbounded") else None
         require_one_of("appearance", config.appearance, ("auto", "on", "off"))
         with_appearance = bool(metadata.get("unbounded")) if config.appearance == "auto" else config.appearance == "on"

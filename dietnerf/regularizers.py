@@ -37,8 +37,9 @@ class RegularizerConfig:
     """Weight of the total variation of density."""
     colour_variation: float = 0.0
     """Weight of the total variation of colour."""
-    distortion: float = 0.0
-    """Weight of the distortion loss (mip-NeRF 360): compact density along a ray."""
+    distortion: float | None = 0.0
+    """Weight of the distortion loss (mip-NeRF 360): compact density along a ray. None, of the grid, is 0.003 where the
+    space outside the box is contracted, else 0."""
     depth_smoothness: float = 0.0
     """Weight of the differences of depth within small patches seen from random poses (RegNeRF)."""
     depth: float = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from nerfstudio.field_components.spatial_distortions import SceneContraction
 
 from dietnerf.contraction import Contraction
 from dietnerf.grid import VoxelGrid
+from dietnerf.regularizers import RegularizerConfig
 from tests.dietnerf.fields import CONFIGS
 
 BOX = torch.tensor([[-1.0, 2.0, 0.0], [3.0, 4.0, 1.0]])
@@ -137,3 +140,14 @@ def test_a_gradient_for_positions_is_that_of_autograd(generator):
     naive = (grid.colour_tables[0][corners.row] * corners.weight[..., None]).sum(dim=1)
     torch.sigmoid(naive).sum().backward()
     assert torch.allclose(fast, points.grad, atol=1e-5) and fast.abs().sum() > 0
+
+
+def test_the_grid_of_a_capture_has_directions_and_compact_density():
+    """Left to the method; what is asked for stands."""
+    box = SceneBox(torch.tensor([[-1.0] * 3, [1.0] * 3]))
+    own = replace(CONFIGS["grid"], harmonics=None, regularizers=RegularizerConfig(distortion=None))
+    asked = replace(CONFIGS["grid"], harmonics=0, regularizers=RegularizerConfig(distortion=0.0))
+    for unbounded, config, wanted in ((True, own, (1, 3e-3)), (False, own, (0, 0.0)), (True, asked, (0, 0.0))):
+        config = replace(config)
+        model = config.setup(scene_box=box, num_train_data=3, metadata=META | {"unbounded": unbounded})
+        assert (model.field.harmonics, model.config.regularizers.distortion) == wanted

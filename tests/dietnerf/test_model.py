@@ -390,6 +390,7 @@ def test_metrics_need_nothing_downloaded():
     [
         (DietGridModelConfig(resolutions=(8, 16), grow_at=()), "grow_at"),
         (DietGridModelConfig(regularizers=RegularizerConfig(frequency_steps=5)), "frequency_steps"),
+        (DietGridModelConfig(regularizers=RegularizerConfig(occlusion=-1.0)), "occlusion is -1.0"),
         (DietNeRFModelConfig(near=3.0, far=2.0), "far is 2.0"),
         (DietNeRFModelConfig(position_bands=0), "position_bands is 0"),
         (DietNeRFModelConfig(background_color="green"), "background_color is 'green'"),

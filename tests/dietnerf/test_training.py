@@ -178,8 +178,15 @@ def test_a_run_that_version_0_1_began_goes_on(ball_scene, tmp_path, small_grid):
     torch.save(checkpoint, last)
     assert Scene.load(train(changed(base, steps=6)), device="cpu").step == 5
     torch.save(checkpoint, last)
-    with pytest.raises(UserError, match=r"was begun with distortion 0.003, now it is 0.1: use the same again"):
-        train(changed(base, distortion=0.1))
+    with pytest.raises(UserError, match=r"was begun with density_variation 0.0012, now it is 0.1: use the same again"):
+        train(changed(base, density_variation=0.1))
+
+
+def test_what_a_run_left_to_the_method_is_not_changed_later(ball_scene, tmp_path, small_grid):
+    base = settings(ball_scene, tmp_path / "run", steps=2, val_views=0, semantic_weight=0.0)
+    train(base)
+    with pytest.raises(UserError, match=r"was begun with distortion None, now it is 0.1: use the same again"):
+        train(changed(base, steps=4, distortion=0.1))
 
 
 @pytest.mark.slow
