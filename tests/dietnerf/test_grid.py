@@ -45,11 +45,12 @@ def test_look_up_is_trilinear(generator):
         torch.testing.assert_close(row, naive_lookup(grid, grid.colour_tables[0], point), atol=1e-4, rtol=0)
 
 
-def test_gradient_of_the_look_up_is_embedding_bags(generator):
-    grid = random_grid()
+@pytest.mark.parametrize("harmonics", [0, 1])
+def test_gradient_of_the_look_up_is_embedding_bags(generator, harmonics):
+    grid = random_grid(harmonics=harmonics)
     corners = grid.locate(BOX[0] + (BOX[1] - BOX[0]) * torch.rand(40, 3, generator=generator))
-    target = torch.randn(40, 3, generator=generator)
     table = grid.colour_tables[0]
+    target = torch.randn(40, table.shape[1], generator=generator)
     (fast,) = torch.autograd.grad((interpolate(table, corners) * target).sum(), table)
     naive = (table[corners.row.long()] * corners.weight[..., None]).sum(dim=1)
     (slow,) = torch.autograd.grad((naive * target).sum(), table)
@@ -64,15 +65,16 @@ def test_voxels_are_nearly_cubes_and_fit_their_table():
     assert vertices_along(torch.tensor([1.0, 2.0, 0.5]), 20).tolist() == [20, 40, 10]
 
 
-def test_refining_is_trilinear_from_end_to_end(generator):
-    coarse = torch.randn(4, 3, 5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("channels", [1, 2, 12])
+def test_refining_is_trilinear_from_end_to_end(generator, channels):
+    coarse = torch.randn(4, 3, 5, channels, generator=generator, dtype=torch.float64, requires_grad=True)
     sizes = (9, 7, 6)
     found = refine(coarse, sizes)
     whole = torch.nn.functional.interpolate(
         coarse.permute(3, 0, 1, 2)[None], sizes, mode="trilinear", align_corners=True
     )[0].permute(1, 2, 3, 0)
     torch.testing.assert_close(found, whole)
-    target = torch.randn(*sizes, 2, generator=generator, dtype=torch.float64)
+    target = torch.randn(*sizes, channels, generator=generator, dtype=torch.float64)
     slopes = [torch.autograd.grad((values * target).sum(), coarse)[0] for values in (refine(coarse, sizes), whole)]
     torch.testing.assert_close(*slopes)
     torch.testing.assert_close(refine(coarse, (4, 3, 5)), coarse)  # the same vertices
