@@ -289,7 +289,7 @@ def require_same_run(directory: Path, settings: Mapping[str, Any], *, unset: boo
     """Raise UserError when the run in `directory` was begun with other `settings` (see `build_trainer`).
 
     Args:
-        unset: an earlier version, which did not know some of the settings, recorded None for what it left to the method:
+        unset: an earlier version, which did not know all settings, recorded None for what it left to the method:
             neither is compared.
     """
     last = directory / "last.ckpt"

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-
 FEW = 4
 """Up to so many channels, the ways that suit few are faster."""
 
