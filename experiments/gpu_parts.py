@@ -247,7 +247,8 @@ def take_steps(work: Work, module: LightningModule, batches: list[Any], precisio
             enable_progress_bar=False, enable_model_summary=False, callbacks=[watch],
         )  # fmt: skip
         data: Any = batches
-        trainer.fit(module, DataLoader(data, batch_size=None))
+        with fork_generators(work.seed):  # dropout's masks
+            trainer.fit(module, DataLoader(data, batch_size=None))
     losses = torch.stack(watch.losses).float().cpu()
     if trainer.global_step != len(batches) or not torch.isfinite(losses).all():
         raise RuntimeError(f"training ended after {trainer.global_step} of {len(batches)} steps, losses {losses}")
