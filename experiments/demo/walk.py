@@ -29,7 +29,8 @@ def walk_section(
     *,
     device: str | torch.device = "auto",
     image_size: int = 320,
-    steps: int = 600,
+    steps: int = 400,
+    rays: int = 2048,
     frames: int = 30,
     size: int = 160,
 ) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def walk_section(
         device: "auto", "cpu", "cuda", ...
         image_size: longest side of the photographs that poses are found on.
         steps: of training; 0 is the method's own number.
+        rays: a step; 0 is the method's own number.
         frames: of the path.
         size: width of training images and pictures, in pixels.
     """
@@ -48,7 +50,8 @@ def walk_section(
     begun = time.monotonic()
     posed = pose(PoseConfig(WALK, out / "walk" / "scene", image_size=image_size))
     placed = time.monotonic() - begun
-    run = train_grid(posed.scene, out / "walk" / "run", target, hold_out=HOLD_OUT, image_size=size, steps=steps)
+    training = dict(hold_out=HOLD_OUT, image_size=size, steps=steps, rays=rays)
+    run = train_grid(posed.scene, out / "walk" / "run", target, **training)
     scene = Scene.load(run, device=target)
     path = [scene.render(place, size=size) for place in path_poses(scene, "interpolate", frames)]
     gif = write_gif(out / "walk.gif", frames_of(path), fps=8)
@@ -62,7 +65,7 @@ def walk_section(
         f"{time.monotonic() - begun - placed:.0f} seconds with what is shown here.",
     )
     page.command("dietnerf pose common/assets/samples/walk out/walk --image-size 320")
-    page.command(f"dietnerf train out/walk --hold-out {HOLD_OUT} --image-size {size} --steps {scene.step + 1}")
+    page.command(" ".join(["dietnerf train out/walk", *(f"--{k.replace('_', '-')} {v}" for k, v in training.items())]))
     page.video(gif, "From photograph to photograph, colour and depth", alt="a path through the room, colour and depth")
     page.text("Photographs that were held out, each to the left of its render:")
     show_held_out(page, found, width=2 * size, what="photographs")
