@@ -141,11 +141,13 @@ class VoxelGrid(nn.Module):
 
     def values(self) -> Values:
         """Sums of the levels. Without gradients they are kept until the grid is trained, grows or is loaded."""
-        if self.training or torch.is_grad_enabled():
-            return Values(*(self._sum(tables) for tables in (self.density_tables, self.colour_tables)))
-        if self._held is None or self._held.density.device != self.aabb.device:
-            self._held = Values(*(self._sum(tables) for tables in (self.density_tables, self.colour_tables)))
-        return self._held
+        kept = not (self.training or torch.is_grad_enabled())
+        if kept and self._held is not None and self._held.density.device == self.aabb.device:
+            return self._held
+        values = Values(self._sum(self.density_tables), self._sum(self.colour_tables))
+        if kept:
+            self._held = values
+        return values
 
     def density(self, corners: Corners, values: Values | None = None) -> Float[Tensor, " n"]:
         """Density per unit of length."""

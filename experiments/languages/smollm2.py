@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Subset
 
-from common.checks import require_above, require_at_least, require_one_of, run_command
+from common.checks import require_above, require_fields_at_least, require_one_of, run_command
 from common.decoders.families import base_model, is_norm
 from common.files import write_json
 from common.gpt2 import load_gpt2
-from common.runtime import RuntimeConfig, autocast, fork_generators, hardware, start, versions
+from common.runtime import RuntimeConfig, autocast, fork_generators, provenance, start
 from experiments import from_command_line
 from experiments.languages import arms as small
 from experiments.languages.recycle import finished, prepare, stage
@@ -248,8 +248,7 @@ def run_arm(arm: str, setting: Setting, *, seed: int, rate: float, tokens: int, 
         "held_out": held_out,
         "precision": runtime.precision,
         "cpu_seconds": round(time.process_time() - begun, 1),
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(directory / "result.json", result)
     shutil.rmtree(directory / "train", ignore_errors=True)
@@ -323,9 +322,8 @@ def main(config: Config) -> None:
     """Make the runs asked for, those finished excepted, and write the page after each."""
     for arm in config.arms:
         require_one_of("arm", arm, ARMS)
-    for name in ("tokens", "seeds", "valid_blocks", "held_out_bytes"):
-        require_at_least(name, getattr(config, name), 1)
-    require_at_least("tune_tokens", config.tune_tokens, 0)
+    require_fields_at_least(config, 1, "tokens", "seeds", "valid_blocks", "held_out_bytes")
+    require_fields_at_least(config, 0, "tune_tokens")
     require_above("rate", config.rate, 0)
     start(config.runtime)
     results: dict[str, dict[str, Any]] = {}
