@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from clipcap.packing import decoding_parts
+from common.decoders.families import cache_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +62,7 @@ class CachedDecoder:
         self.transformer, self.head = decoding_parts(model.gpt2, int8=int8)
         self.embed = model.gpt2.get_input_embeddings()
         self.dtype = self.embed.weight.dtype
+        self.cache_name = str(cache_name(self.transformer.forward))
 
     def prefill(self, prefix: Float[Tensor, "b K d"]) -> Float[Tensor, "b 1 d"]:
         """Run the prefixes; returns the hidden state that predicts each image's first token."""
@@ -136,8 +138,8 @@ class SharedCacheDecoder(CachedDecoder):
             inputs_embeds=inputs,
             position_ids=places[None],
             attention_mask=self._masks(visible, places, inputs.dtype),
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_name: self.cache},
         )
         self.cache.filled += count
         return states.last_hidden_state
@@ -256,7 +258,7 @@ class OwnCacheDecoder(CachedDecoder):
         return self._forward(self.embed(tokens.flatten())[:, None]).view(images, beams, -1)
 
     def _forward(self, inputs: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        states = self.transformer(inputs_embeds=inputs, past_key_values=self.cache, use_cache=True)
+        states = self.transformer(inputs_embeds=inputs, use_cache=True, **{self.cache_name: self.cache})
         return states.last_hidden_state
 
     def keep(self, order: Int[Tensor, " a"]) -> None:

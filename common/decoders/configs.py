@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from common.checks import UserError
+from common.decoders.families import cache_name
 from common.pretrained import (
     ASSETS,
     DROPOUT,
@@ -50,8 +51,6 @@ OLDER = (
 """Sizes that earlier versions of transformers wrote by names that are no fields today, but still understood."""
 NOT_CAUSAL = {"bert-generation", "trocr", "whisper", "xlnet"}
 """Have a class for causal modelling, but are not decoders that stand alone."""
-INTERFACE = {"inputs_embeds", "past_key_values", "use_cache"}
-"""What a decoder's forward takes: a prefix, and a cache of keys and values."""
 
 
 def decoder_config(fields: Any, place: str) -> PreTrainedConfig:
@@ -138,7 +137,7 @@ def require_causal(fields: Mapping[str, Any], place: str) -> None:
         and not fields.get("is_encoder_decoder")
         and (not isinstance(named, list) or not named or causal[kind] in named)
     )
-    if accepted and INTERFACE <= _arguments(str(kind)):
+    if accepted and _takes_prefix_and_cache(str(kind)):
         return
     code = ", and code that comes with a model is never run" if fields.get("auto_map") and kind not in causal else ""
     raise UserError(
@@ -192,12 +191,16 @@ def _own_fields(kind: type[PreTrainedConfig]) -> set[str]:
     return own - shared - {"use_cache"}
 
 
-def _arguments(kind: str) -> set[str]:
-    """What the forward of a family's class takes."""
+def _takes_prefix_and_cache(kind: str) -> bool:
+    """Whether a family's forward takes a prefix and a cache of keys and values, which a recurrent one has not."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]]
-    return set(inspect.signature(found.forward).parameters)
+    config: Any = CONFIG_MAPPING[kind]
+    heads = {"num_attention_heads", "num_key_value_heads"} & {*_own_fields(config), *config.attribute_map}
+    forward = MODEL_FOR_CAUSAL_LM_MAPPING[config].forward
+    arguments = inspect.signature(forward).parameters
+    takes = {"inputs_embeds", "use_cache"} <= set(arguments) and cache_name(forward) is not None
+    return takes and bool(heads or config.sub_configs)
 
 
 def _check_heads(config: Any, place: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -31,6 +33,12 @@ def numbers_cached(config: PreTrainedConfig) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     each = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * heads * each
+
+
+def cache_name(forward: Callable[..., Any]) -> str | None:
+    """What a decoder's forward calls its cache of keys and values, which changed in transformers 5.24; None without."""
+    names = "cache", "past_key_values"
+    return next((name for name in names if name in inspect.signature(forward).parameters), None)
 
 
 def base_model(model: PreTrainedModel) -> Any:

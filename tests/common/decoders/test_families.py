@@ -11,7 +11,14 @@ from clipcap.decoding import decode
 from clipcap.packing import can_use_int8, decoding_parts
 from common.checks import UserError
 from common.decoders import base_model, blocks, positions, width
-from common.decoders.families import UNLIMITED, blocks_name, is_norm, numbers_cached, position_embeddings
+from common.decoders.families import (
+    UNLIMITED,
+    blocks_name,
+    cache_name,
+    is_norm,
+    numbers_cached,
+    position_embeddings,
+)
 from common.decoders.heads import OutputHead, library_logits, output_head, require_known_head
 from common.gpt2 import is_tied, load_gpt2, replace_token_table, token_table, token_tables
 from common.language import IGNORE, head_cross_entropy, score
@@ -42,6 +49,12 @@ def saved(tmp_path_factory, tokenizer):
         return made[family]
 
     return directory
+
+
+def test_the_cache_is_given_by_the_name_that_the_library_has_for_it():
+    assert cache_name(lambda inputs_embeds, past_key_values=None: 0) == "past_key_values"  # before 5.24
+    assert cache_name(lambda inputs_embeds, cache=None, use_cache=None: 0) == "cache"
+    assert cache_name(lambda inputs_embeds, state=None: 0) is None
 
 
 @pytest.mark.parametrize("family", EVERY)
