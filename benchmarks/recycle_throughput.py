@@ -31,7 +31,7 @@ from benchmarks import parser_of, print_result
 from common.runtime import fork_generators
 from recycle_gpt2.lexical import train_only
 from recycle_gpt2.loss import next_token_loss, tied_cross_entropy
-from recycle_gpt2.training import StageConfig, build_optimizer, flops_per_token
+from recycle_gpt2.training import PUBLISHED, build_optimizer, flops_per_token
 
 WIDTH = 768
 PAGE = resource.getpagesize()
@@ -66,7 +66,7 @@ def measure_step(which: str, *, vocab: int, tokens: int, steps: int) -> dict[str
         batch = torch.randint(1, vocab, (1, tokens))
     model.train()
     train_only(model, layers="all" if which == "full" else ())
-    optimizer = build_optimizer(model, StageConfig())
+    optimizer = build_optimizer(model, PUBLISHED)
     times = []
     for _ in range(steps + 1):  # the first one makes the optimizer's state
         begin = time.process_time()

@@ -37,7 +37,7 @@ PIECE = 1 << 24
 class RowsConfig:
     """The new rows, and what is relearned with them."""
 
-    initialisation: Initialisation = "random"
+    initialisation: Initialisation = "focus"
     """First values of the new rows: random (matched mean and variance), mean, frequency (rank), copy (tokens spelled
     as English ones). Beside these copied rows: subwords (means of a token's English pieces), focus (means of copied
     rows that are alike in the new language's text), transplant (sparse combinations of them, by matching pursuit)."""

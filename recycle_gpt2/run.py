@@ -61,7 +61,6 @@ from recycle_gpt2.tokenizer import (
     texts_but_test,
     train_tokenizer,
 )
-from recycle_gpt2.training import StageConfig
 
 STAGES = tuple("text tokenizer corpus english relearn align relearn-large finetune evaluate lexicon card".split())
 
@@ -71,7 +70,7 @@ class _Tokenizer:
     """What decides the tokenizer."""
 
     text: tuple[Path, ...]
-    vocab_size: int
+    vocab_size: int | None
     shares: tuple[float, float, float]
     seed: int
     options: TokenizerOptions
@@ -236,7 +235,7 @@ def make_model(job: Job) -> None:
                     out=begin("relearn-large"),
                     model=str(current),
                     keep_table=True,
-                    stage=_scaled(config.stage, config.large_share),
+                    stage=replace(config.stage, share=config.large_share),
                 )
             )
     if config.unfreeze != "none" and config.finetune_share > 0:
@@ -248,7 +247,7 @@ def make_model(job: Job) -> None:
                 unfreeze=config.unfreeze,
                 english=replayed,
                 replay=config.kept.replay,
-                stage=replace(_scaled(config.stage, config.finetune_share), lr=config.finetune_lr),
+                stage=replace(config.stage, share=config.finetune_share, lr=config.finetune_lr),
                 runtime=config.runtime,
             )
         )
@@ -335,11 +334,6 @@ def check_models(config: RunConfig) -> int:
         require_shared_vocabulary((config.small, config.large), small_tokenizer, large_tokenizer)
         places = min(places, positions(large.config))
     return min(config.block, places)
-
-
-def _scaled(stage: StageConfig, share: float) -> StageConfig:
-    """The same stage, longer or shorter."""
-    return replace(stage, epochs=stage.epochs * share, tokens=round(stage.tokens * share))
 
 
 def _make_tokenizer(job: Job, directory: Path) -> dict[str, Any]:

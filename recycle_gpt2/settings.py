@@ -19,8 +19,8 @@ from recycle_gpt2.lexical import RowsConfig
 from recycle_gpt2.rows import require_rows
 from recycle_gpt2.shards import MOST_WORKERS
 from recycle_gpt2.splits import SHARES, require_shares
-from recycle_gpt2.tokenizer import VOCAB_SIZE, TokenizerOptions, require_extended, require_vocab_size
-from recycle_gpt2.training import StageConfig
+from recycle_gpt2.tokenizer import TokenizerOptions, require_extended, require_vocab_size
+from recycle_gpt2.training import StageConfig, require_rate
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class RunConfig:
     """English model whose embeddings are relearned: tiny, gpt2, distilgpt2, or a directory."""
     large: str = ""
     """Larger English model of the same vocabulary that the embeddings are carried over to; nothing stays small."""
-    vocab_size: int = VOCAB_SIZE
-    """Tokens of the new tokenizer (the paper: 40,000 for Dutch, 30,000 for Italian)."""
+    vocab_size: int | None = None
+    """Tokens of the new tokenizer (the paper: 40,000 for Dutch, 30,000 for Italian). Left out, one for every 800 bytes
+    of text, but at least 512 and at most 40,000."""
     block: int = 1024
     """Tokens in a block; at most the models' positions."""
     shares: tuple[float, float, float] = SHARES
@@ -64,8 +65,8 @@ class RunConfig:
     """Last training of the whole model: all at once, top (layer by layer from the output), or none."""
     finetune_share: float = 1.0
     """Length of that training, as a share of relearning."""
-    finetune_lr: float = 1e-4
-    """Its learning rate."""
+    finetune_lr: float | None = None
+    """Its learning rate (the paper: 1e-4); left out, chosen like lr."""
     push_to_hub: str = ""
     """Upload the finished model to this repository (user/name, or user/name-{language}) of the Hugging Face hub."""
     options: TokenizerOptions = field(default_factory=TokenizerOptions)
@@ -95,8 +96,7 @@ class RunConfig:
         if self.large:
             require_at_least("k", self.alignment.k, 1)
         self.stage.check()
-        if not self.finetune_lr > 0:
-            raise UserError(f"finetune_lr is {self.finetune_lr}: use a rate above 0.")
+        require_rate("finetune_lr", self.finetune_lr)
         if self.kept.replay and (self.unfreeze == "none" or self.finetune_share == 0):
             raise UserError(f"replay is {self.kept.replay:g} but nothing is fine-tuned: leave it out, or fine-tune.")
         if self.out.name in ("", ".."):

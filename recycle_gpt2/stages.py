@@ -106,7 +106,7 @@ class FinetuneConfig:
     """For replay: directory that `recycle-gpt2 corpus` wrote of English text, with this model's tokenizer."""
     replay: float = 0.0
     """Share of the blocks that are of that corpus, so that less English is forgotten; they count among the tokens."""
-    stage: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-4))
+    stage: StageConfig = field(default_factory=StageConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -413,11 +413,7 @@ def finetune(config: FinetuneConfig) -> Path:
             blocks = WithReplay(train, english, config.replay)
         records = []
         steps = unfreezing(config.unfreeze, model.config.num_hidden_layers)
-        part = replace(
-            config.stage,
-            epochs=config.stage.epochs / len(steps),
-            tokens=config.stage.tokens // len(steps),
-        )
+        part = replace(config.stage, share=config.stage.share / len(steps))
         for number, layers in enumerate(steps, start=1):
             train_only(model, layers=layers)
             directory = config.out / TRAINING / (f"step-{number}" if len(steps) > 1 else "")

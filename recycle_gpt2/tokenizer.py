@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"
 NUM_BYTES = 256
-VOCAB_SIZE = 40_000
-"""Of a new tokenizer (the paper's for Dutch)."""
+BYTES_A_TOKEN, FEWEST, VOCAB_SIZE = 800, 512, 40_000
+"""Of a new tokenizer unless its size is given: text for each token, and the fewest and most tokens (the paper's for
+Dutch). A token that a text has less often than some two hundred times is hardly learnt."""
 MOST_TOKENS = 1 << 24
 """Above, the training itself would ask for more memory than there is."""
 LOOKED_AT = 1 << 20
@@ -63,8 +64,9 @@ class TokenizerConfig:
     left out."""
     out: Path
     """Directory that the tokenizer is saved in; AutoTokenizer loads it."""
-    vocab_size: int = VOCAB_SIZE
-    """Tokens, of which 256 are bytes and one is the end token (the paper: 40,000 for Dutch, 30,000 for Italian)."""
+    vocab_size: int | None = None
+    """Tokens, of which 256 are bytes and one is the end token (the paper: 40,000 for Dutch, 30,000 for Italian). Left
+    out, one for every 800 bytes of text, but at least 512 and at most 40,000."""
     shares: tuple[float, float, float] = SHARES
     """Shares of the documents in train, valid and test, as the corpus will have them: test documents are not read."""
     seed: int = 0
@@ -106,7 +108,7 @@ def extended(
     texts: Iterable[str],
     count: int,
     english: Iterable[Document],
-    vocab_size: int,
+    vocab_size: int | None,
     options: TokenizerOptions,
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of an English model with `count` tokens more; see `recycle_gpt2.extend`.
@@ -121,18 +123,19 @@ def extended(
     return extend_tokenizer(load_gpt2(model)[1], _counted(texts, True), count, keep=keep)
 
 
-def require_extended(vocab_size: int, options: TokenizerOptions) -> None:
+def require_extended(vocab_size: int | None, options: TokenizerOptions) -> None:
     """Raise UserError where what decides a new tokenizer stands beside an extended one."""
-    if vocab_size != VOCAB_SIZE or options != TokenizerOptions():
+    if vocab_size is not None or options != TokenizerOptions():
         raise UserError(
             "vocab_size, pieces, split_pattern and nfc are of a new tokenizer, and an extended one keeps those of the "
             "English one: leave them out, or leave out extend."
         )
 
 
-def require_vocab_size(vocab_size: int) -> None:
+def require_vocab_size(vocab_size: int | None) -> None:
     """Raise UserError for a number of tokens that no tokenizer can have."""
-    require_between("vocab_size", vocab_size, NUM_BYTES + 1, MOST_TOKENS)
+    if vocab_size is not None:
+        require_between("vocab_size", vocab_size, NUM_BYTES + 1, MOST_TOKENS)
 
 
 def texts_but_test(documents: Iterable[Document], shares: tuple[float, float, float], seed: int) -> Iterator[str]:
@@ -142,7 +145,7 @@ def texts_but_test(documents: Iterable[Document], shares: tuple[float, float, fl
 
 def train_tokenizer(
     texts: Iterable[str],
-    vocab_size: int,
+    vocab_size: int | None = None,
     *,
     end_token: str = END,
     options: TokenizerOptions | None = None,
@@ -154,7 +157,8 @@ def train_tokenizer(
 
     Args:
         texts: documents, read once and not kept.
-        vocab_size: tokens, at least 257.
+        vocab_size: tokens, at least 257; None for as many as suit the texts (`TokenizerConfig`), where they support
+            them.
         end_token: stands between documents.
         options: kind, split pattern and normalisation.
         progress: show how many documents have been read.
@@ -169,8 +173,9 @@ def train_tokenizer(
     require_vocab_size(vocab_size)
     options = options or TokenizerOptions()
     chosen, texts = _split_for(options.split_pattern, _counted(texts, progress))
+    size, texts = (vocab_size, texts) if vocab_size is not None else _size_for(texts)
     common: dict[str, Any] = dict(
-        vocab_size=vocab_size,
+        vocab_size=size,
         special_tokens=[end_token],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -187,9 +192,9 @@ def train_tokenizer(
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.train_from_iterator(texts, trainer)
     found = backend.get_vocab_size()
-    if found < vocab_size:
+    if vocab_size is not None and found < vocab_size:
         raise UserError(
-            f"vocab_size is {vocab_size} but the text supports {found} tokens: use at most that, or give more text."
+            f"vocab_size is {vocab_size} but the text supports {found} tokens: leave it out for as many as suit it."
         )
     # GPT-2's own class would come back from the disk with GPT-2's split pattern and no normalisation.
     as_gpt2 = options.pieces == "bpe" and chosen == "gpt2" and not options.nfc
@@ -216,6 +221,18 @@ def _split_for(split: str, texts: Iterator[str]) -> tuple[str, Iterator[str]]:
             break
     marks = mark_share("".join(first)[:LOOKED_AT])
     return "marks" if marks > MANY_MARKS else "gpt2", chain(first, texts)
+
+
+def _size_for(texts: Iterator[str]) -> tuple[int, Iterator[str]]:
+    """The number of tokens that suits `texts`, and all of them."""
+    first: list[str] = []
+    size = 0
+    for text in texts:
+        first.append(text)
+        size += len(text.encode("utf-8", "surrogatepass"))
+        if size >= VOCAB_SIZE * BYTES_A_TOKEN:
+            break
+    return min(max(FEWEST, size // BYTES_A_TOKEN), VOCAB_SIZE), chain(first, texts)
 
 
 def _pre_tokenizer(split: str) -> Any:

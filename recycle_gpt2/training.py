@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+import tyro
 from jaxtyping import Int
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -17,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.batches import BatchOrder, ResumableLoader
-from common.checks import UserError, require_fields_at_least
+from common.checks import UserError, require_at_least, require_fields_at_least
 from common.decoders.families import blocks, blocks_name, is_norm, positions
-from common.decoders.tables import is_tied
+from common.decoders.tables import is_tied, token_table
 from common.files import write_json
 from common.language import IGNORE
 from common.optimizers import MuonAndAdam, decay_matrices, scheduled, warmup_cosine
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MOST_PASSES, ENOUGH = 4, 2_000_000
+"""What is trained on unless a length is given: passes over the text, until these tokens are reached. Four passes are
+worth nearly as much as new text (Muennighoff et al. 2023, sec. 5)."""
+ROWS_RATE, LAYERS_RATE = 0.025, 0.005
+"""Learning rate of Adam as a share of the token table's standard deviation: of the table alone, and of everything."""
 VALIDATIONS = 10
 """Of a stage, where it has the steps for them: each is a checkpoint, and the best weights are chosen among them."""
 
@@ -49,21 +55,22 @@ VALIDATIONS = 10
 class StageConfig:
     """How long and how a stage trains."""
 
-    epochs: float = 1.0
-    """Passes over the blocks."""
+    epochs: float | None = None
+    """Passes over the blocks. Left out, four, or fewer once they make two million tokens, but at least one."""
     tokens: int = 0
     """Tokens to train on, when not 0, instead of epochs."""
     batch_size: int = 8
     """Blocks in a batch, for each process."""
-    optimizer: Literal["amsgrad", "adamw", "muon"] = "amsgrad"
+    optimizer: Literal["amsgrad", "adamw", "muon"] = "adamw"
     """amsgrad: Adam as published; adamw; muon: Muon for the layers' matrices, AdamW for the rest."""
-    lr: float = 1e-3
-    """Peak learning rate (of AdamW's part with muon)."""
+    lr: float | None = None
+    """Peak learning rate (of AdamW's part with muon; the paper: 1e-3, and 1e-4 for fine-tuning). Left out, a share of
+    the token table's standard deviation at the beginning: 2.5%, or 0.5% where AdamW trains the layers too."""
     lr_muon: float = 0.02
     """Muon's peak learning rate."""
     weight_decay: float = 0.0
     """Weight decay, on matrices only; decoupled but for amsgrad."""
-    schedule: Literal["plateau", "cosine"] = "plateau"
+    schedule: Literal["plateau", "cosine"] = "cosine"
     """plateau: a tenth of the rate when validation stops improving, as published; cosine: down to zero."""
     patience: int = 1
     """Validations in a row without improvement that the plateau schedule bears."""
@@ -73,6 +80,8 @@ class StageConfig:
     """Validations without improvement that end the stage; 0 never does."""
     val_every: int = 500
     """Steps between validations, at most: there are about ten in a stage or more, and one after its last step."""
+    share: tyro.conf.Suppress[float] = 1.0
+    """Of that length: what a run's other stages take of it."""
     gradients: GradientConfig = field(default_factory=GradientConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
@@ -81,12 +90,36 @@ class StageConfig:
         self.scale.check()
         self.gradients.check()
         require_fields_at_least(self, 1, "batch_size", "val_every")
-        require_fields_at_least(self, 0, "patience", "warmup", "early_stopping", "weight_decay", "epochs", "tokens")
+        require_fields_at_least(self, 0, "patience", "warmup", "early_stopping", "weight_decay", "tokens")
+        require_at_least("epochs", 1.0 if self.epochs is None else self.epochs, 0)
         for name in ("lr", "lr_muon"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}: use a rate above 0.")
-        if not (self.epochs or self.tokens):
+            require_rate(name, getattr(self, name))
+        if self.epochs == 0 and not self.tokens:
             raise UserError(f"epochs is {self.epochs} and tokens is {self.tokens}: set one of them above 0.")
+
+    def length(self, tokens: int) -> float:
+        """Tokens that are trained on, of a corpus that has `tokens`."""
+        passes = min(MOST_PASSES, max(1.0, ENOUGH / tokens)) if self.epochs is None else self.epochs
+        return self.share * (self.tokens or passes * tokens)
+
+
+PUBLISHED = StageConfig(epochs=1.0, optimizer="amsgrad", lr=1e-3, schedule="plateau")
+"""As de Vries & Nissim 2021 relearn."""
+
+
+def require_rate(name: str, rate: float | None) -> None:
+    """Raise UserError for a learning rate that is not above 0; None leaves the choice to `learning_rate`."""
+    if rate is not None and not rate > 0:
+        raise UserError(f"{name} is {rate}: use a rate above 0.")
+
+
+def learning_rate(model: PreTrainedModel, config: StageConfig) -> float:
+    """The peak rate that `config` says or leaves out: Adam moves each weight by about the rate, whatever its scale."""
+    if config.lr is not None:
+        return config.lr
+    inside = any(parameter.requires_grad and parameter.ndim == 2 for parameter in blocks(model).parameters())
+    share = LAYERS_RATE if inside and config.optimizer != "muon" else ROWS_RATE
+    return share * float(token_table(model).detach().float().std())
 
 
 @dataclass(frozen=True)
@@ -107,8 +140,7 @@ def plan(num_blocks: int, block: int, config: StageConfig) -> Plan:
     """
     config.check()
     blocks_per_step = min(config.batch_size * config.gradients.accumulate * config.scale.world, num_blocks)
-    tokens = config.tokens or config.epochs * num_blocks * block
-    steps = max(1, math.ceil(tokens / (blocks_per_step * block) - 1e-6))
+    steps = max(1, math.ceil(config.length(num_blocks * block) / (blocks_per_step * block) - 1e-6))
     validations = math.ceil(steps / min(config.val_every, math.ceil(steps / VALIDATIONS)))
     every = math.ceil(steps / validations)
     return Plan(every * validations, every, blocks_per_step * block)
@@ -141,26 +173,25 @@ def flops_per_token(model: PreTrainedModel, block: int) -> int:
     return total + head.numel() * (2 + 2 * below + 2 * head.requires_grad)
 
 
-def build_optimizer(model: torch.nn.Module, config: StageConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: PreTrainedModel, config: StageConfig) -> torch.optim.Optimizer:
     """The optimizer over the parameters that ask for a gradient; weight decay is for matrices only.
 
     Raises:
         UserError: nothing to train, or a value that cannot work.
     """
     config.check()
+    lr = learning_rate(model, config)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise UserError("no tensor is to be trained: choose what the stage trains.")
     if config.optimizer == "muon":
         hidden = f"{blocks_name(model)}."
         if any(hidden in name and p.ndim == 2 for name, p in trained.items()):
-            return MuonAndAdam(
-                model, hidden=hidden, lr_muon=config.lr_muon, lr=config.lr, weight_decay=config.weight_decay
-            )
+            return MuonAndAdam(model, hidden=hidden, lr_muon=config.lr_muon, lr=lr, weight_decay=config.weight_decay)
     groups = decay_matrices([*trained.values()], config.weight_decay)
     if config.optimizer == "amsgrad":
-        return torch.optim.Adam(groups, lr=config.lr, amsgrad=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+        return torch.optim.Adam(groups, lr=lr, amsgrad=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
 class Recycling(LightningModule):

@@ -52,12 +52,12 @@ def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
         from recycle_gpt2.alignment import AlignmentConfig
         from recycle_gpt2.corpus import load_documents
         from recycle_gpt2.evaluate import interval, score_documents, summarise
+        from recycle_gpt2.lexical import RowsConfig
         from recycle_gpt2.run import RunConfig, recycle
         from recycle_gpt2.stages import FinetuneConfig, finetune
-        from recycle_gpt2.training import StageConfig
+        from recycle_gpt2.training import PUBLISHED
 
-        stage = StageConfig()
-        stage = replace(stage, tokens=config.steps * stage.batch_size * 1024)
+        stage = replace(PUBLISHED, tokens=config.steps * PUBLISHED.batch_size * 1024)
         medium = recycle(
             RunConfig(
                 text=(config.data / "text" / language,),
@@ -66,6 +66,7 @@ def run_language(language: str) -> Callable[[Config, dict[str, str]], None]:
                 small=weights[GPT2],
                 large=weights[MEDIUM],
                 vocab_size=LANGUAGES[language]["vocab_size"],
+                rows=RowsConfig(initialisation="random"),
                 alignment=AlignmentConfig(choose=False),
                 unfreeze="none",
                 stage=stage,
@@ -117,11 +118,11 @@ def rehearse_language(language: str) -> Callable[[Config], Iterator[str]]:
         from common.language import score
         from recycle_gpt2.alignment import align
         from recycle_gpt2.lexical import train_only
-        from recycle_gpt2.training import Plan, Recycling, StageConfig
+        from recycle_gpt2.training import PUBLISHED, Plan, Recycling
 
         def train(model: GPT2LMHeadModel, lr: float = 1e-3) -> float:
             batch = torch.randint(vocab_size, (1, 64))
-            return two_steps(Recycling(model, StageConfig(lr=lr), Plan(2, 2, 64), 1024), batch, config.runtime)
+            return two_steps(Recycling(model, replace(PUBLISHED, lr=lr), Plan(2, 2, 64), 1024), batch, config.runtime)
 
         vocab_size, sizes = LANGUAGES[language]["vocab_size"], GPT2Config()
         step = "s a step of 64 tokens (published: 8 blocks of 1,024)"

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from common.checks import UserError
 from common.files import MARKER
+from recycle_gpt2 import tokenizer as module
 from recycle_gpt2.documents import read_documents
 from recycle_gpt2.tokenizer import (
     TokenizerConfig,
@@ -71,6 +72,18 @@ def test_too_little_text():
         train_tokenizer([], 300)
     with pytest.raises(UserError, match="vocab_size is 256: use at least 257"):
         train_tokenizer(["de kat"], 256)
+
+
+def test_the_size_that_is_left_out_goes_with_the_text(dutch, monkeypatch):
+    monkeypatch.setattr(module, "FEWEST", 270)
+    monkeypatch.setattr(module, "VOCAB_SIZE", 320)
+    size = sum(len(text.encode()) for text in dutch)
+    for bytes_a_token, expected in ((size, 270), (size // 300, size // (size // 300)), (1, 320)):
+        monkeypatch.setattr(module, "BYTES_A_TOKEN", bytes_a_token)
+        found = train_tokenizer(iter(dutch))
+        assert len(found) == expected
+        assert tokenizer_hash(found) == tokenizer_hash(train_tokenizer(dutch, expected))
+    assert 257 <= len(train_tokenizer(["de kat en de kat"])) < 270  # what so little text supports
 
 
 def test_the_supported_number_is_enough(dutch):

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.checks import UserError
+from common.decoders.tables import token_table
 from common.language import IGNORE
 from common.optimizers import MuonAndAdam
 from common.runtime import RuntimeConfig
@@ -20,6 +21,7 @@ from recycle_gpt2 import loss as loss_module
 from recycle_gpt2.lexical import layers_from_top, train_only
 from recycle_gpt2.loss import next_token_loss, positions_at_once, tied_cross_entropy
 from recycle_gpt2.training import (
+    PUBLISHED,
     Recycling,
     StageConfig,
     build_optimizer,
@@ -159,12 +161,39 @@ def test_plan_ends_with_a_validation(epochs, tokens, every):
 @pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 11, 19, 99, 305, 499, 500, 700, 5000, 12_345])
 def test_a_stage_is_validated_about_ten_times_or_more_and_at_least_every_val_every_steps(steps):
     for every in (1, 7, 500):
-        found = plan(steps, BLOCK, StageConfig(batch_size=1, val_every=every))
+        found = plan(steps, BLOCK, StageConfig(epochs=1, batch_size=1, val_every=every))
         validations = found.steps / found.val_every
         assert found.val_every <= every
         assert min(steps, 6) <= validations <= max(10, math.ceil(steps / every))
         assert validations >= 10 or steps < 100
         assert steps <= found.steps <= max(steps + 1, 1.1 * steps)
+
+
+@pytest.mark.parametrize(
+    "tokens, passes", [(1_000, 4), (400_000, 4), (500_000, 4), (1_000_000, 2), (1_600_000, 1.25), (10**9, 1)]
+)
+def test_a_short_text_is_passed_over_four_times_and_a_long_one_once(tokens, passes):
+    assert StageConfig().length(tokens) == pytest.approx(passes * tokens)
+    assert StageConfig(share=0.25).length(tokens) == pytest.approx(passes * tokens / 4)
+    assert StageConfig(epochs=3, share=0.5).length(tokens) == pytest.approx(1.5 * tokens)
+    assert StageConfig(tokens=500, epochs=3, share=0.5).length(tokens) == 250
+    assert PUBLISHED.length(tokens) == tokens
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_the_rate_goes_with_the_scale_of_the_rows(model, scale):
+    with torch.no_grad():
+        token_table(model).mul_(scale / token_table(model).std())
+
+    def rate(layers, **settings) -> float:
+        train_only(model, layers=layers)
+        optimizer = build_optimizer(model, StageConfig(**settings))
+        return min(group["lr"] for group in optimizer.param_groups)
+
+    assert rate(()) == pytest.approx(0.025 * scale)
+    assert rate("all") == rate([0]) == pytest.approx(0.005 * scale)
+    assert rate("all", optimizer="muon", lr_muon=1e3) == pytest.approx(0.025 * scale)
+    assert rate("all", lr=0.3) == 0.3
 
 
 @pytest.mark.slow
