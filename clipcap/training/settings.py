@@ -13,6 +13,7 @@ from clipcap.data.dataset import CaptionedImage
 from clipcap.data.readers import Format
 from common.checks import UserError, require_fields_at_least
 from common.images import ImageLimit
+from common.pretrained import CAPTIONERS
 from common.runtime import RuntimeConfig
 from common.training import GradientConfig, ScaleConfig, settings_of
 
@@ -21,6 +22,9 @@ FREE = (
     "val_captions", "val_beams", "monitor", "patience", "resume", "bundle", "devices", "num_nodes", "strategy",
 )  # fmt: skip
 """Settings that may be others when a run is resumed; its captions must be the same wherever they are."""
+
+PAPER_RATE, SMALL_RATE, SMALL = 2e-5, 1e-3, 512
+"""AdamW's rate for GPT-2, and for decoders narrower than SMALL, which need a higher one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class TrainConfig:
     workers: int = 2
     """Processes that read images; 0 reads them in this one."""
     init: Path | None = None
-    """Trained captioner to continue from; its sizes, CLIP and GPT-2, frozen or not, are then used."""
+    """Trained captioner to continue from: photo, tiny, or a directory; its sizes, CLIP and GPT-2, frozen or not, are
+    then used."""
     clip: str = "photo"
     """Image encoder: photo or tiny (packaged, of photographs and of rendered scenes), a Hugging Face id or directory,
     open_clip:ARCH/TAG-or-path, timm:NAME[/PATH] or torchvision:NAME[/PATH]."""
@@ -84,8 +89,9 @@ class TrainConfig:
     """Optimizer steps, when not 0, instead of epochs."""
     batch_size: int = 40
     """Captions in a batch of each process."""
-    lr: float = 2e-5
-    """AdamW's peak learning rate."""
+    lr: float | None = None
+    """AdamW's peak learning rate. Left out, the paper's 2e-5, or 1e-3 for decoders narrower than 512, such as tiny;
+    with --init a tenth of that."""
     warmup: int = 5000
     """Steps of linear warm-up; at most a tenth of the run."""
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -134,12 +140,16 @@ def resolve_init(config: TrainConfig) -> TrainConfig:
     """The settings with the sizes and backbones of --init; one that was given and differs is an error."""
     if config.init is None:
         return config
-    saved = ClipCapConfig.from_pretrained(config.init) if (config.init / "config.json").is_file() else None
+    init = Path(CAPTIONERS.get(str(config.init), config.init))
+    saved = ClipCapConfig.from_pretrained(init) if (init / "config.json").is_file() else None
     if saved is None or saved.model_type != "clipcap":
-        raise UserError(f"init {str(config.init)!r} is no trained captioner: give the directory `model` of a run.")
-    saved = located(saved, str(config.init))
+        raise UserError(
+            f"init {str(config.init)!r} is no trained captioner: give {', '.join(CAPTIONERS)} or the directory `model` "
+            f"of a run."
+        )
+    saved = located(saved, str(init))
     plain = TrainConfig(data=config.data)
-    taken: dict[str, Any] = {"tune_gpt2": config.tune_gpt2 or saved.tune_gpt2}
+    taken: dict[str, Any] = {"init": init, "tune_gpt2": config.tune_gpt2 or saved.tune_gpt2}
     if config.text_only and not saved.normalize_embeddings:
         raise UserError(
             f"init {str(config.init)!r} reads embeddings of any length and text_only trains on those of length 1: give "
@@ -167,6 +177,20 @@ def resolve_init(config: TrainConfig) -> TrainConfig:
     return replace(config, **taken)
 
 
+def resolve_rate(config: TrainConfig) -> TrainConfig:
+    """What `resolve_init` returns, with a learning rate: one that is left out goes with the width of the decoder."""
+    from common.decoders import require_decoder, width
+
+    if config.lr is not None:
+        return config
+    if config.init is not None:
+        decoder = ClipCapConfig.from_pretrained(config.init).build_gpt2_config()
+    else:
+        decoder = require_decoder(config.gpt2)
+    lr = SMALL_RATE if width(decoder) < SMALL else PAPER_RATE
+    return replace(config, lr=lr / 10 if config.init else lr)
+
+
 def check(config: TrainConfig) -> None:
     """Raise UserError for settings that cannot work."""
     config.scale.check()
@@ -177,7 +201,7 @@ def check(config: TrainConfig) -> None:
     require_fields_at_least(config, 0, *least_zero.split())
     if config.embeddings is not None and config.embeddings.resolve() == config.out.resolve():
         raise UserError(f"embeddings and out are both {str(config.out)!r}: give each a directory of its own.")
-    if not config.lr > 0:
+    if config.lr is not None and not config.lr > 0:
         raise UserError(f"lr is {config.lr}: use a rate above 0.")
     if config.bundle:
         require_copyable("clip", config.clip)

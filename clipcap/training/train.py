@@ -22,7 +22,7 @@ from clipcap.training.lora import add_lora, merge_lora
 from clipcap.training.material import Material, encode_items, progress_bar, read_items
 from clipcap.training.module import CaptionTraining, SelfCriticalTraining
 from clipcap.training.scst import CorpusCider, ReferencedImages, join_images
-from clipcap.training.settings import TrainConfig, check, resolve_init, settings_of_run
+from clipcap.training.settings import TrainConfig, check, resolve_init, resolve_rate, settings_of_run
 from clipcap.training.validation import CaptionValidation, Subset
 from common.batches import BatchOrder, ResumableLoader
 from common.checks import UserError
@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> Path:
         UserError: anything in the data or the settings that cannot work, with its cure; another run uses OUT.
     """
     check(config)
-    config = resolve_init(config)
+    config = resolve_rate(resolve_init(config))
     with sole_run(config.out):
         clear_leftovers(config.out / "tokens")
         return _train(config)

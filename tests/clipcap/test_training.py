@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from clipcap.model import ClipCapModel
 from clipcap.training import material
 from clipcap.training.lora import add_lora, merge_lora
 from clipcap.training.module import CaptionTraining
-from clipcap.training.settings import FREE, TrainConfig
+from clipcap.training.settings import FREE, TrainConfig, resolve_init, resolve_rate
 from clipcap.training.train import run, train
 from common.checks import UserError, run_command
 from common.files import claimed
@@ -326,8 +327,25 @@ def test_goes_on_from_a_trained_captioner(config):
     assert all(torch.allclose(before[name], after[name]) for name in before)
     with pytest.raises(UserError, match="mapper is 'mlp' but init .* has 'transformer'"):
         train(replace(config, init=first, mapper="mlp"))
-    with pytest.raises(UserError, match="no trained captioner"):
+    with pytest.raises(UserError, match="no trained captioner: give photo, tiny"):
         train(replace(config, init=config.out))
+
+
+def test_a_packaged_captioner_is_continued_by_its_name():
+    config = resolve_init(TrainConfig(data=Path("captions.csv"), init=Path("photo")))
+    assert (config.mapper, config.inputs) == ("transformer", "patches") and config.tune_gpt2
+    assert config.clip == "photo" and config.init == ASSETS / "captioner-photo"
+
+
+def test_a_rate_that_is_left_out_goes_with_the_decoder(config, tmp_path):
+    plain = replace(config, lr=None)
+    shutil.copytree(ASSETS / "gpt2-tiny", tmp_path / "wide", ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "wide" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_embd": 768, "n_head": 12}))
+    assert resolve_rate(plain).lr == 1e-3
+    assert resolve_rate(replace(plain, gpt2=str(tmp_path / "wide"))).lr == 2e-5  # the paper's
+    assert resolve_rate(resolve_init(TrainConfig(data=Path("x"), init=Path("photo")))).lr == pytest.approx(1e-4)
+    assert resolve_rate(config) == config
 
 
 @pytest.mark.slow
