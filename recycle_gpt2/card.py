@@ -23,6 +23,7 @@ def model_card(
     large: str,
     corpus: Mapping[str, Any],
     vocabulary: str,
+    method: str,
     stages: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]],
     differences: Mapping[str, str],
@@ -39,6 +40,7 @@ def model_card(
         large: the larger English model, or nothing.
         corpus: the corpus's manifest.
         vocabulary: of the tokenizer, in words: its size, kind, split and normalisation.
+        method: how the rows began and what trained them, in words.
         stages: the record of each training stage, by name.
         scores: of each model: of each genre, as `recycle_gpt2.evaluate.Summary`.
         differences: of the model's bits per byte from each other model's, for people.
@@ -50,12 +52,13 @@ def model_card(
     bases = "\n".join(f"- {model}" for model in dict.fromkeys(model for model in (large, small) if model))
     splits = corpus["splits"]
     training = [
-        "| stage | trained parameters | tokens | computed FLOPs | hours | validation perplexity |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| stage | trained parameters | tokens | peak rate | computed FLOPs | hours | validation perplexity |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for stage, record in stages.items():
+        rate = "" if record.get("rate") is None else f"{record['rate']:.2g}"
         training.append(
-            f"| {stage} | {record['trained_parameters']:,} | {record['tokens']:,} | {record['flops']:.2e} "
+            f"| {stage} | {record['trained_parameters']:,} | {record['tokens']:,} | {rate} | {record['flops']:.2e} "
             f"| {record['seconds'] / 3600:.2f} | {2.718281828459045 ** record['val_loss']:.2f} |"
         )
     table = [
@@ -104,6 +107,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 below. {DROPPED[corpus.get("duplicates", "paragraphs")]} were dropped. Vocabulary: {vocabulary}.
 
 ## Training
+
+{method}
 
 {chr(10).join(training)}
 

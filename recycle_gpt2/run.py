@@ -422,6 +422,7 @@ def _finish(config: RunConfig, work: Path, current: Path, scores: dict[str, Any]
             large=_public(config.large),
             corpus=read_done(work / "corpus"),
             vocabulary=f"{len(tokenizer):,} tokens, {describe(tokenizer)}",
+            method=f"Rows began by `{config.rows.initialisation}`; {config.stage.optimizer}, {config.stage.schedule}.",
             stages=records,
             scores=scores["scores"],
             differences=scores.get("differences", {}),  # version 0.1 had none

@@ -320,6 +320,8 @@ class StageRecord:
     """Lowest validation loss, of the weights that were kept."""
     curve: tuple[dict[str, float], ...]
     """At each validation: step, tokens, flops, seconds, train_loss (mean since the last), val_loss."""
+    rate: float | None = None
+    """Peak learning rate; records of earlier versions have none."""
 
 
 def train_stage(
@@ -361,7 +363,7 @@ def train_stage(
         )
     if len(cast(Sized, valid)) == 0:
         raise UserError("the validation split has 0 blocks: give more text or a larger validation share.")
-    planned = plan(num_blocks, block, config)
+    planned, rate = plan(num_blocks, block, config), learning_rate(model, config)
     seed_everything(runtime.seed)  # a stage's dropout does not depend on what the process did before it
     model.train()  # Lightning leaves the mode as it is; GPT-2's dropout is its config's
     module = Recycling(model, config, planned, block)
@@ -402,6 +404,7 @@ def train_stage(
         seconds=round(module.seconds, 1),
         val_loss=min(point["val_loss"] for point in module.curve),
         curve=tuple(module.curve),
+        rate=rate,
     )
     if trainer.is_global_zero:
         write_json(directory / "stage.json", record)

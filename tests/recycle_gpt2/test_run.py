@@ -155,6 +155,7 @@ def test_the_model_is_an_ordinary_directory_with_its_tokenizer_and_card(runs):
     card = (config.out / "README.md").read_text()
     for part in ("language: nld", "documents of", "relearn-large", "finetune", "hours", "bits per byte", "threads"):
         assert part in card, part
+    assert "Rows began by `focus`; adamw, cosine." in card and "| 0.003 |" in card
     assert str(config.small) not in card and str(config.out.parent) not in card
 
 
