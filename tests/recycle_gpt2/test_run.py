@@ -212,7 +212,7 @@ def test_what_was_made_of_a_deleted_stage_or_of_other_text_is_made_again(tmp_pat
     assert again(config) == set()
 
     config = replace(config, finetune_lr=1e-2)
-    with pytest.raises(UserError, match=r"finetune' was begun with stage.lr 0.0001, .* delete the directory"):
+    with pytest.raises(UserError, match=r"finetune' was begun with stage.lr None, .* delete the directory"):
         recycle(config)
     shutil.rmtree(stages / "finetune")
     assert again(config) == {"finetune", *last}
