@@ -23,7 +23,7 @@ from clipcap.data.images import ImageError, read_image, readable
 from clipcap.data.readers import Format
 from clipcap.evaluation.metrics import score_captions, tokenize
 from clipcap.ranking import WEIGHTS, pool_of, reranked, similarities
-from common.checks import UserError, printable
+from common.checks import UserError, printable, require_language
 from common.files import write_text
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, start
@@ -323,6 +323,7 @@ def run(config: CalibrateConfig) -> int:
 
     if config.split == "train":
         raise UserError("split is 'train', whose images the captioner knows: choose val or test.")
+    require_language(config.language)
     place = Path(PACKAGED.get(config.model, Path(config.model).expanduser()))
     if not place.is_dir():
         raise UserError(f"model {config.model!r} is no directory here, where {FILE} could be written: give one.")

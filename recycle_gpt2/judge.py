@@ -14,7 +14,7 @@ from typing import Any
 
 import regex
 
-from common.checks import UserError, printable, require_at_least, require_file, require_place
+from common.checks import UserError, printable, require_at_least, require_file, require_language, require_place
 from common.files import write_json, write_text
 from common.words import is_unspaced
 from recycle_gpt2.documents import read_documents
@@ -155,6 +155,7 @@ def run_form(config: JudgeConfig) -> None:
     require_at_least("per_model", config.per_model, 1)
     require_at_least("words", config.words, 1)
     require_at_least("seed", config.seed, 0)
+    require_language(config.language)
     require_place(config.out, directory=True)
     sources = {HUMAN: list(config.human)}
     for given in config.machine:
@@ -301,8 +302,9 @@ def _cut(text: str, length: int, characters: bool) -> str | None:
 
 def _read(path: Path, what: str, texts: Sequence[str], mapping: str) -> dict[str, Any]:
     """What a file of the form holds: under `texts` texts, under `mapping` texts by texts."""
+    require_file(path, what)
     try:
-        value = json.loads(require_file(path, what).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of thousands of digits, or too deep
         value = None
     if (

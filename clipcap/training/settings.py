@@ -13,6 +13,7 @@ from clipcap.data.dataset import CaptionedImage
 from clipcap.data.readers import Format
 from common.checks import UserError, require_fields_at_least
 from common.images import ImageLimit
+from common.pretrained import read_config
 from common.runtime import RuntimeConfig
 from common.training import GradientConfig, ScaleConfig, settings_of
 
@@ -134,10 +135,10 @@ def resolve_init(config: TrainConfig) -> TrainConfig:
     """The settings with the sizes and backbones of --init; one that was given and differs is an error."""
     if config.init is None:
         return config
-    saved = ClipCapConfig.from_pretrained(config.init) if (config.init / "config.json").is_file() else None
-    if saved is None or saved.model_type != "clipcap":
+    if not (config.init / "config.json").is_file():
         raise UserError(f"init {str(config.init)!r} is no trained captioner: give the directory `model` of a run.")
-    saved = located(saved, str(config.init))
+    read_config(str(config.init), "captioner", ClipCapConfig.model_type)
+    saved = located(ClipCapConfig.from_pretrained(config.init), str(config.init))
     plain = TrainConfig(data=config.data)
     taken: dict[str, Any] = {"tune_gpt2": config.tune_gpt2 or saved.tune_gpt2}
     if config.text_only and not saved.normalize_embeddings:
