@@ -144,7 +144,7 @@ def write_demo(
         ]
     )
     page = Page(
-        "CLIP and GPT-2 at work",
+        "CLIP and GPT\N{NON-BREAKING HYPHEN}2 at work",
         "Photographs captioned, a room rebuilt from twenty pictures, English made into Dutch; then rendered scenes, "
         "where everything can be measured exactly. All of it ran just now, on this machine.",
     )

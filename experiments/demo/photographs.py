@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from clipcap.calibrate import RIGHT, right_captions
+from clipcap.calibrate import shares_said
 from clipcap.captioner import Captioner
 from clipcap.data.dataset import CaptionedImage, read_dataset
 from clipcap.data.images import read_image
@@ -38,31 +38,36 @@ def photographs_sections(page: Page, device: torch.device, images: int = 0) -> d
     items = read_dataset(PHOTOGRAPHS / "dataset.json")[: images or None]
     captioner = Captioner.from_pretrained("photo", device=device)
     found = list(captioner.stream([item.path for item in items], confidence=True))
-    right = [several[0] for several in right_captions([one.captions for one in found], items)]
+    agreed = [several[0] for several in shares_said([one.captions for one in found], items)]
+    best_first = sorted(range(len(items)), key=lambda row: -agreed[row])
     credit = credits_of(PHOTOGRAPHS / "dataset.json")
     page.section(
         "Captions of photographs",
-        f"{len(items)} photographs of COCO, on none of which captioner or CLIP was trained. The captioner learned on "
-        "7,689 photographs of people, dogs, sports and streets, and takes food, rooms and bears for these "
-        "(docs/photographs.md has its scores). The percentage is the probability that the caption is right, as the "
-        f"captioner itself sees it. {sum(right)} of {len(items)} are right by this rule: people said at least "
-        f"{RIGHT:.0%} of what the caption says, where rare words count more than common ones.",
+        f"{len(items)} photographs of COCO, which neither captioner nor CLIP was trained on, with what a person said. "
+        "The captioner learned on 7,689 photographs of people, dogs, sports and streets, and takes food, rooms and "
+        "bears for these, so many of its captions are wrong (docs/photographs.md has its scores). Behind each stands "
+        "how sure it is. First come the captions of which most is also in five people's captions, where rare words "
+        "count more; the last ones are failures.",
     )
     page.gallery(
         [
             (
-                item.path,
-                f"{one.captions[0]} ({one.confidences[0]:.0%})",
-                [f"{'right' if good else 'wrong'}: a person said “{item.captions[0]}”", credit[item.image_id]],
+                items[row].path,
+                f"{found[row].captions[0]} ({found[row].confidences[0]:.0%} sure)",
+                [
+                    f"a person: {items[row].captions[0]}",
+                    f"{agreed[row]:.0%} of the caption is in people's",
+                    credit[items[row].image_id],
+                ],
             )
-            for item, one, good in zip(items, found, right, strict=True)
+            for row in best_first
         ]
     )
     page.command("clipcap caption common/assets/samples/photographs")
     named = _classify(page, captioner, items)
     return {
         "captions": {item.image_id: one.captions[0] for item, one in zip(items, found, strict=True)},
-        "right": sum(right),
+        "shares_said": {item.image_id: share for item, share in zip(items, agreed, strict=True)},
         "named": named,
     }
 
@@ -87,7 +92,7 @@ def _classify(page: Page, captioner: Captioner, items: Sequence[CaptionedImage])
             (
                 thumbnail(picture, 240),
                 names[0],
-                [f"then {', '.join(names[1:])}", "people say so too" if good else "people do not say so"],
+                [f"then {', '.join(names[1:])}", "in people's captions" if good else "not in people's captions"],
             )
             for picture, names, good in zip(pictures, ranked, agreed, strict=True)
         ],

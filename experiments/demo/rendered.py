@@ -92,7 +92,9 @@ def rendered_sections(
         "Rendered scenes, where captions can be checked exactly",
         "What is on these scenes is known exactly, so every caption can be checked: it is right if it names every "
         "colour and shape, and no other. The scenes were rendered for this project and held out from all training. "
-        f"Here are {len(shown)} of {len(items)}, with one to three objects; all captions are in `results.json`.",
+        f"Here are {len(shown)} of {len(items)}, with one to three objects; all captions are in `results.json`. "
+        "BLEU-4, CIDEr and the scores further below compare captions with five references each, or with the image "
+        "(docs/clipcap_evaluation.md): higher is better.",
     )
     page.table(table, caption=f"{len(items)} held-out scenes")
     page.command("python -m experiments.demo")
@@ -101,10 +103,7 @@ def rendered_sections(
             (
                 paths[key],
                 captions[key],
-                [
-                    ("right: " if right[key] else "not all right: ") + f"reference: {references[key][0]}",
-                    f"mean log-probability {beams[key].scores[0]:.2f}",
-                ],
+                [("right: " if right[key] else "not all right: ") + f"reference: {references[key][0]}"],
             )
             for key in shown
         ]
@@ -126,7 +125,7 @@ def rendered_sections(
         "They are readable less often than you might hope, even with a frozen GPT-2.",
     )
     page.gallery([(paths[key], captions[key], [" ".join(said)]) for key, said in zip(shown, words, strict=False)])
-    evaluation_page(found_scores, items, page=page, shown=0)
+    evaluation_page(found_scores, items, page=page, shown=SHOWN)
     page.command("clipcap evaluate --data common/assets/samples/scenes/dataset.json --model tiny --resamples 300")
     step()
     dutch = dutch_section(page, paths, shown, device)
