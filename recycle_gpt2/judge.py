@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import regex
 
 from common.checks import UserError, printable, require_at_least, require_file, require_language, require_place
 from common.files import write_json, write_text
+from common.intervals import wilson_interval
 from common.words import is_unspaced
 from recycle_gpt2.documents import read_documents
 from recycle_gpt2.judge_words import direction, form_words
@@ -267,16 +267,6 @@ def tally(answers: Sequence[Mapping[str, str]], models: Mapping[str, str]) -> li
         share = human[model] / number if number else 0.0
         verdicts.append(Verdict(model, number, human[model], share, *wilson_interval(human[model], number)))
     return sorted(verdicts, key=lambda verdict: -verdict.share)
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95% at the default z (Wilson 1927); (0, 1) without trials."""
-    if not trials:
-        return 0.0, 1.0
-    share, square = successes / trials, z * z
-    centre = (share + square / (2 * trials)) / (1 + square / trials)
-    half = z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
-    return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
 
 
 def _choose(name: str, texts: Sequence[str], config: JudgeConfig, characters: bool) -> list[str]:
