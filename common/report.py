@@ -434,7 +434,7 @@ h1 { font-size: clamp(1.8rem, 5vw, 2.6rem); line-height: 1.15; letter-spacing: -
   text-wrap: balance; }
 h2 { font-size: 1.5rem; line-height: 1.25; letter-spacing: -.01em; margin: 3.2rem 0 .8rem; padding-top: 1.6rem;
   border-top: 1px solid var(--line); scroll-margin-top: 1rem; text-wrap: balance; }
-h3 { font-size: 1rem; line-height: 1.35; margin: .65rem .8rem .2rem; }
+h3 { font-size: 1rem; line-height: 1.35; margin: .65rem .8rem .2rem; overflow-wrap: anywhere; }
 p { margin: 0 0 1rem; max-width: 44rem; overflow-wrap: anywhere; }
 a { color: var(--accent); }
 .subtitle { color: var(--soft); font-size: 1.15rem; }

@@ -56,7 +56,7 @@ def photographs_sections(page: Page, device: torch.device, images: int = 0) -> d
                 f"{found[row].captions[0]} ({found[row].confidences[0]:.0%} sure)",
                 [
                     f"a person: {items[row].captions[0]}",
-                    f"{agreed[row]:.0%} of the caption is in people's",
+                    f"{agreed[row]:.0%} of it is in people's captions",
                     credit[items[row].image_id],
                 ],
             )
@@ -96,7 +96,7 @@ def _classify(page: Page, captioner: Captioner, items: Sequence[CaptionedImage])
             )
             for picture, names, good in zip(pictures, ranked, agreed, strict=True)
         ],
-        width=140,
+        width=160,
     )
     page.command(
         "clip-probe zero-shot common/assets/samples/photographs --labels common/assets/labels/nouns.txt "

@@ -71,7 +71,7 @@ def test_the_page_has_every_part_and_says_what_was_run(page):
     photographs = results["photographs"]
     assert len(photographs["captions"]) == 6 and all(said in shown for said in photographs["captions"].values())
     shares = [f"{share:.0%}" for share in sorted(photographs["shares_said"].values(), reverse=True)]
-    assert re.findall(r"<p>(\d+%) of the caption is in people's</p>", shown) == shares  # the best first
+    assert re.findall(r"<p>(\d+%) of it is in people's captions</p>", shown) == shares  # the best first
     assert shown.count("<p>in people's captions</p>") == photographs["named"]
     assert "photograph 7866247804 on Flickr, CC BY 2.0" in shown
     assert set(results["captions"]) == set(results["dutch"]["captions"]) and len(results["captions"]) == 6
