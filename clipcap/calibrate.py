@@ -23,7 +23,7 @@ from clipcap.data.images import ImageError, read_image, readable
 from clipcap.data.readers import Format
 from clipcap.evaluation.metrics import score_captions, tokenize
 from clipcap.ranking import WEIGHTS, pool_of, reranked, similarities
-from common.checks import UserError, printable
+from common.checks import UserError, printable, require_language
 from common.files import write_text
 from common.images import MAX_PIXELS, ImageLimit
 from common.runtime import RuntimeConfig, start
@@ -107,6 +107,16 @@ def right_captions(
 ) -> list[list[bool]]:
     """Whether captions of images are right: half of what each says, weighed by `rarity`, people said too.
 
+    The arguments are those of `shares_said`.
+    """
+    return [[share >= RIGHT for share in several] for several in shares_said(captions, items, language=language)]
+
+
+def shares_said(
+    captions: Sequence[Sequence[str]], items: Sequence[CaptionedImage], *, language: str = "en"
+) -> list[list[float]]:
+    """The share of each caption of an image that people said of it too (`share_said`).
+
     Args:
         captions: of each of the first images of `items`.
         items: images with reference captions; those without captions to judge only say how rare words are.
@@ -116,7 +126,7 @@ def right_captions(
     people, _ = tokenize({key: list(item.captions) for key, item in zip(keys, items, strict=True)}, "words", language)
     given, _ = tokenize({key: list(several) for key, several in zip(keys, captions, strict=False)}, "words", language)
     weights = rarity(list(people.values()))
-    return [[share_said(text, people[key], weights) >= RIGHT for text in texts] for key, texts in given.items()]
+    return [[share_said(text, people[key], weights) for text in texts] for key, texts in given.items()]
 
 
 def fit(
@@ -323,6 +333,7 @@ def run(config: CalibrateConfig) -> int:
 
     if config.split == "train":
         raise UserError("split is 'train', whose images the captioner knows: choose val or test.")
+    require_language(config.language)
     place = Path(PACKAGED.get(config.model, Path(config.model).expanduser()))
     if not place.is_dir():
         raise UserError(f"model {config.model!r} is no directory here, where {FILE} could be written: give one.")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -43,6 +44,8 @@ NAMED = 3
 """Pictures named in a line."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What a cell begins with that a spreadsheet computes."""
+OWN = re.compile(rb'image,rank,caption,score|\[\]|\[\s*{\s*"image": |{"image": |[^\n]*\t')
+"""How results begin: as CSV, JSON, JSON lines or text."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ def caption(config: CaptionConfig) -> int:
         require_place(config.sheet, "sheet")
     if config.out:
         require_place(config.out, directory=kind == "sidecar")
+        if kind != "sidecar":
+            _require_own(config.out)
     if config.spreadsheet and kind != "csv":
         raise UserError(f"spreadsheet is given with format {kind!r}: use --format csv, or leave it out.")
     partial = config.out.with_name(f"{config.out.name}.partial") if config.out and kind != "sidecar" else None
@@ -330,6 +335,19 @@ def _format(config: CaptionConfig) -> str:
     if config.format == "auto":
         return {".json": "json", ".jsonl": "jsonl", ".csv": "csv"}.get(config.out.suffix if config.out else "", "text")
     return config.format
+
+
+def _require_own(out: Path) -> None:
+    """Raise UserError when a file lies at `out` that does not begin as the results of this command do."""
+    if not out.is_file():
+        return
+    with open(out, "rb") as file:
+        beginning = file.read(1 << 16)
+    if beginning and not OWN.match(beginning):
+        raise UserError(
+            f"out {str(out)!r} holds something else than captions that this command wrote: give another name, or move "
+            f"it away."
+        )
 
 
 def _key(path: Path | str) -> str:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from common.checks import UserError
 from common.files import move_into
@@ -22,18 +19,6 @@ if TYPE_CHECKING:
 
 OLD_WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?|confidence)\.safetensors")
 """Of an earlier captioner, with what was calibrated for it."""
-
-
-@contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bars of the files it writes out of the terminal."""
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def take_places(source: Path, target: Path) -> None:

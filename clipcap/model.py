@@ -26,7 +26,6 @@ from clipcap.backbones import absolute, copy_backbones, load_named_gpt2, located
 from clipcap.checkpoint import (
     has_tokenizer,
     local_file,
-    no_progress_bar,
     one_dtype,
     require_fit,
     resolve_dtype,
@@ -53,6 +52,7 @@ from common.pretrained import (
     load_tokenizer,
     loading,
     locate,
+    no_progress_bar,
     optional_file,
     read_config,
     require_finite,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import signal
 import stat
 import sys
@@ -91,6 +92,8 @@ def require_place(path: str | os.PathLike[str], what: str = "out", *, directory:
     if os.path.exists(path) and directory != os.path.isdir(path):
         found, wanted = ("a file", "a directory") if directory else ("a directory", "a file")
         raise UserError(f"{what} {str(path)!r} is {found}: give the path of {wanted}.")
+    if os.path.exists(path) and not directory and not os.path.isfile(path):  # it would be replaced, not written to
+        raise UserError(f"{what} {str(path)!r} is a pipe, a socket or a device: give the path of a file.")
     there = next(above for above in (path, *path.parents) if os.path.exists(above) and (directory or above != path))
     if not os.path.isdir(there):
         raise UserError(f"{what} {str(path)!r} lies below the file {str(there)!r}: give another path.")
@@ -166,6 +169,13 @@ def require_one_of(name: str, value: str, choices: tuple[str, ...] | list[str]) 
     """Raise UserError when `value` is not among `choices`."""
     if value not in choices:
         raise UserError(f"{name} is {value!r}: choose one of {', '.join(choices)}.")
+
+
+def require_language(code: str) -> None:
+    """Raise UserError when a text has not the form of a language's code: two or three letters, and perhaps more behind
+    a hyphen (BCP 47)."""
+    if not re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*", code):
+        raise UserError(f"language is {code!r}: give a code of two or three letters, such as nld, it or pt-BR.")
 
 
 def require_same_settings(

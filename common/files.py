@@ -17,7 +17,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from common.checks import UserError
+from common.checks import UserError, require_place
 
 MARKER = ".written-by-clip-gpt-toolkit.json"
 """Names, in a directory that was written in one piece, what was put there."""
@@ -265,8 +265,9 @@ def claimed(directory: str | os.PathLike[str]) -> Iterator[None]:
     What a run that was killed had begun to write there with `whole_file` goes.
 
     Raises:
-        UserError: another run uses it.
+        UserError: another run uses it, or no directory can be there.
     """
+    require_place(directory, directory=True)
     path = Path(directory) / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _lock(path, str(directory))

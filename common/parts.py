@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from common.checks import UserError, require_between, require_same_settings, run_command
+from common.checks import UserError, require_at_least, require_between, require_same_settings, run_command
 from common.files import alone, claimed, write_json
 from common.signals import Stopped
 
-MOST_PROCESSES = 4096
-"""On a machine, and machines."""
+MOST_NODES = 4096
+PER_CORE = 4
+"""Most processes on a core: more than one brings no speed, but may be wanted to try what several do."""
 LAUNCHERS = {"torchrun": ("RANK", "WORLD_SIZE"), "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")}
 """Variables in which a launcher says which process this is, and of how many."""
 NAMED = 10
@@ -44,8 +45,14 @@ class ProcessesConfig:
 
     def check(self) -> None:
         """Raise UserError for a value that cannot work."""
-        for name in ("devices", "num_nodes"):
-            require_between(name, getattr(self, name), 1, MOST_PROCESSES)
+        require_between("num_nodes", self.num_nodes, 1, MOST_NODES)
+        require_at_least("devices", self.devices, 1)
+        cores = os.cpu_count() or 1
+        if self.devices > PER_CORE * cores:
+            raise UserError(
+                f"devices is {self.devices}: use at most {PER_CORE * cores}, as this machine has {cores} cores, and "
+                f"each process takes a gigabyte or more."
+            )
 
 
 class Part(NamedTuple):

@@ -83,7 +83,9 @@ def loading(name: str, packaged: dict[str, Path], what: str) -> Iterator[None]:
             ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if Path(name).expanduser().exists():
-            raise UserError(f"{what} {name!r} cannot be loaded: {reason}") from error
+            raise UserError(
+                f"{what} {name!r} cannot be loaded ({reason.rstrip('.')}): copy it again, all of its files."
+            ) from error
         raise UserError(
             f"{what} {name!r} is not a packaged name ({', '.join(packaged)}), not a directory here, "
             f"and could not be fetched from the hub: check the name and the connection, "
@@ -321,20 +323,29 @@ def require_finite(weights: Mapping[str, Tensor], place: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep the libraries' own retry messages and progress bars out of a user's terminal."""
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bars of the files it reads and writes out of the terminal."""
     from transformers.utils import logging as transformers_logging
 
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", "httpx")]
-    levels = [logger.level for logger in loggers]
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if bar:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the libraries' own retry messages and progress bars out of a user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", "httpx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with no_progress_bar():
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.checks import UserError, require_at_least, require_share
+from common.intervals import wilson_interval
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "bare": ("{}",),
@@ -97,16 +98,6 @@ class Scores:
     """Accuracy of always guessing the most frequent class, for comparison."""
     confusion: list[list[int]]
     """Images by their class (row) and guess (column)."""
-
-
-def wilson_interval(right: int, images: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval in which a share lies with 95% confidence (Wilson 1927); (0, 1) without images."""
-    if not images:
-        return 0.0, 1.0
-    share, weight = right / images, z * z / images
-    centre = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * math.sqrt(share * (1 - share) / images + weight / (4 * images))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def score(

@@ -279,12 +279,14 @@ class Page:
         *,
         width: int = 190,
         pixelated: bool = False,
+        whole: bool = False,
         scores: Sequence[Mapping[str, float]] = (),
     ) -> Page:
         """Cards of (picture, title, lines) in as many columns, at least `width` pixels wide, as there is room for.
 
-        Titles and lines are captions and names, so a backtick in them is one. With `scores`, by name for each card, the
-        cards show them, and the reader sorts by any, best or worst first.
+        Pictures are cropped to squares unless `whole` is set. Titles and lines are captions and names, so a backtick in
+        them is one. With `scores`, by name for each card, the cards show them, and the reader sorts by any, best or
+        worst first.
         """
         if scores and len(scores) != len(cards):
             raise ValueError(f"gallery has {len(cards)} cards but {len(scores)} scores: give one for each.")
@@ -298,7 +300,8 @@ class Page:
                 mark = f' data-scores="{_escape(json.dumps(plain(scores[number])))}"'
                 body += f'<p class="scores">{_escape(_score_line(scores[number]))}</p>'
             shown.append(f'<article class="card"{mark}>{_img(picture, alt, pixelated)}{head}{body}</article>')
-        gallery = f'<div class="gallery" style="--card:{int(width)}px">{"".join(shown)}</div>'
+        kind = "gallery whole" if whole else "gallery"
+        gallery = f'<div class="{kind}" style="--card:{int(width)}px">{"".join(shown)}</div>'
         if scores:
             names = list(dict.fromkeys(name for row in scores for name in row))
             choices = "".join(f"<option>{_escape(name)}</option>" for name in names)
@@ -431,7 +434,7 @@ h1 { font-size: clamp(1.8rem, 5vw, 2.6rem); line-height: 1.15; letter-spacing: -
   text-wrap: balance; }
 h2 { font-size: 1.5rem; line-height: 1.25; letter-spacing: -.01em; margin: 3.2rem 0 .8rem; padding-top: 1.6rem;
   border-top: 1px solid var(--line); scroll-margin-top: 1rem; text-wrap: balance; }
-h3 { font-size: 1rem; line-height: 1.35; margin: .65rem .8rem .2rem; }
+h3 { font-size: 1rem; line-height: 1.35; margin: .65rem .8rem .2rem; overflow-wrap: anywhere; }
 p { margin: 0 0 1rem; max-width: 44rem; overflow-wrap: anywhere; }
 a { color: var(--accent); }
 .subtitle { color: var(--soft); font-size: 1.15rem; }
@@ -444,6 +447,7 @@ code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu 
 p code, td code, th code { background: var(--tint); border-radius: 4px; padding: .1em .3em; }
 pre { background: var(--tint); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
   margin: 0 0 1.2rem; overflow-x: auto; line-height: 1.5; }
+pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre.command code::before { content: "$ "; color: var(--soft); user-select: none; }
 .note { border-left: 3px solid var(--accent); background: var(--tint); padding: .7rem 1rem;
   border-radius: 0 8px 8px 0; }
@@ -455,6 +459,7 @@ caption { caption-side: bottom; text-align: left; color: var(--soft); font-size:
 th, td { padding: .5rem .9rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 thead th { border-top: 0; color: var(--soft); font-weight: 600; font-size: .85rem; vertical-align: bottom; }
 tbody th { font-weight: 600; }
+td { max-width: 36rem; overflow-wrap: break-word; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 0 0 1.5rem; }
 figure img, figure video { max-width: 100%; height: auto; border-radius: 10px; display: block; }
@@ -467,6 +472,7 @@ figcaption { color: var(--soft); font-size: .92rem; margin-top: .5rem; max-width
   padding-bottom: .5rem; }
 .card img { width: 100%; display: block; aspect-ratio: 1; object-fit: cover; background: var(--tint); }
 .card img.drawing { object-fit: contain; }
+.whole .card img { aspect-ratio: auto; }
 .card p { margin: .25rem .8rem .35rem; font-size: .9rem; line-height: 1.45; color: var(--soft); }
 .card h3 + p { margin-top: 0; }
 .card p.scores { font-size: .78rem; font-variant-numeric: tabular-nums; border-top: 1px solid var(--line);

@@ -226,7 +226,7 @@ def summarise_by(
 
 def run(config: EvaluateConfig) -> int:
     """`recycle-gpt2 evaluate`: print the scores of every model as a table."""
-    from common.gpt2 import load_gpt2
+    from common.gpt2 import load_gpt2, require_decoder
 
     if not config.models:
         raise UserError("no model is given: name a directory, a hub id, tiny or tiny-medium.")
@@ -237,6 +237,8 @@ def run(config: EvaluateConfig) -> int:
         require_at_least(name, getattr(config, name), least)
     if config.out:
         require_place(config.out)
+    for name in config.models:  # before the first one is scored
+        require_decoder(name)
     device = start(config.runtime)
     found = (
         load_documents(config.corpus, "test")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any
 
 import regex
 
-from common.checks import UserError, printable, require_at_least, require_file, require_place
+from common.checks import UserError, printable, require_at_least, require_file, require_language, require_place
 from common.files import write_json, write_text
+from common.intervals import wilson_interval
 from common.words import is_unspaced
 from recycle_gpt2.documents import read_documents
 from recycle_gpt2.judge_words import direction, form_words
@@ -155,6 +155,7 @@ def run_form(config: JudgeConfig) -> None:
     require_at_least("per_model", config.per_model, 1)
     require_at_least("words", config.words, 1)
     require_at_least("seed", config.seed, 0)
+    require_language(config.language)
     require_place(config.out, directory=True)
     sources = {HUMAN: list(config.human)}
     for given in config.machine:
@@ -268,16 +269,6 @@ def tally(answers: Sequence[Mapping[str, str]], models: Mapping[str, str]) -> li
     return sorted(verdicts, key=lambda verdict: -verdict.share)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95% at the default z (Wilson 1927); (0, 1) without trials."""
-    if not trials:
-        return 0.0, 1.0
-    share, square = successes / trials, z * z
-    centre = (share + square / (2 * trials)) / (1 + square / trials)
-    half = z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
-    return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
-
-
 def _choose(name: str, texts: Sequence[str], config: JudgeConfig, characters: bool) -> list[str]:
     """Texts of exactly `config.words` words, or characters, in white space as it would be read aloud."""
     cut = {short for text in texts if (short := _cut(text, config.words, characters)) is not None}
@@ -301,8 +292,9 @@ def _cut(text: str, length: int, characters: bool) -> str | None:
 
 def _read(path: Path, what: str, texts: Sequence[str], mapping: str) -> dict[str, Any]:
     """What a file of the form holds: under `texts` texts, under `mapping` texts by texts."""
+    require_file(path, what)
     try:
-        value = json.loads(require_file(path, what).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of thousands of digits, or too deep
         value = None
     if (

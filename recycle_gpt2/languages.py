@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.checks import UserError, printable, require_place, require_text
+from common.checks import UserError, printable, require_language, require_place, require_text
 from common.files import markdown_table, require_own_directory, whole_directory, write_json, write_text
 from common.processes import is_first_process, sole_run
 from common.runtime import start
@@ -19,7 +19,6 @@ from recycle_gpt2.evaluate import ALL, interval
 from recycle_gpt2.hub import upload
 from recycle_gpt2.records import reading
 from recycle_gpt2.run import Job, RunConfig, check, check_models, make_data, make_model, recycle
-from recycle_gpt2.settings import require_language
 from recycle_gpt2.stages import DONE, read_done
 
 PLACE = "{language}"

@@ -84,6 +84,7 @@ def run(config: LexiconConfig) -> None:
         raise UserError(f"out is {str(config.out)!r}, where the precision goes: use another ending, such as .tsv.")
     require_place(config.out)
     _require_own(config.out)
+    pairs = [] if config.dictionary is None else read_dictionary(config.dictionary)
     device = resolve_device(config.device)
     model, tokenizer = load_gpt2(config.model, device=device)
     source, source_tokenizer = load_gpt2(config.source, device=device)
@@ -106,7 +107,7 @@ def run(config: LexiconConfig) -> None:
     found = None
     if config.dictionary is not None:
         require_direction(
-            read_dictionary(config.dictionary),
+            pairs,
             config.dictionary,
             word_tokens(tokenizer, unspaced=True),
             word_tokens(source_tokenizer),

@@ -30,7 +30,7 @@ from recycle_gpt2.lexicon import run as run_lexicon
 from recycle_gpt2.records import reading
 from recycle_gpt2.sampling import sample
 from recycle_gpt2.settings import RunConfig as RunConfig  # one of the names that scripts call
-from recycle_gpt2.settings import require_language
+from recycle_gpt2.settings import one_language
 from recycle_gpt2.stages import (
     DONE,
     MODEL,
@@ -417,7 +417,7 @@ def _finish(config: RunConfig, work: Path, current: Path, scores: dict[str, Any]
     with reading(work, f"delete {DONE} in each folder there and give the same command again"):
         card = model_card(
             name=config.out.name,
-            language=require_language(config.language),
+            language=one_language(config.language),
             small=_public(config.small),
             large=_public(config.large),
             corpus=read_done(work / "corpus"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from common.checks import UserError, require_at_least, require_between, require_fields_at_least
+from common.checks import UserError, require_at_least, require_between, require_fields_at_least, require_language
 from common.runtime import RuntimeConfig
 from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.bad_rows import TextOptions
@@ -80,7 +79,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise UserError for values that cannot work, before any file is opened but the vectors."""
-        require_language(self.language)
+        one_language(self.language)
         require_fields_at_least(self, 0, "large_share", "finetune_share")
         if not min(self.shares) > 0:
             raise UserError(f"shares are {self.shares}: use three above 0, each of train, valid and test is needed.")
@@ -103,12 +102,11 @@ class RunConfig:
             raise UserError(f"out is {str(self.out)!r}, which names no new directory: give one that does, as out/gpt2.")
 
 
-def require_language(code: str | tuple[str, ...]) -> str:
+def one_language(code: str | tuple[str, ...]) -> str:
     """Return the code of one language, which also stands in the names of files, or raise UserError."""
     if isinstance(code, tuple):
         if len(code) != 1:
             raise UserError(f"language names {len(code)} languages: `recycle` makes one, `recycle_each` several.")
         code = code[0]
-    if not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", code):
-        raise UserError(f"language is {code!r}: give a code of letters and digits, such as nld, it or pt-BR.")
+    require_language(code)
     return code

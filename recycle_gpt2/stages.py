@@ -17,6 +17,7 @@ import torch
 from common.checks import UserError, require_directory, require_same_settings, require_text
 from common.files import hash_content, require_own_directory, whole_directory, write_json
 from common.gpt2 import load_gpt2, token_tables
+from common.pretrained import no_progress_bar
 from common.processes import is_first_process, sole_run
 from common.runtime import RuntimeConfig, provenance, start
 from common.training import flat, settings_of
@@ -282,7 +283,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     Raises:
         UserError: something else lies there, or the disk takes no more.
     """
-    with whole_directory(directory) as partial:
+    with whole_directory(directory) as partial, no_progress_bar():
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if card:

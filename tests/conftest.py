@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def forks() -> Iterator[Forks]:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Java were not installed: METEOR has tests of its own, and starting it costs seconds."""
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, *more: None if name == "java" else which(name, *more))
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from clipcap.data.readers import Format, read_dataset
 from clipcap.data.readers.captioned import CaptionedImage
 from clipcap.data.store import ROWS_PER_SHARD, EmbeddingStore, Source, StoreWriter, file_hash, pickle_source
 from clipcap.data.views import random_view
-from common.checks import UserError, printable, require_at_least
+from common.checks import UserError, printable, require_at_least, require_place
 from common.files import alone
 from common.images import MAX_PIXELS, ImageLimit
 from common.parts import Part, Parts, ProcessesConfig, digest_of, is_begun, own_part, require_no_parts, start_processes
@@ -399,6 +399,7 @@ def run(config: EmbedConfig) -> int:
 
     require_at_least("batch_size", config.batch_size, 1)
     require_at_least("workers", config.workers, 0)
+    require_place(config.out, directory=True)
     part = own_part(config.processes)
     if part is None:
         return start_processes(run, config, config.processes.devices)

@@ -24,6 +24,7 @@ from common.checks import (
     require_at_least,
     require_between,
     require_file,
+    require_language,
     require_one_of,
     require_place,
 )
@@ -216,6 +217,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     require_at_least("shown", config.shown, 0)
     require_at_least("batch_size", config.batch_size, 1)
     require_between("resamples", config.resamples, 0, MOST_RESAMPLES)
+    require_language(config.language)
     if config.rerank is not None:
         require_at_least("rerank", config.rerank, 0)
     require_options(strategy=config.strategy, num_beams=config.num_beams, **_length(config))

@@ -13,7 +13,7 @@ from clipcap.data.dataset import CaptionedImage
 from clipcap.data.readers import Format
 from common.checks import UserError, require_fields_at_least
 from common.images import ImageLimit
-from common.pretrained import CAPTIONERS
+from common.pretrained import CAPTIONERS, read_config
 from common.runtime import RuntimeConfig
 from common.training import GradientConfig, ScaleConfig, settings_of
 
@@ -141,13 +141,13 @@ def resolve_init(config: TrainConfig) -> TrainConfig:
     if config.init is None:
         return config
     init = Path(CAPTIONERS.get(str(config.init), config.init))
-    saved = ClipCapConfig.from_pretrained(init) if (init / "config.json").is_file() else None
-    if saved is None or saved.model_type != "clipcap":
+    if not (init / "config.json").is_file():
         raise UserError(
             f"init {str(config.init)!r} is no trained captioner: give {', '.join(CAPTIONERS)} or the directory `model` "
             f"of a run."
         )
-    saved = located(saved, str(init))
+    read_config(str(init), "captioner", ClipCapConfig.model_type)
+    saved = located(ClipCapConfig.from_pretrained(init), str(init))
     plain = TrainConfig(data=config.data)
     taken: dict[str, Any] = {"init": init, "tune_gpt2": config.tune_gpt2 or saved.tune_gpt2}
     if config.text_only and not saved.normalize_embeddings:

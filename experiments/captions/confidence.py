@@ -27,7 +27,7 @@ from clipcap.data.embeddings import mapper_input
 from clipcap.evaluation.metrics import score_captions
 from common.checks import UserError, run_command
 from common.files import markdown_table, whole_file, write_json, write_text
-from common.probes import wilson_interval
+from common.intervals import wilson_interval
 from common.report import plot_lines
 from common.runtime import RuntimeConfig, provenance, start
 from experiments import from_command_line

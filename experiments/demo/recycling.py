@@ -184,7 +184,8 @@ def recycling_section(
     page.figure(
         plot_bars(result["bits_per_byte"], x="bits per byte of held-out Dutch (lower is better)"),
         f"Held-out pages of LibreOffice's Dutch help, {result['test_bytes']:,} bytes. The small model was trained on "
-        f"{tokens:,} tokens, the medium one on {brief_tokens:,}.",
+        f"{tokens:,} tokens, the medium one on {brief_tokens:,}. The 5-gram model, which only counts sequences of "
+        "tokens, is there for comparison.",
     )
     page.figure(
         plot_lines(result["curves"], x="training tokens", y="bits per token, validation"),

@@ -118,10 +118,12 @@ def show_held_out(page: Page, found: Evaluation, *, width: int, what: str) -> No
             for i in shown
         ],
         width=width,
+        whole=True,
     )
     page.table(
         [{"score": NAMES[name], "value": value} for name, value in found.scores.values.items()],
-        caption=f"Means over {len(found.ids)} held-out {what}",
+        caption=f"Means over {len(found.ids)} held-out {what}. PSNR (decibels, of the squared error of pixels) and "
+        "SSIM (of local structure, at most 1) say how close a render is to its photograph: higher is better.",
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.files import write_json
+from common.files import require_own_directory, write_json
 from common.pretrained import ASSETS
 from common.report import Page
 from common.runtime import resolve_device
@@ -47,8 +48,10 @@ def walk_section(
         size: width of training images and pictures, in pixels.
     """
     target = resolve_device(device)
+    directory = require_own_directory(out / "walk" / "scene", "scene")
+    shutil.rmtree(directory, ignore_errors=True)  # an earlier demo's, whose poses would be taken as they are
     begun = time.monotonic()
-    posed = pose(PoseConfig(WALK, out / "walk" / "scene", image_size=image_size))
+    posed = pose(PoseConfig(WALK, directory, image_size=image_size))
     placed = time.monotonic() - begun
     training = dict(hold_out=HOLD_OUT, image_size=size, steps=steps, rays=rays)
     run = train_grid(posed.scene, out / "walk" / "run", target, **training)

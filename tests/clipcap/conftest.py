@@ -84,6 +84,29 @@ def items(photos):
 
 
 @pytest.fixture
+def tiny_run(photos, clip_directory, gpt2_directory, tmp_path):
+    """Settings of a short training on `photos`: an MLP before the tiny GPT-2."""
+    from clipcap.training.settings import TrainConfig
+    from common.runtime import RuntimeConfig
+
+    return TrainConfig(
+        data=photos / "dataset.json",
+        out=tmp_path / "run",
+        clip=str(clip_directory),
+        gpt2=str(gpt2_directory),
+        mapper="mlp",
+        prefix_length=3,
+        steps=4,
+        batch_size=6,
+        val_every=2,
+        val_captions=2,
+        max_tokens=10,
+        lr=1e-2,
+        runtime=RuntimeConfig(device="cpu"),
+    )
+
+
+@pytest.fixture
 def model(tmp_path, clip_directory, gpt2_directory):
     """A random captioner on disk."""
     from clipcap.config import ClipCapConfig

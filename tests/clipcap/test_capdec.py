@@ -21,7 +21,6 @@ from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
 from common.checks import UserError
 from common.clip import load_clip
-from common.runtime import RuntimeConfig
 
 
 def test_noise():
@@ -151,7 +150,7 @@ def test_captions_of_a_layout_need_no_images(tmp_path, photos, clip_directory, l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_images", [False, True])
-def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_directory, with_images, monkeypatch):
+def test_trains_without_training_images(tmp_path, photos, tiny_run, with_images, monkeypatch):
     captions = tmp_path / "captions.txt"
     captions.write_text("".join(f"the cat sat on mat {n}\n" for n in range(60)))
     seen, original = [], CaptionTraining._loss
@@ -162,22 +161,8 @@ def test_trains_without_training_images(tmp_path, photos, clip_directory, gpt2_d
         return original(self, batch)
 
     monkeypatch.setattr(CaptionTraining, "_loss", spy)
-    config = TrainConfig(
-        data=photos / "dataset.json" if with_images else captions,
-        out=tmp_path / "run",
-        text_only=True,
-        clip=str(clip_directory),
-        gpt2=str(gpt2_directory),
-        mapper="mlp",
-        prefix_length=3,
-        steps=4,
-        batch_size=6,
-        val_every=2,
-        val_captions=5,
-        max_tokens=10,
-        lr=1e-2,
-        runtime=RuntimeConfig(device="cpu"),
-    )
+    data = photos / "dataset.json" if with_images else captions
+    config = replace(tiny_run, data=data, text_only=True, val_captions=5)
     directory = train(config)
     lengths = torch.cat(seen)
     assert len(lengths) > 20 and torch.allclose(lengths, torch.ones(len(lengths)), atol=1e-5)

@@ -32,6 +32,22 @@ def test_captions_as_text_json_and_csv(capsys, photos, model, tmp_path):
     assert printed == "" and [row["caption"] for row in table[:2]] == rows[0]["captions"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "json", "jsonl", "csv"])
+def test_a_file_of_other_things_is_not_replaced(capsys, photos, model, tmp_path, kind):
+    out = tmp_path / "captions.txt"
+    options = ("caption", photos, "--model", model, "--max-new-tokens", 3, "--format", kind, "--out", out)
+    out.write_text("file_name,caption\n00.jpg,what people said\n")
+    code, _, err = run(capsys, *options)
+    assert code == 2 and "holds something else than captions that this command wrote" in err
+    assert "what people said" in out.read_text()
+    out.unlink()
+    assert run(capsys, *options)[0] == 0
+    written = out.read_bytes()
+    assert run(capsys, *options)[0] == 0 and out.read_bytes() == written
+    assert run(capsys, *options, "--min-confidence", 0)[0] == 0  # other captions of this command give way
+
+
 def test_a_batch_goes_on_and_names_what_it_skipped(capsys, photos, model):
     (photos / "empty.jpg").write_bytes(b"")
     (photos / "text.png").write_text("hello")
@@ -80,13 +96,27 @@ def test_animated_and_16_bit_images(capsys, tmp_path, model):
         (("evaluate", "--data", "{folder}", "--model", "gone", "--out", "{folder}/00.jpg"), "is a file"),
         (("evaluate", "--data", "gone", "--model", "gone", "--resamples", "1000000000000"), "resamples is"),
         (("train", "--data", "{folder}/gone.json"), "gone.json"),
+        (
+            ("train", "--data", "{folder}", "--out", "{folder}/00.jpg"),
+            "00.jpg' is a file: give the path of a directory",
+        ),
+        (("train", "--data", "{folder}", "--init", "common/assets/gpt2-tiny"), "is a 'gpt2' model, not a captioner"),
+        (("train", "--data", "{binary}"), "video.bin' is not text: give a file of captions"),
+        (("embed", "{folder}", "--out", "{folder}/00.jpg"), "00.jpg' is a file: give the path of a directory"),
+        (("evaluate", "--data", "{folder}", "--model", "gone", "--language", "klingon"), "language is 'klingon'"),
+        (("calibrate", "--data", "{folder}", "--model", "{model}", "--language", "english"), "language is 'english'"),
         (("train", "--data", "{empty}"), "no image"),
         (("convert", "{folder}/00.jpg", "{folder}/out", "--gpt2", "tiny"), "00.jpg"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, photos, model, arguments, message):
-    (tmp_path / "empty").mkdir()
-    filled = [a.format(folder=photos, empty=tmp_path / "empty", model=model) for a in arguments]
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    capsys, root, tmp_path, photos, model, monkeypatch, arguments, message
+):
+    empty, binary = tmp_path / "empty", tmp_path / "video.bin"
+    empty.mkdir()
+    binary.write_bytes(b"\0\0\0\x18ftypmp42" + bytes(90))
+    monkeypatch.chdir(root)
+    filled = [a.format(folder=photos, empty=empty, binary=binary, model=model) for a in arguments]
     code, _, err = run(capsys, *filled)
     assert code == 2 and message in err
     assert sum(line.startswith("error:") for line in err.splitlines()) <= 1

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,24 +57,10 @@ def losses(directory):
 
 
 @pytest.mark.slow
-def test_two_processes(forks, photos, clip_directory, gpt2_directory, tmp_path):
+def test_two_processes(forks, photos, clip_directory, gpt2_directory, tiny_run, tmp_path):
     for rank, done in enumerate(forks.run_ranks(SCRIPT, photos, clip_directory, gpt2_directory, tmp_path)):
         assert done.stdout.endswith(f"done {rank}\n") and "GLOBAL_RANK" not in done.stderr
-    one = TrainConfig(
-        data=photos / "dataset.json",
-        out=tmp_path / "one",
-        clip=str(clip_directory),
-        gpt2=str(gpt2_directory),
-        mapper="mlp",
-        prefix_length=3,
-        steps=10,
-        batch_size=6,
-        val_every=2,
-        val_captions=2,
-        max_tokens=10,
-        lr=1e-2,
-        runtime=RuntimeConfig(device="cpu"),
-    )
+    one = replace(tiny_run, out=tmp_path / "one", steps=10)
     alone = load_file(train(one) / "model.safetensors")
     together = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     for (step, loss), (same_step, same) in zip(losses(one.out), losses(tmp_path / "whole"), strict=True):

@@ -13,7 +13,6 @@ from PIL import Image
 
 from clipcap import captioner as captioner_module
 from clipcap.cli import main
-from clipcap.evaluation import metrics
 from clipcap.evaluation.caption_files import read_captions
 from clipcap.evaluation.evaluate import EvaluateConfig, evaluate
 from clipcap.evaluation.metrics import score_captions
@@ -23,13 +22,7 @@ from common import clip as clip_module
 from common.checks import UserError
 from common.clip import FrozenCLIP
 
-WHICH = shutil.which
-
-
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch):
-    """METEOR has its test with the metrics; starting it costs seconds."""
-    monkeypatch.setattr(metrics.shutil, "which", lambda name: None if name == "java" else WHICH(name))
+pytestmark = pytest.mark.usefixtures("no_java")
 
 
 @pytest.fixture

@@ -16,12 +16,10 @@ from clipcap.data.members import exists, is_member, open_file, status_of
 from clipcap.data.readers import read_dataset
 from clipcap.evaluation.caption_files import _index
 from clipcap.training.module import CaptionTraining
-from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
 from common.checks import UserError
 from common.clip import load_clip
 from common.parts import Part
-from common.runtime import RuntimeConfig
 from tests.clipcap.layouts import tar
 
 SHARDS = 2_000
@@ -96,7 +94,7 @@ def shards(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_thousand_shards(shards, clip_directory, gpt2_directory, tmp_path, monkeypatch):
+def test_two_thousand_shards(shards, clip_directory, tiny_run, tmp_path, monkeypatch):
     items, clip = read_dataset(shards), load_clip(clip_directory, device="cpu")
     assert [item.image_id for item in items] == [f"{number:05}/0" for number in range(SHARDS)]
     one = build_store(items, clip, tmp_path / "one", batch_size=200)
@@ -114,11 +112,9 @@ def test_two_thousand_shards(shards, clip_directory, gpt2_directory, tmp_path, m
     assert (tmp_path / "two" / "rows.bin").read_bytes() == (tmp_path / "one" / "rows.bin").read_bytes()
     assert two.ids == one.ids
 
-    config = TrainConfig(
-        data=shards, out=tmp_path / "whole", embeddings=tmp_path / "one", clip=str(clip_directory),
-        gpt2=str(gpt2_directory), mapper="mlp", prefix_length=3, steps=6, batch_size=8, val_every=3, val_captions=2,
-        max_tokens=10, runtime=RuntimeConfig(device="cpu"),
-    )  # fmt: skip
+    config = replace(
+        tiny_run, data=shards, out=tmp_path / "whole", embeddings=tmp_path / "one", steps=6, batch_size=8, val_every=3
+    )
     whole = load_file(train(config) / "model.safetensors")
     step = CaptionTraining.training_step
 

@@ -27,15 +27,6 @@ REFERENCES = {
 }
 CANDIDATES = {"1": "a red cube and a ball", "2": "two dogs run on a beach", "3": "a hat on a table"}
 
-REAL_WHICH = shutil.which
-
-
-@pytest.fixture
-def no_java(monkeypatch):
-    """Starting METEOR costs seconds: most tests do without."""
-    monkeypatch.setattr(metrics.shutil, "which", lambda name: None if name == "java" else REAL_WHICH(name))
-
-
 needs_java = pytest.mark.skipif(not shutil.which("java"), reason="Java is not installed")
 
 

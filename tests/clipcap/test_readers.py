@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from hashlib import sha256
 from typing import get_args
 
 import numpy as np
@@ -406,6 +407,17 @@ def test_webdataset_shards(folder, tmp_path):
     (tmp_path / "put").mkdir()
     [item, _] = read_dataset(shards / "00000.tar", images=tmp_path / "put")
     assert item.path == tmp_path / "put" / "00000" / "000000.jpg"
+
+
+def test_a_shard_of_the_webdataset_library(root):
+    """Written by its TarWriter, 1.0.2; keys, captions and images are those that its WebDataset gives."""
+    items = read_dataset(root / "tests" / "golden" / "webdataset.tar")
+    found = [(i.image_id, i.captions, sha256(open_file(i.path).read()).hexdigest()[:16]) for i in items]
+    assert found == [
+        ("webdataset/000000000", ("a red square",), "9e46667359a8349a"),
+        ("webdataset/000000001", ("a blue square",), "36fe6ab71ec56fa1"),
+        ("webdataset/more/000000002", ("a green square", "something green"), "6ab4c7a3c289dfc4"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["captions_val2017.json", "captions.csv", "captions.jsonl", "token.txt", "train.tsv"])

@@ -21,7 +21,6 @@ from clipcap.training.settings import TrainConfig
 from clipcap.training.train import _with_prompts, train
 from common.checks import UserError
 from common.gpt2 import load_gpt2
-from common.runtime import RuntimeConfig
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,7 @@ def roomy_gpt2(tmp_path_factory, gpt2_directory):
 
 
 @pytest.mark.slow
-def test_run(photos, clip_directory, roomy_gpt2, tmp_path, monkeypatch, tokenizer):
+def test_run(photos, tiny_run, roomy_gpt2, tmp_path, monkeypatch, tokenizer):
     data = json.loads((photos / "dataset.json").read_text())
     for number, row in enumerate(data["images"]):
         row["sentences"] = [{"raw": f"the cat {number}"}, {"raw": f"the bat {number}"}]
@@ -133,22 +132,7 @@ def test_run(photos, clip_directory, roomy_gpt2, tmp_path, monkeypatch, tokenize
         return original(self, batch)
 
     monkeypatch.setattr(CaptionTraining, "_loss", spy)
-    config = TrainConfig(
-        data=photos / "dataset.json",
-        out=tmp_path / "run",
-        clip=str(clip_directory),
-        gpt2=str(roomy_gpt2),
-        mapper="mlp",
-        prefix_length=3,
-        retrieval=2,
-        steps=4,
-        batch_size=8,
-        val_every=4,
-        val_captions=2,
-        max_tokens=10,
-        lr=1e-2,
-        runtime=RuntimeConfig(device="cpu"),
-    )
+    config = replace(tiny_run, gpt2=str(roomy_gpt2), retrieval=2, batch_size=8, val_every=4)
     directory = train(config)
     seen = 0
     for batch in batches:

@@ -1,6 +1,7 @@
 """Self-critical training: the reward is CIDEr of the corpus, the gradient that of the formula, a run with --init."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from clipcap.model import ClipCapModel
 from clipcap.training.scst import END, CorpusCider, rewarded_samples, self_critical_loss, token_log_probs
 from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
-from common.runtime import RuntimeConfig, seed_everything
+from common.runtime import seed_everything
 
 CORPUS = [
     ["a red cube on the floor", "a cube that is red"],
@@ -102,22 +103,8 @@ def test_sampled_captions_get_better(model):
 
 
 @pytest.mark.slow
-def test_run(photos, clip_directory, gpt2_directory, tmp_path):
-    plain = TrainConfig(
-        data=photos / "dataset.json",
-        out=tmp_path / "plain",
-        clip=str(clip_directory),
-        gpt2=str(gpt2_directory),
-        mapper="mlp",
-        prefix_length=3,
-        steps=2,
-        batch_size=6,
-        val_every=2,
-        val_captions=0,
-        max_tokens=10,
-        lr=1e-2,
-        runtime=RuntimeConfig(device="cpu"),
-    )
+def test_run(tiny_run, tmp_path):
+    plain = replace(tiny_run, out=tmp_path / "plain", steps=2, val_captions=0)
     first = train(plain)
     directory = train(
         TrainConfig(

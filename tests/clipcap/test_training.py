@@ -30,22 +30,18 @@ from tests.kills import kill_everywhere
 
 
 @pytest.fixture
-def config(photos, clip_directory, gpt2_directory, tmp_path):
-    return TrainConfig(
-        data=photos / "dataset.json",
-        out=tmp_path / "run",
-        clip=str(clip_directory),
-        gpt2=str(gpt2_directory),
-        prefix_length=3,
+def config(tiny_run):
+    return replace(
+        tiny_run,
+        mapper="transformer",
         clip_length=2,
         mapper_layers=1,
         mapper_heads=2,
         steps=6,
         batch_size=5,
-        lr=1e-2,
         val_every=3,
         val_captions=0,
-        runtime=RuntimeConfig(device="cpu"),
+        max_tokens=TrainConfig.max_tokens,
     )
 
 

@@ -10,10 +10,8 @@ from clipcap import Captioner
 from clipcap.data.readers import read_dataset
 from clipcap.evaluation.metrics import score_captions
 from clipcap.model import ClipCapModel
-from clipcap.training.settings import TrainConfig
 from clipcap.training.train import train
 from clipcap.training.validation import CaptionValidation, Subset, explain_collapse, measure_variety
-from common.runtime import RuntimeConfig
 
 
 def test_variety():
@@ -33,23 +31,8 @@ def test_collapse_is_told_from_references_that_are_alike():
 
 
 @pytest.fixture
-def config(photos, clip_directory, gpt2_directory, tmp_path):
-    return TrainConfig(
-        data=photos / "dataset.json",
-        out=tmp_path / "run",
-        clip=str(clip_directory),
-        gpt2=str(gpt2_directory),
-        mapper="mlp",
-        prefix_length=3,
-        steps=4,
-        batch_size=8,
-        lr=1e-2,
-        val_every=4,
-        val_captions=2,
-        val_beams=2,
-        max_tokens=12,
-        runtime=RuntimeConfig(device="cpu"),
-    )
+def config(tiny_run):
+    return replace(tiny_run, batch_size=8, val_every=4, val_beams=2, max_tokens=12)
 
 
 def test_cider_and_the_page_are_those_of_the_captioner(config, photos):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import threading
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from common.checks import (
     require_between,
     require_directory,
     require_file,
+    require_language,
     require_one_of,
     require_place,
     require_share,
@@ -204,9 +206,20 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(tmp_path):
         (tmp_path, False, "is a directory"), (tmp_path / "file", True, "is a file"),
         (tmp_path / "file" / "x", False, "below the file"), (tmp_path / "file" / "x", True, "below the file"),
         (tmp_path / ("n" * 256), False, "name of 256 characters"), (tmp_path / ("n" * 256) / "x", True, "256"),
+        ("/dev/null", False, "a pipe, a socket or a device"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             require_place(path, directory=directory)
+
+
+def test_codes_of_languages():
+    for code in ("nl", "nld", "pt-BR", "zh_Hant_TW"):
+        require_language(code)
+    for code in ("", "n", "dutch", "Dutch", "x-klingon", "nld ", "n1", "../x"):
+        with pytest.raises(
+            UserError, match=f"language is {re.escape(repr(code))}: give a code of two or three letters"
+        ):
+            require_language(code)
 
 
 def test_text_that_is_not_unicode():

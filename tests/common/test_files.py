@@ -134,6 +134,12 @@ def test_a_directory_is_one_runs_until_it_ends_or_is_killed(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_cannot_be_claimed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UserError, match="mine' is a file: give the path of a directory"), claimed(tmp_path / "mine"):
+        raise AssertionError("a file was taken for a directory")
+
+
 def test_many_that_want_it_at_once_go_one_by_one(tmp_path):
     code = HOLD.replace(
         "time.sleep(60)",

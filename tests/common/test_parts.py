@@ -9,7 +9,7 @@ import time
 import pytest
 
 from common.checks import UserError
-from common.parts import LAUNCHERS, Part, Parts, ProcessesConfig, own_part, start_processes
+from common.parts import LAUNCHERS, PER_CORE, Part, Parts, ProcessesConfig, own_part, start_processes
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 12, 100])
@@ -51,6 +51,9 @@ def test_own_part(launcher, variables, devices, nodes, expected):
 def test_counts_that_disagree_are_refused(launcher):
     with pytest.raises(UserError, match="devices is 0: use at least 1"):
         own_part(ProcessesConfig(devices=0))
+    most = PER_CORE * os.cpu_count()
+    with pytest.raises(UserError, match=f"devices is {most + 1}: use at most {most}, as this machine has"):
+        own_part(ProcessesConfig(devices=most + 1))
     with pytest.raises(UserError, match="num_nodes is 2, but neither torchrun nor srun"):
         own_part(ProcessesConfig(num_nodes=2))
     launcher(RANK="0", WORLD_SIZE="3")

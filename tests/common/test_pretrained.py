@@ -60,7 +60,10 @@ def test_user_errors_pass_as_they_are():
 
 
 def test_failures_to_load_a_directory_name_the_reason(tmp_path):
-    with pytest.raises(UserError, match="cannot be loaded: broken"), loading(str(tmp_path), PACKAGED, "CLIP"):
+    with (
+        pytest.raises(UserError, match=r"cannot be loaded \(broken\): copy it again"),
+        loading(str(tmp_path), PACKAGED, "CLIP"),
+    ):
         raise ValueError("broken\nand more")
 
 

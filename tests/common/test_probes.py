@@ -22,7 +22,6 @@ from common.probes import (
     score,
     split_by_class,
     sweep,
-    wilson_interval,
     zero_shot,
 )
 
@@ -106,14 +105,6 @@ def test_the_most_frequent_class_is_that_of_training():
     assert found.most_frequent == 0.25 and found.accuracy == 1 and found.top_5 is None
     with pytest.raises(UserError, match="0 images"):
         score(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
-
-
-def test_wilson_interval():
-    assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)  # R, prop.test(correct=FALSE)
-    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == pytest.approx(1)
-    assert wilson_interval(0, 0) == (0, 1)
-    low, high = wilson_interval(5 * 10**5, 10**6)
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.25 / 10**6), rel=1e-3)
 
 
 # --- retrieval -----------------------------------------------------------------------------------------------------

@@ -11,14 +11,8 @@ from common.runtime import RuntimeConfig
 from experiments.captions import coco, conceptual, nocaps, prefix_length
 from experiments.captions.tables import SCENES, small_data
 
-WHICH = shutil.which
 CPU = RuntimeConfig(device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch):
-    """METEOR has its test with the metrics; starting it costs seconds."""
-    monkeypatch.setattr(shutil, "which", lambda name: None if name == "java" else WHICH(name))
+pytestmark = pytest.mark.usefixtures("no_java")
 
 
 @pytest.fixture(scope="module")

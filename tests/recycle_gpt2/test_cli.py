@@ -141,6 +141,12 @@ def test_a_full_disk_is_one_line(text, tmp_path, english_models, capsys, monkeyp
         (["tokenizer", "--text", "TEXT", "--out", "caf\udce9"], "out is 'caf.udce9', which is not UTF-8"),
         (["tokenizer", "--text", "TEXT", "--out", "n" * 256], "name of 256 characters"),
         (["corpus", "--text", "TEXT", "--tokenizer", "MODEL", "--out", "o", "--workers", "1000000000000"], "workers is"),
+        (["corpus", "--text", "TEXT", "--tokenizer", "MODEL", "--out", "taken"], "is a file: give the path of a dir"),
+        (["align", "--recycled", "MODEL", "--small", "MODEL", "--large", "MODEL", "--out", "taken"], "is a file: give"),
+        (["evaluate", "MODEL", "./gone", "--text", "TEXT"], "gone' does not exist"),
+        (["lexicon", "--model", "./gone", "--source", "MODEL", "--dictionary", "no.tsv"], "no.tsv' does not exist"),
+        (["judge", "--human", "TEXT", "--machine", "m=TEXT", "--out", "o", "--language", "dutch"], "language is 'dutch'"),
+        (["judge-report", "--answers", "no.json", "--key", "no.json"], "key 'no.json' does not exist"),
         (["evaluate", "MODEL", "--text", "TEXT", "--max-documents", "-1"], "max_documents is -1"),
         (["evaluate", "MODEL", "--text", "TEXT", "--resamples", "1000000000000"], "resamples is 1000000000000"),
         (["evaluate", "MODEL", "--text", "TEXT", "--out", "TEXT"], "is a directory"),
@@ -156,8 +162,13 @@ def test_absurd_values_are_one_line(arguments, message, text, gpt2_directory, tm
     import re
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("mine")
     arguments = [a.replace("TEXT", str(text)).replace("MODEL", str(gpt2_directory)) for a in arguments]
-    assert re.search(message, refused(arguments, capsys).replace("\\\\", "\\"))
+    assert main(arguments) == 2
+    printed, told = capsys.readouterr()
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert printed == "" and len(errors) == 1 and "Traceback" not in told  # nothing was done before
+    assert re.search(message, errors[0].replace("\\\\", "\\"))
 
 
 def test_a_text_cannot_write_to_the_terminal(gpt2_directory, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -12,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from common.checks import UserError
-from recycle_gpt2.judge import JudgeConfig, JudgeReportConfig, make_form, run_form, run_report, tally, wilson_interval
+from common.intervals import wilson_interval
+from recycle_gpt2.judge import JudgeConfig, JudgeReportConfig, make_form, run_form, run_report, tally
 
 
 @pytest.fixture
@@ -79,16 +79,6 @@ def test_key_belongs_to_the_texts():
     form, key = make_form(texts, seed=3)
     for item in form["items"]:
         assert key["models"][item["id"]] == ("human" if item["text"][0] == "h" else "model")
-
-
-def test_wilson_interval():
-    low, high = wilson_interval(7, 10)
-    assert (low, high) == (pytest.approx(0.3968, abs=1e-4), pytest.approx(0.8922, abs=1e-4))  # Newcombe 1998's formula
-    for share in (low, high):  # the ends are where the score test is at its limit
-        assert abs(0.7 - share) == pytest.approx(1.959964 * math.sqrt(share * (1 - share) / 10))
-    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == 1 and wilson_interval(0, 0) == (0, 1)
-    narrow, wide = wilson_interval(70, 100), wilson_interval(7, 10)
-    assert narrow[1] - narrow[0] < wide[1] - wide[0]
 
 
 def test_tally():

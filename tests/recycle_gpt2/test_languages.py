@@ -72,7 +72,7 @@ def test_the_code_stands_in_every_name(config):
         ({"dictionary": Path("a.tsv")}, "dictionary is 'a.tsv' for nld and xen alike"),
         ({"push_to_hub": "me/gpt2"}, "push_to_hub is 'me/gpt2' for nld and xen alike"),
         ({"language": ("nld", "nld")}, "language names nld 2 times: name each once"),
-        ({"language": ("nld", "../x")}, r"language is '\.\./x': give a code of letters and digits"),
+        ({"language": ("nld", "../x")}, r"language is '\.\./x': give a code of two or three letters"),
         ({"language": ""}, "language is '': give a code"),
         ({"language": ()}, "language names none"),
         ({"out": Path("out/{language}")}, r"leave out \{language\}, each model has a folder"),

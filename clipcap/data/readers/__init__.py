@@ -213,6 +213,8 @@ def _guess(source: Path) -> Format:
         return "auto"
     first = first_line(source)
     found = _guess_line(first)
+    if found is None and "\0" in first:
+        raise UserError(f"caption file {str(source)!r} is not text: give a file of captions, or a folder of images.")
     if found is None:
         raise UserError(
             f"caption file {str(source)!r} is of no layout that is known (its first line: {first[:60]!r}): name the "
