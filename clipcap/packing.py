@@ -16,19 +16,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, Int8, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 from common.checks import UserError
 from common.decoders.families import base_model
 from common.decoders.heads import OutputHead, output_head
+from common.huge_pages import to_huge_pages
 from common.packing import ROWS, Activation, PackedCopies, PackedLinear, can_pack
 
 CHUNK = 8192
@@ -54,7 +56,7 @@ class Head:
         self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False, head: OutputHead | None = None
     ) -> None:
         kind = _Int8Linear if int8 else PackedLinear
-        self.head = OutputHead(table) if head is None else head
+        self.head, self.int8 = OutputHead(table) if head is None else head, int8
         size = CHUNK if table.device.type == "cpu" else len(table)
         parts = table.split(size)
         biases = [None] * len(parts) if self.head.bias is None else self.head.bias.split(size)
@@ -64,6 +66,8 @@ class Head:
 
     def chunks(self, hidden: Float[Tensor, "... d"]) -> Iterator[Float[Tensor, "... c"]]:
         """Logits (float32) of one chunk after the other."""
+        if self.int8:
+            hidden = hidden.float()  # or its logits would be rounded
         for part in self.parts:
             products = part(hidden) if isinstance(part, nn.Module) else F.linear(hidden, *part)
             yield self.head.shape(products.float())
@@ -72,8 +76,8 @@ class Head:
 class _Int8Linear(nn.Module):
     """x Wᵀ + b in 8-bit integers: x = sₓ·(q - 128) row by row, W = s_w·q output by output, sums in 32 bits.
 
-    GELU (tanh) follows when `gelu` is set. Weights become at most `largest`, by default what this processor computes
-    exactly.
+    GELU (tanh) follows when `gelu` is set, and then the result is float32, as the next layer makes 8 bits of it.
+    Weights become at most `largest`, by default what this processor computes exactly.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class _Int8Linear(nn.Module):
         weight = weight.detach().float()
         scales = (weight.abs().amax(1) / (largest or largest_int8_weight())).clamp(min=TINIEST)
         integers = (weight / scales[:, None]).round().to(torch.int8)
-        self.weight = (_prepack(integers),)
+        self.weight = (to_huge_pages(_prepack(integers)),)
         self.scales = (scales,)
         self.bias = (bias if bias is None else bias.detach().float(),)
         self.gelu = gelu
@@ -100,7 +104,8 @@ class _Int8Linear(nn.Module):
         integers = (rows / scale).round_().add_(128).to(torch.uint8)
         y = _int8_product(integers, self.weight[0], self.scales[0])
         y = y.mul_(scale) if self.bias[0] is None else torch.addcmul(self.bias[0], y, scale)
-        return (_gelu_tanh(y) if self.gelu else y).to(x.dtype).unflatten(0, x.shape[:-1])
+        y = _gelu_tanh(y) if self.gelu else y.to(x.dtype)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def _prepack(integers: Int8[Tensor, "o i"]) -> Tensor:
@@ -219,11 +224,44 @@ def _pack(transformer: nn.Module, int8: bool) -> nn.Module:
             if int8
             else PackedLinear(weight, module.bias, activation=activation)
         )
-    packed = copy.deepcopy(transformer, memo).eval()
-    config: Any = packed.config
+    packed: Any = copy.deepcopy(transformer, memo).eval()
+    config = packed.config
+    if isinstance(packed, GPT2Model) and config._attn_implementation == "sdpa" and not config.add_cross_attention:
+        packed.h = nn.ModuleList([LeanBlock(block) for block in packed.h])
     if config._attn_implementation == "sdpa" and getattr(config, "num_key_value_heads", None):
         config._attn_implementation = GROUPED
     return packed
+
+
+class LeanBlock(nn.Module):
+    """A block of GPT-2 at inference: attention and MLP, each added to what it reads, and nothing in between.
+
+    The library's asks at every call which attention to use, and for dropout that does nothing.
+    """
+
+    def __init__(self, block: GPT2Block) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = block.ln_1, block.attn, block.ln_2, block.mlp
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "b n d"],
+        past_key_values: Cache | None = None,
+        attention_mask: Shaped[Tensor, "#b 1 n m"] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Float[Tensor, "b n d"]:
+        attention, mlp = self.attn, self.mlp
+        split = attention.c_attn(self.ln_1(hidden)).unflatten(-1, (3, attention.num_heads, -1))  # (b, n, 3, h, d/h)
+        query, key, value = split.permute(2, 0, 3, 1, 4).unbind()
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+        causal = attention_mask is None and hidden.shape[1] > 1
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, is_causal=causal, scale=attention.scaling
+        )
+        hidden = attention.c_proj(mixed.transpose(1, 2).flatten(2)).add_(hidden)
+        return hidden.add_(mlp.c_proj(mlp.act(mlp.c_fc(self.ln_2(hidden)))))
 
 
 class RMSNorm(nn.Module):
