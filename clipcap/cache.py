@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 NEVER = float("-inf")
+IN_CACHE = 1 << 17
+"""Logits (float32) that are read several times while they stay in the processor's cache."""
 TREE_ATTENTION = frozenset(
     "gemma gemma2 gemma3_text gpt2 gpt_neox llama mistral olmo2 opt phi qwen2 qwen3 smollm3 starcoder2".split()
 )
@@ -271,31 +273,47 @@ def top_logits(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
     """The largest `count` logits of each row, their ids, and the logsumexp of all, over the vocabulary in chunks.
 
-    Their log-softmax never exists, nor all n·v logits at once where there are several chunks.
+    Their log-softmax never exists, nor all n·v logits at once where there are several chunks. Chunks are
+    overwritten; on a CPU a few rows at once, which stay in its cache while they are read.
     """
     values, ids, totals, begin = [], [], [], 0
     for logits in chunks:
-        if temperature != 1:
-            logits = logits / temperature
-        best, where = largest(logits, min(count, logits.shape[1]))
+        rows = max(1, IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        parts = [_top_part(part, count, temperature) for part in logits.split(rows)]
+        best, where, total = (torch.cat(found) for found in zip(*parts, strict=True))
         values.append(best)
         ids.append(where + begin)
-        totals.append(logits.logsumexp(-1))
+        totals.append(total)
         begin += logits.shape[1]
     best, where = torch.cat(values, -1).topk(min(count, begin), -1)
     return best, torch.cat(ids, -1).gather(-1, where), torch.stack(totals, -1).logsumexp(-1)
 
 
+def _top_part(
+    logits: Float[Tensor, "n c"], count: int, temperature: float
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
+    """`top_logits` of a few rows of a chunk."""
+    if temperature != 1:
+        logits.div_(temperature)
+    best, where = largest(logits, min(count, logits.shape[1]))
+    most = best[:, :1]
+    return best, where, logits.sub_(most).exp_().sum(-1).log_().add_(most[:, 0])
+
+
 def largest(x: Float[Tensor, "n m"], count: int, *, block: int = 64) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """`x.topk(count)` by the maxima of blocks of columns: the `count` largest lie in the `count` best blocks."""
+    """`x.topk(count)` by the maxima of blocks of columns: the `count` largest lie in the `count` best blocks.
+
+    The columns of a block are evenly spaced, so that the maxima of neighbouring blocks are found side by side.
+    """
     rows, columns = x.shape
     blocks = columns // block
     if blocks <= count:
         return x.topk(count, -1)
-    whole = x[:, : blocks * block].unflatten(1, (blocks, block))
-    chosen = whole.amax(-1).topk(count, -1).indices  # (n, k)
-    inside = whole.gather(1, chosen[..., None].expand(-1, -1, block)).flatten(1)  # (n, k * block)
-    ids = (chosen[..., None] * block + torch.arange(block, device=x.device)).flatten(1)
+    whole = x[:, : blocks * block].unflatten(1, (block, blocks))
+    chosen = whole.amax(1).topk(count, -1).indices  # (n, k)
+    inside = whole.gather(2, chosen[:, None].expand(-1, block, -1)).flatten(1)  # (n, block * k)
+    spaced = torch.arange(0, blocks * block, blocks, device=x.device)
+    ids = (spaced[:, None] + chosen[:, None]).flatten(1)
     rest = torch.arange(blocks * block, columns, device=x.device).expand(rows, -1)
     best, where = torch.cat([inside, x[:, blocks * block :]], 1).topk(count, -1)
     return best, torch.cat([ids, rest], 1).gather(1, where)

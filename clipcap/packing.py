@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from common.checks import UserError
 from common.decoders.families import base_model
 from common.decoders.heads import OutputHead, output_head
+from common.huge_pages import to_huge_pages
 from common.packing import ROWS, Activation, PackedCopies, PackedLinear, can_pack
 
 CHUNK = 8192
@@ -54,7 +55,7 @@ class Head:
         self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False, head: OutputHead | None = None
     ) -> None:
         kind = _Int8Linear if int8 else PackedLinear
-        self.head = OutputHead(table) if head is None else head
+        self.head, self.int8 = OutputHead(table) if head is None else head, int8
         size = CHUNK if table.device.type == "cpu" else len(table)
         parts = table.split(size)
         biases = [None] * len(parts) if self.head.bias is None else self.head.bias.split(size)
@@ -64,6 +65,8 @@ class Head:
 
     def chunks(self, hidden: Float[Tensor, "... d"]) -> Iterator[Float[Tensor, "... c"]]:
         """Logits (float32) of one chunk after the other."""
+        if self.int8:
+            hidden = hidden.float()  # or its logits would be rounded
         for part in self.parts:
             products = part(hidden) if isinstance(part, nn.Module) else F.linear(hidden, *part)
             yield self.head.shape(products.float())
@@ -72,8 +75,8 @@ class Head:
 class _Int8Linear(nn.Module):
     """x Wᵀ + b in 8-bit integers: x = sₓ·(q - 128) row by row, W = s_w·q output by output, sums in 32 bits.
 
-    GELU (tanh) follows when `gelu` is set. Weights become at most `largest`, by default what this processor computes
-    exactly.
+    GELU (tanh) follows when `gelu` is set, and then the result is float32, as the next layer makes 8 bits of it.
+    Weights become at most `largest`, by default what this processor computes exactly.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class _Int8Linear(nn.Module):
         weight = weight.detach().float()
         scales = (weight.abs().amax(1) / (largest or largest_int8_weight())).clamp(min=TINIEST)
         integers = (weight / scales[:, None]).round().to(torch.int8)
-        self.weight = (_prepack(integers),)
+        self.weight = (to_huge_pages(_prepack(integers)),)
         self.scales = (scales,)
         self.bias = (bias if bias is None else bias.detach().float(),)
         self.gelu = gelu
@@ -100,7 +103,8 @@ class _Int8Linear(nn.Module):
         integers = (rows / scale).round_().add_(128).to(torch.uint8)
         y = _int8_product(integers, self.weight[0], self.scales[0])
         y = y.mul_(scale) if self.bias[0] is None else torch.addcmul(self.bias[0], y, scale)
-        return (_gelu_tanh(y) if self.gelu else y).to(x.dtype).unflatten(0, x.shape[:-1])
+        y = _gelu_tanh(y) if self.gelu else y.to(x.dtype)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def _prepack(integers: Int8[Tensor, "o i"]) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from common.huge_pages import to_huge_pages
+
 ROWS = 64
 """Rows for which oneDNN chooses the layout."""
 Packed = TypeVar("Packed")
@@ -37,7 +39,8 @@ class PackedLinear(nn.Module):
         activation: Activation = "none",
     ) -> None:
         super().__init__()
-        self.weight = (torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS),)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+        self.weight = (to_huge_pages(packed),)
         self.bias = (bias,)  # tuples hide both from parameters() and state_dict()
         self.after = _POST_OPERATIONS[activation]
 

@@ -25,6 +25,14 @@ def test_all_sides_write_as_many_tokens_and_ours_are_those_of_generate(tmp_path,
     assert said.count("| BLIP base |") == 4
 
 
+def test_only_those_that_are_asked_for_are_run():
+    result = peers.main(
+        ["--batches", "1", "--precisions", "fp32", "--repeats", "1", "--against", "generate"], sizes=TINY
+    )
+    found = {key.partition("_fp32_")[0] for key in result if "_fp32_" in key}
+    assert found == {"generate", "ours_on_prefixes"} and result["generate_fp32_b1_identical"] == 1
+
+
 def test_captions_that_differ_are_an_error_after_all_is_written(monkeypatch, tmp_path, capsys):
     models = peers.build(TINY, 2, seed=0)
     monkeypatch.setattr(peers, "build", lambda *_: models)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipcap import ClipCapConfig, ClipCapModel
-from clipcap.cache import largest
+from clipcap.cache import IN_CACHE, largest, top_logits
 from clipcap.decoding import decode
 from clipcap.packing import decoding_parts
 from clipcap.search import Sampler
@@ -249,6 +249,16 @@ def test_topk_by_blocks_is_topk():
             values, where = largest(x[:, :columns], count, block=16)
             expected = x[:, :columns].topk(count, -1)
             assert torch.equal(values, expected.values) and torch.equal(where, expected.indices)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("offset", [0.0, -200.0, 200.0])  # exp underflows or overflows without the maximum taken off
+def test_top_logits_in_chunks_are_those_of_the_log_softmax(temperature, offset):
+    x = torch.randn(70, 3 * IN_CACHE // 64, generator=torch.Generator().manual_seed(0)) + offset
+    expected = (x / temperature).log_softmax(-1).topk(7, -1)
+    values, ids, total = top_logits(iter(x.clone().split(IN_CACHE // 32, -1)), 7, temperature)
+    torch.testing.assert_close(values - total[:, None], expected.values, atol=1e-3, rtol=1e-5)
+    assert torch.equal(ids, expected.indices)
 
 
 @pytest.mark.parametrize(
