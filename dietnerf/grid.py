@@ -23,18 +23,15 @@ from common.checks import UserError, require_above, require_at_least, require_be
 from common.runtime import require_memory
 from dietnerf.contraction import Contraction
 from dietnerf.data import BLENDER_SIDE
-from dietnerf.interpolation import Corners, interpolate, refine
+from dietnerf.interpolation import Corners, interpolate, refine, trilinear_weights
+from dietnerf.marching import CELLS, CHORDS, CurvedPath, March, Path, StraightPath
 from dietnerf.model import VISIBLE_WEIGHT, BoxCollider, FewViewModel, FewViewModelConfig
 from dietnerf.regularizers import Samples, total_variation
 
-CELLS = 64
-"""The occupancy mask has so many cells along each side of the box."""
 START_OPACITY = 0.1
 """Optical depth of the box before training."""
 EMPTY_OPACITY = 0.02
 """A cell is empty when its densest point absorbs less than this over a voxel's length."""
-CHORDS = 96
-"""Straight pieces by which a ray is followed through contracted space."""
 SHORTEST = 1e-3
 """A ray's first sample there lies at least this share of a step behind the near plane: at the plane it would have no
 length, and density is divided by that."""
@@ -42,19 +39,6 @@ CONTRACTED_DISTORTION = 3e-3
 """The distortion loss's own weight where the space outside the box is contracted, which leaves room for fog."""
 SLAB = 0.25
 """Share of the grid that one evaluation of the total variation looks at: a random slab, right on average."""
-
-
-class Marched(NamedTuple):
-    """Samples in occupied cells, ray by ray, in order along each."""
-
-    ray: Int[Tensor, " k"]
-    """Which ray."""
-    slot: Int[Tensor, " k"]
-    """How many samples of that ray come before."""
-    middle: Float[Tensor, " k"]
-    """Distance along the ray."""
-    stretch: Float[Tensor, " k"] | float = 1.0
-    """How much longer a step is in the scene's units than in the grid's."""
 
 
 class Values(NamedTuple):
@@ -125,15 +109,13 @@ class VoxelGrid(nn.Module):
     def locate(self, positions: Float[Tensor, "n 3"]) -> Corners:
         """Vertices around points in the box; points outside are moved to its surface."""
         scaled = (positions - self.aabb[0]) / self.voxel
-        top = self.sizes - 2
-        lower = torch.minimum(scaled.clamp(min=0).floor(), top)
-        after = (scaled - lower).clamp(0, 1)
-        stride = torch.stack([self.sizes[1] * self.sizes[2], self.sizes[2], torch.ones_like(self.sizes[2])])
-        corner = torch.tensor([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)], device=positions.device)
-        index = (lower.int() * stride.int()).sum(dim=-1, dtype=torch.int32)[:, None] + (corner * stride).sum(-1).int()
-        x, y, z = torch.stack([1 - after, after], dim=-1).unbind(1)  # (n, 2) each
-        weight = (x[:, :, None, None] * y[:, None, :, None] * z[:, None, None, :]).flatten(1)
-        return Corners(index, weight)
+        lower = torch.minimum(scaled.clamp(min=0).floor(), self.sizes - 2)
+        weight = trilinear_weights((scaled - lower).clamp(0, 1).T.contiguous())
+        _, y, z = self.sizes.tolist()
+        x_row, y_row, z_row = lower.T.int()
+        corner = [(i * y + j) * z + k for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+        row = ((x_row * y + y_row) * z + z_row)[:, None] + torch.tensor(corner, dtype=torch.int32, device=lower.device)
+        return Corners(row, weight)
 
     def train(self, mode: bool = True) -> VoxelGrid:
         self._held = None
@@ -170,8 +152,9 @@ class VoxelGrid(nn.Module):
         found: Tensor | None = None
         for number in range(level + 1):
             sizes = self.sizes if number == level else vertices_along(extent, self.resolutions[number])
-            own = tables[number][: int(sizes.prod())].view(*sizes.tolist(), -1)
-            found = own if found is None else own + refine(found, sizes.tolist())
+            used, whole = int(sizes.prod()), tables[number]
+            own = (whole if used == len(whole) else whole[:used]).view(*sizes.tolist(), -1)
+            found = own if found is None else refine(found, sizes.tolist(), own)
         assert found is not None
         return found.flatten(0, 2)
 
@@ -185,66 +168,19 @@ class VoxelGrid(nn.Module):
         step: float,
         *,
         jitter: bool,
-    ) -> Marched:
-        """Samples every `step` between near and far, in occupied cells only; with jitter, each ray begins anywhere
-        within the first step."""
-        hit = (far > near + 1e-4)[:, 0].nonzero()[:, 0]
-        if not len(hit):
-            none = hit.new_zeros(0)
-            return Marched(none, none, none.to(origins.dtype))
-        near, far = near[hit], far[hit]
-        count = int(((far - near).max() / step).ceil().item())
-        offset = torch.rand_like(near) if jitter else torch.full_like(near, 0.5)
-        middle = near + (torch.arange(count, device=near.device) + offset) * step  # (h, count)
-        scale = CELLS / (self.aabb[1] - self.aabb[0])
-        start, slope = (origins[hit] - self.aabb[0]) * scale, directions[hit] * scale
-        flat = torch.zeros_like(middle, dtype=torch.int32)
-        for axis in range(3):
-            cell = torch.addcmul(start[:, axis, None], middle, slope[:, axis, None]).int().clamp_(0, CELLS - 1)
-            flat.mul_(CELLS).add_(cell)
-        kept = self.occupied.view(-1)[flat] & (middle < far)
-        row, column, slot = ray_by_ray(kept)
-        return Marched(hit[row], slot, middle[row, column])
-
-    @torch.no_grad()
-    def march_contracted(
-        self,
-        origins: Float[Tensor, "r 3"],
-        directions: Float[Tensor, "r 3"],
-        near: Float[Tensor, "r 1"],
-        far: Float[Tensor, "r 1"],
-        step: float,
-        *,
-        jitter: bool,
-    ) -> Marched:
-        """Samples as those of `march`, `step` apart in the grid's coordinates, where rays are curved: each is followed
-        along a chain of chords."""
-        marks = near * (far / near) ** torch.linspace(0, 1, CHORDS + 1, device=near.device)  # (r, m)
-        places = self.place(origins[:, None] + marks[..., None] * directions[:, None])  # (r, m, 3)
-        chords = (places[:, 1:] - places[:, :-1]).norm(dim=-1).clamp(min=1e-9)
-        along = F.pad(chords.cumsum(dim=-1), (1, 0))
-        count = int((along[:, -1].max() / step).ceil().item())
-        offset = torch.rand_like(near).clamp(min=SHORTEST) if jitter else torch.full_like(near, 0.5)
-        wanted = (torch.arange(count, device=near.device) + offset) * step  # (r, count)
-        chord = (torch.searchsorted(along, wanted, right=True) - 1).clamp_(max=CHORDS - 1)
-        stretch = ((marks[:, 1:] - marks[:, :-1]) / chords).gather(1, chord)
-        after = wanted - along.gather(1, chord)
-        middle = marks.gather(1, chord) + after * stretch
-        stretch = torch.minimum(stretch, 2 * (middle - near) / step)  # none begins before the near plane
-        kept = wanted < along[:, -1:]
-        scale = CELLS / (self.aabb[1] - self.aabb[0])
-        starts, slopes = (
-            (places[:, :-1] - self.aabb[0]) * scale,
-            (places[:, 1:] - places[:, :-1]) / chords[..., None] * scale,
-        )
-        flat = torch.zeros_like(middle, dtype=torch.int32)
-        for axis in range(3):
-            cell = torch.addcmul(starts[..., axis].gather(1, chord), after, slopes[..., axis].gather(1, chord))
-            kept &= (cell >= 0) & (cell < CELLS)
-            flat.mul_(CELLS).add_(cell.int().clamp_(0, CELLS - 1))
-        kept &= self.occupied.view(-1)[flat]
-        row, column, slot = ray_by_ray(kept)
-        return Marched(row, slot, middle[row, column], stretch[row, column])
+    ) -> March:
+        """Samples every `step`, in the grid's coordinates, between near and far, in occupied cells only; with jitter,
+        each ray begins anywhere within the first step."""
+        path: Path
+        if self.contraction is None:
+            path = StraightPath(origins, directions, near, far, step, self.aabb, jitter=jitter)
+        else:
+            marks = near * (far / near) ** torch.linspace(0, 1, CHORDS + 1, device=near.device)  # (r, m)
+            places = self.place(origins[:, None] + marks[..., None] * directions[:, None])
+            offset = torch.rand_like(near).clamp(min=SHORTEST) if jitter else torch.full_like(near, 0.5)
+            path = CurvedPath(marks, places, step, self.aabb, offset)
+        cell = float((self.aabb[1] - self.aabb[0]).min()) / CELLS
+        return March(path, self.occupied, step, cell)
 
     def variation(self, values: Values | None = None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Total variation of density's and colour's values before activation, in a random slab of the grid."""
@@ -348,13 +284,6 @@ def _take(grid: VoxelGrid, state: dict[str, Any], prefix: str, *_: Any) -> None:
             for name in ("density_tables", "colour_tables"):
                 key = f"{prefix}{name}.{number}"
                 state[key] = torch.zeros_like(state[key])
-
-
-def ray_by_ray(kept: Bool[Tensor, "r s"]) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
-    """Row and column of each sample that is kept, and how many of its row are kept before it."""
-    row, column = kept.nonzero(as_tuple=True)
-    slot = (kept.cumsum(dim=1, dtype=torch.int32) - 1)[row, column]
-    return row, column, slot.long()
 
 
 def bytes_of(resolutions: tuple[int, ...], harmonics: int) -> int:
@@ -464,12 +393,13 @@ class DietGridModel(FewViewModel):
         near, far = ray_bundle.nears, ray_bundle.fars
         assert near is not None and far is not None
         step = grid.voxel.mean().item() / self.config.steps_per_voxel
-        march = grid.march if grid.contraction is None else grid.march_contracted
         values = grid.values()
         if self.training and values.density.requires_grad:
             self._values = values
             values.density.register_hook(self._forget)  # a graph is walked once
-        ray, slot, middle, stretch = march(origins, directions, near, far, step, jitter=self.training)
+        marched = grid.march(origins, directions, near, far, step, jitter=self.training).samples()
+        ray, middle, stretch = marched
+        slot = marched.slot
         width = int(slot.max()) + 1 if len(slot) else 1
         corners = grid.locate(grid.place(origins[ray] + middle[:, None] * directions[ray]))
         table = (len(origins), width)

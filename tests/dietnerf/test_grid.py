@@ -191,7 +191,7 @@ def test_growing_crops_the_box_to_what_is_occupied_and_marching_skips_the_rest()
     assert 0.2 < grid.occupied.float().mean() < 0.95
     origins, directions = torch.tensor([[-4.0, 0.0, 0.0], [-4.0, 3.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]] * 2)
     near, far = torch.tensor([[3.4], [3.4]]), torch.tensor([[4.6], [3.4]])  # the second misses
-    marched = grid.march(origins, directions, near, far, 0.01, jitter=False)
+    marched = grid.march(origins, directions, near, far, 0.01, jitter=False).samples()
     assert (marched.ray == 0).all() and marched.slot.tolist() == list(range(len(marched.slot)))
     assert marched.middle.min() < 3.65 and marched.middle.max() > 4.35
     assert (marched.middle.diff() > 0).all()
@@ -208,9 +208,9 @@ def test_an_empty_grid_keeps_its_box():
     torch.testing.assert_close(grid.aabb, BOX)
     ray = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 1), torch.ones(1, 1)
     grid.update_occupancy()
-    assert grid.occupied.all() and len(grid.march(*ray, 0.1, jitter=True).ray)  # or it could never learn again
+    assert grid.occupied.all() and len(grid.march(*ray, 0.1, jitter=True).samples().ray)  # or it could never learn again
     grid.occupied.fill_(False)
-    nothing = grid.march(*ray, 0.1, jitter=True)
+    nothing = grid.march(*ray, 0.1, jitter=True).samples()
     assert len(nothing.ray) == 0
 
 
