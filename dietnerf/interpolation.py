@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,8 +24,8 @@ class Corners(NamedTuple):
     weight: Float[Tensor, "n 8"]
     """Trilinear weights."""
 
-    def of(self, chosen: Bool[Tensor, " n"]) -> Corners:
-        return Corners(self.row[chosen], self.weight[chosen])
+    def of(self, chosen: Int[Tensor, " k"]) -> Corners:
+        return Corners(self.row.index_select(0, chosen), self.weight.index_select(0, chosen))
 
 
 def interpolate(table: Float[Tensor, "v c"], corners: Corners) -> Float[Tensor, "n c"]:
@@ -85,9 +85,9 @@ class _Refine(torch.autograd.Function):
         x, y, z = sizes
         with torch.autocast(coarse.device.type, enabled=False):
             found = _along_last(coarse.reshape(a * b, d, channels), linear_weights(z, d, coarse))
-            found = torch.matmul(linear_weights(y, b, coarse), found.view(a, b, z * channels))
+            found = torch.matmul(linear_weights(y, b, coarse), found.reshape(a, b, z * channels))
             added = None if own is None else own.reshape(x, -1)
-            return _banded(linear_weights(x, a, coarse), found.view(a, -1), added).view(x, y, z, channels)
+            return _banded(linear_weights(x, a, coarse), found.reshape(a, -1), added).view(x, y, z, channels)
 
     @staticmethod
     def backward(context, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
@@ -95,9 +95,9 @@ class _Refine(torch.autograd.Function):
         x, y, z, _ = gradient.shape
         with torch.autocast(gradient.device.type, enabled=False):
             found = _banded(linear_weights(x, a, gradient).T, gradient.reshape(x, -1))
-            found = torch.matmul(linear_weights(y, b, gradient).T, found.view(a, y, z * channels))
-            found = _along_last(found.view(a * b, z, channels), linear_weights(z, d, gradient).T)
-        return found.view(context.shape), None, gradient if context.needs_input_grad[2] else None
+            found = torch.matmul(linear_weights(y, b, gradient).T, found.reshape(a, y, z * channels))
+            found = _along_last(found.reshape(a * b, z, channels), linear_weights(z, d, gradient).T)
+        return found.reshape(context.shape), None, gradient if context.needs_input_grad[2] else None
 
 
 def _along_last(values: Float[Tensor, "n d c"], weights: Float[Tensor, "z d"]) -> Float[Tensor, "n z c"]:
@@ -106,18 +106,21 @@ def _along_last(values: Float[Tensor, "n d c"], weights: Float[Tensor, "z d"]) -
     if channels > FEW:
         return torch.matmul(weights, values)
     # One product with a matrix that keeps channels apart, instead of many thin ones.
-    apart = torch.eye(channels, device=values.device, dtype=values.dtype)
-    return (values.reshape(number, depth * channels) @ torch.kron(weights.T.contiguous(), apart)).view(
-        number, -1, channels
-    )
+    apart = torch.kron(weights.contiguous(), torch.eye(channels, device=values.device, dtype=values.dtype))
+    found = values.new_empty(number, len(apart))
+    _banded(apart, values.reshape(number, depth * channels).T, out=found.T)
+    return found.view(number, len(weights), channels)
 
 
 def _banded(
-    weights: Float[Tensor, "m n"], values: Float[Tensor, "n q"], own: Float[Tensor, "m q"] | None = None
+    weights: Float[Tensor, "m n"],
+    values: Float[Tensor, "n q"],
+    own: Float[Tensor, "m q"] | None = None,
+    out: Float[Tensor, "m q"] | None = None,
 ) -> Float[Tensor, "m q"]:
     """The product, and `own` added to it, in blocks of rows, which need few of the values where the weights are those
     of neighbours: a block stays in the cache, and most of the multiplications by zero are left out."""
-    found = values.new_empty(len(weights), values.shape[1])
+    found = values.new_empty(len(weights), values.shape[1]) if out is None else out
     for first in range(0, len(weights), BAND):
         rows = slice(first, first + BAND)
         used = weights[rows].any(dim=0).nonzero()
