@@ -55,7 +55,7 @@ class Path(Protocol):
     count: int
     """A ray has at most so many."""
 
-    def at(self, ray: Int[Tensor, " m"], place: Num[Tensor, "b #m"]) -> Places:
+    def at(self, ray: Int[Tensor, " m"], place: Num[Tensor, "#b #m"]) -> Places:
         """Where they are, by the row of their ray and their number (or between two) along it."""
         ...
 
@@ -82,7 +82,7 @@ class StraightPath:
         scale = CELLS / (aabb[1] - aabb[0])
         self.starts, self.slopes = ((origins[hit] - aabb[0]) * scale).T, (directions[hit] * scale).T
 
-    def at(self, ray: Int[Tensor, " m"], place: Num[Tensor, "b #m"]) -> Places:
+    def at(self, ray: Int[Tensor, " m"], place: Num[Tensor, "#b #m"]) -> Places:
         def of(values: Float[Tensor, " h"]) -> Float[Tensor, " m"]:
             """The ray's."""
             return values.index_select(0, ray)
@@ -123,7 +123,7 @@ class CurvedPath:
         self.starts = ((places[:, :-1] - aabb[0]) * scale).flatten(0, 1).T.contiguous()
         self.slopes = (sides / chords[..., None] * scale).flatten(0, 1).T.contiguous()
 
-    def at(self, ray: Int[Tensor, " m"], place: Num[Tensor, "b #m"]) -> Places:
+    def at(self, ray: Int[Tensor, " m"], place: Num[Tensor, "#b #m"]) -> Places:
         wanted = (place + self.offset[ray]) * self.step
         chord = torch.searchsorted(self.along[ray], wanted.T.contiguous(), right=True).T - 1
         flat = (chord.clamp_(max=CHORDS - 1) + ray * CHORDS).contiguous()
@@ -210,7 +210,10 @@ def order_within(group: Int[Tensor, " k"]) -> Int[Tensor, " k"]:
 
 
 def points_on(
-    origins: Float[Tensor, "r 3"], directions: Float[Tensor, "r 3"], ray: Int[Tensor, " k"], distance: Float[Tensor, " k"]
+    origins: Float[Tensor, "r 3"],
+    directions: Float[Tensor, "r 3"],
+    ray: Int[Tensor, " k"],
+    distance: Float[Tensor, " k"],
 ) -> Float[Tensor, "k 3"]:
     """Points on rays. (In memory each axis lies apart, which makes what follows four times as fast.)"""
     axes = zip(origins.unbind(1), directions.unbind(1), strict=True)
