@@ -23,38 +23,24 @@ from common.checks import UserError, require_above, require_at_least, require_be
 from common.runtime import require_memory
 from dietnerf.contraction import Contraction
 from dietnerf.data import BLENDER_SIDE
-from dietnerf.interpolation import Corners, interpolate, refine
+from dietnerf.interpolation import Corners, interpolate, refine, trilinear_weights
+from dietnerf.marching import CELLS, CHORDS, CurvedPath, March, Marched, Path, StraightPath, points_on, weights_of
 from dietnerf.model import VISIBLE_WEIGHT, BoxCollider, FewViewModel, FewViewModelConfig
 from dietnerf.regularizers import Samples, total_variation
 
-CELLS = 64
-"""The occupancy mask has so many cells along each side of the box."""
 START_OPACITY = 0.1
 """Optical depth of the box before training."""
 EMPTY_OPACITY = 0.02
 """A cell is empty when its densest point absorbs less than this over a voxel's length."""
-CHORDS = 96
-"""Straight pieces by which a ray is followed through contracted space."""
 SHORTEST = 1e-3
 """A ray's first sample there lies at least this share of a step behind the near plane: at the plane it would have no
 length, and density is divided by that."""
 CONTRACTED_DISTORTION = 3e-3
 """The distortion loss's own weight where the space outside the box is contracted, which leaves room for fog."""
+WAVES = ((0, 1), (1, 2), (2, 4), (4, 8), (8, None))
+"""Blocks of samples along each ray that are rendered at once; a ray goes on while light comes through."""
 SLAB = 0.25
 """Share of the grid that one evaluation of the total variation looks at: a random slab, right on average."""
-
-
-class Marched(NamedTuple):
-    """Samples in occupied cells, ray by ray, in order along each."""
-
-    ray: Int[Tensor, " k"]
-    """Which ray."""
-    slot: Int[Tensor, " k"]
-    """How many samples of that ray come before."""
-    middle: Float[Tensor, " k"]
-    """Distance along the ray."""
-    stretch: Float[Tensor, " k"] | float = 1.0
-    """How much longer a step is in the scene's units than in the grid's."""
 
 
 class Values(NamedTuple):
@@ -108,7 +94,7 @@ class VoxelGrid(nn.Module):
         self.density_shift = math.log(math.expm1(START_OPACITY / 64))
         self.summed: Tensor
         self.register_buffer("summed", torch.tensor(True))
-        self._held: Values | None = None
+        self._held: tuple[Any, Values] | None = None
         self.register_load_state_dict_pre_hook(_take)
         self._cameras: Cameras | None = None
         self._min_views = 1
@@ -125,29 +111,34 @@ class VoxelGrid(nn.Module):
     def locate(self, positions: Float[Tensor, "n 3"]) -> Corners:
         """Vertices around points in the box; points outside are moved to its surface."""
         scaled = (positions - self.aabb[0]) / self.voxel
-        top = self.sizes - 2
-        lower = torch.minimum(scaled.clamp(min=0).floor(), top)
-        after = (scaled - lower).clamp(0, 1)
-        stride = torch.stack([self.sizes[1] * self.sizes[2], self.sizes[2], torch.ones_like(self.sizes[2])])
-        corner = torch.tensor([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)], device=positions.device)
-        index = (lower.int() * stride.int()).sum(dim=-1, dtype=torch.int32)[:, None] + (corner * stride).sum(-1).int()
-        x, y, z = torch.stack([1 - after, after], dim=-1).unbind(1)  # (n, 2) each
-        weight = (x[:, :, None, None] * y[:, None, :, None] * z[:, None, None, :]).flatten(1)
-        return Corners(index, weight)
+        lower = torch.minimum(scaled.clamp(min=0).floor(), self.sizes - 2)
+        weight = trilinear_weights((scaled - lower).clamp(0, 1).T.contiguous())
+        _, y, z = self.sizes.tolist()
+        x_row, y_row, z_row = lower.T.int()
+        corner = [(i * y + j) * z + k for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+        row = ((x_row * y + y_row) * z + z_row)[:, None] + torch.tensor(corner, dtype=torch.int32, device=lower.device)
+        return Corners(row, weight)
 
     def train(self, mode: bool = True) -> VoxelGrid:
         self._held = None
         return super().train(mode)
 
     def values(self) -> Values:
-        """Sums of the levels. Without gradients they are kept until the grid is trained, grows or is loaded."""
-        kept = not (self.training or torch.is_grad_enabled())
-        if kept and self._held is not None and self._held.density.device == self.aabb.device:
-            return self._held
+        """Sums of the levels. They are kept until the grid changes; with gradients also until those are taken, so that
+        a step computes them once for all its renders."""
+        tables = [*self.density_tables, *self.colour_tables]
+        # What writes to a table raises its version.
+        state = torch.is_grad_enabled(), self.aabb.device, sum(table._version for table in tables)
+        if self._held is not None and self._held[0] == state:
+            return self._held[1]
         values = Values(self._sum(self.density_tables), self._sum(self.colour_tables))
-        if kept:
-            self._held = values
+        if values.density.requires_grad:
+            values.density.register_hook(self._forget)
+        self._held = state, values
         return values
+
+    def _forget(self, *_: Any) -> None:
+        self._held = None
 
     def density(self, corners: Corners, values: Values | None = None) -> Float[Tensor, " n"]:
         """Density per unit of length."""
@@ -170,8 +161,9 @@ class VoxelGrid(nn.Module):
         found: Tensor | None = None
         for number in range(level + 1):
             sizes = self.sizes if number == level else vertices_along(extent, self.resolutions[number])
-            own = tables[number][: int(sizes.prod())].view(*sizes.tolist(), -1)
-            found = own if found is None else own + refine(found, sizes.tolist())
+            used, whole = int(sizes.prod()), tables[number]
+            own = (whole if used == len(whole) else whole[:used]).view(*sizes.tolist(), -1)
+            found = own if found is None else refine(found, sizes.tolist(), own)
         assert found is not None
         return found.flatten(0, 2)
 
@@ -185,74 +177,27 @@ class VoxelGrid(nn.Module):
         step: float,
         *,
         jitter: bool,
-    ) -> Marched:
-        """Samples every `step` between near and far, in occupied cells only; with jitter, each ray begins anywhere
-        within the first step."""
-        hit = (far > near + 1e-4)[:, 0].nonzero()[:, 0]
-        if not len(hit):
-            none = hit.new_zeros(0)
-            return Marched(none, none, none.to(origins.dtype))
-        near, far = near[hit], far[hit]
-        count = int(((far - near).max() / step).ceil().item())
-        offset = torch.rand_like(near) if jitter else torch.full_like(near, 0.5)
-        middle = near + (torch.arange(count, device=near.device) + offset) * step  # (h, count)
-        scale = CELLS / (self.aabb[1] - self.aabb[0])
-        start, slope = (origins[hit] - self.aabb[0]) * scale, directions[hit] * scale
-        flat = torch.zeros_like(middle, dtype=torch.int32)
-        for axis in range(3):
-            cell = torch.addcmul(start[:, axis, None], middle, slope[:, axis, None]).int().clamp_(0, CELLS - 1)
-            flat.mul_(CELLS).add_(cell)
-        kept = self.occupied.view(-1)[flat] & (middle < far)
-        row, column, slot = ray_by_ray(kept)
-        return Marched(hit[row], slot, middle[row, column])
+    ) -> March:
+        """Samples every `step`, in the grid's coordinates, between near and far, in occupied cells only; with jitter,
+        each ray begins anywhere within the first step."""
+        path: Path
+        if self.contraction is None:
+            path = StraightPath(origins, directions, near, far, step, self.aabb, jitter=jitter)
+        else:
+            marks = near * (far / near) ** torch.linspace(0, 1, CHORDS + 1, device=near.device)  # (r, m)
+            places = self.place(origins[:, None] + marks[..., None] * directions[:, None])
+            offset = torch.rand_like(near).clamp(min=SHORTEST) if jitter else torch.full_like(near, 0.5)
+            path = CurvedPath(marks, places, step, self.aabb, offset[:, 0])
+        cell = float((self.aabb[1] - self.aabb[0]).min()) / CELLS
+        return March(path, self.occupied, step, cell)
 
-    @torch.no_grad()
-    def march_contracted(
-        self,
-        origins: Float[Tensor, "r 3"],
-        directions: Float[Tensor, "r 3"],
-        near: Float[Tensor, "r 1"],
-        far: Float[Tensor, "r 1"],
-        step: float,
-        *,
-        jitter: bool,
-    ) -> Marched:
-        """Samples as those of `march`, `step` apart in the grid's coordinates, where rays are curved: each is followed
-        along a chain of chords."""
-        marks = near * (far / near) ** torch.linspace(0, 1, CHORDS + 1, device=near.device)  # (r, m)
-        places = self.place(origins[:, None] + marks[..., None] * directions[:, None])  # (r, m, 3)
-        chords = (places[:, 1:] - places[:, :-1]).norm(dim=-1).clamp(min=1e-9)
-        along = F.pad(chords.cumsum(dim=-1), (1, 0))
-        count = int((along[:, -1].max() / step).ceil().item())
-        offset = torch.rand_like(near).clamp(min=SHORTEST) if jitter else torch.full_like(near, 0.5)
-        wanted = (torch.arange(count, device=near.device) + offset) * step  # (r, count)
-        chord = (torch.searchsorted(along, wanted, right=True) - 1).clamp_(max=CHORDS - 1)
-        stretch = ((marks[:, 1:] - marks[:, :-1]) / chords).gather(1, chord)
-        after = wanted - along.gather(1, chord)
-        middle = marks.gather(1, chord) + after * stretch
-        stretch = torch.minimum(stretch, 2 * (middle - near) / step)  # none begins before the near plane
-        kept = wanted < along[:, -1:]
-        scale = CELLS / (self.aabb[1] - self.aabb[0])
-        starts, slopes = (
-            (places[:, :-1] - self.aabb[0]) * scale,
-            (places[:, 1:] - places[:, :-1]) / chords[..., None] * scale,
-        )
-        flat = torch.zeros_like(middle, dtype=torch.int32)
-        for axis in range(3):
-            cell = torch.addcmul(starts[..., axis].gather(1, chord), after, slopes[..., axis].gather(1, chord))
-            kept &= (cell >= 0) & (cell < CELLS)
-            flat.mul_(CELLS).add_(cell.int().clamp_(0, CELLS - 1))
-        kept &= self.occupied.view(-1)[flat]
-        row, column, slot = ray_by_ray(kept)
-        return Marched(row, slot, middle[row, column], stretch[row, column])
-
-    def variation(self, values: Values | None = None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Total variation of density's and colour's values before activation, in a random slab of the grid."""
         x, y, z = self.sizes.tolist()
         width = min(x, max(2, round(SLAB * x)))
         first = int(torch.randint(x - width + 1, ()))
         rows = slice(first * y * z, (first + width) * y * z)
-        density, colour = (total_variation(v[rows].view(width, y, z, -1), self.voxel) for v in values or self.values())
+        density, colour = (total_variation(v[rows].view(width, y, z, -1), self.voxel) for v in self.values())
         return density, colour
 
     @torch.no_grad()
@@ -350,11 +295,31 @@ def _take(grid: VoxelGrid, state: dict[str, Any], prefix: str, *_: Any) -> None:
                 state[key] = torch.zeros_like(state[key])
 
 
-def ray_by_ray(kept: Bool[Tensor, "r s"]) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
-    """Row and column of each sample that is kept, and how many of its row are kept before it."""
-    row, column = kept.nonzero(as_tuple=True)
-    slot = (kept.cumsum(dim=1, dtype=torch.int32) - 1)[row, column]
-    return row, column, slot.long()
+def laid_out(
+    marched: Marched,
+    density: Float[Tensor, " k"],
+    weights: Float[Tensor, " k"],
+    step: float,
+    near: Float[Tensor, "r 1"],
+    entry: Float[Tensor, "r 1"],
+) -> Samples:
+    """Samples in a table with a row for each ray; slots that are not used have no length."""
+    slot, length = marched.slot, step * marched.stretch
+    width = int(slot.max()) + 1 if len(slot) else 1
+    place = marched.ray * width + slot
+
+    def table(values: Float[Tensor, " k"], unused: Float[Tensor, "r 1"]) -> Float[Tensor, "r s"]:
+        whole = unused.expand(-1, width).flatten()
+        return whole.scatter(0, place, values).view(-1, width)
+
+    none = torch.zeros_like(near)
+    return Samples(
+        table(density, none),
+        table(weights, none),
+        table(marched.middle - length / 2, near),
+        table(marched.middle + length / 2, near),
+        entry,
+    )
 
 
 def bytes_of(resolutions: tuple[int, ...], harmonics: int) -> int:
@@ -416,8 +381,6 @@ class DietGridModel(FewViewModel):
 
     config: DietGridModelConfig
     behind_all = "black"  # to which the colour at the far plane is added
-    _values: Values | None = None
-    """Of the field in this step, once they are computed."""
 
     def populate_modules(self) -> None:
         super().populate_modules()
@@ -463,44 +426,45 @@ class DietGridModel(FewViewModel):
         grid, origins, directions = self.field, ray_bundle.origins, ray_bundle.directions
         near, far = ray_bundle.nears, ray_bundle.fars
         assert near is not None and far is not None
-        step = grid.voxel.mean().item() / self.config.steps_per_voxel
-        march = grid.march if grid.contraction is None else grid.march_contracted
+        step, number = grid.voxel.mean().item() / self.config.steps_per_voxel, len(origins)
+        march = grid.march(origins, directions, near, far, step, jitter=self.training)
         values = grid.values()
-        if self.training and values.density.requires_grad:
-            self._values = values
-            values.density.register_hook(self._forget)  # a graph is walked once
-        ray, slot, middle, stretch = march(origins, directions, near, far, step, jitter=self.training)
-        width = int(slot.max()) + 1 if len(slot) else 1
-        corners = grid.locate(grid.place(origins[ray] + middle[:, None] * directions[ray]))
-        table = (len(origins), width)
-        where = (ray, slot)
-        length = step * stretch
-        density = origins.new_zeros(table).index_put(where, grid.density(corners, values) / stretch)
-        starts = near.expand(table).index_put(where, middle - length / 2)
-        ends = starts.index_put(where, middle + length / 2)  # unused slots have no length
-        samples = ray_bundle.get_ray_samples(bin_starts=starts[..., None], bin_ends=ends[..., None])
-        weights = samples.get_weights(density[..., None])
-        seen = weights.detach()[ray, slot, 0] > VISIBLE_WEIGHT
-        colour = grid.colour(corners.of(seen), directions[ray[seen]], values)
-        rgb = origins.new_zeros(*table, 3).index_put((ray[seen], slot[seen]), colour)
-        rendered = self.renderer_rgb(rgb=rgb, weights=weights)
-        accumulation = self.renderer_accumulation(weights=weights)
+        colour, opacity, behind = origins.new_zeros(number, 3), origins.new_zeros(number), origins.new_zeros(number)
+        clear = origins.new_ones(number)  # what the samples so far let through
+        for first, last in ((0, None),) if self.training else WAVES:
+            marched = march.samples(first, last, clear > VISIBLE_WEIGHT)
+            ray, middle, stretch = marched
+            corners = grid.locate(grid.place(points_on(origins, directions, ray, middle)))
+            density = grid.density(corners, values)
+            weights, clear = weights_of(density * step, ray, clear)
+            seen = (weights.detach() > VISIBLE_WEIGHT).nonzero()[:, 0]
+            seen_ray = ray.index_select(0, seen)
+            shade = grid.colour(corners.of(seen), directions.index_select(0, seen_ray), values)
+            colour = colour.index_add(0, seen_ray, weights.index_select(0, seen)[:, None] * shade)
+            opacity = opacity.index_add(0, ray, weights)
+            behind = behind.index_add(0, ray, weights * (middle - self.far))
+        accumulation = opacity[:, None]
+        rendered = self._over_background(colour, accumulation)
         if (
             grid.contraction is not None and self.renderer_rgb.background_color == "black"
         ):  # what is farther than the last sample, such as the sky
-            behind = grid.colour(grid.locate(grid.place(origins + far * directions)), directions, values)
-            rendered = rendered + (1 - accumulation) * behind
+            sky = grid.colour(grid.locate(grid.place(origins + far * directions)), directions, values)
+            rendered = rendered + (1 - accumulation) * sky
         outputs: dict[str, Any] = {
             "rgb": rendered,
             "accumulation": accumulation,
-            "depth": self._depth(weights[..., 0], starts, ends),
+            "depth": self.far + behind[:, None],  # as `_depth`
         }
         if self.training:
-            outputs["samples"] = Samples(density, weights[..., 0], starts, ends, self.entry(ray_bundle))
+            outputs["samples"] = laid_out(marched, density / stretch, weights, step, near, self.entry(ray_bundle))
         return outputs
 
-    def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        return self.field.variation(self._values)
+    def _over_background(self, rgb: Float[Tensor, "r 3"], accumulation: Float[Tensor, "r 1"]) -> Float[Tensor, "r 3"]:
+        """As nerfstudio's renderer does, which wants samples of all rays in one table."""
+        renderer = self.renderer_rgb
+        background = renderer.get_background_color(renderer.background_color, shape=rgb.shape, device=rgb.device)
+        rgb = rgb + (1 - accumulation) * background
+        return rgb if self.training else torch.nan_to_num(rgb).clamp(0, 1)
 
-    def _forget(self, _: Tensor) -> None:
-        self._values = None
+    def variation(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        return self.field.variation()

@@ -15,6 +15,8 @@ DEPTH_SPREAD = 0.01
 """Standard deviation of the depth of a sparse point, as a share of it; at least a sample's length."""
 SMALLEST_WEIGHT = 1e-5
 """Added to a sample's weight before its logarithm is taken."""
+PLANES = 4
+"""Planes of a grid whose total variation is taken at once."""
 SMOOTHING = 1e-8
 """Under the root of a total variation, so that its gradient is finite where a field is flat."""
 
@@ -101,30 +103,34 @@ def total_variation(grid: Float[Tensor, "x y z c"], voxel: Float[Tensor, " 3"]) 
 
 
 class _TotalVariation(torch.autograd.Function):
-    """The formula, with a gradient that is written where it belongs: that of slices fills a whole grid for each."""
+    """The formula and its gradient in one walk, a few planes at a time, which stay in the cache."""
 
     @staticmethod
     def forward(context, grid: Tensor, voxel: list[float]) -> Tensor:
-        core, *following = _with_next(grid)
-        slopes = [(value - core).mul_(1 / size) for value, size in zip(following, voxel, strict=True)]
-        length = torch.full_like(core, SMOOTHING)
-        for slope in slopes:
-            length.addcmul_(slope, slope)
-        context.save_for_backward(length.sqrt_(), *slopes)
-        context.shape, context.voxel = grid.shape, voxel
-        return length.mean()
+        found = torch.zeros_like(grid)
+        total = grid.new_zeros(())
+        for first in range(0, len(grid) - 1, PLANES):
+            planes = slice(first, first + PLANES + 1)
+            core, *following = _with_next(grid[planes])
+            slopes = [value - core for value in following]
+            squares = torch.full_like(core, SMOOTHING)
+            for slope, size in zip(slopes, voxel, strict=True):
+                squares.addcmul_(slope, slope, value=size**-2)
+            share = squares.rsqrt()
+            total += squares.mul_(share).sum()
+            core, *following = _with_next(found[planes])
+            for slope, value, size in zip(slopes, following, voxel, strict=True):
+                slope.mul_(share)
+                value.add_(slope, alpha=size**-2)
+                core.sub_(slope, alpha=size**-2)
+        context.number = _with_next(grid)[0].numel()
+        context.save_for_backward(found)
+        return total / context.number
 
     @staticmethod
     def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
-        length, *slopes = context.saved_tensors
-        found = length.new_zeros(context.shape)
-        core, *following = _with_next(found)
-        share = gradient / (length.numel() * length)
-        for slope, value, size in zip(slopes, following, context.voxel, strict=True):
-            part = (slope * share).mul_(1 / size)
-            value += part
-            core -= part
-        return found, None
+        (found,) = context.saved_tensors
+        return found * (gradient / context.number), None
 
 
 def _with_next(grid: Float[Tensor, "x y z c"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -61,7 +61,7 @@ def test_the_grids_box_is_twice_the_scenes_and_its_voxels_are_cubes_inside():
 def test_samples_are_a_step_apart_in_the_grids_coordinates():
     grid, origins, directions, near, far = grid_and_rays()
     for step in (0.05, 0.2):
-        found = grid.march_contracted(origins, directions, near, far, step, jitter=False)
+        found = grid.march(origins, directions, near, far, step, jitter=False).samples()
         places = grid.place(origins[found.ray] + found.middle[:, None] * directions[found.ray])
         same = found.ray[1:] == found.ray[:-1]
         apart = (places[1:] - places[:-1]).norm(dim=-1)[same]
@@ -76,9 +76,9 @@ def test_samples_are_a_step_apart_in_the_grids_coordinates():
 
 def test_only_occupied_cells_have_samples():
     grid, origins, directions, near, far = grid_and_rays()
-    every = grid.march_contracted(origins, directions, near, far, 0.1, jitter=False)
+    every = grid.march(origins, directions, near, far, 0.1, jitter=False).samples()
     grid.occupied[32:] = False
-    some = grid.march_contracted(origins, directions, near, far, 0.1, jitter=False)
+    some = grid.march(origins, directions, near, far, 0.1, jitter=False).samples()
     places = grid.place(origins[some.ray] + some.middle[:, None] * directions[some.ray])
     assert 0 < len(some.ray) < len(every.ray) and (places[:, 0] < 0.1).all()
 
@@ -116,7 +116,7 @@ def test_a_sample_on_the_near_plane_gives_no_nan(monkeypatch):
     for drawn in (0.0, 1e-12, 1e-7):
         monkeypatch.setattr(torch, "rand_like", lambda like, drawn=drawn: torch.full_like(like, drawn))
         grid, origins, directions, near, far = grid_and_rays()
-        found = grid.march_contracted(origins, directions, near, far, 0.1, jitter=True)
+        found = grid.march(origins, directions, near, far, 0.1, jitter=True).samples()
         assert (found.slot == 0).sum() == len(origins) and found.stretch.min() > 1e-4 and (found.middle > 0.5).all()
         rays = RayBundle(origins, directions, torch.ones(20, 1), torch.zeros(20, 1, dtype=torch.long))
         model = CONFIGS["grid"].setup(scene_box=SceneBox(BOX), num_train_data=3, metadata=META).train()

@@ -8,7 +8,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import SceneBox
 
 from dietnerf.grid import CELLS, DietGridModelConfig, VoxelGrid, vertices_along, views_of
-from dietnerf.interpolation import interpolate, refine
+from dietnerf.interpolation import interpolate, refine, trilinear_weights
 from dietnerf.poses import pose_spherical
 from dietnerf.regularizers import total_variation
 
@@ -65,6 +65,14 @@ def test_voxels_are_nearly_cubes_and_fit_their_table():
     assert vertices_along(torch.tensor([1.0, 2.0, 0.5]), 20).tolist() == [20, 40, 10]
 
 
+def test_weights_of_corners_are_exact_at_the_vertices_and_sum_to_one(generator):
+    vertices = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
+    assert torch.equal(trilinear_weights(vertices.T), torch.eye(8))  # no vertex far away gets a gradient
+    weights = trilinear_weights(torch.rand(3, 50, generator=generator))
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(50))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 12])
 def test_refining_is_trilinear_from_end_to_end(generator, channels):
     coarse = torch.randn(4, 3, 5, channels, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -78,6 +86,9 @@ def test_refining_is_trilinear_from_end_to_end(generator, channels):
     slopes = [torch.autograd.grad((values * target).sum(), coarse)[0] for values in (refine(coarse, sizes), whole)]
     torch.testing.assert_close(*slopes)
     torch.testing.assert_close(refine(coarse, (4, 3, 5)), coarse)  # the same vertices
+    own = torch.randn(*sizes, channels, generator=generator, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(refine(coarse, sizes, own), own + whole)
+    assert torch.equal(torch.autograd.grad((refine(coarse, sizes, own) * target).sum(), own)[0], target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(refine(coarse.float(), sizes), found.float())
 
@@ -191,7 +202,7 @@ def test_growing_crops_the_box_to_what_is_occupied_and_marching_skips_the_rest()
     assert 0.2 < grid.occupied.float().mean() < 0.95
     origins, directions = torch.tensor([[-4.0, 0.0, 0.0], [-4.0, 3.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]] * 2)
     near, far = torch.tensor([[3.4], [3.4]]), torch.tensor([[4.6], [3.4]])  # the second misses
-    marched = grid.march(origins, directions, near, far, 0.01, jitter=False)
+    marched = grid.march(origins, directions, near, far, 0.01, jitter=False).samples()
     assert (marched.ray == 0).all() and marched.slot.tolist() == list(range(len(marched.slot)))
     assert marched.middle.min() < 3.65 and marched.middle.max() > 4.35
     assert (marched.middle.diff() > 0).all()
@@ -208,9 +219,11 @@ def test_an_empty_grid_keeps_its_box():
     torch.testing.assert_close(grid.aabb, BOX)
     ray = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 1), torch.ones(1, 1)
     grid.update_occupancy()
-    assert grid.occupied.all() and len(grid.march(*ray, 0.1, jitter=True).ray)  # or it could never learn again
+    assert grid.occupied.all() and len(
+        grid.march(*ray, 0.1, jitter=True).samples().ray
+    )  # or it could never learn again
     grid.occupied.fill_(False)
-    nothing = grid.march(*ray, 0.1, jitter=True)
+    nothing = grid.march(*ray, 0.1, jitter=True).samples()
     assert len(nothing.ray) == 0
 
 
