@@ -233,7 +233,8 @@ def weights_of(
     Args:
         clear: what the samples before these let through.
     """
-    total = optical.double().cumsum(0)  # of all rays: in single precision those of the last would be lost
+    precise = torch.float32 if optical.device.type == "mps" else torch.float64  # which Metal lacks
+    total = optical.to(precise).cumsum(0)  # of all rays: in single precision those of the last would be lost
     number = torch.bincount(ray, minlength=len(clear))
     ends = F.pad(total, (1, 0))[F.pad(number.cumsum(0), (1, 0))]
     before = (total - optical - ends.index_select(0, ray)).float()
