@@ -55,7 +55,7 @@ class Head:
         self, table: Float[Tensor, "v d"], *, packed: bool, int8: bool = False, head: OutputHead | None = None
     ) -> None:
         kind = _Int8Linear if int8 else PackedLinear
-        self.head, self.int8 = OutputHead(table) if head is None else head, int8
+        self.head = OutputHead(table) if head is None else head
         size = CHUNK if table.device.type == "cpu" else len(table)
         parts = table.split(size)
         biases = [None] * len(parts) if self.head.bias is None else self.head.bias.split(size)
@@ -65,8 +65,6 @@ class Head:
 
     def chunks(self, hidden: Float[Tensor, "... d"]) -> Iterator[Float[Tensor, "... c"]]:
         """Logits (float32) of one chunk after the other."""
-        if self.int8:
-            hidden = hidden.float()  # or its logits would be rounded
         for part in self.parts:
             products = part(hidden) if isinstance(part, nn.Module) else F.linear(hidden, *part)
             yield self.head.shape(products.float())
@@ -75,8 +73,8 @@ class Head:
 class _Int8Linear(nn.Module):
     """x Wᵀ + b in 8-bit integers: x = sₓ·(q - 128) row by row, W = s_w·q output by output, sums in 32 bits.
 
-    GELU (tanh) follows when `gelu` is set, and then the result is float32, as the next layer makes 8 bits of it.
-    Weights become at most `largest`, by default what this processor computes exactly.
+    GELU (tanh) follows when `gelu` is set. Weights become at most `largest`, by default what this processor computes
+    exactly.
     """
 
     def __init__(
@@ -103,8 +101,7 @@ class _Int8Linear(nn.Module):
         integers = (rows / scale).round_().add_(128).to(torch.uint8)
         y = _int8_product(integers, self.weight[0], self.scales[0])
         y = y.mul_(scale) if self.bias[0] is None else torch.addcmul(self.bias[0], y, scale)
-        y = _gelu_tanh(y) if self.gelu else y.to(x.dtype)
-        return y.unflatten(0, x.shape[:-1])
+        return (_gelu_tanh(y) if self.gelu else y).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def _prepack(integers: Int8[Tensor, "o i"]) -> Tensor:
