@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import warnings
 import zlib
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -143,23 +143,32 @@ def test_every_packaged_file_is_in_the_wheel(root, project):
                 assert path.suffix == ".py" or inside[1:] == ("py.typed",), path
 
 
+LISTS = """
+import json, sys
+from pathlib import Path
+from setuptools import Distribution
+
+distribution = Distribution({"script_name": "setup.py"})
+distribution.parse_config_files()
+distribution.get_command_obj("egg_info").egg_base = sys.argv[1]
+build = distribution.get_command_obj("build_py")
+build.build_lib = "lib"
+build.ensure_finalized()
+wheel = [str(Path(name).relative_to("lib")) for name in build.get_outputs(include_bytecode=False)]
+Path(sys.argv[1], "wheel.json").write_text(json.dumps(wheel))
+"""
+
+
 @pytest.fixture(scope="module")
 def held(root, tmp_path_factory) -> tuple[set[str], set[str]]:
-    """The files of the wheel and of the sdist, by the build backend's own lists."""
-    from setuptools import Distribution
+    """The files of the wheel and of the sdist, by the build backend's own lists.
 
+    In a process of its own: setuptools refuses to start where anything has imported Python's own distutils.
+    """
     place = tmp_path_factory.mktemp("lists")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # setuptools' warnings are of classes that cannot be handed to another process
-        patch.chdir(root)
-        distribution = Distribution({"script_name": "setup.py"})
-        distribution.parse_config_files()
-        distribution.get_command_obj("egg_info").egg_base = str(place)
-        build = distribution.get_command_obj("build_py")
-        build.build_lib = "lib"
-        build.ensure_finalized()
-        wheel = {str(Path(name).relative_to("lib")) for name in build.get_outputs(include_bytecode=False)}
+    subprocess.run([sys.executable, "-c", LISTS, place], cwd=root, capture_output=True, check=True)
     sdist = set((place / "clip_gpt_toolkit.egg-info" / "SOURCES.txt").read_text().splitlines())
+    wheel = set(json.loads((place / "wheel.json").read_text()))
     return wheel, {name for name in sdist if "egg-info" not in name}
 
 
