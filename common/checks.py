@@ -126,6 +126,12 @@ def require_above(name: str, value: float, bound: float) -> None:
         raise UserError(f"{name} is {value}: use a number above {bound}.")
 
 
+def require_rate(name: str, rate: float | None) -> None:
+    """Raise UserError for a learning rate that is not above 0; None leaves the choice to what trains."""
+    if rate is not None and not rate > 0:
+        raise UserError(f"{name} is {rate}: use a rate above 0.")
+
+
 def require_share(name: str, value: float) -> None:
     """Raise UserError when `value` is not above 0 and at most 1."""
     if not 0 < value <= 1:

@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from common.checks import UserError, require_at_least, require_between, require_fields_at_least, require_language
+from common.checks import (
+    UserError,
+    require_at_least,
+    require_between,
+    require_fields_at_least,
+    require_language,
+    require_rate,
+)
 from common.runtime import RuntimeConfig
 from recycle_gpt2.alignment import AlignmentConfig
 from recycle_gpt2.bad_rows import TextOptions
@@ -19,7 +26,7 @@ from recycle_gpt2.rows import require_rows
 from recycle_gpt2.shards import MOST_WORKERS
 from recycle_gpt2.splits import SHARES, require_shares
 from recycle_gpt2.tokenizer import TokenizerOptions, require_extended, require_vocab_size
-from recycle_gpt2.training import StageConfig, require_rate
+from recycle_gpt2.training import StageConfig
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.batches import BatchOrder, ResumableLoader
-from common.checks import UserError, require_at_least, require_fields_at_least
+from common.checks import UserError, require_at_least, require_fields_at_least, require_rate
 from common.decoders.families import blocks, blocks_name, is_norm, positions
 from common.decoders.tables import is_tied, token_table
 from common.files import write_json
@@ -105,12 +105,6 @@ class StageConfig:
 
 PUBLISHED = StageConfig(epochs=1.0, optimizer="amsgrad", lr=1e-3, schedule="plateau")
 """As de Vries & Nissim 2021 relearn."""
-
-
-def require_rate(name: str, rate: float | None) -> None:
-    """Raise UserError for a learning rate that is not above 0; None leaves the choice to `learning_rate`."""
-    if rate is not None and not rate > 0:
-        raise UserError(f"{name} is {rate}: use a rate above 0.")
 
 
 def learning_rate(model: PreTrainedModel, config: StageConfig) -> float:
@@ -363,7 +357,8 @@ def train_stage(
         )
     if len(cast(Sized, valid)) == 0:
         raise UserError("the validation split has 0 blocks: give more text or a larger validation share.")
-    planned, rate = plan(num_blocks, block, config), learning_rate(model, config)
+    planned = plan(num_blocks, block, config)
+    config = replace(config, lr=learning_rate(model, config))
     seed_everything(runtime.seed)  # a stage's dropout does not depend on what the process did before it
     model.train()  # Lightning leaves the mode as it is; GPT-2's dropout is its config's
     module = Recycling(model, config, planned, block)
@@ -404,7 +399,7 @@ def train_stage(
         seconds=round(module.seconds, 1),
         val_loss=min(point["val_loss"] for point in module.curve),
         curve=tuple(module.curve),
-        rate=rate,
+        rate=config.lr,
     )
     if trainer.is_global_zero:
         write_json(directory / "stage.json", record)

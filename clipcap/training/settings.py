@@ -11,7 +11,7 @@ from clipcap.backbones import absolute, located, require_copyable
 from clipcap.config import ClipCapConfig
 from clipcap.data.dataset import CaptionedImage
 from clipcap.data.readers import Format
-from common.checks import UserError, require_fields_at_least
+from common.checks import UserError, require_fields_at_least, require_rate
 from common.images import ImageLimit
 from common.pretrained import CAPTIONERS, read_config
 from common.runtime import RuntimeConfig
@@ -201,8 +201,7 @@ def check(config: TrainConfig) -> None:
     require_fields_at_least(config, 0, *least_zero.split())
     if config.embeddings is not None and config.embeddings.resolve() == config.out.resolve():
         raise UserError(f"embeddings and out are both {str(config.out)!r}: give each a directory of its own.")
-    if config.lr is not None and not config.lr > 0:
-        raise UserError(f"lr is {config.lr}: use a rate above 0.")
+    require_rate("lr", config.lr)
     if config.bundle:
         require_copyable("clip", config.clip)
     ways = [name for name in ("text_only", "scst", "retrieval") if getattr(config, name)]
