@@ -180,17 +180,22 @@ SIDES: dict[str, Callable[[Models, int, int], Captions]] = {
 }  # fmt: skip
 
 
+def sides_of(against: Sequence[str]) -> list[str]:
+    """These others and what of ours each is compared with, in the order of `SIDES`."""
+    wanted = {*against, *(AGAINST[other] for other in against)}
+    return [name for name in SIDES if name in wanted]
+
+
 def compare(
     models: Models, batch: int, *, tokens: int, repeats: int, against: Sequence[str] = tuple(AGAINST)
 ) -> dict[tuple[str, str], float]:
     """By side and measure: captions per second, ratio to ours, the share of captions equal to `generate`'s."""
-    sides = {*against, *(AGAINST[other] for other in against)}
     found: dict[str, Captions] = {}
 
     def caption(name: str) -> None:
         found[name] = SIDES[name](models, batch, tokens)
 
-    seconds = in_turns({name: partial(caption, name) for name in SIDES if name in sides}, repeats)
+    seconds = in_turns({name: partial(caption, name) for name in sides_of(against)}, repeats)
     for name, captions in found.items():
         lengths = [len(caption) for caption in captions]
         if lengths != [tokens] * batch:
@@ -207,8 +212,9 @@ def table(rows: list[tuple[str, int, dict[tuple[str, str], float]]]) -> list[str
     """The lines of a table of what `compare` found, by precision and batch."""
     lines = []
     for precision, batch, values in rows:
-        for other in (other for other in AGAINST if (other, "ratio") in values):
-            mine = AGAINST[other]
+        for other, mine in AGAINST.items():
+            if (other, "ratio") not in values:
+                continue
             lines.append(
                 {
                     "captions a CPU second": NAMES[other],
@@ -240,7 +246,7 @@ def main(arguments: list[str] | None = None, sizes: Sizes = Sizes()) -> dict[str
     rows, differ = [], []
     for precision in precisions:
         models.to(resolve_dtype(precision))
-        for name in {*given.against, *(AGAINST[other] for other in given.against)}:
+        for name in sides_of(given.against):
             SIDES[name](models, 1, 2)  # warm up: ours packs the weights, transformers imports what it needs
         for batch in batches:
             found = compare(models, batch, tokens=TOKENS, repeats=repeats, against=given.against)

@@ -24,7 +24,7 @@ from common.runtime import require_memory
 from dietnerf.contraction import Contraction
 from dietnerf.data import BLENDER_SIDE
 from dietnerf.interpolation import Corners, interpolate, refine, trilinear_weights
-from dietnerf.marching import CELLS, CHORDS, CurvedPath, March, Marched, Path, StraightPath, points_on, weights_of
+from dietnerf.marching import CELLS, CurvedPath, March, Marched, Path, StraightPath, points_on, weights_of
 from dietnerf.model import VISIBLE_WEIGHT, BoxCollider, FewViewModel, FewViewModelConfig
 from dietnerf.regularizers import Samples, total_variation
 
@@ -32,6 +32,8 @@ START_OPACITY = 0.1
 """Optical depth of the box before training."""
 EMPTY_OPACITY = 0.02
 """A cell is empty when its densest point absorbs less than this over a voxel's length."""
+CHORDS = 96
+"""Straight pieces by which a ray is followed through contracted space."""
 SHORTEST = 1e-3
 """A ray's first sample there lies at least this share of a step behind the near plane: at the plane it would have no
 length, and density is divided by that."""

@@ -16,8 +16,6 @@ COARSE = 2
 """Cells along each side of what a block of samples is looked up in first."""
 LONGEST = 12
 """A block has at most so many samples."""
-CHORDS = 96
-"""Straight pieces by which a ray is followed through contracted space."""
 
 
 class Marched(NamedTuple):
@@ -126,7 +124,8 @@ class CurvedPath:
     def at(self, ray: Int[Tensor, " m"], place: Num[Tensor, "#b #m"]) -> Places:
         wanted = (place + self.offset[ray]) * self.step
         chord = torch.searchsorted(self.along[ray], wanted.T.contiguous(), right=True).T - 1
-        flat = (chord.clamp_(max=CHORDS - 1) + ray * CHORDS).contiguous()
+        pieces = self.along.shape[1] - 1
+        flat = (chord.clamp_(max=pieces - 1) + ray * pieces).contiguous()
 
         def of(values: Float[Tensor, " k"]) -> Float[Tensor, "b m"]:
             """The chord's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -212,27 +212,27 @@ def _split_for(split: str, texts: Iterator[str]) -> tuple[str, Iterator[str]]:
     """The split pattern's name, "auto" decided by the first of `texts`, and all of them."""
     if split != "auto":
         return split, texts
-    first: list[str] = []
-    size = 0
-    for text in texts:
-        first.append(text)
-        size += len(text)
-        if size >= LOOKED_AT:
-            break
+    first, _ = _first(texts, LOOKED_AT, len)
     marks = mark_share("".join(first)[:LOOKED_AT])
     return "marks" if marks > MANY_MARKS else "gpt2", chain(first, texts)
 
 
 def _size_for(texts: Iterator[str]) -> tuple[int, Iterator[str]]:
     """The number of tokens that suits `texts`, and all of them."""
-    first: list[str] = []
+    first, size = _first(texts, VOCAB_SIZE * BYTES_A_TOKEN, lambda text: len(text.encode("utf-8", "surrogatepass")))
+    return min(max(FEWEST, size // BYTES_A_TOKEN), VOCAB_SIZE), chain(first, texts)
+
+
+def _first(texts: Iterator[str], enough: int, measure: Callable[[str], int]) -> tuple[list[str], int]:
+    """Take from `texts` until they measure `enough` together or are all taken; returns what was taken and its sum."""
+    taken: list[str] = []
     size = 0
     for text in texts:
-        first.append(text)
-        size += len(text.encode("utf-8", "surrogatepass"))
-        if size >= VOCAB_SIZE * BYTES_A_TOKEN:
+        taken.append(text)
+        size += measure(text)
+        if size >= enough:
             break
-    return min(max(FEWEST, size // BYTES_A_TOKEN), VOCAB_SIZE), chain(first, texts)
+    return taken, size
 
 
 def _pre_tokenizer(split: str) -> Any:

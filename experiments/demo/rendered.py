@@ -98,16 +98,7 @@ def rendered_sections(
     )
     page.table(table, caption=f"{len(items)} held-out scenes")
     page.command("python -m experiments.demo")
-    page.gallery(
-        [
-            (
-                paths[key],
-                captions[key],
-                [("right: " if right[key] else "not all right: ") + f"reference: {references[key][0]}"],
-            )
-            for key in shown
-        ]
-    )
+    show_checked(page, shown, paths, captions, right, {key: texts[0] for key, texts in references.items()})
     page.figure(
         plot_bars(
             {
@@ -138,6 +129,19 @@ def rendered_sections(
     }
 
 
+def show_checked(
+    page: Page,
+    shown: list[str],
+    paths: dict[str, Path],
+    captions: dict[str, str],
+    right: dict[str, bool],
+    references: dict[str, str],
+) -> None:
+    """Cards of these scenes with their captions, whether each is right, and a reference."""
+    verdicts = {key: "right: " if right[key] else "not all right: " for key in shown}
+    page.gallery([(paths[key], captions[key], [f"{verdicts[key]}reference: {references[key]}"]) for key in shown])
+
+
 def dutch_section(page: Page, paths: dict[str, Path], shown: list[str], device: torch.device) -> dict[str, Any]:
     """Captions in Dutch of the same scenes, with references from the scene graphs; returns them with their score."""
     captioner = Captioner.from_pretrained(CAPTION_LANGUAGES["nld"], device=device)
@@ -151,16 +155,7 @@ def dutch_section(page: Page, paths: dict[str, Path], shown: list[str], device: 
         "trained on Dutch captions written from the scene graphs, and gets every colour and shape right in "
         f"{share:.1%} of {len(right)} held-out scenes.",
     )
-    page.gallery(
-        [
-            (
-                paths[name],
-                captions[name],
-                [("right: " if right[name] else "not all right: ") + f"reference: {records[name].captions[0]}"],
-            )
-            for name in shown
-        ]
-    )
+    show_checked(page, shown, paths, captions, right, {name: record.captions[0] for name, record in records.items()})
     page.command("clipcap caption common/assets/samples/scenes/test_000.jpg --language nld")
     print(f"Dutch: every colour and shape right in {share:.1%} of {len(right)} held-out scenes")
     page.command("python -m experiments.demo")
